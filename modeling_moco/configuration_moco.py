@@ -1,0 +1,80 @@
+"""MoCoConfig: everything that changes the weights or the loss."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+
+STEMS = ("default", "no_max_pool", "small")
+PROJECTION_HEADS = ("linear", "mlp")
+BATCH_NORMS = ("shuffle", "split", "sync", "plain")
+
+
+@strict
+class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Configuration of [`MoCoModel`] and its siblings. The defaults are MoCo v2 (arXiv:2003.04297).
+
+    Args:
+        architecture (`str`): name of a timm model: ResNet, ConvNeXt, ViT, ...
+        model_args (`dict`, *optional*): keyword arguments for `timm.create_model`, e.g. `{"img_size": 32}` for a ViT.
+        stem (`str`): `"default"` is timm's own. For ResNets also `"no_max_pool"`, and `"small"`: a 3x3 convolution of
+            stride 1 and no max-pool, for images of about 32 px (the official CIFAR-10 notebook).
+        projection_head (`str`): `"linear"` (v1) or `"mlp"` (v2: one hidden layer as wide as the feature, ReLU).
+        projection_dim (`int`): C, the width of queries and keys. 128 in both papers.
+        queue_size (`int`): K, the number of keys in the dictionary. 65536 in both papers.
+        key_momentum (`float`): m in [0, 1], the share of the key encoder that an update keeps. 0.999 in both papers.
+        temperature (`float`): T > 0. 0.07 in v1, 0.2 in v2.
+        batch_norm (`str`): how the BatchNorm of the key encoder is kept from telling keys apart by their batch
+            (v1 paper, section 3.3). `"shuffle"`: keys are encoded in an order shuffled over all processes. `"split"`:
+            each process normalises interleaved groups of its batch by themselves and shuffles its keys, which
+            imitates several GPUs on one. `"sync"`: statistics are shared by all processes. `"plain"`: nothing is done.
+            State dicts are the same in every mode.
+        batch_norm_splits (`int`): groups per process for `"split"`. 8 in the official notebook.
+        out_features, out_indices (*optional*): stages that [`MoCoBackbone`] returns, as in every transformers backbone.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    model_type = "moco"
+
+    architecture: str = "resnet50"
+    model_args: dict[str, Any] | None = None
+    stem: str = "default"
+    projection_head: str = "mlp"
+    projection_dim: int = 128
+    queue_size: int = 65536
+    key_momentum: float | int = 0.999
+    temperature: float | int = 0.2
+    batch_norm: str = "shuffle"
+    batch_norm_splits: int = 8
+
+    def __post_init__(self, **kwargs):
+        self.stage_names = kwargs.pop("stage_names", None)
+        self.set_output_features_output_indices(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
+        super().__post_init__(**kwargs)
+
+    def set_output_features_output_indices(self, out_features, out_indices):
+        # The stages are known once timm has built the encoder: MoCoBackbone then names them and calls this again.
+        if self.stage_names is None:
+            self._out_features = out_features
+            self._out_indices = None if out_indices is None else list(out_indices)
+        else:
+            super().set_output_features_output_indices(out_features, out_indices)
+
+    def validate_moco(self):
+        for name, value, choices in (
+            ("stem", self.stem, STEMS),
+            ("projection_head", self.projection_head, PROJECTION_HEADS),
+            ("batch_norm", self.batch_norm, BATCH_NORMS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} ({value!r}) is unknown: choose one of {', '.join(choices)}")
+        for name in ("projection_dim", "queue_size", "batch_norm_splits"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if not 0 <= self.key_momentum <= 1:
+            raise ValueError(f"key_momentum ({self.key_momentum}) must lie in [0, 1]: the papers use 0.999")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature ({self.temperature}) must be above 0: v1 uses 0.07, v2 0.2")

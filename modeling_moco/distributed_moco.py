@@ -1,0 +1,92 @@
+"""What several processes share: gathered keys, and a BatchNorm that cannot tell keys apart by their batch.
+
+Every collective is the identity in a single process. Shapes: `N` local batch (equal on all ranks), `R` ranks.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_moco import MoCoConfig
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def local_slice(n: int) -> slice:
+    """Rows of a gathered tensor that belong to this process, for `n` rows per process."""
+    start = dist.get_rank() * n if world_size() > 1 else 0
+    return slice(start, start + n)
+
+
+@torch.no_grad()
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """Concatenate `x` (N, ...) of all ranks in rank order: (R·N, ...)."""
+    if world_size() == 1:
+        return x
+    out = x.new_empty((world_size() * len(x), *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+@torch.no_grad()
+def draw_permutation(n: int, device: torch.device) -> torch.Tensor:
+    """A random order of `n` rows, the same on all ranks (rank 0 decides)."""
+    order = torch.randperm(n, device=device)
+    if world_size() > 1:
+        dist.broadcast(order, src=0)
+    return order
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that normalises `splits` interleaved groups of the batch by themselves: sample i is in group i mod splits.
+
+    In training it imitates as many GPUs (official CIFAR-10 notebook); the running statistics are the mean over groups.
+    Parameters, buffers and evaluation are those of `nn.BatchNorm2d`.
+    """
+
+    splits: int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        n, c, h, w = x.shape
+        if n % self.splits:
+            raise ValueError(
+                f"the batch per process ({n}) must be a multiple of batch_norm_splits ({self.splits}): change either"
+            )
+        mean, var = self.running_mean.repeat(self.splits), self.running_var.repeat(self.splits)
+        out = F.batch_norm(
+            # `reshape`, because a channels_last tensor has no such view.
+            x.reshape(n // self.splits, self.splits * c, h, w),
+            mean,
+            var,
+            self.weight.repeat(self.splits),
+            self.bias.repeat(self.splits),
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+        self.running_mean.copy_(mean.view(self.splits, c).mean(dim=0))
+        self.running_var.copy_(var.view(self.splits, c).mean(dim=0))
+        self.num_batches_tracked += 1
+        return out.reshape(n, c, h, w)
+
+
+def convert_batch_norm(encoder: nn.Module, config: MoCoConfig) -> nn.Module:
+    """Give the BatchNorm layers of an encoder the behaviour that `config.batch_norm` names, keeping their state."""
+    if config.batch_norm == "sync":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    if config.batch_norm == "split":
+        for name, module in encoder.named_modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = SplitBatchNorm2d
+                module.splits = config.batch_norm_splits
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                raise ValueError(
+                    f"batch_norm='split' handles nn.BatchNorm2d only, but {config.architecture} has "
+                    f"{type(module).__name__} at {name!r}: choose another batch_norm"
+                )
+    return encoder

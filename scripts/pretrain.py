@@ -1,0 +1,34 @@
+"""Pretrain an encoder with MoCo: `accelerate launch scripts/pretrain.py --recipe quickstart`."""
+
+import sys
+
+from transformers.utils.logging import disable_progress_bar
+
+from training.pretrain import announce, build_trainer, finish
+from training.recipe import claim_output_dir, one_line_errors, parse_pretrain
+
+
+def main(argv: list[str]) -> None:
+    disable_progress_bar()  # transformers' bars for loading and saving weights
+    with one_line_errors():
+        args = parse_pretrain(argv)
+        trainer = build_trainer(args)
+        checkpoint = claim_output_dir(args)
+    if trainer.is_world_process_zero():
+        announce(args, trainer, default_recipe=not any(word.startswith("--recipe") for word in argv))
+        if checkpoint:
+            print(f" continue: from {checkpoint}")
+    args.training.eval_on_start = args.training.eval_strategy != "no" and checkpoint is None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = finish(args, trainer)
+    if trainer.is_world_process_zero():
+        folder = args.training.output_dir
+        rows = {"kNN before training": metrics["knn_top1_before"], "kNN after": metrics["knn_top1_after"]}
+        for name, value in rows.items():
+            print(f"{name:>20}: " + (f"{value:.1f} %" if value is not None else "not measured"))
+        print(f"{'skipped images':>20}: {metrics['skipped_images']}")
+        print(f"Saved to {folder}. Next: python scripts/linear_probe.py {folder}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

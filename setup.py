@@ -1,0 +1,41 @@
+"""Packaging. `pip install -e .` puts `modeling_moco` and `training` on the path; the scripts run from the checkout."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="moco-hf",
+    version="0.1.0",
+    description="Momentum Contrast (MoCo v1 and v2) for PyTorch, native to transformers, accelerate, datasets and timm",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=["modeling_moco", "training"],
+    package_data={"training": ["recipes/*.yaml"]},
+    # torch and torchvision are resolved together from the same index: a CPU-only torch wheel next to the index's
+    # torchvision fails at import with "operator torchvision::nms does not exist".
+    install_requires=[
+        "torch>=2.14",
+        "torchvision>=0.29",
+        "transformers>=5.23,<6",
+        "accelerate>=1.15",
+        "datasets>=5.2",
+        "timm>=1.0.31",
+        "huggingface-hub>=2.4",
+        "safetensors>=0.8",
+        "scikit-learn>=1.7",
+        "matplotlib>=3.10",
+        "pyyaml>=6.0",
+        "pillow>=11",
+    ],
+    extras_require={
+        "dev": ["pytest>=9", "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

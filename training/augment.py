@@ -1,0 +1,203 @@
+"""The views: random ones for pretraining and probing, a fixed one for evaluation.
+
+A random view is drawn first (`draw_view`: a few numbers) and rendered afterwards (`render_view`: pixels), so that every
+draw can be seen, tested and reproduced. Draws consume the generator exactly as torchvision's reference transforms
+consume the global one: equal seeds give equal images. Views leave as uint8 and are normalised as a batch on the device
+(`normalize`), which moves a quarter of the bytes. Sizes are pixels, probabilities lie in [0, 1].
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageFilter
+from torchvision.transforms import InterpolationMode
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ASPECT_RATIO = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class ViewPolicy:
+    """Distribution of one random view.
+
+    Args:
+        min_scale: smallest area of the crop, as a share of the image; the largest is 1.
+        jitter: strength of brightness, contrast, saturation (factor in 1 ± strength) and hue (shift in ± strength turns).
+        jitter_p, gray_p, blur_p, flip_p: probability of each operation.
+        blur_sigma: range of the Gaussian's standard deviation in pixels.
+        gray_first: grayscale before the colour jitter (v1) instead of after it.
+    """
+
+    min_scale: float = 0.2
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    jitter_p: float = 0.8
+    gray_p: float = 0.2
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    flip_p: float = 0.5
+    gray_first: bool = False
+
+
+POLICIES = {
+    # arXiv:1911.05722, section 3.3 and the official main_moco.py without --aug-plus
+    "v1": ViewPolicy(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_first=True),
+    # arXiv:2003.04297 and --aug-plus
+    "v2": ViewPolicy(blur_p=0.5),
+    # official CIFAR-10 notebook
+    "cifar": ViewPolicy(min_scale=0.08),
+    # training view of the linear protocol: crop and flip (official main_lincls.py)
+    "crop": ViewPolicy(min_scale=0.08, jitter_p=0.0, gray_p=0.0),
+}
+
+
+def build_policy(name: str, horizontal_flip: bool = True) -> ViewPolicy:
+    """The policy of that name; without `horizontal_flip` for images whose mirror image means something else."""
+    policy = POLICIES[name]
+    return policy if horizontal_flip else replace(policy, flip_p=0.0)
+
+
+@dataclass(frozen=True)
+class ViewDraw:
+    """The random numbers of one view.
+
+    Args:
+        box: top, left, height, width of the crop.
+        jitter: operations in order, as (name, factor); empty where there is none.
+        gray, flip: whether.
+        blur: standard deviation, 0 where there is none.
+    """
+
+    box: tuple[int, int, int, int]
+    jitter: tuple[tuple[str, float], ...]
+    gray: bool
+    blur: float
+    flip: bool
+
+
+def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+    return torch.empty(1).uniform_(low, high, generator=generator).item()
+
+
+def _happens(p: float, generator: torch.Generator) -> bool:
+    # An operation that is never or always wanted draws nothing, like a transform that is not wrapped in RandomApply.
+    return p > 0 and (p == 1 or torch.rand(1, generator=generator).item() < p)
+
+
+def _draw_box(width: int, height: int, min_scale: float, generator: torch.Generator) -> tuple[int, int, int, int]:
+    area = height * width
+    log_ratio = torch.log(torch.tensor(ASPECT_RATIO))
+    for _ in range(10):
+        target_area = area * _uniform(min_scale, 1.0, generator)
+        ratio = torch.exp(torch.empty(1).uniform_(log_ratio[0], log_ratio[1], generator=generator)).item()
+        w, h = round(math.sqrt(target_area * ratio)), round(math.sqrt(target_area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(torch.randint(0, height - h + 1, (1,), generator=generator))
+            left = int(torch.randint(0, width - w + 1, (1,), generator=generator))
+            return top, left, h, w
+    # Very long images: the largest centred box whose aspect ratio is allowed.
+    w = min(width, round(height * ASPECT_RATIO[1]))
+    h = min(height, round(width / ASPECT_RATIO[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _draw_jitter(policy: ViewPolicy, generator: torch.Generator) -> tuple[tuple[str, float], ...]:
+    if not _happens(policy.jitter_p, generator):
+        return ()
+    order = torch.randperm(4, generator=generator).tolist()
+    *strengths, hue = policy.jitter
+    factors = [_uniform(1 - s, 1 + s, generator) for s in strengths] + [_uniform(-hue, hue, generator)]
+    names = ("brightness", "contrast", "saturation", "hue")
+    return tuple((names[i], factors[i]) for i in order)
+
+
+def draw_view(policy: ViewPolicy, width: int, height: int, generator: torch.Generator) -> ViewDraw:
+    """Draw one view of an image of that size."""
+    box = _draw_box(width, height, policy.min_scale, generator)
+    if policy.gray_first:
+        gray = _happens(policy.gray_p, generator)
+        jitter = _draw_jitter(policy, generator)
+    else:
+        jitter = _draw_jitter(policy, generator)
+        gray = _happens(policy.gray_p, generator)
+    blur = _uniform(*policy.blur_sigma, generator) if _happens(policy.blur_p, generator) else 0.0
+    return ViewDraw(box, jitter, gray, blur, flip=_happens(policy.flip_p, generator))
+
+
+_JITTER = {
+    "brightness": TF.adjust_brightness,
+    "contrast": TF.adjust_contrast,
+    "saturation": TF.adjust_saturation,
+    "hue": TF.adjust_hue,
+}
+
+
+def render_view(image: Image.Image, draw: ViewDraw, size: int, policy: ViewPolicy) -> torch.Tensor:
+    """The drawn view of an RGB image, uint8 (3, size, size)."""
+    top, left, h, w = draw.box
+    view = TF.resized_crop(image, top, left, h, w, [size, size], InterpolationMode.BILINEAR)
+    if draw.gray and policy.gray_first:
+        view = TF.rgb_to_grayscale(view, num_output_channels=3)
+    for name, factor in draw.jitter:
+        view = _JITTER[name](view, factor)
+    if draw.gray and not policy.gray_first:
+        view = TF.rgb_to_grayscale(view, num_output_channels=3)
+    if draw.blur:
+        view = view.filter(ImageFilter.GaussianBlur(radius=draw.blur))
+    if draw.flip:
+        view = TF.hflip(view)
+    return _to_uint8(view)
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """A generator whose stream depends on all of `key`, e.g. (seed, epoch, index), and on nothing else."""
+    seed = np.random.SeedSequence(key).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(seed))
+
+
+def _to_uint8(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def normalize(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """uint8 images (N, 3, H, W) to float32, scaled to [0, 1] and standardised per channel."""
+    return TF.normalize(images.float().div_(255), list(mean), list(std), inplace=True)
+
+
+@dataclass(frozen=True)
+class TwoViews:
+    """Pretraining: two independent random views of one image."""
+
+    policy: ViewPolicy
+    size: int
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        draws = [draw_view(self.policy, image.width, image.height, generator) for _ in range(2)]
+        query, key = (render_view(image, draw, self.size, self.policy) for draw in draws)
+        return {"pixel_values": query, "key_pixel_values": key}
+
+
+@dataclass(frozen=True)
+class OneView:
+    """Training view of the linear protocol."""
+
+    policy: ViewPolicy
+    size: int
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        draw = draw_view(self.policy, image.width, image.height, generator)
+        return {"pixel_values": render_view(image, draw, self.size, self.policy)}
+
+
+@dataclass(frozen=True)
+class EvaluationView:
+    """Short side to `resize`, then the centre `size` x `size`."""
+
+    resize: int
+    size: int
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        view = TF.resize(image, [self.resize], InterpolationMode.BILINEAR)
+        return {"pixel_values": _to_uint8(TF.center_crop(view, [self.size, self.size]))}

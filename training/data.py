@@ -1,0 +1,366 @@
+"""From a dataset's name to batches of uint8 views. This module alone knows what a dataset calls its columns.
+
+`load_images` returns rows `{"image": {"bytes", "path"}, "label"}`; `MapImages` and `StreamedImages` decode them and apply
+a transform of `augment.py`. Images are decoded here and not by `datasets`, so that one broken file costs one file.
+"""
+
+import io
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import get_worker_info
+
+from modeling_moco import MoCoImageProcessor
+
+from .augment import IMAGENET_MEAN, IMAGENET_STD, normalize, seeded_generator
+
+logger = logging.getLogger(__name__)
+
+Transform = Callable[[Image.Image, torch.Generator], dict[str, torch.Tensor]]
+EVAL_SPLITS = ("validation", "test", "valid", "val")
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
+
+
+@dataclass
+class DataArguments:
+    """Where the images come from and how they are seen."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str = field(
+        default="digits",
+        metadata={
+            "help": "Hub dataset, folder (of images in one folder per class, of parquet files, of webdataset tars), one "
+            "parquet or tar file, or 'digits' (ships with scikit-learn)"
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
+    train_split: str = field(default="train", metadata={"help": "split to train on"})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "split to evaluate on; by default the first of " + ", ".join(EVAL_SPLITS)}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "by default the only image column"})
+    label_column: str | None = field(default=None, metadata={"help": "by default the only class column, if any"})
+    streaming: bool = field(default=False, metadata={"help": "read shards in sequence instead of indexing the dataset"})
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "streaming: images among which the next is drawn"})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "train on the first so many images (streaming: so many images make an epoch)"}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first so many images"})
+    image_size: int = field(default=224, metadata={"help": "side of a view in pixels"})
+    eval_resize: int | None = field(
+        default=None, metadata={"help": "short side before the evaluation crop; by default image_size * 256 / 224"}
+    )
+    augmentation: Literal["v1", "v2", "cifar"] = field(default="v2", metadata={"help": "random views of pretraining"})
+    horizontal_flip: bool = field(default=True, metadata={"help": "switch off where a mirror image means another thing"})
+    image_mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN), metadata={"help": "per channel, 0-1"})
+    image_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD), metadata={"help": "per channel, 0-1"})
+
+    def __post_init__(self):
+        if self.image_size < 1:
+            raise ValueError(f"image_size ({self.image_size}) must be at least 1 pixel")
+        if self.eval_resize is None:
+            self.eval_resize = round(self.image_size * 256 / 224)
+        if self.eval_resize < self.image_size:
+            raise ValueError(
+                f"eval_resize ({self.eval_resize}) is smaller than image_size ({self.image_size}): raise it, or the "
+                "evaluation crop would be padded"
+            )
+
+    def image_processor(self) -> MoCoImageProcessor:
+        """The evaluation transform in transformers' terms; it is saved beside every model."""
+        return MoCoImageProcessor(
+            size={"shortest_edge": self.eval_resize},
+            crop_size={"height": self.image_size, "width": self.image_size},
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+        )
+
+
+@dataclass
+class ImageSplits:
+    """Rows `{"image": {"bytes", "path"}, "label"}`; without labels the second column and `class_names` are absent."""
+
+    train: datasets.Dataset | datasets.IterableDataset
+    eval: datasets.Dataset | datasets.IterableDataset | None
+    class_names: list[str] | None
+
+
+def load_images(args: DataArguments) -> ImageSplits:
+    """Open a dataset and give its columns their names.
+
+    Raises:
+        ValueError: no such dataset, split or column; a column that holds no images; an empty split.
+    """
+    splits = _open(args)
+    if args.train_split not in splits:
+        raise ValueError(f"train_split ({args.train_split!r}) is not in {args.dataset_name}: it has {', '.join(splits)}")
+    if args.eval_split is not None and args.eval_split not in splits:
+        raise ValueError(f"eval_split ({args.eval_split!r}) is not in {args.dataset_name}: it has {', '.join(splits)}")
+    eval_split = args.eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
+    image_column, label_column = _find_columns(splits[args.train_split].features, args)
+    train, class_names = _rename(splits[args.train_split], image_column, label_column)
+    evaluation = None
+    if eval_split is not None and eval_split != args.train_split:
+        evaluation, _ = _rename(splits[eval_split], image_column, label_column)
+    if not args.streaming:
+        train = _first(train, args.max_train_samples, args.train_split)
+        evaluation = evaluation and _first(evaluation, args.max_eval_samples, str(eval_split))
+    return ImageSplits(train, evaluation, class_names)
+
+
+def _open(args: DataArguments) -> dict[str, Any]:
+    name, path = args.dataset_name, Path(args.dataset_name)
+    if name == "digits":
+        digits = load_digits()
+        return {k: v.to_iterable_dataset(num_shards=4) for k, v in digits.items()} if args.streaming else digits
+    if path.is_file():
+        builders = {".parquet": "parquet", ".tar": "webdataset"}
+        if path.suffix not in builders:
+            raise ValueError(f"dataset_name ({name}) is a file that is neither .parquet nor .tar: pass the folder it is in")
+        return datasets.load_dataset(
+            builders[path.suffix], data_files={args.train_split: str(path)}, streaming=args.streaming
+        )
+    if not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise ValueError(f"dataset_name ({name}) does not exist: pass a folder, a parquet or tar file, or a Hub dataset")
+    try:
+        return datasets.load_dataset(name, args.dataset_config_name, streaming=args.streaming)
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        raise ValueError(
+            f"dataset_name ({name}) could not be opened as a folder or a Hub dataset: {error}".replace("\n", " ")
+        ) from error
+
+
+def _find_columns(features: datasets.Features, args: DataArguments) -> tuple[str, str | None]:
+    for name, column in (("image_column", args.image_column), ("label_column", args.label_column)):
+        if column is not None and column not in features:
+            raise ValueError(f"{name} ({column!r}) is not in {args.dataset_name}: it has {', '.join(features)}")
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if args.image_column is not None and args.image_column not in images:
+        raise ValueError(
+            f"image_column ({args.image_column!r}) of {args.dataset_name} holds no images but "
+            f"{features[args.image_column]}: image columns are {', '.join(images) or 'absent'}"
+        )
+    if args.image_column is None and len(images) != 1:
+        raise ValueError(
+            f"{args.dataset_name} has {len(images)} image columns ({', '.join(images) or 'none'}) among "
+            f"{', '.join(features)}: name one with --image_column"
+        )
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels += [name for name in LABEL_COLUMNS if name in features and name not in labels]
+    return args.image_column or images[0], args.label_column or (labels[0] if labels else None)
+
+
+def _rename(split, image_column: str, label_column: str | None):
+    names: list[str] | None = None
+    columns = {image_column: "image"}
+    if label_column is not None:
+        columns[label_column] = "label"
+        feature = split.features[label_column]
+        if isinstance(feature, datasets.ClassLabel):
+            names = feature.names
+        elif isinstance(split, datasets.Dataset):
+            names = [str(i) for i in range(max(split.unique(label_column)) + 1)]
+    split = split.select_columns(list(columns))
+    split = split.rename_columns({old: new for old, new in columns.items() if old != new})
+    return split.cast_column("image", datasets.Image(decode=False)), names
+
+
+def _first(split: datasets.Dataset, count: int | None, name: str) -> datasets.Dataset:
+    if len(split) == 0:
+        raise ValueError(f"split {name!r} is empty: choose another")
+    return split if count is None else split.select(range(min(count, len(split))))
+
+
+def load_digits(size: int = 32) -> datasets.DatasetDict:
+    """scikit-learn's 1,797 handwritten digits at `size` px: 1,437 to train on and 360 to test, classes balanced."""
+    from sklearn.datasets import load_digits as load_sklearn_digits
+    from sklearn.model_selection import train_test_split
+
+    source = load_sklearn_digits()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
+    rows = train_test_split(
+        np.arange(len(source.target)), test_size=360, random_state=0, stratify=source.target, shuffle=True
+    )
+    splits = {}
+    for name, indices in zip(("train", "test"), rows, strict=True):
+        images = [
+            Image.fromarray((source.images[i] * (255 / 16)).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+            for i in indices
+        ]
+        labels = source.target[indices].tolist()
+        splits[name] = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    return datasets.DatasetDict(splits)
+
+
+def decode_image(image: dict[str, Any]) -> Image.Image:
+    """RGB image of a row, turned upright by its EXIF tag as `datasets` and the pipelines do.
+
+    Raises:
+        OSError: the bytes are not an image that PIL can read, or end too early.
+    """
+    source = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
+    try:
+        with Image.open(source) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (Image.DecompressionBombError, SyntaxError, ValueError) as error:  # what PIL's parsers raise on broken files
+        raise UnidentifiedImageError(str(error)) from error
+
+
+class _Images:
+    # The epoch and the count live in shared memory: worker processes read the one and write the other.
+    def __init__(self, transform: Transform, seed: int):
+        self.transform = transform
+        self.seed = seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._skipped = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other epochs have other views. Reaches workers that are already running."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def skipped(self) -> int:
+        """Images passed over so far because they could not be read."""
+        return int(self._skipped)
+
+    def _views(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        views: dict[str, Any] = self.transform(
+            decode_image(row["image"]), seeded_generator(self.seed, int(self._epoch), index)
+        )
+        if "label" in row and "key_pixel_values" not in views:
+            views["labels"] = row["label"]
+        return views
+
+    def _skip(self, row: dict[str, Any], place: str, error: OSError) -> None:
+        self._skipped += 1
+        logger.warning("skipped an image that cannot be read: %s (%s)", row["image"]["path"] or place, error)
+
+
+class MapImages(_Images, torch.utils.data.Dataset):
+    """Transformed images by index. The views of one image depend on (seed, epoch, index) alone.
+
+    An image that cannot be read is named and counted, and the next readable one takes its place: batches keep their
+    size, which the queue and the other processes rely on.
+    """
+
+    def __init__(self, source: datasets.Dataset, transform: Transform, seed: int = 0):
+        super().__init__(transform, seed)
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for i in range(index, index + len(self)):
+            row = self.source[i % len(self)]
+            try:
+                return self._views(row, i % len(self))
+            except OSError as error:
+                self._skip(row, f"row {i % len(self)}", error)
+        raise ValueError(f"none of the {len(self)} images can be read: is this an image dataset?")
+
+
+class StreamedImages(_Images, torch.utils.data.IterableDataset):
+    """Transformed images in a shuffled sequence of shards, divided over processes and workers.
+
+    The views of one image depend on (seed, epoch, the image's bytes) alone: not on how many processes read the stream.
+    Every epoch has the same number of whole batches on every process. A worker whose shards end early begins them again,
+    one with more than its share leaves the rest for another epoch's order.
+
+    Args:
+        source: rows of `load_images`.
+        images_per_epoch: images that make an epoch over all processes.
+        batch_size: per process, as in the DataLoader.
+        rank, world_size: this process and how many there are.
+        buffer_size: images among which the next one is drawn.
+    """
+
+    def __init__(
+        self,
+        source: datasets.IterableDataset,
+        transform: Transform,
+        *,
+        images_per_epoch: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        buffer_size: int = 10_000,
+    ):
+        super().__init__(transform, seed)
+        shuffled = source.shuffle(seed=seed, buffer_size=buffer_size)
+        self.source = split_dataset_by_node(shuffled, rank=rank, world_size=world_size)
+        self.batch_size = batch_size
+        self.batches = images_per_epoch // (batch_size * world_size)
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
+
+    @property
+    def max_workers(self) -> int:
+        """Workers that have a shard of their own to read."""
+        return max(1, self.source.num_shards)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        batches = len(range(worker, self.batches, workers))  # the DataLoader asks the workers in turn
+        self.source.set_epoch(int(self._epoch))
+        yield from islice(self._endless(), batches * self.batch_size)
+
+    def _endless(self) -> Iterator[dict[str, Any]]:
+        while True:
+            readable = 0
+            for row in self.source:
+                try:
+                    views = self._views(row, _content_key(row["image"]))
+                except OSError as error:
+                    self._skip(row, "an image of the stream", error)
+                    continue
+                readable += 1
+                yield views
+            if not readable:
+                raise ValueError("the stream has no image that can be read: is this an image dataset?")
+
+
+def _content_key(image: dict[str, Any]) -> int:
+    return zlib.crc32(image["bytes"] if image["bytes"] is not None else str(image["path"]).encode())
+
+
+def images_per_epoch(source: datasets.IterableDataset, args: DataArguments) -> int:
+    """Length of an epoch of a stream, which the learning-rate schedule needs.
+
+    Raises:
+        ValueError: neither the dataset nor the user says.
+    """
+    if args.max_train_samples is not None:
+        return args.max_train_samples
+    splits = source.info.splits or {}
+    if args.train_split in splits and splits[args.train_split].num_examples:
+        return splits[args.train_split].num_examples
+    raise ValueError(
+        f"{args.dataset_name} does not say how many images it has: pass --max_train_samples, the images of one epoch"
+    )
+
+
+class NormalizeOnDevice:
+    """Mixin for a Trainer: batches travel as uint8 and are normalised where the model is."""
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        processor = self.processing_class
+        return {
+            name: normalize(value, processor.image_mean, processor.image_std) if value.dtype == torch.uint8 else value
+            for name, value in inputs.items()
+        }

@@ -1,0 +1,85 @@
+"""Pictures of a run. Every function writes one PNG and returns its path."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+
+from .data import MapImages
+from .knn import nearest
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
+
+BLUE, ORANGE, GREEN, GRAY = "#2563eb", "#d97706", "#059669", "#6b7280"
+
+
+def _series(history: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    rows = [(entry["epoch"], entry[key]) for entry in history if key in entry]
+    return [epoch for epoch, _ in rows], [value for _, value in rows]
+
+
+def training_curve(history: list[dict[str, Any]], queue_size: int, path: Path) -> Path:
+    """Loss against chance level log(K + 1), contrast accuracy with kNN accuracy, and the learning rate, by epoch."""
+    figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    loss.plot(*_series(history, "loss"), color=BLUE)
+    loss.axhline(np.log(queue_size + 1), color=GRAY, linestyle=":", label=f"log(K + 1) = {np.log(queue_size + 1):.2f}")
+    loss.set(title="InfoNCE loss", xlabel="epoch", ylim=(0, None))
+    loss.legend(frameon=False)
+    accuracy.plot(*_series(history, "contrast_top1"), color=ORANGE, label="contrast top-1")
+    accuracy.plot(*_series(history, "eval_knn_top1"), color=GREEN, marker="o", markersize=4, label="kNN top-1")
+    accuracy.set(title="accuracy, %", xlabel="epoch", ylim=(0, 100))
+    accuracy.legend(frameon=False)
+    rate.plot(*_series(history, "learning_rate"), color=BLUE)
+    rate.set(title="learning rate", xlabel="epoch", ylim=(0, None))
+    for axis in (loss, accuracy, rate):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def neighbour_grid(
+    queries: MapImages,
+    bank: MapImages,
+    query_features: torch.Tensor,
+    bank_features: torch.Tensor,
+    class_names: list[str],
+    path: Path,
+    rows: int = 8,
+    neighbours: int = 5,
+) -> Path:
+    """Queries in the first column and their nearest bank images beside them, by cosine similarity.
+
+    A neighbour of another class has an orange frame.
+
+    Args:
+        query_features, bank_features: unit length, one row per image of `queries` and `bank`.
+    """
+    chosen = torch.linspace(0, len(queries) - 1, min(rows, len(queries))).long().unique()
+    similarity, index = next(nearest(query_features[chosen.to(query_features.device)], bank_features, neighbours))
+    order = similarity.argsort(dim=1, descending=True)
+    similarity, index = similarity.gather(1, order).cpu(), index.gather(1, order).cpu()
+    figure, axes = plt.subplots(
+        len(chosen), neighbours + 1, figsize=(1.3 * (neighbours + 1), 1.5 * len(chosen)), layout="constrained"
+    )
+    for row, query in zip(axes, chosen.tolist(), strict=True):
+        sample = queries[query]
+        _show(row[0], sample, f"query: {class_names[sample['labels']]}", BLUE)
+        for axis, i, value in zip(row[1:], index[chosen.tolist().index(query)], similarity[chosen.tolist().index(query)]):
+            found = bank[int(i)]
+            same = found["labels"] == sample["labels"]
+            _show(axis, found, f"{class_names[found['labels']]}  {value:.2f}", GRAY if same else ORANGE)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _show(axis, sample: dict[str, Any], title: str, colour: str) -> None:
+    axis.imshow(sample["pixel_values"].permute(1, 2, 0).numpy())
+    axis.set_title(title, fontsize=8, color=colour)
+    axis.set(xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set(color=colour, linewidth=2)

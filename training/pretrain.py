@@ -1,0 +1,155 @@
+"""A pretraining run from its arguments: build it, run it, leave its results behind."""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import set_seed
+from transformers.trainer_utils import IntervalStrategy
+
+from modeling_moco import MoCoModel
+
+from . import plots
+from .augment import EvaluationView, TwoViews, build_policy
+from .data import ImageSplits, MapImages, StreamedImages, images_per_epoch, load_images
+from .knn import extract_features
+from .recipe import PretrainArguments
+from .trainer import MoCoTrainer
+
+PICTURED_BANK = 10_000  # images among which the neighbour picture searches
+
+
+def build_trainer(args: PretrainArguments) -> MoCoTrainer:
+    """Data, model and trainer. Everything that the user's input can break breaks here, before any time is spent.
+
+    Raises:
+        ValueError: with the value, the rule and the remedy.
+    """
+    data, training = args.data, args.training
+    splits = load_images(data)
+    train = _training_images(args, splits)
+    bank = queries = None
+    if training.eval_strategy != IntervalStrategy.NO:
+        missing = _missing_for_knn(args, splits)
+        if missing:
+            print(f"The kNN monitor is off: it needs {missing}.")
+            training.eval_strategy, training.eval_on_start = IntervalStrategy.NO, False
+        else:
+            view = EvaluationView(data.eval_resize, data.image_size)
+            bank, queries = MapImages(splits.train, view), MapImages(splits.eval, view)
+            if training.knn_k > len(bank):
+                raise ValueError(f"knn_k ({training.knn_k}) is larger than the train split ({len(bank)} images): lower it")
+    set_seed(training.seed)
+    model = MoCoModel(args.config)
+    check_image_size(model, data.image_size)
+    trainer = MoCoTrainer(model, training, train, data.image_processor(), bank, queries)
+    trainer.class_names = splits.class_names
+    return trainer
+
+
+def _training_images(args: PretrainArguments, splits: ImageSplits) -> MapImages | StreamedImages:
+    data, training = args.data, args.training
+    views = TwoViews(build_policy(data.augmentation, data.horizontal_flip), data.image_size)
+    if not data.streaming:
+        return MapImages(splits.train, views, training.seed)
+    return StreamedImages(
+        splits.train,
+        views,
+        images_per_epoch=images_per_epoch(splits.train, data),
+        batch_size=training.per_device_train_batch_size,
+        seed=training.seed,
+        rank=training.process_index,
+        world_size=training.world_size,
+        buffer_size=data.shuffle_buffer,
+    )
+
+
+def _missing_for_knn(args: PretrainArguments, splits: ImageSplits) -> str | None:
+    if args.data.streaming:
+        return "an indexed dataset (no --streaming)"
+    if splits.class_names is None:
+        return "a label column"
+    return "a split to evaluate on" if splits.eval is None else None
+
+
+@torch.no_grad()
+def check_image_size(model: MoCoModel, size: int) -> None:
+    """Try the encoder on one blank image.
+
+    Raises:
+        ValueError: it takes no images of that size.
+    """
+    try:
+        model.eval().features(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"image_size ({size}) is refused by {model.config.architecture} ({error}): choose another, or for a ViT pass "
+            f'--model_args \'{{"img_size": {size}}}\''
+        ) from error
+
+
+def announce(args: PretrainArguments, trainer: MoCoTrainer, default_recipe: bool) -> None:
+    """Say what is about to run, in the numbers that decide its result."""
+    training, config = args.training, args.config
+    if default_recipe:
+        print(
+            "No --recipe given: running 'quickstart'. For your own images:\n"
+            "  accelerate launch scripts/pretrain.py --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER "
+            "--output_dir runs/mine"
+        )
+    for key in ("title", "source", "hardware", "expected"):
+        if key in args.recipe.about:
+            print(f"{key:>9}: {args.recipe.about[key]}")
+    print(
+        f"      run: {len(trainer.train_dataset):,} images, global batch {training.images_per_step} "
+        f"({training.world_size} x {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
+        f"accumulated), rate {training.learning_rate:g}, {config.architecture}, K {config.queue_size:,}, "
+        f"m {config.key_momentum:g}, T {config.temperature:g}, to {training.output_dir}"
+    )
+    recipe_batch = args.recipe.values.get("global_batch_size")
+    if recipe_batch not in (None, training.images_per_step) and (
+        training.learning_rate == args.recipe.values.get("learning_rate")
+    ):
+        print(
+            f"warning: the recipe's rate {training.learning_rate:g} is for a global batch of {recipe_batch}; for "
+            f"{training.images_per_step} the linear rule gives "
+            f"{training.learning_rate * training.images_per_step / recipe_batch:g} (--learning_rate)"
+        )
+    if len(trainer.train_dataset) * training.world_size < config.queue_size:
+        print(
+            f"warning: the queue ({config.queue_size:,}) is larger than the dataset: keys of the same image are among the "
+            "negatives. Lower --queue_size"
+        )
+
+
+def finish(args: PretrainArguments, trainer: MoCoTrainer) -> dict[str, Any]:
+    """Save the model, `metrics.json`, the curves and the nearest neighbours to the output directory."""
+    folder = Path(str(args.training.output_dir))
+    trainer.save_model(str(folder))
+    history = trainer.state.log_history
+    knn = [entry["eval_knn_top1"] for entry in history if "eval_knn_top1" in entry]
+    steps = [entry for entry in history if "loss" in entry]
+    metrics = {
+        "knn_top1_before": knn[0] if knn else None,
+        "knn_top1_after": knn[-1] if knn else None,
+        "loss": steps[-1]["loss"],
+        "contrast_top1": steps[-1]["contrast_top1"],
+        "images_per_second": median(entry["images_per_second"] for entry in steps),
+        "steps": trainer.state.global_step,
+        "skipped_images": trainer.train_dataset.skipped,
+    }
+    if knn:
+        bank = torch.utils.data.Subset(trainer.knn_bank, range(min(PICTURED_BANK, len(trainer.knn_bank))))
+        features = [
+            extract_features(trainer.model, images, trainer.processing_class)[0] for images in (bank, trainer.eval_dataset)
+        ]
+    if trainer.is_world_process_zero():
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        plots.training_curve(history, args.config.queue_size, folder / "training_curve.png")
+        if knn:
+            plots.neighbour_grid(
+                trainer.eval_dataset, bank, features[1], features[0], trainer.class_names, folder / "neighbours.png"
+            )
+    return metrics
