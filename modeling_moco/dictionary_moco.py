@@ -22,6 +22,9 @@ class QueueDictionary(nn.Module):
     length; `queue_ptr` (1,), the column that the next key overwrites.
     """
 
+    queue: torch.Tensor
+    queue_ptr: torch.Tensor
+
     def __init__(self, dim: int, size: int):
         super().__init__()
         # An explicit dtype survives `from_pretrained(dtype=torch.bfloat16)`, where a default one is cast.

@@ -48,6 +48,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     """
 
     splits: int
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -83,7 +86,7 @@ def convert_batch_norm(encoder: nn.Module, config: MoCoConfig) -> nn.Module:
         for name, module in encoder.named_modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = SplitBatchNorm2d
-                module.splits = config.batch_norm_splits
+                setattr(module, "splits", config.batch_norm_splits)  # noqa: B010  (mypy knows nn.BatchNorm2d only)
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
                 raise ValueError(
                     f"batch_norm='split' handles nn.BatchNorm2d only, but {config.architecture} has "

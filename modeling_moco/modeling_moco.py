@@ -5,6 +5,7 @@ Shapes: `N` local batch, `R` processes, `C` projection_dim, `K` queue_size, `D` 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -29,6 +30,8 @@ from .image_processing_moco import MoCoImageProcessor  # noqa: F401  (travels wi
 
 logger = logging.get_logger(__name__)
 
+TimmEncoder = Any  # timm has no type for "a model with forward_features, forward_head and feature_info"
+
 
 @dataclass
 class MoCoOutput(ModelOutput):
@@ -41,13 +44,13 @@ class MoCoOutput(ModelOutput):
         key_embeds: keys of all processes in rank order, unit length, without gradient (R·N, C).
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    query_embeds: torch.FloatTensor | None = None
-    key_embeds: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    query_embeds: torch.Tensor | None = None
+    key_embeds: torch.Tensor | None = None
 
 
-def build_encoder(config: MoCoConfig) -> nn.Module:
+def build_encoder(config: MoCoConfig) -> TimmEncoder:
     """The timm model without its classifier, with the stem and the BatchNorm that the config names.
 
     Raises:
@@ -73,7 +76,7 @@ def _keep_timm_initialisation(encoder: nn.Module) -> None:
     for module in encoder.modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             for parameter in module.parameters(recurse=False):
-                parameter._is_hf_initialized = not parameter.is_meta
+                setattr(parameter, "_is_hf_initialized", not parameter.is_meta)  # noqa: B010
 
 
 def build_projector(config: MoCoConfig, dim: int) -> nn.Module:
@@ -139,6 +142,9 @@ class MoCoModel(MoCoPreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"^encoder_k\.", r"^projector_[qk]\.", r"^dictionary\."]
     _keys_to_ignore_on_load_unexpected = [r"^encoder_k\.", r"^projector_[qk]\.", r"^dictionary\.", r"^classifier\."]
 
+    encoder_q: TimmEncoder
+    encoder_k: TimmEncoder
+
     def __init__(self, config: MoCoConfig, momentum_encoder: bool = True):
         super().__init__(config)
         self.encoder_q = build_encoder(config)
@@ -150,7 +156,7 @@ class MoCoModel(MoCoPreTrainedModel):
             self.projector_k = build_projector(config, dim)
             self.dictionary = build_dictionary(config)
         self.post_init()
-        if momentum_encoder and not self.device.type == "meta":
+        if momentum_encoder and self.device.type != "meta":
             self.reset_key_encoder()
 
     def tie_weights(self, missing_keys: set[str] | None = None, **kwargs):
@@ -172,8 +178,8 @@ class MoCoModel(MoCoPreTrainedModel):
     @torch.no_grad()
     def update_key_encoder(self) -> None:
         """`k = m * k + (1 - m) * q` over parameters (v1 paper, equation 2). BatchNorm statistics are the key's own."""
-        q = [*self.encoder_q.parameters(), *self.projector_q.parameters()]
-        k = [*self.encoder_k.parameters(), *self.projector_k.parameters()]
+        q: list[torch.Tensor] = [*self.encoder_q.parameters(), *self.projector_q.parameters()]
+        k: list[torch.Tensor] = [*self.encoder_k.parameters(), *self.projector_k.parameters()]
         torch._foreach_lerp_(k, q, 1 - self.config.key_momentum)
 
     def features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPoolingAndNoAttention:
@@ -242,6 +248,8 @@ class MoCoForImageClassification(MoCoPreTrainedModel):
 
     _keys_to_ignore_on_load_unexpected = [r"encoder_k\.", r"projector_[qk]\.", r"dictionary\."]
 
+    moco: MoCoModel
+
     def __init__(self, config: MoCoConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -275,6 +283,8 @@ class MoCoBackbone(BackboneMixin, MoCoPreTrainedModel):
 
     has_attentions = False
     _keys_to_ignore_on_load_unexpected = [r"encoder_k\.", r"projector_[qk]\.", r"dictionary\.", r"^classifier\."]
+
+    encoder_q: TimmEncoder
 
     def __init__(self, config: MoCoConfig):
         encoder = build_encoder(config)

@@ -4,8 +4,9 @@ import sys
 
 from transformers.utils.logging import disable_progress_bar
 
+from training.cli import claim_output_dir, one_line_errors
 from training.pretrain import announce, build_trainer, finish
-from training.recipe import claim_output_dir, one_line_errors, parse_pretrain
+from training.recipe import parse_pretrain
 
 
 def main(argv: list[str]) -> None:
@@ -13,7 +14,7 @@ def main(argv: list[str]) -> None:
     with one_line_errors():
         args = parse_pretrain(argv)
         trainer = build_trainer(args)
-        checkpoint = claim_output_dir(args)
+        checkpoint = claim_output_dir(args.training, args.settings, args.recipe.about)
     if trainer.is_world_process_zero():
         announce(args, trainer, default_recipe=not any(word.startswith("--recipe") for word in argv))
         if checkpoint:

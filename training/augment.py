@@ -162,8 +162,9 @@ def _to_uint8(image: Image.Image) -> torch.Tensor:
 
 
 def normalize(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 images (N, 3, H, W) to float32, scaled to [0, 1] and standardised per channel."""
-    return TF.normalize(images.float().div_(255), list(mean), list(std), inplace=True)
+    """uint8 images (N, 3, H, W) to float32 in channels_last layout, scaled to [0, 1] and standardised per channel."""
+    images = images.to(torch.float32, memory_format=torch.channels_last)
+    return TF.normalize(images.div_(255), list(mean), list(std), inplace=True)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.utils.data import get_worker_info
 
 from modeling_moco import MoCoImageProcessor
 
-from .augment import IMAGENET_MEAN, IMAGENET_STD, normalize, seeded_generator
+from .augment import IMAGENET_MEAN, IMAGENET_STD, EvaluationView, seeded_generator
 
 logger = logging.getLogger(__name__)
 
@@ -62,25 +62,29 @@ class DataArguments:
         default=None, metadata={"help": "short side before the evaluation crop; by default image_size * 256 / 224"}
     )
     augmentation: Literal["v1", "v2", "cifar"] = field(default="v2", metadata={"help": "random views of pretraining"})
-    horizontal_flip: bool = field(default=True, metadata={"help": "switch off where a mirror image means another thing"})
+    horizontal_flip: bool = field(
+        default=True, metadata={"help": "switch off where a mirror image means another thing"}
+    )
     image_mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN), metadata={"help": "per channel, 0-1"})
     image_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD), metadata={"help": "per channel, 0-1"})
 
     def __post_init__(self):
         if self.image_size < 1:
             raise ValueError(f"image_size ({self.image_size}) must be at least 1 pixel")
-        if self.eval_resize is None:
-            self.eval_resize = round(self.image_size * 256 / 224)
-        if self.eval_resize < self.image_size:
+        if self.eval_resize is not None and self.eval_resize < self.image_size:
             raise ValueError(
                 f"eval_resize ({self.eval_resize}) is smaller than image_size ({self.image_size}): raise it, or the "
                 "evaluation crop would be padded"
             )
 
+    def evaluation_view(self) -> EvaluationView:
+        """The fixed view of kNN, probes and pipelines."""
+        return EvaluationView(self.eval_resize or round(self.image_size * 256 / 224), self.image_size)
+
     def image_processor(self) -> MoCoImageProcessor:
-        """The evaluation transform in transformers' terms; it is saved beside every model."""
+        """The evaluation view in transformers' terms; it is saved beside every model."""
         return MoCoImageProcessor(
-            size={"shortest_edge": self.eval_resize},
+            size={"shortest_edge": self.evaluation_view().resize},
             crop_size={"height": self.image_size, "width": self.image_size},
             image_mean=self.image_mean,
             image_std=self.image_std,
@@ -89,22 +93,31 @@ class DataArguments:
 
 @dataclass
 class ImageSplits:
-    """Rows `{"image": {"bytes", "path"}, "label"}`; without labels the second column and `class_names` are absent."""
+    """Rows `{"image": {"bytes", "path"}, "label"}`; without labels the second column and `class_names` are empty.
 
-    train: datasets.Dataset | datasets.IterableDataset
-    eval: datasets.Dataset | datasets.IterableDataset | None
-    class_names: list[str] | None
+    Args:
+        train, eval: a `datasets.Dataset`, or with `--streaming` an IterableDataset; `eval` is None without such a split.
+    """
+
+    train: Any
+    eval: Any
+    class_names: list[str]
 
 
-def load_images(args: DataArguments) -> ImageSplits:
+def load_images(args: DataArguments, labelled: bool = False) -> ImageSplits:
     """Open a dataset and give its columns their names.
+
+    Args:
+        labelled: insist on labels and on a split to evaluate on.
 
     Raises:
         ValueError: no such dataset, split or column; a column that holds no images; an empty split.
     """
     splits = _open(args)
     if args.train_split not in splits:
-        raise ValueError(f"train_split ({args.train_split!r}) is not in {args.dataset_name}: it has {', '.join(splits)}")
+        raise ValueError(
+            f"train_split ({args.train_split!r}) is not in {args.dataset_name}: it has {', '.join(splits)}"
+        )
     if args.eval_split is not None and args.eval_split not in splits:
         raise ValueError(f"eval_split ({args.eval_split!r}) is not in {args.dataset_name}: it has {', '.join(splits)}")
     eval_split = args.eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
@@ -116,6 +129,12 @@ def load_images(args: DataArguments) -> ImageSplits:
     if not args.streaming:
         train = _first(train, args.max_train_samples, args.train_split)
         evaluation = evaluation and _first(evaluation, args.max_eval_samples, str(eval_split))
+    if labelled and not class_names:
+        raise ValueError(
+            f"{args.dataset_name} has no label column: name it with --label_column or choose another dataset"
+        )
+    if labelled and evaluation is None:
+        raise ValueError(f"{args.dataset_name} has no split to evaluate on among {', '.join(splits)}: add --eval_split")
     return ImageSplits(train, evaluation, class_names)
 
 
@@ -127,12 +146,16 @@ def _open(args: DataArguments) -> dict[str, Any]:
     if path.is_file():
         builders = {".parquet": "parquet", ".tar": "webdataset"}
         if path.suffix not in builders:
-            raise ValueError(f"dataset_name ({name}) is a file that is neither .parquet nor .tar: pass the folder it is in")
+            raise ValueError(
+                f"dataset_name ({name}) is a file that is neither .parquet nor .tar: pass the folder it is in"
+            )
         return datasets.load_dataset(
             builders[path.suffix], data_files={args.train_split: str(path)}, streaming=args.streaming
         )
     if not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise ValueError(f"dataset_name ({name}) does not exist: pass a folder, a parquet or tar file, or a Hub dataset")
+        raise ValueError(
+            f"dataset_name ({name}) does not exist: pass a folder, a parquet or tar file, or a Hub dataset"
+        )
     try:
         return datasets.load_dataset(name, args.dataset_config_name, streaming=args.streaming)
     except (FileNotFoundError, ConnectionError, ValueError) as error:
@@ -162,7 +185,7 @@ def _find_columns(features: datasets.Features, args: DataArguments) -> tuple[str
 
 
 def _rename(split, image_column: str, label_column: str | None):
-    names: list[str] | None = None
+    names: list[str] = []
     columns = {image_column: "image"}
     if label_column is not None:
         columns[label_column] = "label"
@@ -195,7 +218,9 @@ def load_digits(size: int = 32) -> datasets.DatasetDict:
     splits = {}
     for name, indices in zip(("train", "test"), rows, strict=True):
         images = [
-            Image.fromarray((source.images[i] * (255 / 16)).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+            Image.fromarray((source.images[i] * (255 / 16)).astype(np.uint8)).resize(
+                (size, size), Image.Resampling.BICUBIC
+            )
             for i in indices
         ]
         labels = source.target[indices].tolist()
@@ -260,6 +285,10 @@ class MapImages(_Images, torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def first(self, count: int) -> "MapImages":
+        """The first images, or all where there are fewer."""
+        return MapImages(self.source.select(range(min(count, len(self)))), self.transform, self.seed)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for i in range(index, index + len(self)):
@@ -352,15 +381,3 @@ def images_per_epoch(source: datasets.IterableDataset, args: DataArguments) -> i
     raise ValueError(
         f"{args.dataset_name} does not say how many images it has: pass --max_train_samples, the images of one epoch"
     )
-
-
-class NormalizeOnDevice:
-    """Mixin for a Trainer: batches travel as uint8 and are normalised where the model is."""
-
-    def _prepare_inputs(self, inputs):
-        inputs = super()._prepare_inputs(inputs)
-        processor = self.processing_class
-        return {
-            name: normalize(value, processor.image_mean, processor.image_std) if value.dtype == torch.uint8 else value
-            for name, value in inputs.items()
-        }

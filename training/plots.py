@@ -11,7 +11,7 @@ from .data import MapImages
 from .knn import nearest
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
+import matplotlib.pyplot as plt
 
 BLUE, ORANGE, GREEN, GRAY = "#2563eb", "#d97706", "#059669", "#6b7280"
 
@@ -48,7 +48,6 @@ def neighbour_grid(
     bank_features: torch.Tensor,
     class_names: list[str],
     path: Path,
-    rows: int = 8,
     neighbours: int = 5,
 ) -> Path:
     """Queries in the first column and their nearest bank images beside them, by cosine similarity.
@@ -58,21 +57,18 @@ def neighbour_grid(
     Args:
         query_features, bank_features: unit length, one row per image of `queries` and `bank`.
     """
-    chosen = torch.linspace(0, len(queries) - 1, min(rows, len(queries))).long().unique()
-    similarity, index = next(nearest(query_features[chosen.to(query_features.device)], bank_features, neighbours))
-    order = similarity.argsort(dim=1, descending=True)
-    similarity, index = similarity.gather(1, order).cpu(), index.gather(1, order).cpu()
+    similarity, index = next(nearest(query_features, bank_features, neighbours))
     figure, axes = plt.subplots(
-        len(chosen), neighbours + 1, figsize=(1.3 * (neighbours + 1), 1.5 * len(chosen)), layout="constrained"
+        len(queries), neighbours + 1, figsize=(1.1 * (neighbours + 1), 1.25 * len(queries)), layout="constrained"
     )
-    for row, query in zip(axes, chosen.tolist(), strict=True):
-        sample = queries[query]
-        _show(row[0], sample, f"query: {class_names[sample['labels']]}", BLUE)
-        for axis, i, value in zip(row[1:], index[chosen.tolist().index(query)], similarity[chosen.tolist().index(query)]):
-            found = bank[int(i)]
-            same = found["labels"] == sample["labels"]
-            _show(axis, found, f"{class_names[found['labels']]}  {value:.2f}", GRAY if same else ORANGE)
-    figure.savefig(path, dpi=120)
+    for i, row in enumerate(axes):
+        query = queries[i]
+        _show(row[0], query, f"query: {class_names[query['labels']]}", BLUE)
+        for axis, j in zip(row[1:], similarity[i].argsort(descending=True), strict=True):
+            found = bank[int(index[i, j])]
+            colour = GRAY if found["labels"] == query["labels"] else ORANGE
+            _show(axis, found, f"{class_names[found['labels']]}  {similarity[i, j]:.2f}", colour)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
 

@@ -12,13 +12,13 @@ from transformers.trainer_utils import IntervalStrategy
 from modeling_moco import MoCoModel
 
 from . import plots
-from .augment import EvaluationView, TwoViews, build_policy
+from .augment import TwoViews, build_policy
 from .data import ImageSplits, MapImages, StreamedImages, images_per_epoch, load_images
 from .knn import extract_features
 from .recipe import PretrainArguments
 from .trainer import MoCoTrainer
 
-PICTURED_BANK = 10_000  # images among which the neighbour picture searches
+PICTURED_QUERIES, PICTURED_BANK = 8, 10_000  # rows of the neighbour picture, and images that it searches
 
 
 def build_trainer(args: PretrainArguments) -> MoCoTrainer:
@@ -37,10 +37,12 @@ def build_trainer(args: PretrainArguments) -> MoCoTrainer:
             print(f"The kNN monitor is off: it needs {missing}.")
             training.eval_strategy, training.eval_on_start = IntervalStrategy.NO, False
         else:
-            view = EvaluationView(data.eval_resize, data.image_size)
+            view = data.evaluation_view()
             bank, queries = MapImages(splits.train, view), MapImages(splits.eval, view)
             if training.knn_k > len(bank):
-                raise ValueError(f"knn_k ({training.knn_k}) is larger than the train split ({len(bank)} images): lower it")
+                raise ValueError(
+                    f"knn_k ({training.knn_k}) is larger than the train split ({len(bank)} images): lower it"
+                )
     set_seed(training.seed)
     model = MoCoModel(args.config)
     check_image_size(model, data.image_size)
@@ -69,7 +71,7 @@ def _training_images(args: PretrainArguments, splits: ImageSplits) -> MapImages 
 def _missing_for_knn(args: PretrainArguments, splits: ImageSplits) -> str | None:
     if args.data.streaming:
         return "an indexed dataset (no --streaming)"
-    if splits.class_names is None:
+    if not splits.class_names:
         return "a label column"
     return "a split to evaluate on" if splits.eval is None else None
 
@@ -86,7 +88,7 @@ def check_image_size(model: MoCoModel, size: int) -> None:
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"image_size ({size}) is refused by {model.config.architecture} ({error}): choose another, or for a ViT pass "
-            f'--model_args \'{{"img_size": {size}}}\''
+            f"--model_args '{{\"img_size\": {size}}}'"
         ) from error
 
 
@@ -140,16 +142,15 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "skipped_images": trainer.train_dataset.skipped,
     }
-    if knn:
-        bank = torch.utils.data.Subset(trainer.knn_bank, range(min(PICTURED_BANK, len(trainer.knn_bank))))
-        features = [
-            extract_features(trainer.model, images, trainer.processing_class)[0] for images in (bank, trainer.eval_dataset)
-        ]
+    if trainer.knn_bank is not None:
+        bank, queries = trainer.knn_bank.first(PICTURED_BANK), trainer.eval_dataset.first(PICTURED_QUERIES)
+        query_features, _ = extract_features(trainer.model, queries, trainer.processing_class)
+        bank_features, _ = extract_features(trainer.model, bank, trainer.processing_class)
     if trainer.is_world_process_zero():
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         plots.training_curve(history, args.config.queue_size, folder / "training_curve.png")
-        if knn:
+        if trainer.knn_bank is not None:
             plots.neighbour_grid(
-                trainer.eval_dataset, bank, features[1], features[0], trainer.class_names, folder / "neighbours.png"
+                queries, bank, query_features, bank_features, trainer.class_names, folder / "neighbours.png"
             )
     return metrics

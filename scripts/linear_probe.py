@@ -1,0 +1,64 @@
+"""Train a linear classifier on a frozen encoder: `accelerate launch scripts/linear_probe.py runs/quickstart`."""
+
+import json
+import sys
+from pathlib import Path
+
+from transformers import pipeline, set_seed
+from transformers.utils import logging
+
+from training.cli import claim_output_dir, one_line_errors
+from training.data import decode_image, load_images
+from training.linear_probe import build_trainer, load_encoder, parse_linear_probe
+
+SHOWN_IMAGES = 4
+
+
+def main(argv: list[str]) -> None:
+    logging.disable_progress_bar()
+    with one_line_errors():
+        args = parse_linear_probe(argv)
+        splits = load_images(args.data, labelled=True)
+        set_seed(args.training.seed)
+        model = load_encoder(args, splits)
+        trainer = build_trainer(model, args.training, args.data, splits)
+        checkpoint = claim_output_dir(args.training, args.settings, {"title": args.title})
+    folder = Path(str(args.training.output_dir))
+    if trainer.is_world_process_zero():
+        print(f"{args.title}: {len(splits.train):,} images, {len(splits.class_names)} classes, to {folder}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model(str(folder))
+    if not trainer.is_world_process_zero():
+        return
+    result = {"protocol": args.title, "top1": metrics["eval_top1"], "top5": metrics["eval_top5"], "n": len(splits.eval)}
+    (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    classify = pipeline("image-classification", model=str(folder))
+    print(f"pipeline('image-classification', model='{folder}') on test images:")
+    for row in splits.eval.select(range(SHOWN_IMAGES)):
+        best = classify(decode_image(row["image"]))[0]
+        print(f"  {splits.class_names[row['label']]} is called {best['label']} ({best['score']:.2f})")
+    print_table(Path(args.model), result)
+    print(
+        "Next:\n"
+        f'  python -c "from transformers import pipeline; import modeling_moco; '
+        f"print(pipeline('image-classification', '{folder}')('IMAGE'))\"\n"
+        "  accelerate launch scripts/pretrain.py --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER --output_dir runs/mine\n"
+        "  accelerate launch scripts/pretrain.py --help"
+    )
+
+
+def print_table(run: Path, result: dict) -> None:
+    pretraining = run / "metrics.json"
+    rows = {}
+    if pretraining.is_file():
+        numbers = json.loads(pretraining.read_text(encoding="utf-8"))
+        rows = {"kNN before training": numbers["knn_top1_before"], "kNN after": numbers["knn_top1_after"]}
+    rows["linear probe top-1"] = result["top1"]
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}} | " + (f"{value:5.1f} %" if value is not None else "not measured"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

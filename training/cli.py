@@ -1,0 +1,144 @@
+"""The command line of every script: flags from dataclasses, one line for an error, an output directory per run."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from .sgd_trainer import SGDTrainingArguments
+
+SAVED_RECIPE = "recipe.yaml"  # the settings of a run, in its output directory
+# What may differ between a run and its continuation.
+FREE_TO_CHANGE = {
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "logging_steps",
+    "report_to",
+    "disable_tqdm",
+    "save_total_limit",
+}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    # One spelling of each flag; the others (dashes, --no_...) still work.
+    def _format_action_invocation(self, action):
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {self._format_args(action, 'VALUE')}"
+
+
+def build_parser(kinds: Iterable[Any], usage: str, description: str) -> HfArgumentParser:
+    """A flag for every field of these dataclasses, the project's own first."""
+    parser = HfArgumentParser(
+        formatter_class=lambda prog: _Help(prog, max_help_position=34, width=120),
+        allow_abbrev=False,
+        usage=usage,
+        description=description,
+    )
+    for kind in kinds:
+        parser._add_dataclass_arguments(kind)
+    # argparse prints groups in order: what the training arguments inherit from transformers goes to the end.
+    training = parser._action_groups[-1]
+    inherited = parser.add_argument_group("transformers.TrainingArguments")
+    project = {
+        name for ancestor in kind.__mro__ if ancestor.__module__.startswith("training.") for name in vars(ancestor)
+    }
+    inherited._group_actions = [a for a in training._group_actions if a.dest not in project]
+    training._group_actions = [a for a in training._group_actions if a.dest in project]
+    return parser
+
+
+def parse_flags(
+    parser: HfArgumentParser, parts: dict[str, Any], argv: list[str], defaults: dict[str, Any]
+) -> tuple[argparse.Namespace, list[Any], dict[str, dict[str, Any]]]:
+    """Parse `argv` over `defaults`.
+
+    Returns:
+        the namespace, an instance of each part, and what `argv` or `defaults` said, by part.
+
+    Raises:
+        ValueError: an unknown flag, or a value out of its range.
+    """
+    dest = {flag: action.dest for action in parser._actions for flag in action.option_strings}
+    given = {word.split("=")[0] for word in argv if word.startswith("--")}
+    for flag in sorted(given - set(dest)):
+        raise ValueError(f"flag {flag} is unknown{nearest_name(flag, sorted(dest))}")
+    names = {dest[flag] for flag in given}
+    if "per_device_train_batch_size" in names:
+        defaults = defaults | {"global_batch_size": None}
+    parser.set_defaults(**defaults)
+    namespace = parser.parse_args(argv)
+    if isinstance(getattr(namespace, "model_args", None), str):
+        namespace.model_args = json.loads(namespace.model_args)
+    chosen = (names | set(defaults)) - {"output_dir"}
+    keys = {section: [f.name for f in dataclasses.fields(kind) if f.init] for section, kind in parts.items()}
+    instances = [kind(**{key: getattr(namespace, key) for key in keys[section]}) for section, kind in parts.items()]
+    settings = {section: {key: getattr(namespace, key) for key in keys[section] if key in chosen} for section in parts}
+    return namespace, instances, settings
+
+
+def nearest_name(word: str, known: list[str]) -> str:
+    """The end of an error message about an unknown name: the closest known one, or all of them."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f": did you mean {close[0]!r}?" if close else f": it may be one of {', '.join(known)}"
+
+
+def claim_output_dir(
+    training: SGDTrainingArguments, settings: dict[str, dict[str, Any]], about: dict[str, str]
+) -> str | None:
+    """Make the output directory this run's own.
+
+    An empty one gets `about` and `settings` as `recipe.yaml`. One that holds the same run is continued.
+
+    Returns:
+        the checkpoint to continue from, if any.
+
+    Raises:
+        ValueError: the directory holds another run, or something else.
+    """
+    folder = Path(str(training.output_dir))
+    saved = folder / SAVED_RECIPE
+    with training.main_process_first(desc="claiming the output directory"):
+        if saved.is_file():
+            there = yaml.safe_load(saved.read_text(encoding="utf-8"))
+            _check_same_run(folder, there, settings)
+            return get_last_checkpoint(str(folder))
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        saved.write_text(yaml.safe_dump({"about": about} | settings, sort_keys=False), encoding="utf-8")
+    return None
+
+
+def _check_same_run(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    for section, now in here.items():
+        then = there.get(section, {})
+        for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE):
+            if then.get(key) != now.get(key):
+                raise ValueError(
+                    f"output_dir ({folder}) already holds another run: {key} is {then.get(key)} there and {now.get(key)} "
+                    "here. Pass another --output_dir, or the same settings to continue it"
+                )
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with one line for an error of the user's, on the main process, before any time is spent."""
+    try:
+        yield
+    except (ValueError, StrictDataclassError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
+            print("error: " + " ".join(str(reason).split()), file=sys.stderr)
+        raise SystemExit(2) from None

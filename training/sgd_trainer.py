@@ -1,0 +1,155 @@
+"""transformers.Trainer set up as the official scripts train: SGD, weight decay on everything, a rate per whole epoch."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import SchedulerType
+
+from .augment import normalize
+
+
+@dataclass
+class SGDTrainingArguments(TrainingArguments):
+    """TrainingArguments whose defaults are the official scripts'. Where transformers' own would train something else."""
+
+    _argument_group_name = "training"
+
+    output_dir: str | None = field(default=None, metadata={"help": "where everything is written"})
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "images per optimizer step over all devices; instead of per_device_train_batch_size"},
+    )
+    lr_milestones: list[int] | None = field(
+        default=None,
+        metadata={"help": "epochs at which the rate drops to a tenth (v1: 120 160), instead of the cosine"},
+    )
+    seed: int = field(default=0, metadata={"help": "of weights, order and views"})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "images per device in evaluation"})
+    save_strategy: str = field(default="epoch", metadata={"help": "when to save a checkpoint: no, steps, epoch"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "newest checkpoints to keep"})
+    logging_steps: float = field(default=10, metadata={"help": "optimizer steps between two log entries"})
+    optim: str = field(default="sgd", metadata={"help": "the papers use SGD"})
+    optim_args: str | None = field(default="momentum=0.9", metadata={"help": "arguments of the optimizer"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "cosine: the official one, in whole epochs"})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay off: views have no columns"})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "every parameter is used"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "off: a NaN loss is shown"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.global_batch_size is not None:
+            parts = self.world_size * self.gradient_accumulation_steps
+            if self.global_batch_size < 1 or self.global_batch_size % parts:
+                raise ValueError(
+                    f"global_batch_size ({self.global_batch_size}) must be a positive multiple of {parts} "
+                    f"({self.world_size} processes x {self.gradient_accumulation_steps} accumulation steps)"
+                )
+            self.per_device_train_batch_size = self.global_batch_size // parts
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to copy to, and torch would warn every epoch
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of one optimizer step over all processes."""
+        return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+
+def epoch_factor(epoch: int, epochs: int, milestones: list[int] | None) -> float:
+    """Factor of the learning rate in `epoch` (from 0): x0.1 at every milestone passed, or without them a half cosine."""
+    if milestones:
+        return math.prod(0.1 for milestone in milestones if epoch >= milestone)
+    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def epoch_schedule(
+    optimizer: Optimizer, steps_per_epoch: int, epochs: int, milestones: list[int] | None = None
+) -> LambdaLR:
+    """A scheduler that is stepped at every optimizer step and changes the rate at the start of every epoch.
+
+    Args:
+        steps_per_epoch: optimizer steps of one epoch.
+        epochs: epochs of the run.
+        milestones: epochs at which the rate drops to a tenth; none for the cosine.
+    """
+    return LambdaLR(optimizer, lambda step: epoch_factor(step // steps_per_epoch, epochs, milestones))
+
+
+class ProgressBar(ProgressCallback):
+    """One bar with the newest numbers in it, and a line at every evaluation."""
+
+    NAMES: ClassVar = {
+        "loss": ("loss", "{:.3f}"),
+        "contrast_top1": ("contrast", "{:.1f}%"),
+        "eval_knn_top1": ("kNN", "{:.1f}%"),
+        "eval_top1": ("top-1", "{:.1f}%"),
+        "images_per_second": ("images/s", "{:.0f}"),
+    }
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.shown: dict[str, str] = {}
+        if self.training_bar is not None:
+            self.training_bar.update(state.global_step)  # of a resumed run
+            self.current_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None:
+            return
+        for key, (name, form) in self.NAMES.items():
+            if key in logs:
+                self.shown[name] = form.format(logs[key])
+        self.training_bar.set_postfix(self.shown)
+        if any(key.startswith("eval_") for key in logs):
+            numbers = "  ".join(f"{name} {value}" for name, value in self.shown.items())
+            self.training_bar.write(f"epoch {logs['epoch']:g} of {args.num_train_epochs:g}: {numbers}")
+
+
+class SGDTrainer(Trainer):
+    """Trainer for batches of uint8 images, which are normalised where the model is."""
+
+    args: SGDTrainingArguments
+    lr_scheduler: Any
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Convolutions are faster in this layout: 1.4 times on a CPU (test_resnet, 32 px), and tensor cores want it.
+        self.model.to(memory_format=torch.channels_last)
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(ProgressBar)
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        mean, std = self.processing_class.image_mean, self.processing_class.image_std
+        return {name: normalize(x, mean, std) if x.dtype == torch.uint8 else x for name, x in inputs.items()}
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return [name for name, _ in model.named_parameters()]  # the official optimiser decays everything
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = self.build_train_dataloader()
+        self._batches_per_epoch = len(loader)  # the schedule counts in epochs
+        return loader
+
+    def build_train_dataloader(self) -> DataLoader:
+        return super().get_train_dataloader()
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        args = self.args
+        official = args.lr_milestones or (
+            args.lr_scheduler_type == SchedulerType.COSINE and not args.get_warmup_steps(num_training_steps)
+        )
+        if self.lr_scheduler is None and official:
+            steps = math.ceil(self._batches_per_epoch / args.gradient_accumulation_steps)
+            epochs = math.ceil(num_training_steps / steps)
+            self.lr_scheduler = epoch_schedule(optimizer or self.optimizer, steps, epochs, args.lr_milestones)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
