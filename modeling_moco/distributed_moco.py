@@ -69,7 +69,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             self.weight.repeat(self.splits),
             self.bias.repeat(self.splits),
             training=True,
-            momentum=self.momentum,
+            momentum=self.momentum or 0.0,
             eps=self.eps,
         )
         self.running_mean.copy_(mean.view(self.splits, c).mean(dim=0))

@@ -24,7 +24,7 @@ class _EvaluationTransform:
         # transformers truncates an odd margin where torchvision rounds it: one pixel in a fifth of all images.
         height, width = image.shape[-2:]
         if height < size.height or width < size.width:
-            return super().center_crop(image, size, **kwargs)  # pads
+            return super().center_crop(image, size, **kwargs)  # type: ignore[misc]  # pads; a backend's method
         top, left = round((height - size.height) / 2), round((width - size.width) / 2)
         return image[..., top : top + size.height, left : left + size.width]
 

@@ -53,10 +53,14 @@ POLICIES = {
 }
 
 
-def build_policy(name: str, horizontal_flip: bool = True) -> ViewPolicy:
-    """The policy of that name; without `horizontal_flip` for images whose mirror image means something else."""
+def build_policy(name: str, horizontal_flip: bool = True, min_scale: float | None = None) -> ViewPolicy:
+    """The policy of that name; without flips for images whose mirror image means something else; with other crops."""
     policy = POLICIES[name]
-    return policy if horizontal_flip else replace(policy, flip_p=0.0)
+    return replace(
+        policy,
+        flip_p=policy.flip_p if horizontal_flip else 0.0,
+        min_scale=policy.min_scale if min_scale is None else min_scale,
+    )
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,10 @@ def _happens(p: float, generator: torch.Generator) -> bool:
 
 def _draw_box(width: int, height: int, min_scale: float, generator: torch.Generator) -> tuple[int, int, int, int]:
     area = height * width
-    log_ratio = torch.log(torch.tensor(ASPECT_RATIO))
+    log_ratio = torch.log(torch.tensor(ASPECT_RATIO)).tolist()
     for _ in range(10):
         target_area = area * _uniform(min_scale, 1.0, generator)
-        ratio = torch.exp(torch.empty(1).uniform_(log_ratio[0], log_ratio[1], generator=generator)).item()
+        ratio = torch.exp(torch.empty(1).uniform_(*log_ratio, generator=generator)).item()
         w, h = round(math.sqrt(target_area * ratio)), round(math.sqrt(target_area / ratio))
         if 0 < w <= width and 0 < h <= height:
             top = int(torch.randint(0, height - h + 1, (1,), generator=generator))

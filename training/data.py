@@ -65,12 +65,19 @@ class DataArguments:
     horizontal_flip: bool = field(
         default=True, metadata={"help": "switch off where a mirror image means another thing"}
     )
+    crop_min_scale: float | None = field(
+        default=None, metadata={"help": "smallest crop as a share of the image; by default that of the augmentation"}
+    )
     image_mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN), metadata={"help": "per channel, 0-1"})
     image_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD), metadata={"help": "per channel, 0-1"})
 
     def __post_init__(self):
         if self.image_size < 1:
             raise ValueError(f"image_size ({self.image_size}) must be at least 1 pixel")
+        if self.crop_min_scale is not None and not 0 < self.crop_min_scale <= 1:
+            raise ValueError(
+                f"crop_min_scale ({self.crop_min_scale}) must lie in (0, 1]: it is a share of the image's area"
+            )
         if self.eval_resize is not None and self.eval_resize < self.image_size:
             raise ValueError(
                 f"eval_resize ({self.eval_resize}) is smaller than image_size ({self.image_size}): raise it, or the "

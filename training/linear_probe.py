@@ -117,7 +117,11 @@ def _settings_of_pretraining(model: str | None) -> dict[str, Any]:
         return {}
     recipe = yaml.safe_load(saved.read_text(encoding="utf-8"))
     # The views of pretraining are not the probe's, and its images may be a stream.
-    data = {key: value for key, value in recipe["data"].items() if key not in ("augmentation", "streaming")}
+    data = {
+        key: value
+        for key, value in recipe["data"].items()
+        if key not in ("augmentation", "crop_min_scale", "streaming")
+    }
     return data | recipe.get("probe", {})
 
 
@@ -127,21 +131,21 @@ def load_encoder(run: ProbeRun, splits: ImageSplits) -> MoCoForImageClassificati
     Raises:
         ValueError: there is no model.
     """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers warns that the classifier is new, which is the point
     try:
         config = MoCoConfig.from_pretrained(run.model)
+        config.id2label = dict(enumerate(splits.class_names))
+        config.label2id = {name: i for i, name in config.id2label.items()}
+        if run.random_encoder:
+            return MoCoForImageClassification(config)
+        return MoCoForImageClassification.from_pretrained(run.model, config=config)
     except OSError as error:
         raise ValueError(
             f"{run.model} holds no model: pass the folder that a run saved to, e.g. runs/quickstart"
         ) from error
-    config.id2label = dict(enumerate(splits.class_names))
-    config.label2id = {name: i for i, name in config.id2label.items()}
-    if run.random_encoder:
-        return MoCoForImageClassification(config)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers warns that the classifier is new, which is the point
-    model = MoCoForImageClassification.from_pretrained(run.model, config=config)
-    logging.set_verbosity(verbosity)
-    return model
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def build_trainer(

@@ -53,7 +53,7 @@ def build_trainer(args: PretrainArguments) -> MoCoTrainer:
 
 def _training_images(args: PretrainArguments, splits: ImageSplits) -> MapImages | StreamedImages:
     data, training = args.data, args.training
-    views = TwoViews(build_policy(data.augmentation, data.horizontal_flip), data.image_size)
+    views = TwoViews(build_policy(data.augmentation, data.horizontal_flip, data.crop_min_scale), data.image_size)
     if not data.streaming:
         return MapImages(splits.train, views, training.seed)
     return StreamedImages(

@@ -48,7 +48,7 @@ class MoCoTrainingArguments(SGDTrainingArguments):
 
 
 class MoCoCallback(TrainerCallback):
-    """The two things that must happen outside a step: the momentum update, and telling the data which epoch it is."""
+    """What happens around the steps: the momentum update, the epoch of the data, when to log and evaluate."""
 
     def __init__(self, train_dataset: MapImages | StreamedImages):
         self.train_dataset = train_dataset
@@ -59,6 +59,10 @@ class MoCoCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         # Before the first micro-batch of every optimizer step, with the weights that the last one left: official order.
         model.update_key_encoder()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # a run shorter than logging_steps has a loss too
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if args.eval_strategy == IntervalStrategy.EPOCH:

@@ -1,0 +1,36 @@
+# A fresh machine needs Python 3.11, make, git and a package index.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: .venv/installed  ## build .venv and install the project into it (about 6 GB with CUDA libraries)
+
+.venv/installed: setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup  ## pretrain on scikit-learn's digits, probe, classify: three minutes on two cores, no download
+	$(LAUNCH) scripts/pretrain.py --recipe quickstart
+	$(LAUNCH) scripts/linear_probe.py runs/quickstart
+
+test: setup lint  ## lint, types and tests
+	$(BIN)/pytest --quiet -m 'not slow'
+
+test-slow: setup  ## the tests that take minutes
+	$(BIN)/pytest --quiet -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## put the code in its format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,107 @@
+"""The queue against a plain deque, and the loss at values that can be worked out by hand."""
+
+import math
+from collections import deque
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modeling_moco import MoCoConfig, MoCoModel
+from modeling_moco.dictionary_moco import QueueDictionary
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(shape), dim=-1)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = MoCoConfig(architecture="test_resnet", queue_size=64, projection_dim=16, batch_norm="plain")
+    return MoCoModel(config).eval()
+
+
+def test_queue_keeps_the_newest_keys_oldest_first_as_a_deque_does():
+    torch.manual_seed(0)
+    dictionary = QueueDictionary(dim=4, size=13)
+    oracle = deque(dictionary.queue.T.clone(), maxlen=13)
+    for n in [5, 1, 6, 13, 4, 12, 3, 7, 7, 7, 2, 13, 11]:
+        keys = unit(n, 4)
+        dictionary.enqueue(keys)
+        oracle.extend(keys)
+        oldest_first = dictionary.queue.roll(-int(dictionary.queue_ptr), dims=1).T
+        assert torch.equal(oldest_first, torch.stack(list(oracle)))
+
+
+def test_keys_fill_the_columns_from_the_pointer_on_and_wrap_around():
+    dictionary, keys = QueueDictionary(dim=4, size=5), unit(7, 4)
+    dictionary.enqueue(keys[:4])
+    assert torch.equal(dictionary.queue[:, :4], keys[:4].T)
+    dictionary.enqueue(keys[4:])
+    assert torch.equal(dictionary.queue, keys[[5, 6, 2, 3, 4]].T)
+    assert dictionary.queue_ptr.tolist() == [2]
+
+
+def test_positive_is_absent_from_the_negatives_until_it_is_enqueued(model):
+    images = torch.randn(4, 3, 32, 32)
+    queue = model.dictionary.queue.clone()
+    with torch.no_grad():
+        before = model(images, images)  # equal encoders and images: a key equals its query
+        assert torch.equal(model.dictionary.queue, queue)
+        model.dictionary.enqueue(before.key_embeds)
+        after = model(images, images)
+    highest = torch.full((4,), 1 / model.config.temperature)
+    torch.testing.assert_close(before.logits[:, 0], highest)
+    assert (before.logits[:, 1:] < 0.99 * highest[0]).all()
+    torch.testing.assert_close(after.logits[:, 1:].max(dim=1).values, highest)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1])
+def test_equal_similarities_give_the_logarithm_of_k_plus_one(model, temperature):
+    model.config.temperature = temperature
+    x_q, x_k = torch.randn(4, 3, 32, 32), torch.randn(1, 3, 32, 32).expand(4, -1, -1, -1)
+    with torch.no_grad():
+        key = model.encode_keys(x_k)[0]
+        model.dictionary.queue.copy_(key[:, None].expand(16, 64))
+        loss = model(x_q, x_k).loss
+    assert loss.item() == pytest.approx(math.log(64 + 1), abs=1e-5)
+
+
+def test_labels_point_at_the_column_of_the_own_key():
+    dictionary, q, k = QueueDictionary(dim=4, size=5), unit(3, 4), unit(3, 4)
+    similarities, labels = dictionary(q, k)
+    assert torch.equal(labels, torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(similarities[torch.arange(3), labels], (q * k).sum(dim=1))
+    torch.testing.assert_close(similarities[:, 1:], torch.einsum("nc,ck->nk", q, dictionary.queue))
+
+
+def test_columns_have_unit_length_at_the_start_and_after_training_steps(model):
+    ones = torch.ones(64)
+    torch.testing.assert_close(model.dictionary.queue.norm(dim=0), ones)
+    assert (model.dictionary.queue.T @ model.dictionary.queue).fill_diagonal_(0).abs().max() < 0.99  # not one direction
+    model.train()
+    for _ in range(5):
+        images = torch.randn(14, 3, 32, 32)
+        model.dictionary.enqueue(model(images, images).key_embeds)
+    torch.testing.assert_close(model.dictionary.queue.norm(dim=0), ones)
+
+
+def test_more_keys_than_the_queue_holds_are_rejected_and_change_nothing():
+    dictionary = QueueDictionary(dim=4, size=5)
+    queue = dictionary.queue.clone()
+    with pytest.raises(ValueError, match=r"queue_size \(5\).*global batch \(6\)"):
+        dictionary.enqueue(unit(6, 4))
+    assert torch.equal(dictionary.queue, queue)
+    assert dictionary.queue_ptr.item() == 0
+
+
+def test_queue_of_a_bfloat16_model_stores_float32_keys(model):
+    half = MoCoModel._from_config(model.config, dtype=torch.bfloat16)
+    images = torch.randn(8, 3, 32, 32, dtype=torch.bfloat16)
+    outputs = half(images, images)
+    half.dictionary.enqueue(outputs.key_embeds)
+    assert next(half.encoder_k.parameters()).dtype == torch.bfloat16
+    assert half.dictionary.queue.dtype == outputs.logits.dtype == torch.float32
+    assert torch.equal(half.dictionary.queue[:, :8], outputs.key_embeds.T)
+    assert not torch.equal(half.dictionary.queue, half.dictionary.queue.bfloat16().float())

@@ -1,0 +1,164 @@
+"""BatchNorm by groups against nn.BatchNorm2d, and two gloo processes against one."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from modeling_moco import MoCoConfig, MoCoModel
+from modeling_moco.distributed_moco import convert_batch_norm, gather, local_slice
+
+SPLITS, CHANNELS = 4, 3
+RANKS, LOCAL_BATCH = 2, 6
+
+
+def moco(batch_norm, splits=2):
+    torch.manual_seed(0)
+    return MoCoModel(
+        MoCoConfig(
+            architecture="test_resnet",
+            queue_size=64,
+            projection_dim=16,
+            batch_norm=batch_norm,
+            batch_norm_splits=splits,
+        )
+    )
+
+
+@pytest.fixture
+def plain():
+    """A BatchNorm whose every tensor and setting differs from the default."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(CHANNELS, eps=1e-3, momentum=0.3)
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(tensor, 0.5, 2)
+    return norm
+
+
+def split(plain):
+    norm = convert_batch_norm(
+        nn.Sequential(copy.deepcopy(plain)), MoCoConfig(batch_norm="split", batch_norm_splits=SPLITS)
+    )
+    return norm[0]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_split_batch_norm_is_batch_norm_on_each_interleaved_group(plain, memory_format):
+    norm = split(plain)
+    for _ in range(2):  # the second step starts from statistics that the first one left
+        x = torch.randn(12, CHANNELS, 5, 4) * 3 + torch.arange(12.0).view(12, 1, 1, 1)
+        x = x.to(memory_format=memory_format)
+        direction = torch.randn(12, CHANNELS, 5, 4)
+        x_split, x_oracle = (x.clone().requires_grad_() for _ in range(2))
+
+        out = norm(x_split)
+        groups = [copy.deepcopy(plain) for _ in range(SPLITS)]
+        expected = torch.empty_like(x)
+        for i, group in enumerate(groups):
+            expected[i::SPLITS] = group(x_oracle[i::SPLITS])
+        torch.testing.assert_close(out, expected)
+
+        norm.zero_grad()
+        (out * direction).sum().backward()
+        (expected * direction).sum().backward()
+        torch.testing.assert_close(x_split.grad, x_oracle.grad, atol=1e-5, rtol=1e-4)
+        for name in ("weight", "bias"):
+            total = sum(getattr(group, name).grad for group in groups)
+            torch.testing.assert_close(getattr(norm, name).grad, total, atol=1e-4, rtol=1e-4)
+        for name in ("running_mean", "running_var"):
+            mean = torch.stack([getattr(group, name) for group in groups]).mean(dim=0)
+            torch.testing.assert_close(getattr(norm, name), mean)
+            getattr(plain, name).copy_(mean)
+        plain.num_batches_tracked += 1
+        assert norm.num_batches_tracked == plain.num_batches_tracked
+
+
+def test_split_batch_norm_evaluates_as_batch_norm_whatever_the_batch(plain):
+    x = torch.randn(SPLITS + 1, CHANNELS, 5, 4)
+    norm = split(plain).eval()
+    assert torch.equal(norm(x), plain.eval()(x))
+    assert norm.num_batches_tracked == 0
+
+
+def test_state_dicts_are_the_same_in_every_mode():
+    plain = moco("plain").state_dict()
+    for mode in ("split", "shuffle", "sync"):
+        state = moco(mode).state_dict()
+        assert state.keys() == plain.keys()
+        assert all(torch.equal(state[name], plain[name]) for name in plain)
+
+
+def test_indivisible_batch_is_rejected(plain):
+    with pytest.raises(ValueError, match=rf"\(6\).*batch_norm_splits \({SPLITS}\)"):
+        split(plain)(torch.randn(6, CHANNELS, 5, 4))
+
+
+def test_split_mode_rejects_a_batch_norm_it_cannot_imitate():
+    with pytest.raises(ValueError, match=r"test_efficientnet has BatchNormAct2d at 'bn1'"):
+        MoCoModel(MoCoConfig(architecture="test_efficientnet", batch_norm="split"))
+
+
+def test_split_mode_returns_keys_in_the_order_of_the_images():
+    images = torch.randn(8, 3, 32, 32)
+    split, plain = moco("split").eval(), moco("plain").eval()
+    for _ in range(3):  # another shuffle each time
+        torch.testing.assert_close(split.encode_keys(images), plain.encode_keys(images))
+
+
+def test_split_mode_trains_on_groups_that_change_from_batch_to_batch():
+    images = torch.randn(8, 3, 64, 64)
+    model = moco("split", splits=4)
+    assert not torch.allclose(model.encode_keys(images), model.encode_keys(images), atol=1e-3)
+    # One group of all images does not depend on the order, so in training too every key is its own image's.
+    model, plain = moco("split", splits=1), moco("plain")
+    torch.testing.assert_close(model.encode_keys(images), plain.encode_keys(images), atol=1e-4, rtol=1e-4)
+
+
+def _run_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    images = torch.load(f"{folder}/images.pt")[rank * LOCAL_BATCH : (rank + 1) * LOCAL_BATCH]
+    model = moco("shuffle").eval()
+    torch.manual_seed(100 + rank)  # ranks need not agree: rank 0 draws the order
+    outputs = model(images, images)
+    result = {
+        "gathered": gather(torch.tensor([[rank, rank], [0, 1]]).T),
+        "slice": local_slice(LOCAL_BATCH),
+        "keys": model.encode_keys(images),
+        "positives": outputs.logits[:, 0].detach(),
+    }
+    model.train().encode_keys(images)
+    result["running_mean"] = model.encoder_k.conv1[1].running_mean
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_encode_keys_as_one_but_normalise_shuffled_images(tmp_path):
+    torch.manual_seed(1)
+    images = torch.randn(RANKS * LOCAL_BATCH, 3, 64, 64) + torch.arange(RANKS * LOCAL_BATCH).view(-1, 1, 1, 1)
+    torch.save(images, tmp_path / "images.pt")
+    mp.spawn(_run_rank, (str(tmp_path),), nprocs=RANKS)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+    model = moco("plain").eval()
+    keys = model.encode_keys(images)
+    for rank, result in enumerate(ranks):
+        assert result["gathered"].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+        assert result["slice"] == slice(rank * LOCAL_BATCH, (rank + 1) * LOCAL_BATCH)
+        torch.testing.assert_close(result["keys"], keys, atol=1e-5, rtol=1e-4)
+        # Query and key encoder are equal and see the same image, so the positive of every query is its own key.
+        torch.testing.assert_close(result["positives"], torch.full((LOCAL_BATCH,), 1 / model.config.temperature))
+
+    unshuffled = []
+    for local in images.split(LOCAL_BATCH):
+        model = moco("plain")
+        model.encode_keys(local)
+        unshuffled.append(model.encoder_k.conv1[1].running_mean)
+    seen = [result["running_mean"] for result in ranks]
+    assert not torch.allclose(seen[0], unshuffled[0], atol=1e-2)
+    assert not torch.allclose(seen[1], unshuffled[1], atol=1e-2)
+    # The first BatchNorm averages linearly, so the mean over ranks shows that each image was encoded exactly once.
+    torch.testing.assert_close(sum(seen), sum(unshuffled), atol=1e-5, rtol=1e-4)

@@ -1,0 +1,194 @@
+"""The main job from its command line: every recipe, the files it leaves, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from modeling_moco import MoCoForImageClassification, MoCoModel
+from training.data import load_digits
+from training.pretrain import build_trainer
+from training.recipe import parse_pretrain, recipe_names
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    *("--dataset_name", "digits", "--max_train_samples", "64", "--max_eval_samples", "16", "--image_size", "32"),
+    *("--eval_resize", "32", "--queue_size", "64", "--global_batch_size", "16", "--knn_k", "5", "--use_cpu"),
+    *("--dataloader_num_workers", "0", "--dataloader_persistent_workers", "False", "--disable_tqdm", "True"),
+]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_trains_two_steps(name, tmp_path):
+    args = parse_pretrain(["--recipe", name, *TINY, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
+    args.training.save_strategy = "no"
+    trainer = build_trainer(args)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert trainer.state.global_step == 2
+    for n, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.isfinite(parameter).all(), n
+            assert not torch.equal(parameter, before[n]), n
+    assert trainer.model.dictionary.queue_ptr.item() == 32
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The default command, shortened, through the launcher, as a user types it."""
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    short = [
+        "--num_train_epochs",
+        "1",
+        "--queue_size",
+        "256",
+        "--output_dir",
+        str(folder),
+        "--dataloader_num_workers",
+        "0",
+    ]
+    short += ["--dataloader_persistent_workers", "False", "--use_cpu"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1"]
+    result = subprocess.run(
+        [*command, str(ROOT / "scripts/pretrain.py"), *short],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=folder.parent,
+    )
+    assert result.returncode == 0, result.stderr
+    return folder, short, result
+
+
+def test_without_arguments_the_quickstart_runs_and_says_so(quickstart):
+    _, _, result = quickstart
+    assert "running 'quickstart'" in result.stdout
+    assert "--dataset_name FOLDER" in result.stdout
+    for shown in ("loss=", "contrast=", "kNN=", "images/s=", "<"):
+        assert shown in result.stderr
+
+
+def test_a_run_leaves_checkpoint_model_numbers_and_pictures(quickstart):
+    folder, _, _ = quickstart
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-11"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["steps"] == 11
+    assert metrics["skipped_images"] == 0
+    assert metrics["knn_top1_before"] > 50
+    assert metrics["knn_top1_after"] != metrics["knn_top1_before"]
+    assert metrics["images_per_second"] > 0
+    for picture in ("training_curve.png", "neighbours.png"):
+        with Image.open(folder / picture) as image:
+            assert min(image.size) > 300
+    model, report = MoCoModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    assert model.dictionary.queue_ptr.item() == 11 * 128 % 256
+
+
+def test_the_same_command_continues_and_another_is_refused(quickstart, script, capsys):
+    folder, short, _ = quickstart
+    weights = (folder / "model.safetensors").read_bytes()
+    script("pretrain").main([*short, "--disable_tqdm", "True"])
+    assert f"from {folder}/checkpoint-11" in capsys.readouterr().out
+    assert (folder / "model.safetensors").read_bytes() == weights
+    with pytest.raises(SystemExit):
+        script("pretrain").main([*short, "--temperature", "0.3"])
+    assert "temperature is" in capsys.readouterr().err
+    assert (folder / "model.safetensors").read_bytes() == weights
+
+
+def test_the_pipeline_loads_the_probe_and_reaches_its_accuracy(quickstart, script, capsys):
+    folder, _, _ = quickstart
+    script("linear_probe").main([str(folder), "--num_train_epochs", "1", "--use_cpu", "--disable_tqdm", "True"])
+    out = capsys.readouterr().out
+    assert "linear probe top-1" in out
+    assert "kNN before training" in out
+    probe = folder / "linear_probe"
+    result = json.loads((probe / "metrics.json").read_text())
+    assert result["n"] == 360
+    pretrained = MoCoModel.from_pretrained(folder).encoder_q.state_dict()
+    for name, tensor in MoCoForImageClassification.from_pretrained(probe).moco.encoder_q.state_dict().items():
+        assert torch.equal(tensor, pretrained[name]), name
+    classify = pipeline("image-classification", model=str(probe))
+    hits = [classify(row["image"].convert("RGB"))[0]["label"] == str(row["label"]) for row in load_digits()["test"]]
+    assert 100 * np.mean(hits) == pytest.approx(result["top1"], abs=0.5)
+
+
+def test_a_random_encoder_is_probed_into_a_folder_of_its_own(quickstart, script, capsys):
+    folder, _, _ = quickstart
+    flags = ["--num_train_epochs", "1", "--max_train_samples", "256", "--use_cpu", "--disable_tqdm", "True"]
+    script("linear_probe").main([str(folder), "--random_encoder", *flags])
+    assert "random encoder" in capsys.readouterr().out
+    saved = MoCoForImageClassification.from_pretrained(folder / "linear_probe_random")
+    trained = MoCoModel.from_pretrained(folder)
+    assert not torch.equal(saved.moco.encoder_q.conv1[0].weight, trained.encoder_q.conv1[0].weight)
+
+
+REFUSED = {
+    "missing dataset": (["--dataset_name", "/no/such/folder"], "/no/such/folder"),
+    "missing column": (["--image_column", "picture"], "image_column ('picture')"),
+    "unknown recipe": (["--recipe", "quikstart"], "did you mean 'quickstart'"),
+    "unknown flag": (["--quue_size", "64"], "did you mean '--queue_size'"),
+    "unknown backbone": (["--architecture", "resnet51"], "architecture ('resnet51')"),
+    "queue below the batch": (["--queue_size", "8"], "queue_size (8) is smaller than the global batch (16)"),
+    "dataset below a batch": (["--max_train_samples", "10"], "the dataset (10 images) is smaller"),
+    "image size": (["--architecture", "vit_tiny_patch16_224"], "image_size (32) is refused by vit_tiny_patch16_224"),
+    "neighbours above the bank": (["--knn_k", "65"], "knn_k (65) is larger"),
+    "bad value": (["--temperature", "0"], "temperature (0.0) must be above 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_before_training(case, tmp_path, script, capsys):
+    flags, message = REFUSED[case]
+    with pytest.raises(SystemExit) as end:
+        script("pretrain").main([*TINY, "--output_dir", str(tmp_path / "run"), *flags])
+    assert end.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_recipe_key_is_refused_with_the_nearest(tmp_path, script, capsys):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model:\n  queue_sise: 64\n")
+    with pytest.raises(SystemExit):
+        script("pretrain").main(["--recipe", str(recipe), *TINY])
+    assert "'queue_sise'" in (err := capsys.readouterr().err)
+    assert "did you mean 'queue_size'?" in err
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path, script, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        script("pretrain").main([*TINY, "--output_dir", str(tmp_path)])
+    assert "holds files of something else" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_probe_of_a_folder_without_a_model_is_refused(tmp_path, script, capsys):
+    for argv in ([str(tmp_path), "--dataset_name", "digits"], []):
+        with pytest.raises(SystemExit):
+            script("linear_probe").main(argv)
+        assert "pass the folder that a run saved to" in capsys.readouterr().err
+
+
+def test_a_broken_file_is_named_skipped_and_counted(tmp_path, script, caplog):
+    folder = tmp_path / "images" / "train" / "a"
+    folder.mkdir(parents=True)
+    for i in range(19):
+        Image.new("RGB", (40, 40), (i, i, i)).save(folder / f"{i:02}.png")
+    (folder / "19.png").write_bytes(b"not a picture")
+    flags = ["--dataset_name", str(tmp_path / "images"), "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
+    script("pretrain").main([*TINY, *flags, "--max_train_samples", "20"])
+    assert "19.png" in caplog.text
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["skipped_images"] >= 1

@@ -1,0 +1,311 @@
+"""Recipes hold the published numbers, the command line goes over them, and an output directory belongs to one run."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import yaml
+
+from modeling_moco import MoCoConfig
+from training.cli import claim_output_dir, one_line_errors
+from training.recipe import RECIPES, load_recipe, parse_pretrain, recipe_names
+from training.sgd_trainer import epoch_schedule
+
+NAMES = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
+CPU = ["--use_cpu", "--report_to", "none"]
+
+# arXiv:1911.05722, arXiv:2003.04297 and the official scripts; the last one is the official CIFAR-10 notebook.
+IMAGENET = {
+    "architecture": "resnet50",
+    "stem": "default",
+    "projection_dim": 128,
+    "queue_size": 65536,
+    "key_momentum": 0.999,
+    "batch_norm": "shuffle",
+    "learning_rate": 0.03,
+    "weight_decay": 1e-4,
+    "global_batch_size": 256,
+    "image_size": 224,
+}
+V1 = {"temperature": 0.07, "projection_head": "linear", "augmentation": "v1", "lr_milestones": [120, 160]}
+V2 = {"temperature": 0.2, "projection_head": "mlp", "augmentation": "v2", "lr_milestones": None}
+PUBLISHED = {
+    "moco_v1_r50_in1k_200ep": IMAGENET | V1 | {"num_train_epochs": 200},
+    "moco_v2_r50_in1k_200ep": IMAGENET | V2 | {"num_train_epochs": 200},
+    "moco_v2_r50_in1k_800ep": IMAGENET | V2 | {"num_train_epochs": 800},
+    "cifar10_r18_200ep": {
+        "architecture": "resnet18",
+        "stem": "small",
+        "projection_head": "linear",
+        "projection_dim": 128,
+        "queue_size": 4096,
+        "key_momentum": 0.99,
+        "temperature": 0.1,
+        "batch_norm": "split",
+        "batch_norm_splits": 8,
+        "augmentation": "cifar",
+        "horizontal_flip": True,
+        "image_size": 32,
+        "image_mean": [0.4914, 0.4822, 0.4465],
+        "image_std": [0.2023, 0.1994, 0.2010],
+        "num_train_epochs": 200,
+        "global_batch_size": 512,
+        "learning_rate": 0.06,
+        "weight_decay": 5e-4,
+        "lr_milestones": None,
+        "knn_k": 200,
+        "knn_temperature": 0.1,
+    },
+}
+EXPECTED = {
+    "moco_v1_r50_in1k_200ep": "60.6",
+    "moco_v2_r50_in1k_200ep": "67.5",
+    "moco_v2_r50_in1k_800ep": "71.1",
+    "cifar10_r18_200ep": "82.6",
+}
+
+
+def values_of(args) -> dict:
+    """Every value of a parsed run."""
+    training = {field.name: getattr(args.training, field.name) for field in dataclasses.fields(args.training)}
+    return args.config.to_dict() | vars(args.data) | training
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    def write(content: dict):
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_says_what_it_reproduces_in_known_keys(name):
+    content = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.about.keys() == {"title", "source", "command", "hardware", "expected"}
+    assert all(isinstance(text, str) and text for text in recipe.about.values())
+    assert f"--recipe {name}" in recipe.about["command"]
+    model_keys = {field.name for field in dataclasses.fields(MoCoConfig)}
+    assert content["model"].keys() <= model_keys
+    assert content.keys() <= {"about", "data", "model", "training", "probe"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parsed_arguments_are_the_recipes_values(name):
+    content = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    args = parse_pretrain(["--recipe", name, *CPU])
+    for section, parsed in (("data", args.data), ("model", args.config), ("training", args.training)):
+        assert {key: getattr(parsed, key) for key in content[section]} == content[section]
+        assert content[section].items() <= args.settings[section].items()
+    assert args.settings["probe"] == content.get("probe", {})
+    assert args.training.output_dir == f"runs/{name}"
+    assert args.training.images_per_step == content["training"]["global_batch_size"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_reproduction_has_the_published_numbers(name):
+    args = parse_pretrain(["--recipe", name, *CPU])
+    values = values_of(args)
+    assert {key: values[key] for key in PUBLISHED[name]} == PUBLISHED[name]
+    assert EXPECTED[name] in args.recipe.about["expected"]
+    training = args.training
+    # SGD with momentum 0.9, a cosine or steps without warm-up, whole batches, no clipping.
+    assert (training.optim, training.optim_args, training.lr_scheduler_type) == ("sgd", "momentum=0.9", "cosine")
+    assert (training.get_warmup_steps(1000), training.max_grad_norm, training.dataloader_drop_last) == (0, 0, True)
+
+
+def test_without_a_recipe_the_quickstart_runs():
+    assert parse_pretrain(CPU).recipe == load_recipe("quickstart")
+
+
+def test_flags_override_the_recipe():
+    base = parse_pretrain(["--recipe", "moco_v1_r50_in1k_200ep", *CPU])
+    flags = ["--temperature", "0.3", "--no_horizontal_flip", "--lr_milestones", "60", "80", "--output_dir", "elsewhere"]
+    args = parse_pretrain(["--recipe=moco_v1_r50_in1k_200ep", *flags, *CPU])
+    before, after = values_of(base), values_of(args)
+    changed = {"temperature": 0.3, "horizontal_flip": False, "lr_milestones": [60, 80], "output_dir": "elsewhere"}
+    assert {key for key in before if before[key] != after[key]} == changed.keys()
+    assert {key: after[key] for key in changed} == changed
+    assert args.settings["model"]["temperature"] == 0.3
+
+
+def test_a_batch_per_device_overrides_the_recipes_global_batch():
+    args = parse_pretrain(["--recipe", "cifar10_r18_200ep", "--per_device_train_batch_size", "64", *CPU])
+    assert (args.training.images_per_step, args.training.global_batch_size) == (64, None)
+    args = parse_pretrain(["--global_batch_size", "96", "--gradient_accumulation_steps", "3", *CPU])
+    assert (args.training.images_per_step, args.training.per_device_train_batch_size) == (96, 32)
+    with pytest.raises(ValueError, match=r"global_batch_size \(97\) must be a positive multiple of 3"):
+        parse_pretrain(["--global_batch_size", "97", "--gradient_accumulation_steps", "3", *CPU])
+
+
+def test_a_recipe_may_be_any_file(recipe_file):
+    path = recipe_file({"model": {"model_args": {"img_size": 32}}, "data": {"image_size": 32}})
+    args = parse_pretrain(["--recipe", str(path), *CPU])
+    assert (args.config.model_args, args.data.image_size) == ({"img_size": 32}, 32)
+    args = parse_pretrain(["--recipe", str(path), "--model_args", '{"img_size": 64}', *CPU])
+    assert args.config.model_args == {"img_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("argv", "content", "parts"),
+    [
+        (["--recipe", "moco_v2_r50"], None, ["recipe ('moco_v2_r50')", "did you mean 'moco_v2_r50_in1k_"]),
+        ([], {"modle": {}}, ["section 'modle'", "did you mean 'model'"]),
+        ([], {"model": {"temprature": 1}}, ["key 'temprature'", "section 'model'", "did you mean 'temperature'"]),
+        ([], {"data": {"temperature": 1}}, ["key 'temperature'", "section 'data'"]),
+        (["--learning_rte", "1"], {}, ["flag --learning_rte", "did you mean '--learning_rate'"]),
+        (["--learning_rte=1"], {}, ["flag --learning_rte", "did you mean '--learning_rate'"]),
+        # No prefixes: a flag that transformers adds tomorrow must not change what a command means.
+        (["--temp", "1"], {}, ["flag --temp is unknown"]),
+    ],
+)
+def test_unknown_names_are_answered_with_the_nearest_known_one(argv, content, parts, recipe_file):
+    if content is not None:
+        argv = [*argv, "--recipe", str(recipe_file(content))]
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the parts are the match)
+        parse_pretrain([*argv, *CPU])
+    for part in [*parts, "unknown" if content is not None else "neither a file nor one of"]:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--temperature", "-1"], "temperature (-1.0) must be above 0"),
+        (["--batch_norm", "ghost"], "batch_norm ('ghost') is unknown"),
+        (["--eval_every_n_epochs", "0"], "eval_every_n_epochs (0)"),
+        (["--recipe", "nothing"], "recipe ('nothing')"),
+        (["--eval_resize", "8"], "eval_resize (8) is smaller than image_size (32)"),
+    ],
+)
+def test_a_users_error_is_one_line_and_status_2(argv, value, capsys):
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        parse_pretrain([*argv, *CPU])
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert value in err
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+
+
+def test_an_error_of_several_lines_is_joined_and_a_bug_keeps_its_traceback(capsys):
+    with pytest.raises(SystemExit), one_line_errors():
+        raise ValueError("one\n   two")
+    assert capsys.readouterr().err == "error: one two\n"
+    with pytest.raises(KeyError), one_line_errors():
+        raise KeyError("x")
+
+
+def test_only_the_main_process_prints_an_error(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise ValueError("once is enough")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_help_lists_the_projects_own_flags_first(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_pretrain(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    headings = ["\ndata:", "\nmodel (MoCoConfig):", "\ntraining:", "\ntransformers.TrainingArguments:"]
+    places = [text.index(heading) for heading in headings]
+    assert places == sorted(places)
+    own, inherited = text[: places[3]], text[places[3] :]
+    for flag in ("--dataset_name", "--queue_size", "--knn_k", "--global_batch_size", "--learning_rate"):
+        assert f"\n  {flag} " in own
+        assert f"\n  {flag} " not in inherited
+    assert "\n  --gradient_accumulation_steps " in inherited
+    assert all(name in own for name in recipe_names())
+
+
+# Output directories
+
+
+@pytest.fixture
+def claim(tmp_path):
+    def claim(*flags, folder=tmp_path / "run"):
+        args = parse_pretrain(["--temperature", "0.1", "--output_dir", str(folder), *flags, *CPU])
+        return claim_output_dir(args.training, args.settings, args.recipe.about)
+
+    return claim
+
+
+def test_a_fresh_directory_gets_a_recipe_that_repeats_the_run(claim, tmp_path):
+    assert claim("--queue_size", "512", "--per_device_train_batch_size", "64") is None
+    args = parse_pretrain(["--temperature", "0.1", "--queue_size", "512", "--per_device_train_batch_size", "64", *CPU])
+    again = parse_pretrain(["--recipe", str(tmp_path / "run" / "recipe.yaml"), *CPU])
+    assert again.recipe.about == args.recipe.about
+    assert again.config.to_dict() == args.config.to_dict()
+    assert again.data == args.data
+    assert again.settings == args.settings
+    assert again.training.images_per_step == 64
+
+
+def test_the_same_settings_continue_from_the_newest_checkpoint(claim, tmp_path):
+    assert claim() is None
+    before = (tmp_path / "run" / "recipe.yaml").read_bytes()
+    assert claim() is None
+    for step in (9, 10, 100):
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir()
+    assert claim() == str(tmp_path / "run" / "checkpoint-100")
+    # How fast the images are read and what is printed do not make another run.
+    assert claim("--dataloader_num_workers", "2", "--logging_steps", "3") == str(tmp_path / "run" / "checkpoint-100")
+    assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (["--queue_size", "512"], "queue_size is 1024 there and 512 here"),
+        (["--max_train_samples", "99"], "max_train_samples is None there and 99 here"),
+        (["--learning_rate", "0.5"], "learning_rate is 0.06 there and 0.5 here"),
+        (["--seed", "1"], "seed is None there and 1 here"),
+    ],
+)
+def test_other_settings_are_refused_by_their_name(flags, difference, claim, tmp_path):
+    claim()
+    before = (tmp_path / "run" / "recipe.yaml").read_bytes()
+    with pytest.raises(ValueError, match=f"another run: {difference}.*--output_dir"):
+        claim(*flags)
+    assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
+
+
+def test_files_of_something_else_are_left_alone(claim, tmp_path):
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter1.tex").write_text("words")
+    for path in (folder, folder / "chapter1.tex"):
+        with pytest.raises(ValueError, match=r"holds files of something else: pass another --output_dir"):
+            claim(folder=path)
+    assert [path.name for path in folder.iterdir()] == ["chapter1.tex"]
+    assert (folder / "chapter1.tex").read_text() == "words"
+
+
+# Schedules
+
+
+@pytest.mark.parametrize("milestones", [[120, 160], None], ids=["v1", "v2"])
+@pytest.mark.parametrize("steps_per_epoch", [1, 7])
+def test_the_rate_of_every_epoch_is_the_official_one(milestones, steps_per_epoch):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.03)
+    scheduler = epoch_schedule(optimizer, steps_per_epoch, 200, milestones)
+    for epoch in range(200):
+        official = 0.03
+        if milestones is None:
+            official *= 0.5 * (1 + math.cos(math.pi * epoch / 200))
+        else:
+            for milestone in milestones:
+                official *= 0.1 if epoch >= milestone else 1.0
+        for _ in range(steps_per_epoch):
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(official, rel=1e-12), epoch
+            optimizer.step()
+            scheduler.step()

@@ -1,0 +1,190 @@
+"""The trainer around the official step: its updates, schedule, resume and refusals."""
+
+import copy
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import TrainerCallback
+
+from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
+from training.augment import POLICIES, EvaluationView, TwoViews
+from training.data import MapImages, StreamedImages
+from training.trainer import MoCoTrainer, MoCoTrainingArguments
+
+BATCH, IMAGES = 4, 26  # six whole batches and a remainder
+
+
+@pytest.fixture(scope="module")
+def rows():
+    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 24, 24, 3), dtype=np.uint8)
+    table = {"image": [Image.fromarray(p) for p in pixels], "label": [i % 2 for i in range(IMAGES)]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    return datasets.Dataset.from_dict(table, features=features).cast_column("image", datasets.Image(decode=False))
+
+
+def tiny_model(**kwargs) -> MoCoModel:
+    torch.manual_seed(0)
+    return MoCoModel(MoCoConfig(**{"architecture": "test_resnet", "queue_size": 16, "batch_norm": "plain"} | kwargs))
+
+
+def build(rows, folder, model=None, callback=None, stream=False, **kwargs) -> MoCoTrainer:
+    defaults = {"num_train_epochs": 2, "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
+    args = MoCoTrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        disable_tqdm=True,
+        **({"per_device_train_batch_size": BATCH} | defaults | kwargs),
+    )
+    views = TwoViews(POLICIES["v2"], 24)
+    images: MapImages | StreamedImages = MapImages(rows, views, args.seed)
+    if stream:
+        shards = rows.to_iterable_dataset(num_shards=2)
+        images = StreamedImages(shards, views, images_per_epoch=IMAGES, batch_size=BATCH, buffer_size=8)
+    trainer = MoCoTrainer(model or tiny_model(), args, images, MoCoImageProcessor())
+    if callback:
+        trainer.add_callback(callback)
+    return trainer
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+class Recorder(TrainerCallback):
+    """Weights around every optimizer step, and the learning rate of each."""
+
+    def __init__(self):
+        self.rates, self.key_before, self.key_after, self.query_before = [], [], [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.query_before.append(copy.deepcopy(model.encoder_q.state_dict()))
+        self.key_before.append(copy.deepcopy(model.encoder_k.state_dict()))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.key_after.append(copy.deepcopy(model.encoder_k.state_dict()))
+
+
+def test_every_trainable_parameter_moves_and_no_key_parameter_has_a_gradient(rows, tmp_path):
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    build(rows, tmp_path, model).train()
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+        assert parameter.requires_grad != name.startswith(("encoder_k", "projector_k")), name
+        if not parameter.requires_grad:
+            assert parameter.grad is None, name
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_one_momentum_update_per_optimizer_step_and_one_enqueue_per_micro_batch(rows, tmp_path, accumulate):
+    recorder, model = Recorder(), tiny_model(key_momentum=0.75, queue_size=64)
+    build(rows, tmp_path, model, recorder, gradient_accumulation_steps=accumulate, num_train_epochs=1).train()
+    steps = 6 // accumulate
+    assert len(recorder.key_after) == steps
+    assert model.dictionary.queue_ptr.item() == 6 * BATCH
+    weight = "layer1.0.conv1.weight"
+    for i in range(1, steps):
+        expected = 0.75 * recorder.key_after[i - 1][weight] + 0.25 * recorder.query_before[i][weight]
+        torch.testing.assert_close(recorder.key_before[i][weight], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_queue_holds_the_keys_of_the_last_batches_normalised(rows, tmp_path):
+    model = tiny_model()
+    build(rows, tmp_path, model).train()
+    torch.testing.assert_close(model.dictionary.queue.norm(dim=0), torch.ones(16))
+    assert model.dictionary.queue_ptr.item() == 12 * BATCH % 16
+
+
+def test_the_rate_is_the_official_cosine_in_whole_epochs(rows, tmp_path):
+    recorder = Recorder()
+    build(rows, tmp_path, callback=recorder, num_train_epochs=3, learning_rate=0.1).train()
+    expected = [0.1 * 0.5 * (1 + math.cos(math.pi * epoch / 3)) for epoch in range(3) for _ in range(6)]
+    assert recorder.rates == pytest.approx(expected)
+
+
+def test_milestones_and_other_schedulers_are_followed(rows, tmp_path):
+    recorder = Recorder()
+    build(rows, tmp_path / "a", callback=recorder, num_train_epochs=3, learning_rate=1.0, lr_milestones=[1, 2]).train()
+    assert recorder.rates == pytest.approx([1.0] * 6 + [0.1] * 6 + [0.01] * 6)
+    recorder = Recorder()
+    build(rows, tmp_path / "b", callback=recorder, learning_rate=1.0, lr_scheduler_type="linear").train()
+    assert recorder.rates == pytest.approx([1 - i / 12 for i in range(12)])
+
+
+def test_weight_decay_reaches_batch_norm_and_biases(rows, tmp_path):
+    trainer = build(rows, tmp_path, weight_decay=0.01)
+    trainer.create_optimizer()
+    decays = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert decays[id(parameter)] == 0.01, name
+
+
+@pytest.mark.parametrize(("stream", "workers", "stop"), [(False, 0, 3), (False, 2, 8), (True, 0, 8)])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(rows, tmp_path, stream, workers, stop):
+    options = {"stream": stream, "dataloader_num_workers": workers, "save_strategy": "steps", "save_steps": 1}
+    whole = build(rows, tmp_path / "whole", **options)
+    whole.train()
+    build(rows, tmp_path / "parts", callback=StopAt(stop), **options).train()
+    resumed = build(rows, tmp_path / "parts", model=tiny_model(projection_dim=128), **options)
+    resumed.train(resume_from_checkpoint=True)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert not any(p.requires_grad for p in resumed.model.encoder_k.parameters())
+
+
+def test_metrics_cover_every_query_since_the_last_log(rows, tmp_path):
+    trainer = build(rows, tmp_path, model=tiny_model(temperature=0.2), logging_steps=3, num_train_epochs=1)
+    ranks = []
+    trainer.model.register_forward_hook(
+        lambda module, args, outputs: ranks.append((outputs.logits[:, 1:] > outputs.logits[:, :1]).sum(dim=1))
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry, part in zip(logged, (ranks[:3], ranks[3:]), strict=True):
+        rank = torch.cat(part)
+        assert entry["contrast_top1"] == pytest.approx(100 * (rank == 0).float().mean().item())
+        assert entry["contrast_top5"] == pytest.approx(100 * (rank < 5).float().mean().item())
+
+
+def test_evaluation_runs_every_n_epochs_and_at_the_end(rows, tmp_path):
+    view = EvaluationView(24, 24)
+    trainer = build(rows, tmp_path, num_train_epochs=5, eval_strategy="no")
+    trainer.args.eval_strategy = "epoch"
+    trainer.args.eval_every_n_epochs, trainer.args.knn_k, trainer.args.eval_on_start = 2, 3, True
+    trainer.knn_bank = trainer.eval_dataset = MapImages(rows, view)
+    trainer.train()
+    assert [e["epoch"] for e in trainer.state.log_history if "eval_knn_top1" in e] == [0, 2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "batch", "message"),
+    [
+        ({"queue_size": 3}, 4, r"queue_size \(3\) is smaller than the global batch \(4\)"),
+        ({"queue_size": 64}, 27, r"the dataset \(26 images\) is smaller than the global batch \(27\)"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused_before_training(rows, tmp_path, kwargs, batch, message):
+    with pytest.raises(ValueError, match=message):
+        build(rows, tmp_path, tiny_model(**kwargs), per_device_train_batch_size=batch)
+
+
+def test_a_model_in_16_bits_is_refused(rows, tmp_path):
+    with pytest.raises(ValueError, match="bfloat16"):
+        build(rows, tmp_path, tiny_model().to(torch.bfloat16))
+
+
+def test_a_global_batch_that_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"global_batch_size \(10\) must be a positive multiple of 3"):
+        MoCoTrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, global_batch_size=10, gradient_accumulation_steps=3
+        )
