@@ -2,9 +2,9 @@
 
 Shapes: `N` local batch, `R` processes, `C` projection_dim, `K` queue_size.
 
-A dictionary is a module with two methods: `forward(q, k)` returns the similarities and the place of the positive among
-them, and `enqueue(keys)` is told the keys of all processes after the backward pass. To add one, write the class and
-return it from `build_dictionary`.
+A dictionary is a module with three methods: `forward(q, k)` returns the similarities and the place of the positive among
+them, `enqueue(keys)` is told the keys of all processes after the backward pass, and `after_loading()` follows every
+load. To add one, write the class and return it from `build_dictionary`.
 """
 
 import torch
@@ -37,6 +37,11 @@ class QueueDictionary(nn.Module):
         """Fill the queue with random directions. Tensors that a checkpoint has just filled are left alone."""
         init.copy_(self.queue, F.normalize(torch.randn_like(self.queue), dim=0))
         init.zeros_(self.queue_ptr)
+
+    @torch.no_grad()
+    def after_loading(self) -> None:
+        """A queue of another size than the checkpoint's is fresh, but has the checkpoint's pointer."""
+        self.queue_ptr.remainder_(self.queue.shape[1])
 
     def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Similarity of every query to its own key and to the whole queue.

@@ -60,6 +60,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             raise ValueError(
                 f"the batch per process ({n}) must be a multiple of batch_norm_splits ({self.splits}): change either"
             )
+        assert self.momentum is not None, "timm has no BatchNorm with a cumulative average"
         mean, var = self.running_mean.repeat(self.splits), self.running_var.repeat(self.splits)
         out = F.batch_norm(
             # `reshape`, because a channels_last tensor has no such view.
@@ -69,7 +70,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             self.weight.repeat(self.splits),
             self.bias.repeat(self.splits),
             training=True,
-            momentum=self.momentum or 0.0,
+            momentum=self.momentum,
             eps=self.eps,
         )
         self.running_mean.copy_(mean.view(self.splits, c).mean(dim=0))

@@ -3,6 +3,7 @@
 Shapes: `N` local batch, `R` processes, `C` projection_dim, `K` queue_size, `D` feature width, `H`, `W` pixels.
 """
 
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ def build_encoder(config: MoCoConfig) -> TimmEncoder:
         ValueError: timm has no such model, or the stem is not made for it.
     """
     if not timm.is_model(config.architecture):
-        close = timm.list_models(f"*{config.architecture}*")[:3] or timm.list_models("resnet*")[:3]
+        close = difflib.get_close_matches(config.architecture, timm.list_models()) or timm.list_models("resnet*")[:3]
         raise ValueError(f"architecture ({config.architecture!r}) is not a timm model: try {', '.join(close)}")
     encoder = timm.create_model(config.architecture, pretrained=False, num_classes=0, **(config.model_args or {}))
     _keep_timm_initialisation(encoder)
@@ -144,6 +145,7 @@ class MoCoModel(MoCoPreTrainedModel):
 
     encoder_q: TimmEncoder
     encoder_k: TimmEncoder
+    dictionary: Any  # see dictionary_moco.py for what it must do
 
     def __init__(self, config: MoCoConfig, momentum_encoder: bool = True):
         super().__init__(config)
@@ -168,6 +170,7 @@ class MoCoModel(MoCoPreTrainedModel):
                 self.reset_key_encoder()
             self.encoder_k.requires_grad_(False)
             self.projector_k.requires_grad_(False)
+            self.dictionary.after_loading()
 
     @torch.no_grad()
     def reset_key_encoder(self) -> None:
