@@ -2,7 +2,9 @@
 
 import io
 import logging
+import struct
 import tarfile
+import zlib
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -252,7 +254,11 @@ def test_exif_orientation_is_applied_as_datasets_does(orientation, tmp_path):
 def broken_files() -> dict[str, bytes]:
     whole = io.BytesIO()
     Image.effect_noise((64, 64), 90).save(whole, "JPEG")
-    return {"garbage": b"\x00not an image" * 20, "truncated": whole.getvalue()[:900], "empty": b""}
+    # A PNG header that announces 60,000 x 60,000 px, which PIL refuses with an error of its own kind.
+    bomb = bytearray(encoded(1))
+    bomb[16:24] = struct.pack(">II", 60_000, 60_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    return {"garbage": b"\x00not an image" * 20, "truncated": whole.getvalue()[:900], "empty": b"", "bomb": bytes(bomb)}
 
 
 def pixel(image: Image.Image, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -265,7 +271,7 @@ def read(images, batch_size: int, workers: int = 0, name: str = "pixel_values", 
     return [batch[name].tolist() for batch in loader]
 
 
-@pytest.mark.parametrize("kind", ["garbage", "truncated", "empty"])
+@pytest.mark.parametrize("kind", ["garbage", "truncated", "empty", "bomb"])
 def test_a_broken_file_is_named_and_counted_and_the_next_image_takes_its_place(kind, caplog):
     images = MapImages(table(range(8), broken=dict.fromkeys((1, 7), broken_files()[kind])), pixel)
     with caplog.at_level(logging.WARNING):

@@ -142,6 +142,8 @@ REFUSED = {
     "dataset below a batch": (["--max_train_samples", "10"], "the dataset (10 images) is smaller"),
     "image size": (["--architecture", "vit_tiny_patch16_224"], "image_size (32) is refused by vit_tiny_patch16_224"),
     "neighbours above the bank": (["--knn_k", "65"], "knn_k (65) is larger"),
+    "not a number": (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+    "not a choice": (["--augmentation", "v9"], "invalid choice: 'v9'"),
     "bad value": (["--temperature", "0"], "temperature (0.0) must be above 0"),
 }
 

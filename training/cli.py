@@ -30,6 +30,11 @@ FREE_TO_CHANGE = {
 }
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     # One spelling of each flag; the others (dashes, --no_...) still work.
     def _format_action_invocation(self, action):
@@ -40,7 +45,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def build_parser(kinds: Iterable[Any], usage: str, description: str) -> HfArgumentParser:
     """A flag for every field of these dataclasses, the project's own first."""
-    parser = HfArgumentParser(
+    parser = _Parser(
         formatter_class=lambda prog: _Help(prog, max_help_position=34, width=120),
         allow_abbrev=False,
         usage=usage,

@@ -17,6 +17,8 @@ import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetGenerationError
+from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import get_worker_info
 
@@ -135,7 +137,8 @@ def load_images(args: DataArguments, labelled: bool = False) -> ImageSplits:
         evaluation, _ = _rename(splits[eval_split], image_column, label_column)
     if not args.streaming:
         train = _first(train, args.max_train_samples, args.train_split)
-        evaluation = evaluation and _first(evaluation, args.max_eval_samples, str(eval_split))
+        if evaluation is not None:
+            evaluation = _first(evaluation, args.max_eval_samples, str(eval_split))
     if labelled and not class_names:
         raise ValueError(
             f"{args.dataset_name} has no label column: name it with --label_column or choose another dataset"
@@ -165,9 +168,10 @@ def _open(args: DataArguments) -> dict[str, Any]:
         )
     try:
         return datasets.load_dataset(name, args.dataset_config_name, streaming=args.streaming)
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
+    except (FileNotFoundError, ConnectionError, ValueError, DatasetGenerationError) as error:
         raise ValueError(
-            f"dataset_name ({name}) could not be opened as a folder or a Hub dataset: {error}".replace("\n", " ")
+            f"dataset_name ({name}) could not be opened as a folder of images or a Hub dataset ({error}): check the name "
+            "and its splits"
         ) from error
 
 
@@ -187,8 +191,21 @@ def _find_columns(features: datasets.Features, args: DataArguments) -> tuple[str
             f"{', '.join(features)}: name one with --image_column"
         )
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    labels += [name for name in LABEL_COLUMNS if name in features and name not in labels]
+    labels += [name for name in LABEL_COLUMNS if _holds_integers(features.get(name))]
+    if (
+        args.label_column is not None
+        and args.label_column not in labels
+        and not _holds_integers(features[args.label_column])
+    ):
+        raise ValueError(
+            f"label_column ({args.label_column!r}) of {args.dataset_name} holds {features[args.label_column]}, not classes: "
+            f"name another, or turn it into a ClassLabel with `datasets`' class_encode_column"
+        )
     return args.image_column or images[0], args.label_column or (labels[0] if labels else None)
+
+
+def _holds_integers(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and "int" in feature.dtype
 
 
 def _rename(split, image_column: str, label_column: str | None):
@@ -201,9 +218,9 @@ def _rename(split, image_column: str, label_column: str | None):
             names = feature.names
         elif isinstance(split, datasets.Dataset):
             names = [str(i) for i in range(max(split.unique(label_column)) + 1)]
-    split = split.select_columns(list(columns))
-    split = split.rename_columns({old: new for old, new in columns.items() if old != new})
-    return split.cast_column("image", datasets.Image(decode=False)), names
+    # First the cast: a stream whose columns are selected or renamed before it decodes and encodes every image again.
+    split = split.cast_column(image_column, datasets.Image(decode=False)).select_columns(list(columns))
+    return split.rename_columns({old: new for old, new in columns.items() if old != new}), names
 
 
 def _first(split: datasets.Dataset, count: int | None, name: str) -> datasets.Dataset:
@@ -241,11 +258,12 @@ def decode_image(image: dict[str, Any]) -> Image.Image:
     Raises:
         OSError: the bytes are not an image that PIL can read, or end too early.
     """
-    source = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
     try:
-        with Image.open(source) as opened:
+        # `xopen` also reads inside archives, whose paths look like zip://a.png::train.zip.
+        source = xopen(image["path"], "rb") if image["bytes"] is None else io.BytesIO(image["bytes"])
+        with source, Image.open(source) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")
-    except (Image.DecompressionBombError, SyntaxError, ValueError) as error:  # what PIL's parsers raise on broken files
+    except (Image.DecompressionBombError, RuntimeError, SyntaxError, ValueError) as error:  # PIL's, for broken files
         raise UnidentifiedImageError(str(error)) from error
 
 

@@ -85,7 +85,12 @@ def load_recipe(name_or_path: str) -> Recipe:
             f"recipe ({name_or_path!r}) is neither a file nor one of {', '.join(recipe_names())}"
             + nearest_name(name_or_path, recipe_names())
         )
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe ({path}) is not YAML: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(entries, dict) for entries in content.values()):
+        raise ValueError(f"recipe ({path}) must be sections of keys: {', '.join(sections())}")
     known = sections()
     for section, entries in content.items():
         if section not in known:

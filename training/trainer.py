@@ -107,7 +107,7 @@ class MoCoTrainer(SGDTrainer):
         )
         self.knn_bank = knn_bank
         self.class_names: list[str] = []
-        self._contrast = torch.zeros(3, device=args.device)  # hits at 1, hits at 5, queries since the last log
+        self._hits, self._queries = torch.zeros(2, device=args.device), 0  # top-1 and top-5 since the last log
         self._logged_at = time.perf_counter()
 
     def train(self, *args, **kwargs):
@@ -143,7 +143,8 @@ class MoCoTrainer(SGDTrainer):
         self._keys = outputs.key_embeds
         with torch.no_grad():
             rank = (outputs.logits[:, 1:] > outputs.logits[:, :1]).sum(dim=1)  # negatives that beat the positive
-            self._contrast += torch.stack([(rank < 1).sum(), (rank < 5).sum(), torch.tensor(len(rank)).to(rank)])
+            self._hits += torch.stack([(rank < 1).sum(), (rank < 5).sum()])
+            self._queries += len(rank)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -178,9 +179,9 @@ class MoCoTrainer(SGDTrainer):
 
     def _training_metrics(self) -> dict[str, float]:
         if world_size() > 1:
-            dist.all_reduce(self._contrast)
-        top1, top5, queries = self._contrast.tolist()
-        self._contrast.zero_()
+            dist.all_reduce(self._hits)
+        (top1, top5), queries = self._hits.tolist(), self._queries * world_size()
+        self._hits, self._queries = torch.zeros_like(self._hits), 0
         seconds, self._logged_at = time.perf_counter() - self._logged_at, time.perf_counter()
         return {
             "contrast_top1": 100 * top1 / queries,
