@@ -3,6 +3,7 @@
 Every collective is the identity in a single process. Shapes: `N` local batch (equal on all ranks), `R` ranks.
 """
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 def convert_batch_norm(encoder: nn.Module, config: MoCoConfig) -> nn.Module:
     """Give the BatchNorm layers of an encoder the behaviour that `config.batch_norm` names, keeping their state."""
     if config.batch_norm == "sync":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+        return timm.layers.convert_sync_batchnorm(encoder)  # torch's own drops the activation of timm's BatchNormAct2d
     if config.batch_norm == "split":
         for name, module in encoder.named_modules():
             if type(module) is nn.BatchNorm2d:

@@ -60,7 +60,10 @@ def build_encoder(config: MoCoConfig) -> TimmEncoder:
     if not timm.is_model(config.architecture):
         close = difflib.get_close_matches(config.architecture, timm.list_models()) or timm.list_models("resnet*")[:3]
         raise ValueError(f"architecture ({config.architecture!r}) is not a timm model: try {', '.join(close)}")
-    encoder = timm.create_model(config.architecture, pretrained=False, num_classes=0, **(config.model_args or {}))
+    try:
+        encoder = timm.create_model(config.architecture, pretrained=False, num_classes=0, **(config.model_args or {}))
+    except TypeError as error:
+        raise ValueError(f"model_args ({config.model_args}) do not fit {config.architecture}: {error}") from error
     _keep_timm_initialisation(encoder)
     if config.stem != "default":
         if not isinstance(encoder, timm.models.ResNet):
@@ -209,7 +212,7 @@ class MoCoModel(MoCoPreTrainedModel):
         if mode == "shuffle" and ranks == 1:
             logger.warning_once(
                 "batch_norm='shuffle' needs several processes: in one, BatchNorm tells keys apart by their batch. "
-                "Set batch_norm='split' to imitate several GPUs, or 'plain' to silence this."
+                "Set batch_norm='split' to imitate several GPUs, or 'plain' to accept it."
             )
         if mode == "shuffle" and ranks > 1:
             order = draw_permutation(ranks * n, x.device)

@@ -27,7 +27,8 @@ def main(argv: list[str]) -> None:
     if trainer.is_world_process_zero():
         print(f"{args.title}: {len(splits.train):,} images, {len(splits.class_names)} classes, to {folder}")
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate()
+    evaluations = [entry for entry in trainer.state.log_history if "eval_top1" in entry]
+    metrics = evaluations[-1] if evaluations else trainer.evaluate()
     trainer.save_model(str(folder))
     if not trainer.is_world_process_zero():
         return
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     classify = pipeline("image-classification", model=str(folder))
     print(f"pipeline('image-classification', model='{folder}') on test images:")
-    for row in splits.eval.select(range(SHOWN_IMAGES)):
+    for row in splits.eval.select(range(min(SHOWN_IMAGES, len(splits.eval)))):
         best = classify(decode_image(row["image"]))[0]
         print(f"  {splits.class_names[row['label']]} is called {best['label']} ({best['score']:.2f})")
     print_table(Path(args.model), result)
@@ -43,8 +44,9 @@ def main(argv: list[str]) -> None:
         "Next:\n"
         f'  python -c "from transformers import pipeline; import modeling_moco; '
         f"print(pipeline('image-classification', '{folder}')('IMAGE'))\"\n"
-        "  accelerate launch scripts/pretrain.py --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER --output_dir runs/mine\n"
-        "  accelerate launch scripts/pretrain.py --help"
+        "  accelerate launch --quiet scripts/pretrain.py --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER "
+        "--batch_norm split --output_dir runs/mine\n"
+        "  accelerate launch --quiet scripts/pretrain.py --help"
     )
 
 

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
         for name, value in rows.items():
             print(f"{name:>20}: " + (f"{value:.1f} %" if value is not None else "not measured"))
         print(f"{'skipped images':>20}: {metrics['skipped_images']}")
-        print(f"Saved to {folder}. Next: python scripts/linear_probe.py {folder}")
+        print(f"Saved to {folder}. Next: accelerate launch --quiet scripts/linear_probe.py {folder}")
 
 
 if __name__ == "__main__":

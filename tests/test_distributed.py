@@ -101,6 +101,18 @@ def test_split_mode_rejects_a_batch_norm_it_cannot_imitate():
         MoCoModel(MoCoConfig(architecture="test_efficientnet", batch_norm="split"))
 
 
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_efficientnet"])
+def test_sync_mode_computes_what_plain_computes_in_one_process(architecture):
+    images = torch.randn(4, 3, 64, 64)
+    plain, sync = (
+        MoCoModel(MoCoConfig(architecture=architecture, queue_size=8, batch_norm=m)) for m in ("plain", "sync")
+    )
+    sync.load_state_dict(plain.state_dict())
+    for mode in (True, False):
+        expected, ours = (m.train(mode)(images).pooler_output for m in (plain, sync))
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_split_mode_returns_keys_in_the_order_of_the_images():
     images = torch.randn(8, 3, 32, 32)
     split, plain = moco("split").eval(), moco("plain").eval()

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import pipeline
+from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
 from training.data import load_digits
+from training.linear_probe import parse_linear_probe
 from training.pretrain import build_trainer
 from training.recipe import parse_pretrain, recipe_names
 
@@ -182,6 +183,42 @@ def test_a_probe_of_a_folder_without_a_model_is_refused(tmp_path, script, capsys
         with pytest.raises(SystemExit):
             script("linear_probe").main(argv)
         assert "pass the folder that a run saved to" in capsys.readouterr().err
+
+
+def test_the_launcher_shows_one_line_for_bad_input():
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+    ]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "scripts/pretrain.py"), "--recipe", "x"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode != 0
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: recipe ('x')")
+
+
+def test_a_probe_takes_its_data_from_the_run_even_of_a_checkpoint(quickstart, tmp_path):
+    folder, _, _ = quickstart
+    for model in (folder, folder / "checkpoint-11"):
+        run = parse_linear_probe(["--num_train_epochs", "3", str(model)])
+        assert (run.data.dataset_name, run.data.image_size, run.training.learning_rate) == ("digits", 32, 1.0)
+        assert Path(run.training.output_dir) == model / "linear_probe"
+    with pytest.raises(ValueError, match="pass --dataset_name"):
+        parse_linear_probe([str(tmp_path)])
+
+
+def test_a_probe_of_another_model_is_refused(tmp_path, script, capsys):
+    ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        script("linear_probe").main([str(tmp_path), "--dataset_name", "digits", "--image_size", "32"])
+    assert "holds no MoCo model" in capsys.readouterr().err
 
 
 def test_a_broken_file_is_named_skipped_and_counted(tmp_path, script, caplog):

@@ -273,10 +273,17 @@ def test_the_same_settings_continue_from_the_newest_checkpoint(claim, tmp_path):
 )
 def test_other_settings_are_refused_by_their_name(flags, difference, claim, tmp_path):
     claim()
+    (tmp_path / "run" / "checkpoint-1").mkdir()
     before = (tmp_path / "run" / "recipe.yaml").read_bytes()
     with pytest.raises(ValueError, match=f"another run: {difference}.*--output_dir"):
         claim(*flags)
     assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
+
+
+def test_a_run_that_crashed_before_its_first_checkpoint_does_not_stand_in_the_way(claim, tmp_path):
+    claim()
+    claim("--queue_size", "512")
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["model"]["queue_size"] == 512
 
 
 def test_files_of_something_else_are_left_alone(claim, tmp_path):

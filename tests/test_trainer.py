@@ -156,6 +156,17 @@ def test_metrics_cover_every_query_since_the_last_log(rows, tmp_path):
         assert entry["contrast_top5"] == pytest.approx(100 * (rank < 5).float().mean().item())
 
 
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_a_collapsed_model_has_no_contrast_accuracy(rows, tmp_path, value):
+    def collapse(module, args, outputs):
+        outputs.logits.detach().fill_(value)
+
+    trainer = build(rows, tmp_path)
+    trainer.model.register_forward_hook(collapse)
+    trainer.train()
+    assert all(entry["contrast_top5"] == 0 for entry in trainer.state.log_history if "loss" in entry)
+
+
 def test_evaluation_runs_every_n_epochs_and_at_the_end(rows, tmp_path):
     view = EvaluationView(24, 24)
     trainer = build(rows, tmp_path, num_train_epochs=5, eval_strategy="no")
@@ -170,6 +181,7 @@ def test_evaluation_runs_every_n_epochs_and_at_the_end(rows, tmp_path):
     ("kwargs", "batch", "message"),
     [
         ({"queue_size": 3}, 4, r"queue_size \(3\) is smaller than the global batch \(4\)"),
+        ({"batch_norm": "split", "batch_norm_splits": 3}, 4, r"the batch per process \(4\) must be a multiple of"),
         ({"queue_size": 64}, 27, r"the dataset \(26 images\) is smaller than the global batch \(27\)"),
     ],
 )

@@ -8,6 +8,7 @@ consume the global one: equal seeds give equal images. Views leave as uint8 and 
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -168,7 +169,12 @@ def _to_uint8(image: Image.Image) -> torch.Tensor:
 def normalize(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """uint8 images (N, 3, H, W) to float32 in channels_last layout, scaled to [0, 1] and standardised per channel."""
     images = images.to(torch.float32, memory_format=torch.channels_last)
-    return TF.normalize(images.div_(255), list(mean), list(std), inplace=True)
+    return images.div_(255).sub_(_per_channel(tuple(mean), images.device)).div_(_per_channel(tuple(std), images.device))
+
+
+@lru_cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device=device).view(-1, 1, 1)  # kept: making it anew would wait for the GPU
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,12 @@ def parse_flags(
     parser.set_defaults(**defaults)
     namespace = parser.parse_args(argv)
     if isinstance(getattr(namespace, "model_args", None), str):
-        namespace.model_args = json.loads(namespace.model_args)
+        try:
+            namespace.model_args = json.loads(namespace.model_args)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"model_args ({namespace.model_args}) is not JSON: write it like '{{\"img_size\": 32}}'"
+            ) from error
     chosen = (names | set(defaults)) - {"output_dir"}
     keys = {section: [f.name for f in dataclasses.fields(kind) if f.init] for section, kind in parts.items()}
     instances = [kind(**{key: getattr(namespace, key) for key in keys[section]}) for section, kind in parts.items()]
@@ -114,15 +119,19 @@ def claim_output_dir(
     """
     folder = Path(str(training.output_dir))
     saved = folder / SAVED_RECIPE
-    with training.main_process_first(desc="claiming the output directory"):
-        if saved.is_file():
+    with training.main_process_first(local=False, desc="claiming the output directory"):
+        if saved.is_file() and len(list(folder.iterdir())) > 1:  # alone, it is what a crash at the start left
             there = yaml.safe_load(saved.read_text(encoding="utf-8"))
             _check_same_run(folder, there, settings)
             return get_last_checkpoint(str(folder))
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if training.process_index > 0:
+            return None
+        if folder.exists() and (not folder.is_dir() or any(path != saved for path in folder.iterdir())):
             raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
         folder.mkdir(parents=True, exist_ok=True)
-        saved.write_text(yaml.safe_dump({"about": about} | settings, sort_keys=False), encoding="utf-8")
+        unfinished = saved.with_suffix(".tmp")
+        unfinished.write_text(yaml.safe_dump({"about": about} | settings, sort_keys=False), encoding="utf-8")
+        unfinished.replace(saved)
     return None
 
 

@@ -6,6 +6,7 @@ a transform of `augment.py`. Images are decoded here and not by `datasets`, so t
 
 import io
 import logging
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -80,6 +81,11 @@ class DataArguments:
             raise ValueError(
                 f"crop_min_scale ({self.crop_min_scale}) must lie in (0, 1]: it is a share of the image's area"
             )
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise ValueError(
+                f"image_mean ({self.image_mean}) and image_std ({self.image_std}) must be three numbers each, the latter "
+                "above 0"
+            )
         if self.eval_resize is not None and self.eval_resize < self.image_size:
             raise ValueError(
                 f"eval_resize ({self.eval_resize}) is smaller than image_size ({self.image_size}): raise it, or the "
@@ -144,7 +150,10 @@ def load_images(args: DataArguments, labelled: bool = False) -> ImageSplits:
             f"{args.dataset_name} has no label column: name it with --label_column or choose another dataset"
         )
     if labelled and evaluation is None:
-        raise ValueError(f"{args.dataset_name} has no split to evaluate on among {', '.join(splits)}: add --eval_split")
+        raise ValueError(
+            f"{args.dataset_name} has no split to evaluate on beside {', '.join(splits)}: name one with --eval_split; a "
+            "folder of images has splits as FOLDER/train/CLASS and FOLDER/test/CLASS"
+        )
     return ImageSplits(train, evaluation, class_names)
 
 
@@ -159,19 +168,19 @@ def _open(args: DataArguments) -> dict[str, Any]:
             raise ValueError(
                 f"dataset_name ({name}) is a file that is neither .parquet nor .tar: pass the folder it is in"
             )
-        return datasets.load_dataset(
-            builders[path.suffix], data_files={args.train_split: str(path)}, streaming=args.streaming
-        )
-    if not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+    elif not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise ValueError(
             f"dataset_name ({name}) does not exist: pass a folder, a parquet or tar file, or a Hub dataset"
         )
     try:
+        if path.is_file():
+            files = {args.train_split: str(path)}
+            return datasets.load_dataset(builders[path.suffix], data_files=files, streaming=args.streaming)
         return datasets.load_dataset(name, args.dataset_config_name, streaming=args.streaming)
-    except (FileNotFoundError, ConnectionError, ValueError, DatasetGenerationError) as error:
+    except (OSError, ValueError, DatasetGenerationError, tarfile.ReadError) as error:
         raise ValueError(
-            f"dataset_name ({name}) could not be opened as a folder of images or a Hub dataset ({error}): check the name "
-            "and its splits"
+            f"dataset_name ({name}) could not be opened as a folder, a file of images or a Hub dataset ({error}): check "
+            "the name and its splits"
         ) from error
 
 
@@ -311,6 +320,11 @@ class MapImages(_Images, torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def images_per_epoch(self) -> int:
+        """Over all processes."""
+        return len(self)
+
     def first(self, count: int) -> "MapImages":
         """The first images, or all where there are fewer."""
         return MapImages(self.source.select(range(min(count, len(self)))), self.transform, self.seed)
@@ -356,10 +370,17 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
         shuffled = source.shuffle(seed=seed, buffer_size=buffer_size)
         self.source = split_dataset_by_node(shuffled, rank=rank, world_size=world_size)
         self.batch_size = batch_size
+        self.images_per_epoch = images_per_epoch
         self.batches = images_per_epoch // (batch_size * world_size)
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other epochs have another order and other views. Reaches workers that are already running."""
+        super().set_epoch(epoch)
+        # Here and not in the workers: they share its memory, and `datasets` adds the difference, which two would do twice.
+        self.source.set_epoch(epoch)
 
     @property
     def max_workers(self) -> int:
@@ -370,7 +391,6 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         batches = len(range(worker, self.batches, workers))  # the DataLoader asks the workers in turn
-        self.source.set_epoch(int(self._epoch))
         yield from islice(self._endless(), batches * self.batch_size)
 
     def _endless(self) -> Iterator[dict[str, Any]]:

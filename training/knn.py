@@ -6,6 +6,7 @@ Shapes: `B` bank, `Q` queries, `D` feature width.
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -32,6 +33,9 @@ def extract_features(
     share = -(-len(images) // ranks)  # the last process repeats the last image to keep the shares equal
     mine = [min(i, len(images) - 1) for i in range(ranks * share)][local_slice(share)]
     loader = DataLoader(Subset(images, mine), batch_size=batch_size, num_workers=num_workers)
+    if ranks > 1:  # every rank has seen other images: evaluate the model that rank 0 saves
+        for buffer in model.encoder_q.buffers():
+            dist.broadcast(buffer, src=0)
     training = model.training
     model.eval()
     features, labels = [], []

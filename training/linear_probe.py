@@ -4,7 +4,6 @@ Source: facebookresearch/moco, main_lincls.py (arXiv:1911.05722, section 4.1): S
 a tenth of the rate at 60 and 80, batch 256.
 """
 
-import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import yaml
 from transformers import EvalPrediction
 from transformers.utils import logging
 
-from modeling_moco import MoCoConfig, MoCoForImageClassification
+from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor
 
 from .augment import OneView, build_policy
 from .cli import SAVED_RECIPE, build_parser, parse_flags
@@ -96,33 +95,41 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
         usage="accelerate launch scripts/linear_probe.py MODEL [--random_encoder] [--flag value ...]",
         description="Train a linear classifier on a frozen encoder, as the papers evaluate.",
     )
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for each in (parser, first):
-        each.add_argument("model", nargs="?", help="folder or Hub repository of a MoCo model")
-        each.add_argument("--random_encoder", action="store_true", help="forget the weights: the baseline of any probe")
-    known = first.parse_known_args(argv)[0]
-    if known.model is None and "--help" not in argv and "-h" not in argv:
+    parser.add_argument("model", nargs="?", help="folder or Hub repository of a MoCo model")
+    parser.add_argument("--random_encoder", action="store_true", help="forget the weights: the baseline of any probe")
+    known = parser.parse_args(argv)
+    if known.model is None:
         raise ValueError("no model given: pass the folder that a run saved to, e.g. runs/quickstart")
-    output_dir = Path(known.model or ".") / ("linear_probe_random" if known.random_encoder else "linear_probe")
-    namespace, (data, training), settings = parse_flags(
-        parser, parts, argv, {"output_dir": str(output_dir)} | _settings_of_pretraining(known.model)
-    )
-    settings["about_model"] = {"model": namespace.model, "random_encoder": namespace.random_encoder}
+    defaults = _settings_of_pretraining(known.model)
+    if "dataset_name" not in defaults and not any(word.startswith("--dataset") for word in argv):
+        raise ValueError(f"{known.model} does not say what it was trained on: pass --dataset_name")
+    home = Path(known.model) if Path(known.model).is_dir() else Path("runs") / Path(known.model).name
+    output_dir = home / ("linear_probe_random" if known.random_encoder else "linear_probe")
+    namespace, (data, training), settings = parse_flags(parser, parts, argv, {"output_dir": str(output_dir)} | defaults)
+    if data.streaming:
+        raise ValueError("streaming (True) is for pretraining: the linear protocol reads its images in random order")
+    settings["encoder"] = {"model": namespace.model, "random_encoder": namespace.random_encoder}
     return ProbeRun(namespace.model, namespace.random_encoder, data, training, settings)
 
 
-def _settings_of_pretraining(model: str | None) -> dict[str, Any]:
-    saved = Path(model or ".") / SAVED_RECIPE
-    if not saved.is_file():
-        return {}
-    recipe = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    # The views of pretraining are not the probe's, and its images may be a stream.
-    data = {
-        key: value
-        for key, value in recipe["data"].items()
-        if key not in ("augmentation", "crop_min_scale", "streaming")
+def _settings_of_pretraining(model: str) -> dict[str, Any]:
+    for folder in (Path(model), Path(model).parent):  # a run, or one of its checkpoints
+        if (folder / SAVED_RECIPE).is_file():
+            recipe = yaml.safe_load((folder / SAVED_RECIPE).read_text(encoding="utf-8"))
+            # The views of pretraining are not the probe's, and its images may be a stream.
+            of_pretraining = ("augmentation", "crop_min_scale", "streaming", "shuffle_buffer")
+            data = {key: value for key, value in recipe["data"].items() if key not in of_pretraining}
+            return data | recipe.get("probe", {})
+    try:
+        processor = MoCoImageProcessor.from_pretrained(model)
+    except OSError:
+        return {}  # `load_encoder` will say that there is no model
+    return {
+        "image_size": processor.crop_size["height"],
+        "eval_resize": processor.size["shortest_edge"],
+        "image_mean": list(processor.image_mean),
+        "image_std": list(processor.image_std),
     }
-    return data | recipe.get("probe", {})
 
 
 def load_encoder(run: ProbeRun, splits: ImageSplits) -> MoCoForImageClassification:
@@ -139,10 +146,15 @@ def load_encoder(run: ProbeRun, splits: ImageSplits) -> MoCoForImageClassificati
         config.label2id = {name: i for i, name in config.id2label.items()}
         if run.random_encoder:
             return MoCoForImageClassification(config)
-        return MoCoForImageClassification.from_pretrained(run.model, config=config)
+        model, report = MoCoForImageClassification.from_pretrained(
+            run.model, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        if any(not key.startswith("classifier.") for key in report["missing_keys"]):
+            raise OSError("its weights are those of another model")
+        return model
     except OSError as error:
         raise ValueError(
-            f"{run.model} holds no model: pass the folder that a run saved to, e.g. runs/quickstart"
+            f"{run.model} holds no MoCo model ({error}): pass the folder that a run saved to, e.g. runs/quickstart"
         ) from error
     finally:
         logging.set_verbosity(verbosity)

@@ -68,6 +68,7 @@ def neighbour_grid(
             found = bank[int(index[i, j])]
             colour = GRAY if found["labels"] == query["labels"] else ORANGE
             _show(axis, found, f"{class_names[found['labels']]}  {similarity[i, j]:.2f}", colour)
+    figure.suptitle("first column: query; others: nearest neighbours, orange where the class differs", fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path

@@ -34,7 +34,8 @@ def build_trainer(args: PretrainArguments) -> MoCoTrainer:
     if training.eval_strategy != IntervalStrategy.NO:
         missing = _missing_for_knn(args, splits)
         if missing:
-            print(f"The kNN monitor is off: it needs {missing}.")
+            if training.process_index == 0:
+                print(f"The kNN monitor is off: it needs {missing}.")
             training.eval_strategy, training.eval_on_start = IntervalStrategy.NO, False
         else:
             view = data.evaluation_view()
@@ -99,13 +100,13 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer, default_recipe: bool
         print(
             "No --recipe given: running 'quickstart'. For your own images:\n"
             "  accelerate launch scripts/pretrain.py --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER "
-            "--output_dir runs/mine"
+            "--output_dir runs/mine\n  (with one GPU add --batch_norm split)"
         )
     for key in ("title", "source", "hardware", "expected"):
         if key in args.recipe.about:
             print(f"{key:>9}: {args.recipe.about[key]}")
     print(
-        f"      run: {len(trainer.train_dataset):,} images, global batch {training.images_per_step} "
+        f"      run: {trainer.train_dataset.images_per_epoch:,} images, global batch {training.images_per_step} "
         f"({training.world_size} x {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
         f"accumulated), rate {training.learning_rate:g}, {config.architecture}, K {config.queue_size:,}, "
         f"m {config.key_momentum:g}, T {config.temperature:g}, to {training.output_dir}"
@@ -119,7 +120,12 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer, default_recipe: bool
             f"{training.images_per_step} the linear rule gives "
             f"{training.learning_rate * training.images_per_step / recipe_batch:g} (--learning_rate)"
         )
-    if len(trainer.train_dataset) * training.world_size < config.queue_size:
+    if training.world_size == 1 and config.batch_norm == "shuffle":
+        print(
+            "warning: in one process there is nobody to shuffle with, and BatchNorm tells keys apart by their batch. Pass "
+            "--batch_norm split, which imitates several GPUs"
+        )
+    if trainer.train_dataset.images_per_epoch < config.queue_size:
         print(
             f"warning: the queue ({config.queue_size:,}) is larger than the dataset: keys of the same image are among the "
             "negatives. Lower --queue_size"

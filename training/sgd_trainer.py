@@ -55,6 +55,9 @@ class SGDTrainingArguments(TrainingArguments):
             self.per_device_train_batch_size = self.global_batch_size // parts
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to copy to, and torch would warn every epoch
+        # One process, one device: with more, Trainer would wrap the model in nn.DataParallel and multiply the batch.
+        self._n_gpu = min(self.n_gpu, 1)
+        self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
 
     @property
     def images_per_step(self) -> int:

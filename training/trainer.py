@@ -142,7 +142,8 @@ class MoCoTrainer(SGDTrainer):
         outputs = model(**inputs)
         self._keys = outputs.key_embeds
         with torch.no_grad():
-            rank = (outputs.logits[:, 1:] > outputs.logits[:, :1]).sum(dim=1)  # negatives that beat the positive
+            # Negatives that the positive does not beat: ties and NaN count, or a collapsed run would look perfect.
+            rank = (~(outputs.logits[:, 1:] < outputs.logits[:, :1])).sum(dim=1)
             self._hits += torch.stack([(rank < 1).sum(), (rank < 5).sum()])
             self._queries += len(rank)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -191,11 +192,15 @@ class MoCoTrainer(SGDTrainer):
 
 
 def _check_sizes(model: MoCoModel, args: MoCoTrainingArguments, images: MapImages | StreamedImages) -> None:
-    if args.n_gpu > 1:
-        raise ValueError(f"{args.n_gpu} GPUs in one process: start one process per GPU with `accelerate launch`")
     if model.dtype != torch.float32:
         raise ValueError(
             f"the model is in {model.dtype}: load it in float32, the momentum update needs it, and pass --bf16"
+        )
+    splits = model.config.batch_norm_splits
+    if model.config.batch_norm == "split" and args.per_device_train_batch_size % splits:
+        raise ValueError(
+            f"the batch per process ({args.per_device_train_batch_size}) must be a multiple of batch_norm_splits "
+            f"({splits}): change either"
         )
     if model.config.queue_size < args.images_per_enqueue:
         raise ValueError(
@@ -204,6 +209,6 @@ def _check_sizes(model: MoCoModel, args: MoCoTrainingArguments, images: MapImage
         )
     if len(images) == 0 or (isinstance(images, MapImages) and len(images) < args.images_per_enqueue):
         raise ValueError(
-            f"the dataset ({len(images)} images) is smaller than the global batch ({args.images_per_enqueue}): "
+            f"the dataset ({images.images_per_epoch} images) is smaller than the global batch ({args.images_per_enqueue}): "
             "lower the batch or use more images"
         )
