@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from training.cli import claim_output_dir, one_line_errors
 from training.data import decode_image, load_images
-from training.linear_probe import build_trainer, load_encoder, parse_linear_probe
+from training.linear_probe import build_trainer, load_encoder, logistic_top1, parse_linear_probe
 
 SHOWN_IMAGES = 4
 
@@ -30,9 +30,12 @@ def main(argv: list[str]) -> None:
     evaluations = [entry for entry in trainer.state.log_history if "eval_top1" in entry]
     metrics = evaluations[-1] if evaluations else trainer.evaluate()
     trainer.save_model(str(folder))
+    logistic = logistic_top1(trainer, args.data.evaluation_view()) if args.logistic else None
     if not trainer.is_world_process_zero():
         return
     result = {"protocol": args.title, "top1": metrics["eval_top1"], "top5": metrics["eval_top5"], "n": len(splits.eval)}
+    if logistic is not None:
+        result["logistic_top1"] = logistic
     (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     classify = pipeline("image-classification", model=str(folder))
     print(f"pipeline('image-classification', model='{folder}') on test images:")
@@ -57,6 +60,8 @@ def print_table(run: Path, result: dict) -> None:
         numbers = json.loads(pretraining.read_text(encoding="utf-8"))
         rows = {"kNN before training": numbers["knn_top1_before"], "kNN after": numbers["knn_top1_after"]}
     rows["linear probe top-1"] = result["top1"]
+    if "logistic_top1" in result:
+        rows["logistic probe top-1"] = result["logistic_top1"]
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}} | " + (f"{value:5.1f} %" if value is not None else "not measured"))

@@ -8,8 +8,9 @@ from PIL import Image
 from transformers import EvalPrediction, TrainerCallback
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification
+from training.augment import EvaluationView
 from training.data import DataArguments, ImageSplits
-from training.linear_probe import LinearProbeArguments, LinearProbeTrainer, build_trainer, top_accuracies
+from training.linear_probe import LinearProbeArguments, LinearProbeTrainer, build_trainer, logistic_top1, top_accuracies
 
 NAMES = ["red", "blue"]
 
@@ -62,6 +63,7 @@ def test_it_learns_what_a_linear_classifier_can_and_changes_only_the_head(splits
     head = trainer.model.classifier.weight.detach().clone()
     trainer.train()
     assert trainer.evaluate()["eval_top1"] == 100
+    assert logistic_top1(trainer, EvaluationView(24, 24)) == 100
     assert not torch.equal(trainer.model.classifier.weight, head)
     for name, tensor in trainer.model.moco.state_dict().items():
         assert torch.equal(tensor, encoder[name]), name

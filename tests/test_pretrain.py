@@ -41,32 +41,38 @@ def test_every_recipe_trains_two_steps(name, tmp_path):
     assert trainer.model.dictionary.queue_ptr.item() == 32
 
 
+def launch(*flags: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """`accelerate launch --quiet scripts/pretrain.py` on the CPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["--multi_gpu"] if processes > 1 else []
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        [*command, str(ROOT / "scripts/pretrain.py"), *flags], capture_output=True, text=True, env=env
+    )
+
+
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     """The default command, shortened, through the launcher, as a user types it."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
-    short = [
-        "--num_train_epochs",
-        "1",
-        "--queue_size",
-        "256",
-        "--output_dir",
-        str(folder),
-        "--dataloader_num_workers",
-        "0",
-    ]
-    short += ["--dataloader_persistent_workers", "False", "--use_cpu"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1"]
-    result = subprocess.run(
-        [*command, str(ROOT / "scripts/pretrain.py"), *short],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=folder.parent,
-    )
+    short = ["--num_train_epochs", "1", "--queue_size", "256", "--dataloader_num_workers", "0", "--use_cpu"]
+    short += ["--output_dir", str(folder)]
+    result = launch(*short)
     assert result.returncode == 0, result.stderr
     return folder, short, result
+
+
+def test_two_processes_train_one_model_with_shuffling_batch_norm(tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--batch_norm", "shuffle", "--queue_size", "256", "--max_steps", "3", "--max_train_samples", "512"]
+    result = launch(*flags, "--dataloader_num_workers", "0", "--output_dir", str(folder), processes=2)
+    assert result.returncode == 0, result.stderr
+    assert "global batch 128 (2 x 64 x 1 accumulated)" in result.stdout
+    assert result.stdout.count("kNN after") == 1
+    model = MoCoModel.from_pretrained(folder)
+    assert model.dictionary.queue_ptr.item() == 3 * 128 % 256
+    assert json.loads((folder / "metrics.json").read_text())["steps"] == 3
 
 
 def test_without_arguments_the_quickstart_runs_and_says_so(quickstart):
@@ -186,18 +192,7 @@ def test_a_probe_of_a_folder_without_a_model_is_refused(tmp_path, script, capsys
 
 
 def test_the_launcher_shows_one_line_for_bad_input():
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--quiet",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "scripts/pretrain.py"), "--recipe", "x"]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = launch("--recipe", "x")
     assert result.returncode != 0
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
