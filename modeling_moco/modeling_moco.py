@@ -118,7 +118,7 @@ class MoCoPreTrainedModel(PreTrainedModel):
             init.zeros_(module.num_batches_tracked)
         elif isinstance(module, QueueDictionary):
             module.reset()
-        elif hasattr(module, "init_non_persistent_buffers"):  # timm's name: blur pool, swin, rope
+        elif module._non_persistent_buffers_set:  # no checkpoint has them; timm computes them: blur pool, swin, rope
             module.init_non_persistent_buffers()
 
 

@@ -184,6 +184,12 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, script, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_probe_suggests_the_flag_that_was_meant(script, capsys):
+    with pytest.raises(SystemExit):
+        script("linear_probe").main(["runs/x", "--learning_rat", "1"])
+    assert "did you mean '--learning_rate'" in capsys.readouterr().err
+
+
 def test_a_probe_of_a_folder_without_a_model_is_refused(tmp_path, script, capsys):
     for argv in ([str(tmp_path), "--dataset_name", "digits"], []):
         with pytest.raises(SystemExit):

@@ -135,7 +135,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(rows, tmp_p
     whole = build(rows, tmp_path / "whole", **options)
     whole.train()
     build(rows, tmp_path / "parts", callback=StopAt(stop), **options).train()
-    resumed = build(rows, tmp_path / "parts", model=tiny_model(projection_dim=128), **options)
+    resumed = build(rows, tmp_path / "parts", **options)
     resumed.train(resume_from_checkpoint=True)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name

@@ -18,6 +18,7 @@ from torchvision.transforms import InterpolationMode
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ASPECT_RATIO = (3 / 4, 4 / 3)
+BLUR_SIGMA = (0.1, 2.0)  # pixels
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,6 @@ class ViewPolicy:
         min_scale: smallest area of the crop, as a share of the image; the largest is 1.
         jitter: strength of brightness, contrast, saturation (factor in 1 ± strength) and hue (shift in ± strength turns).
         jitter_p, gray_p, blur_p, flip_p: probability of each operation.
-        blur_sigma: range of the Gaussian's standard deviation in pixels.
         gray_first: grayscale before the colour jitter (v1) instead of after it.
     """
 
@@ -37,7 +37,6 @@ class ViewPolicy:
     jitter_p: float = 0.8
     gray_p: float = 0.2
     blur_p: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
     flip_p: float = 0.5
     gray_first: bool = False
 
@@ -127,7 +126,7 @@ def draw_view(policy: ViewPolicy, width: int, height: int, generator: torch.Gene
     else:
         jitter = _draw_jitter(policy, generator)
         gray = _happens(policy.gray_p, generator)
-    blur = _uniform(*policy.blur_sigma, generator) if _happens(policy.blur_p, generator) else 0.0
+    blur = _uniform(*BLUR_SIGMA, generator) if _happens(policy.blur_p, generator) else 0.0
     return ViewDraw(box, jitter, gray, blur, flip=_happens(policy.flip_p, generator))
 
 

@@ -34,6 +34,17 @@ class _Parser(HfArgumentParser):
     def error(self, message):
         raise ValueError(message)
 
+    def flags(self) -> dict[str, str]:
+        """Name of the value that each flag sets."""
+        return {flag: action.dest for action in self._actions for flag in action.option_strings}
+
+    def parse_args(self, args=None, namespace=None):
+        for word in args:
+            flag = word.split("=")[0]
+            if flag.startswith("--") and flag not in self.flags():
+                raise ValueError(f"flag {flag} is unknown{nearest_name(flag, sorted(self.flags()))}")
+        return super().parse_args(args, namespace)
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     # One spelling of each flag; the others (dashes, --no_...) still work.
@@ -43,7 +54,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return f"{action.option_strings[0]} {self._format_args(action, 'VALUE')}"
 
 
-def build_parser(kinds: Iterable[Any], usage: str, description: str) -> HfArgumentParser:
+def build_parser(kinds: Iterable[Any], usage: str, description: str) -> _Parser:
     """A flag for every field of these dataclasses, the project's own first."""
     parser = _Parser(
         formatter_class=lambda prog: _Help(prog, max_help_position=34, width=120),
@@ -65,7 +76,7 @@ def build_parser(kinds: Iterable[Any], usage: str, description: str) -> HfArgume
 
 
 def parse_flags(
-    parser: HfArgumentParser, parts: dict[str, Any], argv: list[str], defaults: dict[str, Any]
+    parser: _Parser, parts: dict[str, Any], argv: list[str], defaults: dict[str, Any]
 ) -> tuple[argparse.Namespace, list[Any], dict[str, dict[str, Any]]]:
     """Parse `argv` over `defaults`.
 
@@ -75,11 +86,7 @@ def parse_flags(
     Raises:
         ValueError: an unknown flag, or a value out of its range.
     """
-    dest = {flag: action.dest for action in parser._actions for flag in action.option_strings}
-    given = {word.split("=")[0] for word in argv if word.startswith("--")}
-    for flag in sorted(given - set(dest)):
-        raise ValueError(f"flag {flag} is unknown{nearest_name(flag, sorted(dest))}")
-    names = {dest[flag] for flag in given}
+    names = {name for flag, name in parser.flags().items() if flag in {word.split("=")[0] for word in argv}}
     if "per_device_train_batch_size" in names:
         defaults = defaults | {"global_batch_size": None}
     parser.set_defaults(**defaults)

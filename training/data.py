@@ -238,8 +238,8 @@ def _first(split: datasets.Dataset, count: int | None, name: str) -> datasets.Da
     return split if count is None else split.select(range(min(count, len(split))))
 
 
-def load_digits(size: int = 32) -> datasets.DatasetDict:
-    """scikit-learn's 1,797 handwritten digits at `size` px: 1,437 to train on and 360 to test, classes balanced."""
+def load_digits() -> datasets.DatasetDict:
+    """scikit-learn's 1,797 handwritten digits at 32 px: 1,437 to train on and 360 to test, classes balanced."""
     from sklearn.datasets import load_digits as load_sklearn_digits
     from sklearn.model_selection import train_test_split
 
@@ -251,9 +251,7 @@ def load_digits(size: int = 32) -> datasets.DatasetDict:
     splits = {}
     for name, indices in zip(("train", "test"), rows, strict=True):
         images = [
-            Image.fromarray((source.images[i] * (255 / 16)).astype(np.uint8)).resize(
-                (size, size), Image.Resampling.BICUBIC
-            )
+            Image.fromarray((source.images[i] * (255 / 16)).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
             for i in indices
         ]
         labels = source.target[indices].tolist()

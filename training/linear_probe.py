@@ -69,19 +69,16 @@ def top_accuracies(prediction: EvalPrediction) -> dict[str, float]:
     return {"top1": 100 * hits[:, 0].float().mean().item(), "top5": 100 * hits.any(dim=1).float().mean().item()}
 
 
-def logistic_top1(trainer: LinearProbeTrainer, view: EvaluationView, regularisation: float = 100.0) -> float:
+def logistic_top1(trainer: LinearProbeTrainer, view: EvaluationView) -> float:
     """Accuracy in per cent of scikit-learn's logistic regression on unit-length features of the evaluation view.
 
     It takes one pass over the images and seconds, but its number is another protocol's.
-
-    Args:
-        regularisation: scikit-learn's C, the inverse of the strength.
     """
     encoder, processor = trainer.model.moco, trainer.processing_class
     train, test = MapImages(trainer.train_dataset.source, view), trainer.eval_dataset
     features, labels = extract_features(encoder, train, processor)
     test_features, test_labels = extract_features(encoder, test, processor)
-    classifier = LogisticRegression(C=regularisation, max_iter=3000)
+    classifier = LogisticRegression(C=100, max_iter=3000)  # C 1 would all but ignore features of unit length
     classifier.fit(features.cpu().numpy(), labels.cpu().numpy())
     return 100 * classifier.score(test_features.cpu().numpy(), test_labels.cpu().numpy())
 

@@ -36,7 +36,7 @@ def build_trainer(args: PretrainArguments) -> MoCoTrainer:
         if missing:
             if training.process_index == 0:
                 print(f"The kNN monitor is off: it needs {missing}.")
-            training.eval_strategy, training.eval_on_start = IntervalStrategy.NO, False
+            training.eval_strategy = IntervalStrategy.NO
         else:
             view = data.evaluation_view()
             bank, queries = MapImages(splits.train, view), MapImages(splits.eval, view)
@@ -99,7 +99,7 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer, default_recipe: bool
     if default_recipe:
         print(
             "No --recipe given: running 'quickstart'. For your own images:\n"
-            "  accelerate launch scripts/pretrain.py --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER "
+            "  accelerate launch --quiet scripts/pretrain.py --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER "
             "--output_dir runs/mine\n  (with one GPU add --batch_norm split)"
         )
     for key in ("title", "source", "hardware", "expected"):

@@ -1,6 +1,5 @@
 """Recipes: YAML files that say everything about a run, and the command line on top of them."""
 
-import argparse
 import dataclasses
 import inspect
 import re
@@ -115,12 +114,8 @@ def parse_pretrain(argv: list[str]) -> PretrainArguments:
         usage="accelerate launch scripts/pretrain.py [--recipe NAME_OR_PATH] [--flag value ...]",
         description="Pretrain an encoder with MoCo. A recipe sets every value; any flag overrides it.",
     )
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for each in (parser, first):
-        each.add_argument(
-            "--recipe", default=DEFAULT_RECIPE, help=f"a YAML file, or one of: {', '.join(recipe_names())}"
-        )
-    recipe = load_recipe(first.parse_known_args(argv)[0].recipe)
+    parser.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"a YAML file, or one of: {', '.join(recipe_names())}")
+    recipe = load_recipe(parser.parse_args(argv).recipe)
     _, (data, model, training), settings = parse_flags(
         parser, PARTS, argv, {"output_dir": f"runs/{recipe.name}"} | recipe.values
     )
