@@ -69,6 +69,7 @@ def test_first_step_has_the_official_logits_and_gradients():
     model = official_model().train()
     outputs = model(TRACE["one.images_q"][0].float(), TRACE["one.images_k"][0].float())
     outputs.loss.backward()
+    print("logits", (outputs.logits - TRACE["one.logits0"]).abs().max().item())
     torch.testing.assert_close(outputs.logits, TRACE["one.logits0"], atol=1e-5, rtol=0)
     gradients = {name.removeprefix("one.grad0."): t for name, t in TRACE.items() if name.startswith("one.grad0.")}
     ours = {"conv1": model.encoder_q.conv1[0].weight.grad, "head_last": model.projector_q[2].weight.grad}
@@ -122,6 +123,7 @@ def test_losses_and_contrast_accuracy_follow_the_official_ones(trained):
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         losses = torch.tensor([entry["loss"] for entry in history])
         accuracies = torch.tensor([entry["contrast_top1"] for entry in history])
+        print("losses", (losses - TRACE["one.losses"]).abs().max().item())
         torch.testing.assert_close(losses, TRACE["one.losses"], atol=1e-3, rtol=0)
         torch.testing.assert_close(accuracies, 100 * TRACE["one.accs"], atol=1e-3, rtol=0)
 
@@ -129,5 +131,6 @@ def test_losses_and_contrast_accuracy_follow_the_official_ones(trained):
 def test_final_queue_pointer_parameters_and_statistics_are_the_official_ones(trained):
     final = from_official({n.removeprefix("one.final."): t for n, t in TRACE.items() if n.startswith("one.final.")})
     deviations = sorted(deviation(trainer.model.state_dict(), final) for trainer in trained)
+    print("final state", *deviations)
     assert deviations[0] < 1e-3
     assert deviations[1] < 2e-3  # on the other side of the kink

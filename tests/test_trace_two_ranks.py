@@ -54,10 +54,14 @@ def test_two_ranks_follow_the_official_two_ranks(ranks):
         for name in ("logits0", "grad0.conv1", "grad0.head_last"):
             torch.testing.assert_close(ours["result"][name], official[name], atol=1e-5, rtol=0)
         losses = torch.tensor(ours["result"]["losses"])
+        print("logits", (ours["result"]["logits0"] - official["logits0"]).abs().max().item())
+        print("losses", (losses - official["losses"]).abs().max().item())
         torch.testing.assert_close(losses, official["losses"], atol=1e-3, rtol=0)
     # DDP's buffer broadcast, which ours goes without, gave the official rank 1 the statistics of rank 0.
     final = {n.removeprefix("two.rank0.final."): t for n, t in TRACE.items() if n.startswith("two.rank0.final.")}
-    assert deviation(ranks[0]["final"], from_official(final)) < 1e-3
+    largest = deviation(ranks[0]["final"], from_official(final))
+    print("final state", largest)
+    assert largest < 1e-3
 
 
 def test_parameters_and_queue_are_bit_equal_on_both_ranks(ranks):
