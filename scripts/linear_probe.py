@@ -8,7 +8,8 @@ from transformers import pipeline, set_seed
 from transformers.utils import logging
 
 from training.cli import claim_output_dir, one_line_errors
-from training.data import decode_image, load_images
+from training.data import load_images
+from training.images import decode_image
 from training.linear_probe import build_trainer, load_encoder, logistic_top1, parse_linear_probe
 
 SHOWN_IMAGES = 4

@@ -16,15 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from training.augment import EvaluationView, TwoViews, build_policy
-from training.data import (
-    DataArguments,
-    MapImages,
-    StreamedImages,
-    decode_image,
-    images_per_epoch,
-    load_digits,
-    load_images,
-)
+from training.data import DataArguments, images_per_epoch, load_digits, load_images
+from training.images import MapImages, StreamedImages, decode_image
 
 IMAGENET_500 = Path(__file__).parents[2] / "shared/data/imagenet-500"
 CLASSES = ["cat", "dog", "fox"]
@@ -135,11 +128,11 @@ def test_digits_give_the_same_rows_as_every_source(streaming):
 
 
 def test_digits_keep_the_share_of_every_class_in_both_splits():
-    digits = load_digits(size=16)
+    digits = load_digits()
     train, test = Counter(digits["train"]["label"]), Counter(digits["test"]["label"])
     for label in range(10):
         assert test[label] == pytest.approx((train[label] + test[label]) * 360 / 1797, abs=1)
-    assert digits["train"][0]["image"].size == (16, 16)
+    assert digits["train"][0]["image"].size == (32, 32)
 
 
 def test_columns_of_other_names_are_found_by_their_type_or_named(tmp_path):
@@ -277,7 +270,7 @@ def test_a_broken_file_is_named_and_counted_and_the_next_image_takes_its_place(k
     with caplog.at_level(logging.WARNING):
         assert read(images, batch_size=4) == [[0, 2, 2, 3], [4, 5, 6, 0]]
     assert images.skipped == 2
-    named = [record.getMessage() for record in caplog.records if record.name == "training.data"]
+    named = [record.getMessage() for record in caplog.records if record.name == "training.images"]
     assert ["photo1.jpg" in named[0], "photo7.jpg" in named[1], len(named)] == [True, True, 2]
 
 

@@ -9,7 +9,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from modeling_moco import MoCoConfig, MoCoModel
 from training.augment import EvaluationView, normalize
-from training.data import DataArguments, MapImages, load_images
+from training.data import DataArguments, load_images
+from training.images import MapImages
 from training.knn import evaluate_knn, extract_features, knn_predict, nearest
 
 CLASSES, DIM, TEMPERATURE = 5, 16, 0.07

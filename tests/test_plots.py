@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from training.augment import EvaluationView
-from training.data import MapImages
+from training.images import MapImages
 from training.plots import neighbour_grid, training_curve
 
 HISTORY = [

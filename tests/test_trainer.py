@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
 from training.augment import POLICIES, EvaluationView, TwoViews
-from training.data import MapImages, StreamedImages
+from training.images import MapImages, StreamedImages
 from training.trainer import MoCoTrainer, MoCoTrainingArguments
 
 BATCH, IMAGES = 4, 26  # six whole batches and a remainder

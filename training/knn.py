@@ -15,7 +15,7 @@ from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import gather, local_slice, world_size
 
 from .augment import normalize
-from .data import MapImages
+from .images import MapImages
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProce
 
 from .augment import EvaluationView, OneView, build_policy
 from .cli import SAVED_RECIPE, build_parser, parse_flags
-from .data import DataArguments, ImageSplits, MapImages
+from .data import DataArguments, ImageSplits
+from .images import MapImages
 from .knn import extract_features
 from .sgd_trainer import SGDTrainer, SGDTrainingArguments
 

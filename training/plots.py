@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from .data import MapImages
+from .images import MapImages
 from .knn import nearest
 
 matplotlib.use("Agg")

@@ -13,7 +13,8 @@ from modeling_moco import MoCoModel
 
 from . import plots
 from .augment import TwoViews, build_policy
-from .data import ImageSplits, MapImages, StreamedImages, images_per_epoch, load_images
+from .data import ImageSplits, images_per_epoch, load_images
+from .images import MapImages, StreamedImages
 from .knn import extract_features
 from .recipe import PretrainArguments
 from .trainer import MoCoTrainer

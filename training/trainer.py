@@ -13,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
 
-from .data import MapImages, StreamedImages
+from .images import MapImages, StreamedImages
 from .knn import evaluate_knn
 from .sgd_trainer import SGDTrainer, SGDTrainingArguments
 
