@@ -31,6 +31,10 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
             imitates several GPUs on one. `"sync"`: statistics are shared by all processes. `"plain"`: nothing is done.
             State dicts are the same in every mode.
         batch_norm_splits (`int`): groups per process for `"split"`. 8 in the official notebook.
+        symmetric_loss (`bool`): each view is the query once and the key once, and both losses are summed (official
+            CIFAR-10 notebook). Twice the computation and twice the keys a step.
+        image_mean (`list`): per channel, in [0, 1]. The model normalises images of dtype uint8.
+        image_std (`list`): per channel, in (0, 1].
         out_features, out_indices (*optional*): stages that [`MoCoBackbone`] returns, as in every transformers backbone.
 
     Raises:
@@ -49,6 +53,9 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
     temperature: float | int = 0.2
     batch_norm: str = "shuffle"
     batch_norm_splits: int = 8
+    symmetric_loss: bool = False
+    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self, **kwargs):
         self.stage_names = kwargs.pop("stage_names", None)
@@ -76,5 +83,10 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if not 0 <= self.key_momentum <= 1:
             raise ValueError(f"key_momentum ({self.key_momentum}) must lie in [0, 1]: the papers use 0.999")
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise ValueError(
+                f"image_mean ({self.image_mean}) and image_std ({self.image_std}) must be three numbers each, the latter "
+                "above 0"
+            )
         if self.temperature <= 0:
             raise ValueError(f"temperature ({self.temperature}) must be above 0: v1 uses 0.07, v2 0.2")

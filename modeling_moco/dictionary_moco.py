@@ -71,7 +71,7 @@ class QueueDictionary(nn.Module):
         size = self.queue.shape[1]
         if len(keys) > size:
             raise ValueError(
-                f"queue_size ({size}) is smaller than the global batch ({len(keys)}): raise it or lower the batch"
+                f"queue_size ({size}) is smaller than the keys of a global batch ({len(keys)}): raise it or lower the batch"
             )
         # Index arithmetic stays on the device: reading the pointer would make the host wait for the GPU.
         columns = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % size

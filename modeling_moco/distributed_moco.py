@@ -33,12 +33,25 @@ def gather(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def draw_permutation(n: int, device: torch.device) -> torch.Tensor:
-    """A random order of `n` rows, the same on all ranks (rank 0 decides)."""
-    order = torch.randperm(n, device=device)
-    if world_size() > 1:
-        dist.broadcast(order, src=0)
-    return order
+def exchange(x: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    """Send each rank the rows that are to be its own, and no others.
+
+    Args:
+        x: rows of this rank (N, ...).
+        parts: on the CPU (R, N), the same on all ranks; part r lists in ascending order which rows of the gathered batch
+            go to rank r.
+
+    Returns:
+        the rows of this rank's part, in its order (N, ...).
+    """
+    n, rank = len(x), dist.get_rank()
+    origin = parts // n  # (R, N), the rank that has the row
+    rows = parts[origin == rank] - rank * n
+    to_each = (origin == rank).sum(dim=1).tolist()
+    from_each = origin[rank].bincount(minlength=len(parts)).tolist()
+    received = x.new_empty(x.shape)
+    dist.all_to_all_single(received, x[rows.to(x.device)].contiguous(), from_each, to_each)
+    return received
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):

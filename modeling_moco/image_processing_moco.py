@@ -3,8 +3,23 @@
 Equal to torchvision's `Resize(256)`, `CenterCrop(224)`, `ToTensor`, `Normalize`. Sizes are pixels.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+
+
+def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 images (N, 3, H, W) to float32 in channels_last layout, scaled to [0, 1] and standardised per channel."""
+    images = images.to(torch.float32, memory_format=torch.channels_last)
+    return images.div_(255).sub_(_per_channel(tuple(mean), images.device)).div_(_per_channel(tuple(std), images.device))
+
+
+@lru_cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device=device).view(-1, 1, 1)  # kept: making it anew would wait for the GPU
 
 
 class _EvaluationTransform:

@@ -26,8 +26,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_moco import MoCoConfig
 from .dictionary_moco import QueueDictionary, build_dictionary
-from .distributed_moco import convert_batch_norm, draw_permutation, gather, local_slice, world_size
-from .image_processing_moco import MoCoImageProcessor  # noqa: F401  (travels with the model as remote code)
+from .distributed_moco import convert_batch_norm, exchange, gather, local_slice, world_size
+from .image_processing_moco import MoCoImageProcessor, normalize  # noqa: F401  (the first travels as remote code)
 
 logger = logging.get_logger(__name__)
 
@@ -41,8 +41,10 @@ class MoCoOutput(ModelOutput):
     Args:
         loss: InfoNCE, the mean over the local batch, natural logarithm (scalar).
         logits: similarities divided by the temperature, the positive first, float32 (N, 1+K).
-        query_embeds: queries of this process, unit length (N, C).
-        key_embeds: keys of all processes in rank order, unit length, without gradient (R·N, C).
+        query_embeds: queries of this process, unit length, float32 (N, C).
+        key_embeds: keys of all processes in rank order, unit length, float32, without gradient (R·N, C).
+
+    With `symmetric_loss` the loss is a sum of two and all first dimensions are twice as long.
     """
 
     loss: torch.Tensor | None = None
@@ -121,6 +123,12 @@ class MoCoPreTrainedModel(PreTrainedModel):
         elif module._non_persistent_buffers_set:  # no checkpoint has them; timm computes them: blur pool, swin, rope
             module.init_non_persistent_buffers()
 
+    def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images of dtype uint8 as the encoder wants them. Others are taken as normalised."""
+        if pixel_values.dtype != torch.uint8:
+            return pixel_values
+        return normalize(pixel_values, self.config.image_mean, self.config.image_std).to(self.dtype)
+
 
 class MoCoModel(MoCoPreTrainedModel):
     """Query encoder, key encoder and dictionary. One training step is Algorithm 1 of the paper:
@@ -141,6 +149,9 @@ class MoCoModel(MoCoPreTrainedModel):
     Loading: a checkpoint without the key encoder gets a copy of the query encoder, one without a queue a fresh queue.
     Another `queue_size` needs `ignore_mismatched_sizes=True` and starts a fresh queue. The key encoder never requires
     gradients, however the model came to be.
+
+    `shuffle_generator` draws the order in which keys are encoded. It must be in the same state on all processes, as it is
+    where every process has made the same steps.
     """
 
     _keys_to_ignore_on_load_missing = [r"^encoder_k\.", r"^projector_[qk]\.", r"^dictionary\."]
@@ -154,6 +165,7 @@ class MoCoModel(MoCoPreTrainedModel):
         super().__init__(config)
         self.encoder_q = build_encoder(config)
         self.momentum_encoder = momentum_encoder
+        self.shuffle_generator = torch.Generator()
         if momentum_encoder:
             dim = self.encoder_q.head_hidden_size
             self.projector_q = build_projector(config, dim)
@@ -190,7 +202,7 @@ class MoCoModel(MoCoPreTrainedModel):
 
     def features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPoolingAndNoAttention:
         """Feature map (the layout is timm's) and pooled feature (N, D) of the query encoder."""
-        feature_map = self.encoder_q.forward_features(pixel_values)
+        feature_map = self.encoder_q.forward_features(self.normalize(pixel_values))
         pooled = self.encoder_q.forward_head(feature_map, pre_logits=True)
         return BaseModelOutputWithPoolingAndNoAttention(last_hidden_state=feature_map, pooler_output=pooled)
 
@@ -202,6 +214,7 @@ class MoCoModel(MoCoPreTrainedModel):
     def encode_keys(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Keys of all processes in rank order (R·N, C), each encoded in company that its query did not have."""
         x, restore = self._shuffle(pixel_values)
+        x = self.normalize(x)  # after the exchange, which so moves a quarter of the bytes
         k = self.projector_k(self.encoder_k.forward_head(self.encoder_k.forward_features(x), pre_logits=True))
         return gather(F.normalize(k.float(), dim=1))[restore]
 
@@ -215,12 +228,29 @@ class MoCoModel(MoCoPreTrainedModel):
                 "Set batch_norm='split' to imitate several GPUs, or 'plain' to accept it."
             )
         if mode == "shuffle" and ranks > 1:
-            order = draw_permutation(ranks * n, x.device)
-            return gather(x)[order[local_slice(n)]], order.argsort()
+            # Drawn on the CPU, where every rank draws the same. BatchNorm does not see the order within a part.
+            parts = self._draw_order(ranks * n).view(ranks, n).sort(dim=1).values
+            return exchange(x, parts), parts.flatten().argsort().to(x.device)
         if mode == "split":
-            order = torch.randperm(n, device=x.device)
-            return x[order], gather(order.argsort() + local_slice(n).start)
+            order = self._draw_order(n)
+            restore = torch.cat([order.argsort() + rank * n for rank in range(ranks)])
+            return x[order.to(x.device)], restore.to(x.device)
         return x, slice(None)
+
+    def _draw_order(self, n: int) -> torch.Tensor:
+        return torch.randperm(n, generator=self.shuffle_generator)
+
+    def contrast(
+        self, x_q: torch.Tensor, x_k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss, logits, queries and keys (see [`MoCoOutput`]) of views `x_q` and `x_k` of the same images."""
+        q = self.encode_queries(x_q)
+        keys = self.encode_keys(x_k)
+        with torch.autocast(q.device.type, enabled=False):  # 16 bits would round away small differences
+            logits, labels = self.dictionary(q, keys[local_slice(len(q))])
+            logits = logits / self.config.temperature
+            loss = F.cross_entropy(logits, labels)
+        return loss, logits, q, keys
 
     @can_return_tuple
     def forward(
@@ -232,7 +262,7 @@ class MoCoModel(MoCoPreTrainedModel):
         """Features of one batch of images, or the contrastive loss of two views of them.
 
         Args:
-            pixel_values: normalised images (N, 3, H, W); in training the query view.
+            pixel_values: images (N, 3, H, W), normalised or of dtype uint8; in training the query view.
             key_pixel_values: the key view of the same images (N, 3, H, W).
 
         Returns:
@@ -240,12 +270,12 @@ class MoCoModel(MoCoPreTrainedModel):
         """
         if key_pixel_values is None:
             return self.features(pixel_values)
-        q = self.encode_queries(pixel_values)
-        keys = self.encode_keys(key_pixel_values)
-        with torch.autocast(q.device.type, enabled=False):  # 16 bits would round away small differences
-            logits, labels = self.dictionary(q, keys[local_slice(len(q))])
-            logits = logits / self.config.temperature
-            loss = F.cross_entropy(logits, labels)
+        loss, logits, q, keys = self.contrast(pixel_values, key_pixel_values)
+        if self.config.symmetric_loss:
+            swapped_loss, swapped_logits, swapped_q, swapped_keys = self.contrast(key_pixel_values, pixel_values)
+            loss = loss + swapped_loss
+            logits, q = torch.cat([logits, swapped_logits]), torch.cat([q, swapped_q])
+            keys = torch.cat([swapped_keys, keys])  # the official notebook enqueues the keys of the first view first
         return MoCoOutput(loss=loss, logits=logits, query_embeds=q, key_embeds=keys)
 
 
@@ -275,7 +305,7 @@ class MoCoForImageClassification(MoCoPreTrainedModel):
     def forward(
         self, pixel_values: torch.FloatTensor, labels: torch.LongTensor | None = None, **kwargs
     ) -> ImageClassifierOutputWithNoAttention:
-        """Class logits (N, num_labels) of normalised images (N, 3, H, W); with `labels` (N,) the cross-entropy too."""
+        """Class logits (N, num_labels) of images (N, 3, H, W); with `labels` (N,) the cross-entropy too."""
         logits = self.classifier(self.moco(pixel_values).pooler_output)
         loss = F.cross_entropy(logits.float(), labels) if labels is not None else None
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
@@ -304,5 +334,5 @@ class MoCoBackbone(BackboneMixin, MoCoPreTrainedModel):
     @can_return_tuple
     def forward(self, pixel_values: torch.FloatTensor, **kwargs) -> BackboneOutput:
         """Feature maps (N, channels, H/stride, W/stride) of the stages in `out_features`, in order."""
-        stages = self.encoder_q.forward_intermediates(pixel_values, intermediates_only=True)
+        stages = self.encoder_q.forward_intermediates(self.normalize(pixel_values), intermediates_only=True)
         return BackboneOutput(feature_maps=tuple(stages[i] for i in self.out_indices))

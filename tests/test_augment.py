@@ -10,15 +10,12 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as T
 
 from training.augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     POLICIES,
     EvaluationView,
     OneView,
     TwoViews,
     build_policy,
     draw_view,
-    normalize,
     render_view,
     seeded_generator,
 )
@@ -209,15 +206,3 @@ def test_evaluation_view_equals_resize_and_centre_crop(resize, size):
     for seed, (width, height) in enumerate(image_sizes(20)):
         image = noise(width, height, seed)
         assert torch.equal(view(image, seeded_generator(seed))["pixel_values"], reference(image)), (width, height)
-
-
-def test_normalize_equals_to_tensor_and_normalize():
-    images = [noise(20, 16, seed) for seed in range(3)]
-    reference = T.Compose([T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-    batch = torch.stack([T.PILToTensor()(image) for image in images])
-    before = batch.clone()
-    normalised = normalize(batch, IMAGENET_MEAN, IMAGENET_STD)
-    torch.testing.assert_close(normalised, torch.stack([reference(i) for i in images]), atol=1e-6, rtol=0)
-    assert normalised.dtype == torch.float32
-    assert normalised.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(batch, before)

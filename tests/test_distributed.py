@@ -1,4 +1,4 @@
-"""BatchNorm by groups against nn.BatchNorm2d, and two gloo processes against one."""
+"""BatchNorm by groups against nn.BatchNorm2d, and three gloo processes against one."""
 
 import copy
 
@@ -9,10 +9,16 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from modeling_moco import MoCoConfig, MoCoModel
-from modeling_moco.distributed_moco import convert_batch_norm, gather, local_slice
+from modeling_moco.distributed_moco import convert_batch_norm, exchange, gather, local_slice
 
 SPLITS, CHANNELS = 4, 3
-RANKS, LOCAL_BATCH = 2, 6
+RANKS, LOCAL_BATCH = 3, 4  # with two ranks everyone sends as much as he receives
+ALL_ROWS = torch.arange(RANKS * LOCAL_BATCH).view(RANKS, LOCAL_BATCH)
+PARTS = [
+    torch.tensor([[0, 1, 2, 11], [3, 4, 5, 8], [6, 7, 9, 10]]),
+    ALL_ROWS.roll(1, 0),
+    ALL_ROWS,
+]
 
 
 def moco(batch_norm, splits=2):
@@ -134,10 +140,11 @@ def _run_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     images = torch.load(f"{folder}/images.pt")[rank * LOCAL_BATCH : (rank + 1) * LOCAL_BATCH]
     model = moco("shuffle").eval()
-    torch.manual_seed(100 + rank)  # ranks need not agree: rank 0 draws the order
+    torch.manual_seed(100 + rank)  # the order of the shuffle does not hang on the global generator
     outputs = model(images, images)
     result = {
         "gathered": gather(torch.tensor([[rank, rank], [0, 1]]).T),
+        "exchanged": [exchange(100 + ALL_ROWS[rank], parts) for parts in PARTS],
         "slice": local_slice(LOCAL_BATCH),
         "keys": model.encode_keys(images),
         "positives": outputs.logits[:, 0].detach(),
@@ -148,7 +155,7 @@ def _run_rank(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_processes_encode_keys_as_one_but_normalise_shuffled_images(tmp_path):
+def test_three_processes_encode_keys_as_one_but_normalise_shuffled_images(tmp_path):
     torch.manual_seed(1)
     images = torch.randn(RANKS * LOCAL_BATCH, 3, 64, 64) + torch.arange(RANKS * LOCAL_BATCH).view(-1, 1, 1, 1)
     torch.save(images, tmp_path / "images.pt")
@@ -158,7 +165,8 @@ def test_two_processes_encode_keys_as_one_but_normalise_shuffled_images(tmp_path
     model = moco("plain").eval()
     keys = model.encode_keys(images)
     for rank, result in enumerate(ranks):
-        assert result["gathered"].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+        assert result["gathered"].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1]]
+        assert [x.tolist() for x in result["exchanged"]] == [(100 + parts[rank]).tolist() for parts in PARTS]
         assert result["slice"] == slice(rank * LOCAL_BATCH, (rank + 1) * LOCAL_BATCH)
         torch.testing.assert_close(result["keys"], keys, atol=1e-5, rtol=1e-4)
         # Query and key encoder are equal and see the same image, so the positive of every query is its own key.
@@ -170,7 +178,7 @@ def test_two_processes_encode_keys_as_one_but_normalise_shuffled_images(tmp_path
         model.encode_keys(local)
         unshuffled.append(model.encoder_k.conv1[1].running_mean)
     seen = [result["running_mean"] for result in ranks]
-    assert not torch.allclose(seen[0], unshuffled[0], atol=1e-2)
-    assert not torch.allclose(seen[1], unshuffled[1], atol=1e-2)
+    for ours, alone in zip(seen, unshuffled, strict=True):
+        assert not torch.allclose(ours, alone, atol=1e-2)
     # The first BatchNorm averages linearly, so the mean over ranks shows that each image was encoded exactly once.
     torch.testing.assert_close(sum(seen), sum(unshuffled), atol=1e-5, rtol=1e-4)

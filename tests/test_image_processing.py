@@ -8,6 +8,7 @@ from torchvision import transforms
 from transformers import AutoImageProcessor
 
 from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoImageProcessorPil
+from modeling_moco.image_processing_moco import normalize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BACKENDS = [MoCoImageProcessor, MoCoImageProcessorPil]
@@ -76,3 +77,15 @@ def test_cifar_sized_images_are_only_normalised(backend):
     image = noise(np.random.default_rng(0), 32, 32)
     pixels = processor(image, return_tensors="pt").pixel_values
     torch.testing.assert_close(pixels[0], oracle(32, 32)(image), atol=1e-6, rtol=0)
+
+
+def test_normalize_equals_to_tensor_and_normalize(images):
+    views = [image.resize((20, 16)) for image in images[:3]]
+    reference = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    batch = torch.stack([transforms.PILToTensor()(view) for view in views])
+    before = batch.clone()
+    normalised = normalize(batch, MEAN, STD)
+    torch.testing.assert_close(normalised, torch.stack([reference(view) for view in views]), atol=1e-6, rtol=0)
+    assert normalised.dtype == torch.float32
+    assert normalised.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch, before)

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_moco import MoCoConfig, MoCoModel
-from training.augment import EvaluationView, normalize
+from modeling_moco.image_processing_moco import normalize
+from training.augment import EvaluationView
 from training.data import DataArguments, load_images
 from training.images import MapImages
 from training.knn import evaluate_knn, extract_features, knn_predict, nearest
@@ -73,7 +75,7 @@ def digits():
     args = DataArguments(dataset_name="digits", image_size=32, eval_resize=32, max_train_samples=100)
     splits = load_images(args)
     bank, queries = (MapImages(split, args.evaluation_view()) for split in (splits.train, splits.eval))
-    return bank, queries.first(30), args.image_processor()
+    return bank, queries.first(30)
 
 
 @pytest.fixture
@@ -90,16 +92,16 @@ def model():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_features_are_those_of_a_forward_in_evaluation_mode_and_change_nothing(model, digits, training):
-    bank, _, processor = digits
+    bank, _ = digits
     model.train(training)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    features, labels = extract_features(model, bank, processor, batch_size=32)
+    features, labels = extract_features(model, bank, batch_size=32)
     assert all(module.training == training for module in model.modules())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
     pixels = torch.stack([bank[i]["pixel_values"] for i in range(len(bank))])
     with torch.no_grad():
-        direct = model.eval()(normalize(pixels, processor.image_mean, processor.image_std)).pooler_output
+        direct = model.eval()(normalize(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)).pooler_output
     torch.testing.assert_close(features, F.normalize(direct, dim=1), atol=1e-5, rtol=0)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(len(bank)))
     assert features.dtype == torch.float32
@@ -108,20 +110,20 @@ def test_features_are_those_of_a_forward_in_evaluation_mode_and_change_nothing(m
 
 
 def test_features_keep_their_order_over_batches_and_workers(model, digits):
-    _, queries, processor = digits
-    whole, labels = extract_features(model, queries, processor, batch_size=30)
-    pieces, piece_labels = extract_features(model, queries, processor, batch_size=7, num_workers=2)
+    _, queries = digits
+    whole, labels = extract_features(model, queries, batch_size=30)
+    pieces, piece_labels = extract_features(model, queries, batch_size=7, num_workers=2)
     torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=0)
     assert torch.equal(piece_labels, labels)
 
 
 def test_accuracy_is_the_share_of_right_answers_in_per_cent(model, digits):
-    bank, queries, processor = digits
-    assert evaluate_knn(model, bank, bank, processor, k=1) == {"knn_top1": 100.0}
-    (features, labels), (q, truth) = (extract_features(model, images, processor) for images in (bank, queries))
+    bank, queries = digits
+    assert evaluate_knn(model, bank, bank, k=1) == {"knn_top1": 100.0}
+    (features, labels), (q, truth) = (extract_features(model, images) for images in (bank, queries))
     reference = KNeighborsClassifier(1, algorithm="brute").fit(features, labels)
     expected = 100 * reference.score(q, truth)
-    assert evaluate_knn(model, bank, queries, processor, k=1)["knn_top1"] == pytest.approx(expected)
+    assert evaluate_knn(model, bank, queries, k=1)["knn_top1"] == pytest.approx(expected)
 
 
 def test_a_wrong_label_in_the_bank_costs_its_share(model):
@@ -139,5 +141,4 @@ def test_a_wrong_label_in_the_bank_costs_its_share(model):
             view = EvaluationView(32, 32)(Image.new("RGB", (32, 32), colours[i]), torch.Generator())
             return view | {"labels": self.labels[i]}
 
-    processor = DataArguments(image_size=32, eval_resize=32).image_processor()
-    assert evaluate_knn(model, Plain([0, 1, 2, 3]), Plain([0, 1, 2, 0]), processor, k=1) == {"knn_top1": 75.0}
+    assert evaluate_knn(model, Plain([0, 1, 2, 3]), Plain([0, 1, 2, 0]), k=1) == {"knn_top1": 75.0}

@@ -180,6 +180,8 @@ def test_unknown_architecture_is_rejected_with_close_names(unknown, meant):
         ("stem", "tiny"),
         ("projection_head", "transformer"),
         ("batch_norm", "ghost"),
+        ("image_mean", [0.5, 0.5]),
+        ("image_std", [0.2, 0.2, 0]),
     ],
 )
 def test_config_rejects_a_value_out_of_range_by_name(name, value):
@@ -452,6 +454,36 @@ def test_contrast_is_computed_in_float32_under_autocast(trained):
     q, k = outputs.query_embeds, outputs.key_embeds
     similarities = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ trained.dictionary.queue], dim=1)
     torch.testing.assert_close(outputs.logits, similarities / trained.config.temperature, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["features", "keys", "backbone", "classifier"])
+def test_uint8_images_are_normalised_by_the_model(kind):
+    config = moco_config(image_mean=[0.5, 0.4, 0.3], image_std=[0.1, 0.2, 0.3], num_labels=3)
+    model = {"backbone": MoCoBackbone, "classifier": MoCoForImageClassification}.get(kind, MoCoModel)(config).eval()
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    by_hand = (images / 255 - torch.tensor(config.image_mean).view(3, 1, 1)) / torch.tensor(config.image_std).view(
+        3, 1, 1
+    )
+    with torch.no_grad():
+        forward = model.encode_keys if kind == "keys" else lambda x: model(x, return_dict=False)[0]
+        ours, expected = forward(images), forward(by_hand)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_symmetric_loss_is_the_sum_of_both_and_no_key_meets_itself_in_the_queue():
+    model = MoCoModel(moco_config(symmetric_loss=True)).eval()
+    x_1, x_2 = views()
+    outputs = model(x_1, x_2)
+    queue = model.dictionary.queue.clone()
+    model.config.symmetric_loss = False
+    forth, back = model(x_1, x_2), model(x_2, x_1)
+    torch.testing.assert_close(outputs.loss, forth.loss + back.loss)
+    assert torch.equal(outputs.logits, torch.cat([forth.logits, back.logits]))
+    # Both losses see the queue as it was before the step; then the keys of the first view enter, then the second's.
+    model.dictionary.enqueue(outputs.key_embeds)
+    assert torch.equal(model.dictionary.queue[:, 16:], queue[:, 16:])
+    assert torch.equal(model.dictionary.queue[:, :16].T, torch.cat([model.encode_keys(x_1), model.encode_keys(x_2)]))
 
 
 def test_tuples_replace_outputs_on_request(trained):

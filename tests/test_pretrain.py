@@ -38,7 +38,8 @@ def test_every_recipe_trains_two_steps(name, tmp_path):
         if parameter.requires_grad:
             assert torch.isfinite(parameter).all(), n
             assert not torch.equal(parameter, before[n]), n
-    assert trainer.model.dictionary.queue_ptr.item() == 32
+    keys = 2 * 16 * (2 if args.config.symmetric_loss else 1)
+    assert trainer.model.dictionary.queue_ptr.item() == keys % 64
 
 
 def launch(*flags: str, processes: int = 1) -> subprocess.CompletedProcess:
@@ -145,7 +146,7 @@ REFUSED = {
     "unknown recipe": (["--recipe", "quikstart"], "did you mean 'quickstart'"),
     "unknown flag": (["--quue_size", "64"], "did you mean '--queue_size'"),
     "unknown backbone": (["--architecture", "resnet51"], "architecture ('resnet51')"),
-    "queue below the batch": (["--queue_size", "8"], "queue_size (8) is smaller than the global batch (16)"),
+    "queue below the batch": (["--queue_size", "8"], "queue_size (8) is smaller than the keys of a global batch (16)"),
     "dataset below a batch": (["--max_train_samples", "10"], "the dataset (10 images) is smaller"),
     "image size": (["--architecture", "vit_tiny_patch16_224"], "image_size (32) is refused by vit_tiny_patch16_224"),
     "neighbours above the bank": (["--knn_k", "65"], "knn_k (65) is larger"),

@@ -58,11 +58,14 @@ PUBLISHED = {
         "knn_temperature": 0.1,
     },
 }
+PUBLISHED["cifar10_r18_symmetric_200ep"] = PUBLISHED["cifar10_r18_200ep"] | {"symmetric_loss": True}
+PUBLISHED["cifar10_r18_200ep"]["symmetric_loss"] = False
 EXPECTED = {
     "moco_v1_r50_in1k_200ep": "60.6",
     "moco_v2_r50_in1k_200ep": "67.5",
     "moco_v2_r50_in1k_800ep": "71.1",
     "cifar10_r18_200ep": "82.6",
+    "cifar10_r18_symmetric_200ep": "85.3",
 }
 
 

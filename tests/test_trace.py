@@ -10,19 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling_moco import MoCoConfig, MoCoModel
+from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
 from training.convert import from_official
 from training.trainer import MoCoTrainer, MoCoTrainingArguments
 
 TRACE = load_file(Path(__file__).parent / "data" / "official_trace.safetensors")
 STEPS, BATCH = TRACE["one.images_q"].shape[:2]
-
-
-class Identity:
-    """An image processor's mean and standard deviation that change nothing: the trace's images are normalised."""
-
-    image_mean, image_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    model_input_names = ("pixel_values",)
 
 
 class TraceImages(torch.utils.data.Dataset):
@@ -93,7 +86,7 @@ def train(folder, onednn: bool) -> MoCoTrainer:
         logging_steps=1,
         disable_tqdm=True,
     )
-    trainer = InOrder(official_model(), args, TraceImages(), Identity())
+    trainer = InOrder(official_model(), args, TraceImages(), MoCoImageProcessor())
     trainer.model.to(memory_format=torch.contiguous_format)
     torch._C._set_mkldnn_enabled(onednn)  # the public context manager warns about other processors
     trainer.train()

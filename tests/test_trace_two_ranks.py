@@ -6,7 +6,6 @@ import torch.distributed as dist
 from test_trace import STEPS, TRACE, deviation, official_model
 from torch.nn.parallel import DistributedDataParallel
 
-from modeling_moco import modeling_moco
 from training.convert import from_official
 
 RANKS = 2
@@ -17,8 +16,8 @@ def run(rank: int, folder: str) -> None:
     torch._C._set_mkldnn_enabled(False)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     orders = iter(TRACE["two.shuffle"])
-    modeling_moco.draw_permutation = lambda n, device: next(orders)  # the recorded draws
     model = official_model("shuffle").train()
+    model._draw_order = lambda n: next(orders)  # the recorded draws
     replica = DistributedDataParallel(model, broadcast_buffers=False)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=0.1, momentum=0.9, weight_decay=1e-4)

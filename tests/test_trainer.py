@@ -180,7 +180,8 @@ def test_evaluation_runs_every_n_epochs_and_at_the_end(rows, tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "batch", "message"),
     [
-        ({"queue_size": 3}, 4, r"queue_size \(3\) is smaller than the global batch \(4\)"),
+        ({"queue_size": 3}, 4, r"queue_size \(3\) is smaller than the keys of a global batch \(4\)"),
+        ({"queue_size": 7, "symmetric_loss": True}, 4, r"queue_size \(7\) is smaller than the keys of a .* \(8\)"),
         ({"batch_norm": "split", "batch_norm_splits": 3}, 4, r"the batch per process \(4\) must be a multiple of"),
         ({"queue_size": 64}, 27, r"the dataset \(26 images\) is smaller than the global batch \(27\)"),
     ],

@@ -2,13 +2,12 @@
 
 A random view is drawn first (`draw_view`: a few numbers) and rendered afterwards (`render_view`: pixels), so that every
 draw can be seen, tested and reproduced. Draws consume the generator exactly as torchvision's reference transforms
-consume the global one: equal seeds give equal images. Views leave as uint8 and are normalised as a batch on the device
-(`normalize`), which moves a quarter of the bytes. Sizes are pixels, probabilities lie in [0, 1].
+consume the global one: equal seeds give equal images. Views leave as uint8 and the model normalises them, which moves a
+quarter of the bytes. Sizes are pixels, probabilities lie in [0, 1].
 """
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
 from torchvision.transforms import InterpolationMode
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ASPECT_RATIO = (3 / 4, 4 / 3)
 BLUR_SIGMA = (0.1, 2.0)  # pixels
 
@@ -163,17 +161,6 @@ def seeded_generator(*key: int) -> torch.Generator:
 
 def _to_uint8(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def normalize(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 images (N, 3, H, W) to float32 in channels_last layout, scaled to [0, 1] and standardised per channel."""
-    images = images.to(torch.float32, memory_format=torch.channels_last)
-    return images.div_(255).sub_(_per_channel(tuple(mean), images.device)).div_(_per_channel(tuple(std), images.device))
-
-
-@lru_cache
-def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, device=device).view(-1, 1, 1)  # kept: making it anew would wait for the GPU
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import numpy as np
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
-from modeling_moco import MoCoImageProcessor
+from modeling_moco import MoCoConfig, MoCoImageProcessor
 
-from .augment import IMAGENET_MEAN, IMAGENET_STD, EvaluationView
+from .augment import EvaluationView
 
 EVAL_SPLITS = ("validation", "test", "valid", "val")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
@@ -58,8 +58,6 @@ class DataArguments:
     crop_min_scale: float | None = field(
         default=None, metadata={"help": "smallest crop as a share of the image; by default that of the augmentation"}
     )
-    image_mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN), metadata={"help": "per channel, 0-1"})
-    image_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD), metadata={"help": "per channel, 0-1"})
 
     def __post_init__(self):
         if self.image_size < 1:
@@ -67,11 +65,6 @@ class DataArguments:
         if self.crop_min_scale is not None and not 0 < self.crop_min_scale <= 1:
             raise ValueError(
                 f"crop_min_scale ({self.crop_min_scale}) must lie in (0, 1]: it is a share of the image's area"
-            )
-        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
-            raise ValueError(
-                f"image_mean ({self.image_mean}) and image_std ({self.image_std}) must be three numbers each, the latter "
-                "above 0"
             )
         if self.eval_resize is not None and self.eval_resize < self.image_size:
             raise ValueError(
@@ -83,13 +76,13 @@ class DataArguments:
         """The fixed view of kNN, probes and pipelines."""
         return EvaluationView(self.eval_resize or round(self.image_size * 256 / 224), self.image_size)
 
-    def image_processor(self) -> MoCoImageProcessor:
-        """The evaluation view in transformers' terms; it is saved beside every model."""
+    def image_processor(self, config: MoCoConfig) -> MoCoImageProcessor:
+        """The evaluation view of a model in transformers' terms; it is saved beside it."""
         return MoCoImageProcessor(
             size={"shortest_edge": self.evaluation_view().resize},
             crop_size={"height": self.image_size, "width": self.image_size},
-            image_mean=self.image_mean,
-            image_std=self.image_std,
+            image_mean=list(config.image_mean),
+            image_std=list(config.image_std),
         )
 
 

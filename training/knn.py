@@ -14,13 +14,12 @@ from tqdm import tqdm
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import gather, local_slice, world_size
 
-from .augment import normalize
 from .images import MapImages
 
 
 @torch.no_grad()
 def extract_features(
-    model: MoCoModel, images: MapImages, image_processor, *, batch_size: int = 256, num_workers: int = 0
+    model: MoCoModel, images: MapImages, *, batch_size: int = 256, num_workers: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Backbone features of all images, in their order on every process; the processes share the work.
 
@@ -40,10 +39,8 @@ def extract_features(
     model.eval()
     features, labels = [], []
     for batch in tqdm(loader, desc="features", leave=False, disable=len(loader) < 20, dynamic_ncols=True):
-        pixels = normalize(
-            batch["pixel_values"].to(model.device), image_processor.image_mean, image_processor.image_std
-        )
-        features.append(F.normalize(model.features(pixels.to(model.dtype)).pooler_output.float(), dim=1))
+        pixels = batch["pixel_values"].to(model.device)
+        features.append(F.normalize(model.features(pixels).pooler_output.float(), dim=1))
         labels.append(batch["labels"].to(model.device))
     model.train(training)
     return gather(torch.cat(features))[: len(images)], gather(torch.cat(labels))[: len(images)]
@@ -92,7 +89,6 @@ def evaluate_knn(
     model: MoCoModel,
     bank: MapImages,
     queries: MapImages,
-    image_processor,
     *,
     k: int = 200,
     temperature: float = 0.07,
@@ -101,8 +97,8 @@ def evaluate_knn(
 ) -> dict[str, float]:
     """Share of the queries that kNN on backbone features classifies correctly, in per cent: `{"knn_top1": ...}`."""
     loading = {"batch_size": batch_size, "num_workers": num_workers}
-    bank_features, bank_labels = extract_features(model, bank, image_processor, **loading)
-    features, labels = extract_features(model, queries, image_processor, **loading)
+    bank_features, bank_labels = extract_features(model, bank, **loading)
+    features, labels = extract_features(model, queries, **loading)
     num_classes = int(max(bank_labels.max(), labels.max())) + 1
     predicted = knn_predict(features, bank_features, bank_labels, num_classes=num_classes, k=k, temperature=temperature)
     return {"knn_top1": 100 * (predicted == labels).float().mean().item()}

@@ -75,10 +75,10 @@ def logistic_top1(trainer: LinearProbeTrainer, view: EvaluationView) -> float:
 
     It takes one pass over the images and seconds, but its number is another protocol's.
     """
-    encoder, processor = trainer.model.moco, trainer.processing_class
+    encoder = trainer.model.moco
     train, test = MapImages(trainer.train_dataset.source, view), trainer.eval_dataset
-    features, labels = extract_features(encoder, train, processor)
-    test_features, test_labels = extract_features(encoder, test, processor)
+    features, labels = extract_features(encoder, train)
+    test_features, test_labels = extract_features(encoder, test)
     classifier = LogisticRegression(C=100, max_iter=3000)  # C 1 would all but ignore features of unit length
     classifier.fit(features.cpu().numpy(), labels.cpu().numpy())
     return 100 * classifier.score(test_features.cpu().numpy(), test_labels.cpu().numpy())
@@ -145,12 +145,7 @@ def _settings_of_pretraining(model: str) -> dict[str, Any]:
         processor = MoCoImageProcessor.from_pretrained(model)
     except OSError:
         return {}  # `load_encoder` will say that there is no model
-    return {
-        "image_size": processor.crop_size["height"],
-        "eval_resize": processor.size["shortest_edge"],
-        "image_mean": list(processor.image_mean),
-        "image_std": list(processor.image_std),
-    }
+    return {"image_size": processor.crop_size["height"], "eval_resize": processor.size["shortest_edge"]}
 
 
 def load_encoder(run: ProbeRun, splits: ImageSplits) -> MoCoForImageClassification:
@@ -191,5 +186,5 @@ def build_trainer(
         args,
         train_dataset=MapImages(splits.train, crop, args.seed),
         eval_dataset=MapImages(splits.eval, data.evaluation_view()),
-        processing_class=data.image_processor(),
+        processing_class=data.image_processor(model.config),
     )

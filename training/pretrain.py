@@ -48,7 +48,7 @@ def build_trainer(args: PretrainArguments) -> MoCoTrainer:
     set_seed(training.seed)
     model = MoCoModel(args.config)
     check_image_size(model, data.image_size)
-    trainer = MoCoTrainer(model, training, train, data.image_processor(), bank, queries)
+    trainer = MoCoTrainer(model, training, train, data.image_processor(args.config), bank, queries)
     trainer.class_names = splits.class_names
     return trainer
 
@@ -151,8 +151,8 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer) -> dict[str, Any]:
     }
     if trainer.knn_bank is not None:
         bank, queries = trainer.knn_bank.first(PICTURED_BANK), trainer.eval_dataset.first(PICTURED_QUERIES)
-        query_features, _ = extract_features(trainer.model, queries, trainer.processing_class)
-        bank_features, _ = extract_features(trainer.model, bank, trainer.processing_class)
+        query_features, _ = extract_features(trainer.model, queries)
+        bank_features, _ = extract_features(trainer.model, bank)
     if trainer.is_world_process_zero():
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         plots.training_curve(history, args.config.queue_size, folder / "training_curve.png")

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,19 @@ ABOUT = ("title", "source", "command", "hardware", "expected")
 
 def _model_arguments() -> type:
     # The model's flags are MoCoConfig's own fields with their defaults. argparse knows one type per flag.
-    hints = MoCoConfig.__annotations__ | {"key_momentum": float, "temperature": float, "model_args": str | None}
+    hints = MoCoConfig.__annotations__ | {
+        **{"key_momentum": float, "temperature": float, "model_args": str | None},
+        **{"image_mean": list[float], "image_std": list[float]},
+    }
     entries = re.findall(r"^    (\w+) \(.*?\): (.*?)(?=^    \w|^\S|\Z)", str(inspect.getdoc(MoCoConfig)), re.M | re.S)
     help_texts = {name: re.sub(r"\s+", " ", text).replace("%", "%%").strip() for name, text in entries}
-    fields = [
-        (f.name, hints[f.name], dataclasses.field(default=f.default, metadata={"help": help_texts[f.name]}))
-        for f in dataclasses.fields(MoCoConfig)
-        if f.name in MoCoConfig.__annotations__ and f.name != "model_type"
-    ]
+    fields: list[tuple[str, Any, Any]] = []
+    for f in dataclasses.fields(MoCoConfig):
+        if f.name in MoCoConfig.__annotations__ and f.name != "model_type":
+            default: dict[str, Any] = {"default": f.default}
+            if isinstance(f.default, tuple):  # a list on the command line
+                default = {"default_factory": partial(list, f.default)}
+            fields.append((f.name, hints[f.name], dataclasses.field(**default, metadata={"help": help_texts[f.name]})))
     return dataclasses.make_dataclass(
         "ModelArguments", fields, namespace={"_argument_group_name": "model (MoCoConfig)"}
     )

@@ -12,8 +12,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import SchedulerType
 
-from .augment import normalize
-
 
 @dataclass
 class SGDTrainingArguments(TrainingArguments):
@@ -116,7 +114,7 @@ class ProgressBar(ProgressCallback):
 
 
 class SGDTrainer(Trainer):
-    """Trainer for batches of uint8 images, which are normalised where the model is."""
+    """Trainer with the official optimiser and schedule."""
 
     args: SGDTrainingArguments
     lr_scheduler: Any
@@ -128,11 +126,6 @@ class SGDTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressBar)
-
-    def _prepare_inputs(self, inputs):
-        inputs = super()._prepare_inputs(inputs)
-        mean, std = self.processing_class.image_mean, self.processing_class.image_std
-        return {name: normalize(x, mean, std) if x.dtype == torch.uint8 else x for name, x in inputs.items()}
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name, _ in model.named_parameters()]  # the official optimiser decays everything

@@ -13,6 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
 
+from .augment import seeded_generator
 from .images import MapImages, StreamedImages
 from .knn import evaluate_knn
 from .sgd_trainer import SGDTrainer, SGDTrainingArguments
@@ -41,11 +42,6 @@ class MoCoTrainingArguments(SGDTrainingArguments):
         if self.eval_every_n_epochs < 1:
             raise ValueError(f"eval_every_n_epochs ({self.eval_every_n_epochs}) must be at least 1")
 
-    @property
-    def images_per_enqueue(self) -> int:
-        """Keys that enter the queue at once: one micro-batch of all processes."""
-        return self.per_device_train_batch_size * self.world_size
-
 
 class MoCoCallback(TrainerCallback):
     """What happens around the steps: the momentum update, the epoch of the data, when to log and evaluate."""
@@ -59,6 +55,8 @@ class MoCoCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         # Before the first micro-batch of every optimizer step, with the weights that the last one left: official order.
         model.update_key_encoder()
+        # The same order on all processes, and after a resume.
+        model.shuffle_generator = seeded_generator(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
@@ -77,8 +75,7 @@ class MoCoTrainer(SGDTrainer):
         model: in float32 (mixed precision comes from `args.bf16`).
         args: see [`MoCoTrainingArguments`].
         train_dataset: images with the `TwoViews` transform.
-        processing_class: the image processor, whose mean and standard deviation normalise the views; it is saved beside
-            every checkpoint.
+        processing_class: the image processor, saved beside every checkpoint.
         knn_bank, knn_queries: labelled images with the `EvaluationView` transform, for `evaluate()`.
 
     Raises:
@@ -107,7 +104,7 @@ class MoCoTrainer(SGDTrainer):
         )
         self.knn_bank = knn_bank
         self.class_names: list[str] = []
-        self._hits, self._queries = torch.zeros(2, device=args.device), 0  # top-1 and top-5 since the last log
+        self._hits, self._queries, self._images = torch.zeros(2, device=args.device), 0, 0  # since the last log
         self._logged_at = time.perf_counter()
 
     def train(self, *args, **kwargs):
@@ -146,6 +143,7 @@ class MoCoTrainer(SGDTrainer):
             rank = (~(outputs.logits[:, 1:] < outputs.logits[:, :1])).sum(dim=1)
             self._hits += torch.stack([(rank < 1).sum(), (rank < 5).sum()])
             self._queries += len(rank)
+            self._images += len(inputs["pixel_values"])
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -161,7 +159,6 @@ class MoCoTrainer(SGDTrainer):
             self.model,
             self.knn_bank,
             self.eval_dataset if eval_dataset is None else eval_dataset,
-            self.processing_class,
             k=self.args.knn_k,
             temperature=self.args.knn_temperature,
             batch_size=self.args.per_device_eval_batch_size,
@@ -181,13 +178,13 @@ class MoCoTrainer(SGDTrainer):
     def _training_metrics(self) -> dict[str, float]:
         if world_size() > 1:
             dist.all_reduce(self._hits)
-        (top1, top5), queries = self._hits.tolist(), self._queries * world_size()
-        self._hits, self._queries = torch.zeros_like(self._hits), 0
+        (top1, top5), queries, images = self._hits.tolist(), self._queries * world_size(), self._images * world_size()
+        self._hits, self._queries, self._images = torch.zeros_like(self._hits), 0, 0
         seconds, self._logged_at = time.perf_counter() - self._logged_at, time.perf_counter()
         return {
             "contrast_top1": 100 * top1 / queries,
             "contrast_top5": 100 * top5 / queries,
-            "images_per_second": queries / seconds,
+            "images_per_second": images / seconds,
         }
 
 
@@ -202,13 +199,15 @@ def _check_sizes(model: MoCoModel, args: MoCoTrainingArguments, images: MapImage
             f"the batch per process ({args.per_device_train_batch_size}) must be a multiple of batch_norm_splits "
             f"({splits}): change either"
         )
-    if model.config.queue_size < args.images_per_enqueue:
+    micro_batch = args.per_device_train_batch_size * args.world_size
+    keys = 2 * micro_batch if model.config.symmetric_loss else micro_batch
+    if model.config.queue_size < keys:
         raise ValueError(
-            f"queue_size ({model.config.queue_size}) is smaller than the global batch ({args.images_per_enqueue}): "
-            "raise it or lower the batch"
+            f"queue_size ({model.config.queue_size}) is smaller than the keys of a global batch ({keys}): raise it or lower "
+            "the batch"
         )
-    if len(images) == 0 or (isinstance(images, MapImages) and len(images) < args.images_per_enqueue):
+    if len(images) == 0 or (isinstance(images, MapImages) and len(images) < micro_batch):
         raise ValueError(
-            f"the dataset ({images.images_per_epoch} images) is smaller than the global batch ({args.images_per_enqueue}): "
-            "lower the batch or use more images"
+            f"the dataset ({images.images_per_epoch} images) is smaller than the global batch ({micro_batch}): lower the "
+            "batch or use more images"
         )
