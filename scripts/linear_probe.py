@@ -7,10 +7,11 @@ from pathlib import Path
 from transformers import pipeline, set_seed
 from transformers.utils import logging
 
-from training.cli import claim_output_dir, one_line_errors
+from training.cli import REQUEUE, claim_output_dir, one_line_errors
 from training.data import load_images
 from training.images import decode_image
 from training.linear_probe import build_trainer, load_encoder, logistic_top1, parse_linear_probe
+from training.sgd_trainer import TrainingError
 
 SHOWN_IMAGES = 4
 
@@ -27,7 +28,10 @@ def main(argv: list[str]) -> None:
     folder = Path(str(args.training.output_dir))
     if trainer.is_world_process_zero():
         print(f"{args.title}: {len(splits.train):,} images, {len(splits.class_names)} classes, to {folder}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with one_line_errors((TrainingError,)):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.terminated:
+        raise SystemExit(REQUEUE)
     evaluations = [entry for entry in trainer.state.log_history if "eval_top1" in entry]
     metrics = evaluations[-1] if evaluations else trainer.evaluate()
     trainer.save_model(str(folder))

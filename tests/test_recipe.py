@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from modeling_moco import MoCoConfig
+from training.checkpoints import Division, seal
 from training.cli import claim_output_dir, one_line_errors
 from training.recipe import RECIPES, load_recipe, parse_pretrain, recipe_names
 from training.sgd_trainer import epoch_schedule
@@ -259,6 +260,7 @@ def test_the_same_settings_continue_from_the_newest_checkpoint(claim, tmp_path):
     assert claim() is None
     for step in (9, 10, 100):
         (tmp_path / "run" / f"checkpoint-{step}").mkdir()
+        seal(tmp_path / "run" / f"checkpoint-{step}", Division(1, 128, 1, None, 1.0))
     assert claim() == str(tmp_path / "run" / "checkpoint-100")
     # How fast the images are read and what is printed do not make another run.
     assert claim("--dataloader_num_workers", "2", "--logging_steps", "3") == str(tmp_path / "run" / "checkpoint-100")

@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
 
-from .sgd_trainer import SGDTrainingArguments
+from .checkpoints import check_division, newest_complete
+from .sgd_trainer import SGDTrainingArguments, TrainingError
 
+REQUEUE = 75  # exit status after a SIGTERM: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
 SAVED_RECIPE = "recipe.yaml"  # the settings of a run, in its output directory
 # What may differ between a run and its continuation.
 FREE_TO_CHANGE = {
@@ -130,16 +131,29 @@ def claim_output_dir(
         if saved.is_file() and len(list(folder.iterdir())) > 1:  # alone, it is what a crash at the start left
             there = yaml.safe_load(saved.read_text(encoding="utf-8"))
             _check_same_run(folder, there, settings)
-            return get_last_checkpoint(str(folder))
+            return _checkpoint_of(folder, training, settings["data"].get("streaming", False))
         if training.process_index > 0:
             return None
         if folder.exists() and (not folder.is_dir() or any(path != saved for path in folder.iterdir())):
             raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = saved.with_suffix(".tmp")
-        unfinished.write_text(yaml.safe_dump({"about": about} | settings, sort_keys=False), encoding="utf-8")
-        unfinished.replace(saved)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = saved.with_suffix(".tmp")
+            unfinished.write_text(yaml.safe_dump({"about": about} | settings, sort_keys=False), encoding="utf-8")
+            unfinished.replace(saved)
+        except OSError as error:
+            raise ValueError(f"output_dir ({folder}) cannot be written ({error}): pass another --output_dir") from error
     return None
+
+
+def _checkpoint_of(folder: Path, training: SGDTrainingArguments, streaming: bool) -> str | None:
+    checkpoint, remarks = newest_complete(folder)
+    if checkpoint is not None:
+        remarks += filter(None, [check_division(checkpoint, training.division(streaming))])
+    if training.process_index == 0:
+        for remark in remarks:
+            print(f"warning: {remark}", file=sys.stderr)
+    return None if checkpoint is None else str(checkpoint)
 
 
 def _check_same_run(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
@@ -154,12 +168,14 @@ def _check_same_run(folder: Path, there: dict[str, Any], here: dict[str, Any]) -
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """End the program with one line for an error of the user's, on the main process, before any time is spent."""
+def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, StrictDataclassError)) -> Iterator[None]:
+    """End the program with one line on the main process for an error of these kinds; by default the user's own."""
     try:
         yield
-    except (ValueError, StrictDataclassError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+    except kinds as error:
+        # A training error with a cause happened on one process alone.
+        alone = isinstance(error, TrainingError) and error.__cause__ is not None
+        if alone or int(os.environ.get("RANK", "0")) == 0:
             reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
             print("error: " + " ".join(str(reason).split()), file=sys.stderr)
         raise SystemExit(2) from None

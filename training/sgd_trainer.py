@@ -1,16 +1,30 @@
 """transformers.Trainer set up as the official scripts train: SGD, weight decay on everything, a rate per whole epoch."""
 
 import math
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
+
+from modeling_moco.distributed_moco import world_size
+
+from .checkpoints import Division, SaveOnSigterm, flaw, newest_complete, outlive_sigterm, rotate, seal
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+class TrainingError(RuntimeError):
+    """Ends a run: says what happened at which step, and which checkpoint is left."""
 
 
 @dataclass
@@ -61,6 +75,12 @@ class SGDTrainingArguments(TrainingArguments):
     def images_per_step(self) -> int:
         """Images of one optimizer step over all processes."""
         return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+    def division(self, streaming: bool, epoch: float = 0.0) -> Division:
+        """How this run divides its images, after so many epochs."""
+        workers = self.dataloader_num_workers if streaming else None
+        sizes = (self.world_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
+        return Division(*sizes, workers, epoch)
 
 
 def epoch_factor(epoch: int, epochs: int, milestones: list[int] | None) -> float:
@@ -114,7 +134,11 @@ class ProgressBar(ProgressCallback):
 
 
 class SGDTrainer(Trainer):
-    """Trainer with the official optimiser and schedule."""
+    """Trainer with the official optimiser and schedule, and checkpoints that are whole or do not count.
+
+    Raises:
+        TrainingError: the loss or a weight is not finite, or a checkpoint cannot be written.
+    """
 
     args: SGDTrainingArguments
     lr_scheduler: Any
@@ -126,6 +150,14 @@ class SGDTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressBar)
+        self._sigterm = SaveOnSigterm()
+        self.add_callback(self._sigterm)
+        self._diverged_at = torch.tensor(NEVER, device=self.args.device)
+
+    @property
+    def terminated(self) -> bool:
+        """Whether a SIGTERM ended the training; all of it has been saved."""
+        return self._sigterm.stopped
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name, _ in model.named_parameters()]  # the official optimiser decays everything
@@ -133,6 +165,7 @@ class SGDTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         loader = self.build_train_dataloader()
         self._batches_per_epoch = len(loader)  # the schedule counts in epochs
+        loader.worker_init_fn = outlive_sigterm  # instead of a global seed, which no view depends on
         return loader
 
     def build_train_dataloader(self) -> DataLoader:
@@ -149,3 +182,60 @@ class SGDTrainer(Trainer):
             self.lr_scheduler = epoch_schedule(optimizer or self.optimizer, steps, epochs, args.lr_milestones)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Noted on the device, and looked at when something is logged or saved: asking now would wait for the GPU.
+        self._diverged_at.clamp_(max=torch.where(loss.isfinite(), NEVER, self.state.global_step + 1))
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            self._check_finite()
+        super().log(logs, start_time)
+
+    def _check_finite(self) -> None:
+        if world_size() > 1:
+            dist.all_reduce(self._diverged_at, dist.ReduceOp.MIN)
+        if self._diverged_at < NEVER:
+            raise TrainingError(
+                f"the loss is no longer finite since step {int(self._diverged_at)}; {self._last_checkpoint()}. Train again "
+                "with a lower --learning_rate, or in bf16 instead of fp16, into another --output_dir"
+            )
+
+    def _last_checkpoint(self) -> str:
+        checkpoint, _ = newest_complete(Path(str(self.args.output_dir)))
+        return f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step, output_dir = self.state.global_step, Path(str(self.args.output_dir))
+        checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        self._check_finite()
+        if not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
+            raise TrainingError(f"a weight is no longer finite at step {step}; {self._last_checkpoint()}")
+        if flaw(checkpoint) is None:
+            return
+        self._wait()
+        if self.is_world_process_zero():
+            shutil.rmtree(checkpoint, ignore_errors=True)  # what a killed process left of it
+        self._wait()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # safetensors' and torch's own for a full disk
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise TrainingError(
+                f"{checkpoint} could not be written ({error}); {self._last_checkpoint()}. Make room and give the same "
+                "command to continue"
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        self._wait()
+        if self.is_world_process_zero():
+            streaming = isinstance(self.train_dataset, IterableDataset)
+            seal(checkpoint, self.args.division(streaming, float(self.state.epoch or 0)))
+            rotate(output_dir, limit, self.state.best_model_checkpoint)
+
+    def _wait(self) -> None:
+        if world_size() > 1:
+            dist.barrier()

@@ -3,9 +3,11 @@
 import logging
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy
@@ -113,6 +115,21 @@ class MoCoTrainer(SGDTrainer):
                 dist.broadcast(buffer, src=0)
         self._logged_at = time.perf_counter()
         return super().train(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.process_index > 0:  # the statistics of rank 0 are in the model's file
+            save_file(self._statistics(), f"{output_dir}/statistics_{self.args.process_index}.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        own = Path(resume_from_checkpoint) / f"statistics_{self.args.process_index}.safetensors"
+        if own.is_file():  # a run on fewer processes did not write it
+            for name, tensor in load_file(own).items():
+                self._statistics()[name].copy_(tensor)
+
+    def _statistics(self) -> dict[str, torch.Tensor]:
+        return {name: buffer for name, buffer in self.model.named_buffers() if not name.startswith("dictionary.")}
 
     def build_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, StreamedImages):
