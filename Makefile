@@ -4,7 +4,7 @@ BIN := .venv/bin
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format
+.PHONY: help setup demo test test-slow lint format
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ demo: setup  ## pretrain on scikit-learn's digits, probe, classify: three minute
 
 test: setup lint  ## lint, types and tests
 	$(BIN)/pytest --quiet
+
+test-slow: setup  ## the tests that take minutes: a run killed twenty times
+	$(BIN)/pytest --quiet -m slow -rP
 
 lint: setup  ## lint and types alone
 	$(BIN)/ruff check .

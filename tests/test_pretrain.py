@@ -1,6 +1,7 @@
 """The main job from its command line: every recipe, the files it leaves, and what it refuses."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
 from training.data import load_digits
 from training.linear_probe import parse_linear_probe
-from training.pretrain import build_trainer
+from training.pretrain import announce, build_trainer
 from training.recipe import parse_pretrain, recipe_names
 
 ROOT = Path(__file__).parents[1]
@@ -42,22 +44,19 @@ def test_every_recipe_trains_two_steps(name, tmp_path):
     assert trainer.model.dictionary.queue_ptr.item() == keys % 64
 
 
-def launch(*flags: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """`accelerate launch --quiet scripts/pretrain.py` on the CPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--multi_gpu"] if processes > 1 else []
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(
-        [*command, str(ROOT / "scripts/pretrain.py"), *flags], capture_output=True, text=True, env=env
-    )
+def launch(*flags: str, config: str = "one_gpu") -> subprocess.CompletedProcess:
+    """`accelerate launch --quiet --config_file configs/accelerate/... scripts/pretrain.py --use_cpu`."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    command += ["--config_file", str(ROOT / f"configs/accelerate/{config}.yaml"), str(ROOT / "scripts/pretrain.py")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *flags, "--use_cpu"], capture_output=True, text=True, env=env)
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     """The default command, shortened, through the launcher, as a user types it."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
-    short = ["--num_train_epochs", "1", "--queue_size", "256", "--dataloader_num_workers", "0", "--use_cpu"]
+    short = ["--num_train_epochs", "1", "--queue_size", "256", "--dataloader_num_workers", "0"]
     short += ["--output_dir", str(folder)]
     result = launch(*short)
     assert result.returncode == 0, result.stderr
@@ -67,7 +66,7 @@ def quickstart(tmp_path_factory):
 def test_two_processes_train_one_model_with_shuffling_batch_norm(tmp_path):
     folder = tmp_path / "run"
     flags = ["--batch_norm", "shuffle", "--queue_size", "256", "--max_steps", "3", "--max_train_samples", "512"]
-    result = launch(*flags, "--dataloader_num_workers", "0", "--output_dir", str(folder), processes=2)
+    result = launch(*flags, "--dataloader_num_workers", "0", "--output_dir", str(folder), config="two_cpus")
     assert result.returncode == 0, result.stderr
     assert "global batch 128 (2 x 64 x 1 accumulated)" in result.stdout
     assert result.stdout.count("kNN after") == 1
@@ -104,11 +103,11 @@ def test_a_run_leaves_checkpoint_model_numbers_and_pictures(quickstart):
 def test_the_same_command_continues_and_another_is_refused(quickstart, script, capsys):
     folder, short, _ = quickstart
     weights = (folder / "model.safetensors").read_bytes()
-    script("pretrain").main([*short, "--disable_tqdm", "True"])
+    script("pretrain").main([*short, "--use_cpu", "--disable_tqdm", "True"])
     assert f"from {folder}/checkpoint-11" in capsys.readouterr().out
     assert (folder / "model.safetensors").read_bytes() == weights
     with pytest.raises(SystemExit):
-        script("pretrain").main([*short, "--temperature", "0.3"])
+        script("pretrain").main([*short, "--use_cpu", "--temperature", "0.3"])
     assert "temperature is" in capsys.readouterr().err
     assert (folder / "model.safetensors").read_bytes() == weights
 
@@ -166,6 +165,49 @@ def test_bad_input_is_one_line_before_training(case, tmp_path, script, capsys):
     assert len(lines) == 1
     assert message in lines[0]
     assert not (tmp_path / "run").exists()
+
+
+WARNED = {
+    "rate": (["--batch_norm", "plain"], "for 16 the linear rule gives 0.0075"),
+    "leak": (["--batch_norm", "shuffle", "--learning_rate", "0.1"], "nobody to shuffle with"),
+    "small groups": (["--batch_norm", "split", "--batch_norm_splits", "16"], "BatchNorm sees 1 image at once"),
+    "queue": (["--queue_size", "128"], "the queue (128) is larger than the dataset (64 images)"),
+}
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_what_decides_the_result_is_said_at_the_start(case, tmp_path, capsys):
+    flags, warning = WARNED[case]
+    args = parse_pretrain([*TINY, *flags, "--output_dir", str(tmp_path / "run")])
+    announce(args, build_trainer(args), default_recipe=True)
+    out = capsys.readouterr().out
+    assert out.count(warning) == 1
+    assert "global batch 16 (1 x 16 x 1 accumulated)" in out
+    assert f"log(1+K) = {math.log(1 + args.config.queue_size):.2f}" in out
+    if case != "rate":
+        assert ("linear rule" in out) == ("--learning_rate" not in flags)
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"MASTER_PORT": "29500"}])
+def test_a_launcher_that_started_fewer_processes_is_noticed(environment, tmp_path):
+    # What `accelerate launch` sets with --multi_gpu on a machine without GPUs, and with --cpu --num_processes 2.
+    command = [sys.executable, str(ROOT / "scripts/pretrain.py"), *TINY, "--output_dir", str(tmp_path / "run")]
+    command.remove("--use_cpu")
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert result.returncode == 2
+    assert "processes, but this is one of 1: on GPUs pass --multi_gpu" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "machines", "processes"),
+    [("one_gpu", 1, 1), ("eight_gpus", 1, 8), ("two_nodes", 2, 16), ("two_cpus", 1, 2)],
+)
+def test_launcher_configs_are_what_their_names_say(name, machines, processes):
+    config = load_config_from_file(str(ROOT / f"configs/accelerate/{name}.yaml"))
+    assert (config.num_machines, config.num_processes) == (machines, processes)
+    assert (config.distributed_type == "MULTI_GPU") == (processes > 1)
 
 
 def test_an_unknown_recipe_key_is_refused_with_the_nearest(tmp_path, script, capsys):

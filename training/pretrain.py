@@ -1,6 +1,8 @@
 """A pretraining run from its arguments: build it, run it, leave its results behind."""
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -112,24 +114,40 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer, default_recipe: bool
         f"accumulated), rate {training.learning_rate:g}, {config.architecture}, K {config.queue_size:,}, "
         f"m {config.key_momentum:g}, T {config.temperature:g}, to {training.output_dir}"
     )
-    recipe_batch = args.recipe.values.get("global_batch_size")
-    if recipe_batch not in (None, training.images_per_step) and (
-        training.learning_rate == args.recipe.values.get("learning_rate")
-    ):
-        print(
-            f"warning: the recipe's rate {training.learning_rate:g} is for a global batch of {recipe_batch}; for "
-            f"{training.images_per_step} the linear rule gives "
-            f"{training.learning_rate * training.images_per_step / recipe_batch:g} (--learning_rate)"
+    print(
+        f"  reading: the loss may rise while keys replace the random queue, and stay near log(1+K) = "
+        f"{math.log(1 + config.queue_size):.2f}, where all keys look alike, for a while. That is not a fault: watch "
+        f"contrast_top1, {100 / (1 + config.queue_size):.2g} % by chance"
+    )
+    for warning in _warnings(args, trainer):
+        print(f"warning: {warning}")
+
+
+def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
+    training, config = args.training, args.config
+    batch, rate = training.images_per_step, training.learning_rate
+    recipe_batch, recipe_rate = (args.recipe.values.get(key) for key in ("global_batch_size", "learning_rate"))
+    if recipe_batch not in (None, batch) and rate == recipe_rate:
+        yield (
+            f"the recipe's rate {rate:g} is for a global batch of {recipe_batch}; for {batch} the linear rule gives "
+            f"{rate * batch / recipe_batch:g} (--learning_rate)"
         )
     if training.world_size == 1 and config.batch_norm == "shuffle":
-        print(
-            "warning: in one process there is nobody to shuffle with, and BatchNorm tells keys apart by their batch. Pass "
+        yield (
+            "in one process there is nobody to shuffle with, and BatchNorm tells keys apart by their batch. Pass "
             "--batch_norm split, which imitates several GPUs"
         )
-    if trainer.train_dataset.images_per_epoch < config.queue_size:
-        print(
-            f"warning: the queue ({config.queue_size:,}) is larger than the dataset: keys of the same image are among the "
-            "negatives. Lower --queue_size"
+    group = training.per_device_train_batch_size // (config.batch_norm_splits if config.batch_norm == "split" else 1)
+    if group < 2 and config.batch_norm != "sync":
+        yield (
+            f"BatchNorm sees {group} image at once, whose statistics say nothing: raise the batch, use fewer processes or "
+            "--batch_norm_splits, or pass --batch_norm sync"
+        )
+    images = trainer.train_dataset.images_per_epoch
+    if images < config.queue_size:
+        yield (
+            f"the queue ({config.queue_size:,}) is larger than the dataset ({images:,} images): keys of the same image are "
+            "among the negatives. Lower --queue_size"
         )
 
 

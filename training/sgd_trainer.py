@@ -1,6 +1,7 @@
 """transformers.Trainer set up as the official scripts train: SGD, weight decay on everything, a rate per whole epoch."""
 
 import math
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ class SGDTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_processes()
         if self.global_batch_size is not None:
             parts = self.world_size * self.gradient_accumulation_steps
             if self.global_batch_size < 1 or self.global_batch_size % parts:
@@ -70,6 +72,16 @@ class SGDTrainingArguments(TrainingArguments):
         # One process, one device: with more, Trainer would wrap the model in nn.DataParallel and multiply the batch.
         self._n_gpu = min(self.n_gpu, 1)
         self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
+
+    def _check_processes(self) -> None:
+        # Some launch commands start one process, or several that know nothing of each other, without a word.
+        asked = os.environ.get("WORLD_SIZE", "several" if "MASTER_PORT" in os.environ else "1")
+        if asked != str(self.world_size):
+            raise ValueError(
+                f"the launcher was asked for {asked} processes, but this is one of {self.world_size}: on GPUs pass "
+                "--multi_gpu to accelerate launch, on CPUs use configs/accelerate/two_cpus.yaml and --use_cpu (or unset "
+                "WORLD_SIZE and MASTER_PORT)"
+            )
 
     @property
     def images_per_step(self) -> int:

@@ -1,0 +1,129 @@
+"""Measure what this project claims to do faster: `python scripts/benchmark.py exchange`.
+
+Each benchmark times its variants in turns in the same run, and prints min, median and max of each and the ratio to a
+named baseline.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from modeling_moco import MoCoConfig
+from modeling_moco.distributed_moco import exchange, gather
+from modeling_moco.image_processing_moco import normalize
+
+DIM = 128  # of a key
+
+
+def ours(images: torch.Tensor, keys: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Shuffling as MoCoModel does it: images of uint8 to where they are encoded, keys gathered once."""
+    parts = torch.randperm(dist.get_world_size() * len(images), generator=generator)
+    parts = parts.view(dist.get_world_size(), -1).sort(dim=1).values
+    config = MoCoConfig()
+    normalize(exchange(images, parts), config.image_mean, config.image_std)
+    return gather(keys)[parts.flatten().argsort()]
+
+
+def official_style(images: torch.Tensor, keys: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Shuffling as the official code does it: all images and all keys to everyone in float32, the keys twice."""
+
+    def all_gather(x: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    config = MoCoConfig()
+    everything = all_gather(normalize(images, config.image_mean, config.image_std).contiguous())
+    order = torch.randperm(len(everything), generator=generator)
+    dist.broadcast(order, src=0)
+    mine = order.view(dist.get_world_size(), -1)[dist.get_rank()]
+    everything[mine].clone()
+    unshuffled = all_gather(keys)[order.argsort()].view(dist.get_world_size(), -1, DIM)[dist.get_rank()]
+    return all_gather(unshuffled.contiguous())
+
+
+VARIANTS: dict[str, Callable] = {"ours": ours, "official style": official_style}
+
+
+def computed_bytes(variant: str, ranks: int, batch: int, size: int) -> int:
+    """Bytes that one process receives in a step, on average over orders."""
+    pixels, others = 3 * size * size, ranks - 1
+    if variant == "ours":
+        return round(batch * others / ranks * pixels) + others * batch * DIM * 4
+    return others * batch * (pixels + 2 * DIM) * 4 + (8 * ranks * batch if others else 0)
+
+
+def loopback_bytes() -> int:
+    """Bytes that this machine has sent to itself."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split(":")[1].split()[0])
+
+
+def exchange_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
+    """One process of the exchange benchmark; rank 0 writes what it measured."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.ranks)
+    images = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
+    keys, generator = torch.randn(args.batch_size, DIM), torch.Generator()
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    moved: dict[str, list[int]] = {name: [] for name in VARIANTS}
+    for step in range(args.steps + 1):
+        for name, variant in VARIANTS.items():
+            dist.barrier()
+            before, start = loopback_bytes(), time.perf_counter()
+            variant(images, keys, generator)
+            elapsed = time.perf_counter() - start
+            dist.barrier()
+            if step:  # the first one connects
+                seconds[name].append(elapsed)
+                moved[name].append((loopback_bytes() - before) // args.ranks)
+    if rank == 0:
+        Path(folder, "result.json").write_text(json.dumps({"seconds": seconds, "bytes": moved}))
+    dist.destroy_process_group()
+
+
+def run_exchange(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(exchange_rank, (args, folder), nprocs=args.ranks)
+        result = json.loads(Path(folder, "result.json").read_text())
+    print(
+        f"shuffling BatchNorm: {args.ranks} gloo processes on {os.cpu_count()} cores, {args.batch_size} images of "
+        f"{args.image_size} px per process, {args.steps} interleaved steps, torch {torch.__version__}"
+    )
+    for name, seconds in result["seconds"].items():
+        low, middle, high = (1000 * f(seconds) for f in (min, median, max))
+        print(f"{name:>15}: min {low:.1f}  median {middle:.1f}  max {high:.1f} ms", end="")
+        print(f"; {median(result['bytes'][name]) / 1e6:.2f} MB received per process, with TCP headers and barriers")
+    ratio = median(result["seconds"]["official style"]) / median(result["seconds"]["ours"])
+    print(f"{'ratio':>15}: {ratio:.1f} times faster than official style (median)")
+    print("computed, MB received per process and step:")
+    for ranks in sorted({2, 8, 64, args.ranks}):
+        theirs, mine = (computed_bytes(v, ranks, args.batch_size, args.image_size) for v in ("official style", "ours"))
+        print(f"{ranks:>7} processes: ours {mine / 1e6:.2f}  official {theirs / 1e6:.2f}  ratio {theirs / mine:.1f}")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("exchange", help="time and bytes of shuffling BatchNorm on several processes")
+    command.add_argument("--ranks", type=int, default=2, help="gloo processes on this machine")
+    command.add_argument("--batch_size", type=int, default=32, help="images per process")
+    command.add_argument("--image_size", type=int, default=224, help="pixels")
+    command.add_argument("--steps", type=int, default=20, help="measured steps of each variant")
+    command.set_defaults(run=run_exchange)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
