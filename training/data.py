@@ -126,10 +126,7 @@ def load_images(args: DataArguments, labelled: bool = False) -> ImageSplits:
     columns = _find_columns(splits[args.train_split].features, args)
     train = _undecoded(splits[args.train_split], columns)
     class_names = _class_names(train, columns)
-    if args.streaming:
-        train = _by_shard(train, columns, files, args.max_train_samples)
-    else:
-        train = _rename(train, columns)
+    train = _by_shard(train, columns, files, args.max_train_samples) if args.streaming else _rename(train, columns)
     train = _first(train, args.max_train_samples, args.train_split)
     evaluation = None
     if eval_split is not None and eval_split != args.train_split:
