@@ -211,6 +211,13 @@ def test_the_order_of_a_stream_depends_on_seed_and_epoch():
     assert len({tuple(order) for order in [first, sorted(first), *others]}) == 5
 
 
+def test_ranks_and_workers_draw_their_orders_independently():
+    ranks = [numbers([batches]) for batches in stream_ranks([range(32)], ranks=2)]
+    workers = stream_ranks([range(32)], workers=2)[0]
+    for one, other in (ranks, [numbers([workers[0::2]]), numbers([workers[1::2]])]):
+        assert [i - min(one) for i in one] != [i - min(other) for i in other]
+
+
 def test_views_of_a_stream_are_those_of_the_indexed_images_for_any_ranks_and_workers():
     images = MapImages(table(range(32)), pixel, seed=3)
     images.set_epoch(2)
