@@ -91,7 +91,7 @@ class ShardedRows:
     Args:
         source: images undecoded, in their own column names.
         columns: name in `source` to name in the rows.
-        lengths: rows of every shard, in the order of `source.shard`; the others are left out.
+        lengths: rows of every shard that count, its first ones, in the order of `source.shard`.
     """
 
     source: datasets.IterableDataset
