@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
 from training.augment import POLICIES, EvaluationView, TwoViews
 from training.images import MapImages, StreamedImages
+from training.shards import ShardedRows
 from training.trainer import MoCoTrainer, MoCoTrainingArguments
 
 BATCH, IMAGES = 4, 26  # six whole batches and a remainder
@@ -46,9 +47,10 @@ def build(rows, folder, model=None, callback=None, stream=False, **kwargs) -> Mo
     views = TwoViews(POLICIES["v2"], 24)
     images: MapImages | StreamedImages = MapImages(rows, views, args.seed)
     if stream:
-        shards = rows.to_iterable_dataset(num_shards=2)
+        names = {"image": "image", "label": "label"}
+        shards = ShardedRows(rows.to_iterable_dataset(num_shards=2), names, [IMAGES // 2] * 2)
         place = {"rank": args.process_index, "world_size": args.world_size}
-        images = StreamedImages(shards, views, images_per_epoch=IMAGES, batch_size=BATCH, buffer_size=8, **place)
+        images = StreamedImages(shards, views, batch_size=BATCH, buffer_size=8, **place)
     trainer = MoCoTrainer(model or tiny_model(), args, images, MoCoImageProcessor())
     if callback:
         trainer.add_callback(callback)
@@ -132,6 +134,35 @@ def test_weight_decay_reaches_batch_norm_and_biases(rows, tmp_path):
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             assert decays[id(parameter)] == 0.01, name
+
+
+@pytest.mark.parametrize(("accumulate", "stop", "left"), [(1, 2, 10), (1, 8, 4), (2, 4, 4), (4, 3, 2)])
+def test_a_resumed_stream_decodes_no_image_that_it_skips(rows, tmp_path, accumulate, stop, left):
+    options = {"stream": True, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": accumulate}
+    build(rows, tmp_path, callback=StopAt(stop), **options).train()
+    resumed = build(rows, tmp_path, **options)
+    images, views, decoded = resumed.train_dataset, resumed.train_dataset.transform, []
+    images.transform = lambda image, generator: decoded.append(image) or views(image, generator)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(decoded) == BATCH * left
+
+
+def test_a_stream_resumed_without_a_skip_begins_its_epoch_again(rows, tmp_path):
+    options = {"stream": True, "save_strategy": "steps", "save_steps": 1, "ignore_data_skip": True}
+    build(rows, tmp_path, callback=StopAt(2), **options).train()
+    resumed = build(rows, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 12
+
+
+def test_too_few_files_for_the_workers_of_a_stream_are_said_with_the_remedy(rows, tmp_path, caplog):
+    trainer = build(rows, tmp_path, stream=True, dataloader_num_workers=2)
+    assert trainer.get_train_dataloader().num_workers == 2
+    assert not caplog.text
+    trainer.train_dataset.rows = trainer.train_dataset.rows.first(IMAGES // 2)  # the second file is left out
+    assert trainer.get_train_dataloader().num_workers == 2
+    assert "the stream has 1 files for 2 workers" in caplog.text
+    assert "lower dataloader_num_workers" in caplog.text
 
 
 def test_metrics_cover_every_query_since_the_last_log(rows, tmp_path):

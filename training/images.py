@@ -5,19 +5,20 @@ Images are decoded here and not by `datasets`, so that one broken file costs one
 
 import io
 import logging
-import zlib
+import random
 from collections.abc import Callable, Iterator
-from itertools import islice
+from contextlib import suppress
+from itertools import chain, islice, repeat
 from typing import Any
 
 import datasets
 import torch
-from datasets.distributed import split_dataset_by_node
 from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import get_worker_info
 
 from .augment import seeded_generator
+from .shards import ShardedRows, batches_per_epoch, plan_epoch, shuffled
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,12 @@ class _Images:
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._skipped = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Other epochs have other views. Reaches workers that are already running."""
+    def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
+        """Other epochs have other views. Reaches workers that are already running.
+
+        Args:
+            skip_batches: for streams; here the sampler skips.
+        """
         self._epoch.fill_(epoch)
 
     @property
@@ -64,9 +69,9 @@ class _Images:
             views["labels"] = row["label"]
         return views
 
-    def _skip(self, row: dict[str, Any], place: str, error: OSError) -> None:
+    def _pass_over(self, row: dict[str, Any], index: int, error: OSError) -> None:
         self._skipped += 1
-        logger.warning("skipped an image that cannot be read: %s (%s)", row["image"]["path"] or place, error)
+        logger.warning("skipped an image that cannot be read: %s (%s)", row["image"]["path"] or f"row {index}", error)
 
 
 class MapImages(_Images, torch.utils.data.Dataset):
@@ -98,31 +103,29 @@ class MapImages(_Images, torch.utils.data.Dataset):
             try:
                 return self._views(row, i % len(self))
             except OSError as error:
-                self._skip(row, f"row {i % len(self)}", error)
+                self._pass_over(row, i % len(self), error)
         raise ValueError(f"none of the {len(self)} images can be read: is this an image dataset?")
 
 
 class StreamedImages(_Images, torch.utils.data.IterableDataset):
-    """Transformed images in a shuffled sequence of shards, divided over processes and workers.
+    """Transformed images of a stream, divided over processes and workers.
 
-    The views of one image depend on (seed, epoch, the image's bytes) alone: not on how many processes read the stream.
-    Every epoch has the same number of whole batches on every process. A worker whose shards end early begins them again,
-    one with more than its share leaves the rest for another epoch's order.
+    In every epoch each image is seen once, but for less than one batch of all processes, whatever the number of shards,
+    processes and workers. The views of one image depend on (seed, epoch, index) alone, as those of `MapImages`. An image
+    that cannot be read is named and counted, and the next readable one of its worker takes its place.
 
     Args:
-        source: rows of `load_images`.
-        images_per_epoch: images that make an epoch over all processes.
+        rows: of `load_images`.
         batch_size: per process, as in the DataLoader.
         rank, world_size: this process and how many there are.
-        buffer_size: images among which the next one is drawn.
+        buffer_size: images per process among which the next one is drawn; they are kept undecoded.
     """
 
     def __init__(
         self,
-        source: datasets.IterableDataset,
+        rows: ShardedRows,
         transform: Transform,
         *,
-        images_per_epoch: int,
         batch_size: int,
         seed: int = 0,
         rank: int = 0,
@@ -130,46 +133,75 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
         buffer_size: int = 10_000,
     ):
         super().__init__(transform, seed)
-        shuffled = source.shuffle(seed=seed, buffer_size=buffer_size)
-        self.source = split_dataset_by_node(shuffled, rank=rank, world_size=world_size)
+        self.rows = rows
         self.batch_size = batch_size
-        self.images_per_epoch = images_per_epoch
-        self.batches = images_per_epoch // (batch_size * world_size)
+        self.rank = rank
+        self.world_size = world_size
+        self.buffer_size = buffer_size
+        self.batches = batches_per_epoch(rows.lengths, batch_size, world_size)
+        self._skip_batches = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
 
-    def set_epoch(self, epoch: int) -> None:
-        """Other epochs have another order and other views. Reaches workers that are already running."""
-        super().set_epoch(epoch)
-        # Here and not in the workers: they share its memory, and `datasets` adds the difference, which two would do twice.
-        self.source.set_epoch(epoch)
+    @property
+    def images_per_epoch(self) -> int:
+        """Over all processes."""
+        return len(self.rows)
 
     @property
-    def max_workers(self) -> int:
-        """Workers that have a shard of their own to read."""
-        return max(1, self.source.num_shards)
+    def shards(self) -> int:
+        """Files, or other parts of the stream, that hold images."""
+        return sum(length > 0 for length in self.rows.lengths)
+
+    def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
+        """Other epochs have another order and other views. Reaches workers that are already running.
+
+        Args:
+            skip_batches: first batches of this process that will be thrown away: they are blank, and nothing is decoded
+                for them. The batches that follow are those of an epoch without a skip.
+        """
+        super().set_epoch(epoch)
+        self._skip_batches.fill_(skip_batches)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        batches = len(range(worker, self.batches, workers))  # the DataLoader asks the workers in turn
-        yield from islice(self._endless(), batches * self.batch_size)
+        rows = self._shuffled_rows(worker, workers)
+        for _ in islice(rows, len(range(worker, int(self._skip_batches), workers)) * self.batch_size):
+            yield {"pixel_values": torch.empty(0)}
+        waiting = 0  # places of broken images that the next readable one takes
+        for index, row in rows:
+            waiting += 1
+            try:
+                views = self._views(row, index)
+            except OSError as error:
+                self._pass_over(row, index, error)
+                continue
+            yield from repeat(views, waiting)
+            waiting = 0
+        if waiting:
+            yield from repeat(self._first_readable(worker, workers), waiting)
 
-    def _endless(self) -> Iterator[dict[str, Any]]:
-        while True:
-            readable = 0
-            for row in self.source:
-                try:
-                    views = self._views(row, _content_key(row["image"]))
-                except OSError as error:
-                    self._skip(row, "an image of the stream", error)
-                    continue
-                readable += 1
-                yield views
-            if not readable:
-                raise ValueError("the stream has no image that can be read: is this an image dataset?")
+    def _shuffled_rows(self, worker: int, workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        epoch = int(self._epoch)
+        pieces = plan_epoch(
+            self.rows.lengths,
+            seed=self.seed,
+            epoch=epoch,
+            batch_size=self.batch_size,
+            rank=self.rank,
+            ranks=self.world_size,
+            worker=worker,
+            workers=workers,
+        )
+        generator = random.Random(f"rows of seed {self.seed}, epoch {epoch}, rank {self.rank}, worker {worker}")
+        rows = chain.from_iterable(map(self.rows.read, pieces))
+        return shuffled(rows, max(1, self.buffer_size // workers), generator)
 
-
-def _content_key(image: dict[str, Any]) -> int:
-    return zlib.crc32(image["bytes"] if image["bytes"] is not None else str(image["path"]).encode())
+    def _first_readable(self, worker: int, workers: int) -> dict[str, Any]:
+        # Read again and not remembered: after a skip nobody knows which image it is, and last images are seldom broken.
+        for index, row in self._shuffled_rows(worker, workers):
+            with suppress(OSError):  # named before
+                return self._views(row, index)
+        raise ValueError("a part of the stream has no image that can be read: is this an image dataset?")

@@ -15,7 +15,7 @@ from modeling_moco import MoCoModel
 
 from . import plots
 from .augment import TwoViews, build_policy
-from .data import ImageSplits, images_per_epoch, load_images
+from .data import ImageSplits, load_images
 from .images import MapImages, StreamedImages
 from .knn import extract_features
 from .recipe import PretrainArguments
@@ -63,7 +63,6 @@ def _training_images(args: PretrainArguments, splits: ImageSplits) -> MapImages 
     return StreamedImages(
         splits.train,
         views,
-        images_per_epoch=images_per_epoch(splits.train, data),
         batch_size=training.per_device_train_batch_size,
         seed=training.seed,
         rank=training.process_index,

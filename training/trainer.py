@@ -1,6 +1,7 @@
 """MoCoTrainer: the momentum update before each step, the queue after it, and a kNN monitor."""
 
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,8 +52,11 @@ class MoCoCallback(TrainerCallback):
     def __init__(self, train_dataset: MapImages | StreamedImages):
         self.train_dataset = train_dataset
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.train_dataset.set_epoch(int(state.epoch))
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # A resumed epoch begins with the batches that were trained before, which Trainer draws and throws away.
+        steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        trained = 0 if args.ignore_data_skip else state.global_step % steps * args.gradient_accumulation_steps
+        self.train_dataset.set_epoch(int(state.epoch), skip_batches=trained)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         # Before the first micro-batch of every optimizer step, with the weights that the last one left: official order.
@@ -135,18 +139,18 @@ class MoCoTrainer(SGDTrainer):
         if not isinstance(self.train_dataset, StreamedImages):
             return super().build_train_dataloader()
         # A stream divides itself over processes and workers: accelerate would divide it again.
-        workers = min(self.args.dataloader_num_workers, self.train_dataset.max_workers)
-        if workers < self.args.dataloader_num_workers:
+        shards, readers = self.train_dataset.shards, world_size() * max(1, self.args.dataloader_num_workers)
+        if shards < readers and self.is_world_process_zero():
             logger.warning(
-                "dataloader_num_workers (%d) is more than the shards per process (%d): the others would idle. Split the "
-                "dataset into more files to use them.",
-                self.args.dataloader_num_workers,
-                workers,
+                "the stream has %d files for %d workers (all processes together): each file is read by several, past the "
+                "images of the others. Split the dataset into more files, or lower dataloader_num_workers.",
+                shards,
+                readers,
             )
         return DataLoader(
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
-            num_workers=workers,
+            num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             drop_last=True,

@@ -1,0 +1,188 @@
+"""Which rows of which shards every worker of every process reads in an epoch, and in what order.
+
+The rows of a stream are numbered through its shards: row `i` is the same image in every epoch.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice
+from typing import Any, NamedTuple, TypeVar
+
+import datasets
+import torch.distributed as dist
+from datasets.utils.file_utils import xopen
+from pyarrow.parquet import read_metadata
+from tqdm import tqdm
+
+from modeling_moco.distributed_moco import world_size
+
+Row = TypeVar("Row")
+
+CHUNK = 32  # rows that `datasets` hands over at a time: one by one it takes longer
+OPEN_FOOTERS = 16  # parquet files asked at once for their length: on the Hub each answer takes a while
+
+
+class Piece(NamedTuple):
+    """Rows `start` to `stop` (exclusive) of one shard."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+def batches_per_epoch(lengths: Sequence[int], batch_size: int, ranks: int = 1) -> int:
+    """Whole batches of `batch_size` images on each of `ranks` processes, from shards of so many rows."""
+    return sum(lengths) // (batch_size * ranks)
+
+
+def plan_epoch(
+    lengths: Sequence[int],
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    rank: int = 0,
+    ranks: int = 1,
+    worker: int = 0,
+    workers: int = 1,
+) -> list[Piece]:
+    """What one worker of one process reads, in this order.
+
+    The shards are shuffled and their rows cut into contiguous ranges, one for every worker of every process, so that
+    no two read the same row. Less than one batch of all processes remains at the end, of other shards in other epochs.
+
+    Args:
+        lengths: rows of every shard.
+        batch_size: per process.
+        workers: per process. They deliver whole batches in turn, as the DataLoader asks for them.
+    """
+    batches = batches_per_epoch(lengths, batch_size, ranks)
+    shares = [len(range(w, batches, workers)) * batch_size for w in range(workers)]
+    start = rank * batches * batch_size + sum(shares[:worker])
+    stop = start + shares[worker]
+    order = list(range(len(lengths)))
+    random.Random(f"shards of seed {seed}, epoch {epoch}").shuffle(order)
+    pieces, end = [], 0
+    for shard in order:
+        begin, end = end, end + lengths[shard]
+        if max(start, begin) < min(stop, end):
+            pieces.append(Piece(shard, max(start, begin) - begin, min(stop, end) - begin))
+    return pieces
+
+
+def shuffled(rows: Iterator[Row], size: int, generator: random.Random) -> Iterator[Row]:
+    """All `rows`, each drawn from a buffer of `size`."""
+    buffer = list(islice(rows, size))
+    for row in rows:
+        i = generator.randrange(size)
+        yield buffer[i]
+        buffer[i] = row
+    generator.shuffle(buffer)
+    while buffer:
+        yield buffer.pop()
+
+
+@dataclass(frozen=True)
+class ShardedRows:
+    """A stream that can be read from the middle.
+
+    Args:
+        source: images undecoded, in their own column names.
+        columns: name in `source` to name in the rows.
+        lengths: rows of every shard that count, its first ones, in the order of `source.shard`.
+    """
+
+    source: datasets.IterableDataset
+    columns: dict[str, str]
+    lengths: list[int]
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for shard, length in enumerate(self.lengths):
+            for _, row in self.read(Piece(shard, 0, length)):
+                yield row
+
+    def first(self, count: int) -> "ShardedRows":
+        """The first rows, or all where there are fewer."""
+        ends = accumulate(self.lengths)
+        kept = [min(n, max(0, count - end + n)) for n, end in zip(self.lengths, ends, strict=True)]
+        return replace(self, lengths=kept)
+
+    def read(self, piece: Piece) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows of one shard and their numbers in the whole stream.
+
+        Raises:
+            ValueError: the shard has fewer rows than were counted.
+        """
+        number = sum(self.lengths[: piece.shard]) + piece.start
+        end = number + piece.stop - piece.start
+        shard = self.source.shard(num_shards=len(self.lengths), index=piece.shard).skip(piece.start)
+        # Not `for row in shard`: in a worker of a DataLoader it would divide the shard among the workers once more.
+        for chunk in shard.iter(batch_size=CHUNK):
+            for values in zip(*(chunk[name] for name in self.columns), strict=True):
+                if number == end:
+                    return
+                yield number, dict(zip(self.columns.values(), values, strict=True))
+                number += 1
+        if number < end:
+            raise ValueError(
+                f"shard {piece.shard} of the stream has {end - number} images fewer than were counted: its file has "
+                "changed, start again"
+            )
+
+
+def are_parquet(files: list[str]) -> bool:
+    """Whether the shards of a stream are parquet files."""
+    return bool(files) and all(file.endswith(".parquet") for file in files)
+
+
+def count_rows(source: datasets.IterableDataset, files: list[str], limit: int | None = None) -> list[int]:
+    """Rows of every shard of a stream, in the order of `source.shard`. The processes share the work.
+
+    Args:
+        files: of the shards, if any. Parquet files state their length, other shards are read from end to end.
+        limit: stop reading after so many rows; what lies behind them may then be too short.
+    """
+    ranks = world_size()
+    rank = dist.get_rank() if ranks > 1 else 0
+    mine = range(rank, source.num_shards, ranks)
+    if are_parquet(files):
+        assert len(files) == source.num_shards, f"{len(files)} files, but {source.num_shards} shards"
+        counts = _count_by_footer([files[i] for i in mine])
+    else:
+        if files and rank == 0:
+            print(f"Counting the images of {len(files)} files by reading them. Parquet files would not need it.")
+        counts = _count_by_reading(source, mine, limit, quiet=rank > 0 or not files)
+    if ranks == 1:
+        return counts
+    parts: list[list[int]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(parts, counts)
+    lengths = [0] * source.num_shards
+    for i, part in enumerate(parts):
+        lengths[i::ranks] = part
+    return lengths
+
+
+def _count_by_footer(files: list[str]) -> list[int]:
+    def rows(file: str) -> int:
+        with xopen(file, "rb") as opened:
+            return read_metadata(opened).num_rows
+
+    with ThreadPoolExecutor(OPEN_FOOTERS) as pool:
+        return list(pool.map(rows, files))
+
+
+def _count_by_reading(source: datasets.IterableDataset, shards: range, limit: int | None, quiet: bool) -> list[int]:
+    counts: list[int] = []
+    with tqdm(desc="images", unit="", disable=quiet, dynamic_ncols=True) as bar:
+        for i in shards:
+            left = None if limit is None else limit - sum(counts)
+            counts.append(0)
+            for _ in islice(source.shard(num_shards=source.num_shards, index=i), left):
+                counts[-1] += 1
+                bar.update()
+    return counts
