@@ -1,4 +1,4 @@
-"""Measure what this project claims to do faster: `python scripts/benchmark.py exchange`.
+"""Measure what this project claims: `python scripts/benchmark.py exchange | stream`.
 
 Each benchmark times its variants in turns in the same run, and prints min, median and max of each and the ratio to a
 named baseline.
@@ -11,18 +11,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils.data import DataLoader
 
 from modeling_moco import MoCoConfig
 from modeling_moco.distributed_moco import exchange, gather
 from modeling_moco.image_processing_moco import normalize
+from training.augment import TwoViews, build_policy
+from training.data import DataArguments, load_images
+from training.images import StreamedImages
 
 DIM = 128  # of a key
+WORKERS = (0, 1, 2)
 
 
 def ours(images: torch.Tensor, keys: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -112,6 +118,49 @@ def run_exchange(args: argparse.Namespace) -> None:
         print(f"{ranks:>7} processes: ours {mine / 1e6:.2f}  official {theirs / 1e6:.2f}  ratio {theirs / mine:.1f}")
 
 
+def seconds_to_first_batch(images: StreamedImages, batch_size: int, workers: int, epoch: int, skip: int) -> float:
+    """How long a resumed epoch takes to begin after so many batches."""
+    images.set_epoch(epoch, skip_batches=skip)
+    start = time.perf_counter()
+    loader = DataLoader(images, batch_size, num_workers=workers)
+    next(islice(loader, skip, None))
+    return time.perf_counter() - start
+
+
+def run_stream(args: argparse.Namespace) -> None:
+    data = DataArguments(dataset_name=args.dataset_name, streaming=True, image_size=args.image_size)
+    views = TwoViews(build_policy("v2"), args.image_size)
+    images = StreamedImages(load_images(data).train, views, batch_size=args.batch_size, buffer_size=args.shuffle_buffer)
+    skip = images.batches - 2
+    print(
+        f"stream of {images.images_per_epoch:,} images in {images.shards} files, buffer {args.shuffle_buffer}, two v2 views "
+        f"of {args.image_size} px, {os.cpu_count()} cores, {args.steps} interleaved rounds"
+    )
+    begin: dict[int, list[float]] = {workers: [] for workers in WORKERS}
+    resume: dict[int, list[float]] = {workers: [] for workers in WORKERS}
+    speed: dict[int, list[float]] = {workers: [] for workers in WORKERS}
+    for epoch in range(args.steps):
+        for workers in WORKERS:
+            begin[workers].append(seconds_to_first_batch(images, args.batch_size, workers, epoch, 0))
+            resume[workers].append(seconds_to_first_batch(images, args.batch_size, workers, epoch, skip))
+            images.set_epoch(epoch)
+            loader = iter(DataLoader(images, args.batch_size, num_workers=workers))
+            next(loader)
+            start = time.perf_counter()
+            batches = sum(1 for _ in islice(loader, args.batches))
+            speed[workers].append(batches * args.batch_size / (time.perf_counter() - start))
+    for workers in WORKERS:
+        costs = [
+            1000 * (b - a) / (skip * args.batch_size) for a, b in zip(begin[workers], resume[workers], strict=True)
+        ]
+        print(f"{workers} workers: ", end="")
+        print("{:.1f} / {:.1f} / {:.1f} images/s;".format(*(f(speed[workers]) for f in (min, median, max))), end=" ")
+        print(f"first batch after {median(begin[workers]):.2f} s,", end=" ")
+        print(f"after a skip of {skip * args.batch_size:,} images {median(resume[workers]):.2f} s:", end=" ")
+        print("{:.3f} / {:.3f} / {:.3f} ms per skipped image".format(*(f(costs) for f in (min, median, max))))
+    print("(min / median / max)")
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -121,6 +170,14 @@ def main(argv: list[str]) -> None:
     command.add_argument("--image_size", type=int, default=224, help="pixels")
     command.add_argument("--steps", type=int, default=20, help="measured steps of each variant")
     command.set_defaults(run=run_exchange)
+    command = commands.add_parser("stream", help="images a second of a stream, and what it costs to resume one")
+    command.add_argument("--dataset_name", required=True, help="folder of parquet or tar files, or a Hub dataset")
+    command.add_argument("--batch_size", type=int, default=32, help="images")
+    command.add_argument("--image_size", type=int, default=224, help="pixels")
+    command.add_argument("--shuffle_buffer", type=int, default=500, help="images")
+    command.add_argument("--batches", type=int, default=8, help="batches timed for the speed")
+    command.add_argument("--steps", type=int, default=5, help="rounds")
+    command.set_defaults(run=run_stream)
     args = parser.parse_args(argv)
     args.run(args)
 

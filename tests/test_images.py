@@ -3,6 +3,8 @@
 import io
 import logging
 import multiprocessing
+import os
+import resource
 import struct
 import zlib
 from collections import Counter
@@ -20,7 +22,7 @@ from training.augment import EvaluationView, TwoViews, build_policy
 from training.data import DataArguments, load_images
 from training.images import MapImages, StreamedImages, decode_image
 
-IMAGENET_500 = Path(__file__).parents[2] / "shared/data/imagenet-500"
+IMAGENET = os.environ.get("MOCO_IMAGENET")  # a folder of parquet files with photographs
 
 # Decoding
 
@@ -308,12 +310,29 @@ def test_the_broken_files_of_a_stream_are_named_and_counted_once_in_every_pass(w
             assert sorted(name.split(": ")[1].split()[0] for name in named) == ["photo2.jpg", "photo9.jpg"]
 
 
-@pytest.mark.skipif(not IMAGENET_500.is_dir(), reason="needs ../shared/data/imagenet-500")
+@pytest.mark.skipif(not IMAGENET, reason="MOCO_IMAGENET names no folder of parquet files")
 def test_imagenet_streams_views_at_224_px():
-    args = DataArguments(dataset_name=str(IMAGENET_500), streaming=True, max_train_samples=20)
+    args = DataArguments(dataset_name=IMAGENET, streaming=True, max_train_samples=20)
     views = TwoViews(build_policy(args.augmentation), args.image_size)
     images = StreamedImages(load_images(args).train, views, batch_size=10, buffer_size=20)
     batches = list(DataLoader(images, batch_size=10))
     assert [batch["key_pixel_values"].shape for batch in batches] == [(10, 3, 224, 224)] * 2
     assert images.skipped == 0
     assert batches[0]["pixel_values"].float().std() > 30
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_a_hundred_thousand_streamed_images(tmp_path):
+    images, shards = 100_000, 8
+    rows = table([i % 60 for i in range(images // shards)]).cast_column("image", datasets.Image())
+    for shard in range(shards):
+        rows.to_parquet(tmp_path / f"train-{shard:05d}-of-{shards:05d}.parquet")
+    stream = load_images(DataArguments(dataset_name=str(tmp_path), streaming=True)).train
+    streamed = StreamedImages(stream, pixel, batch_size=100, buffer_size=2000)
+    resident = []
+    for i, _ in enumerate(DataLoader(streamed, batch_size=100)):
+        if i % 100 == 99:
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6)
+    print("resident memory after every 10,000 images, MB:", *map(round, resident))
+    assert len(resident) == images // 10_000
+    assert max(resident[1:]) < 1.03 * resident[0]

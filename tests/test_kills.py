@@ -1,5 +1,6 @@
 """A run killed twenty times ends as one that was left alone: `pytest -m slow tests/test_kills.py` (about five minutes)."""
 
+import os
 import random
 import re
 import subprocess
@@ -25,7 +26,8 @@ FLAGS = [
 
 def start(folder: Path) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "scripts/pretrain.py"), *FLAGS, "--output_dir", str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}  # or the steps before a kill would not be seen
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
 
 
 def is_saving(folder: Path) -> bool:

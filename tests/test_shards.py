@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from numbered_images import ROWS, number, stream, table, write_parquet, write_ta
 
 from training.data import DataArguments, load_images
 from training.images import decode_image
-from training.shards import Piece, ShardedRows, batches_per_epoch, count_rows, plan_epoch, shuffled
+from training.shards import Piece, ShardedRows, batches_per_epoch, count_rows, plan_epoch, shuffled_places
 
 LENGTHS = {
     "even": [8] * 4,
@@ -101,24 +102,45 @@ def test_a_thousand_uneven_shards_are_shared_evenly_by_512_workers():
 
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
 def test_the_buffer_loses_nothing_and_holds_no_more_than_its_size(size):
-    taken = []
-
-    def source():
-        for i in range(50):
-            taken.append(i)
-            yield i
-
-    found = []
-    for row in shuffled(source(), size, random.Random(0)):
-        found.append(row)
-        assert len(taken) - len(found) <= size
-    assert sorted(found) == list(range(50))
-    assert (found == list(range(50))) == (size == 1)
+    order = list(shuffled_places(50, size, random.Random(0)))
+    assert sorted(order) == list(range(50))
+    assert (order == list(range(50))) == (size == 1)
+    # Rows arrive in their order: when the k-th leaves, those up to the last one that has left have arrived.
+    assert all(place < k + size for k, place in enumerate(order))
 
 
 def test_the_buffer_draws_every_place_equally_often():
-    firsts = [next(shuffled(iter(range(20)), 5, random.Random(seed))) for seed in range(5000)]
+    firsts = [next(shuffled_places(20, 5, random.Random(seed))) for seed in range(5000)]
     assert [firsts.count(i) for i in range(5)] == pytest.approx([1000] * 5, rel=0.15)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 13, 29, 30, 44, 45])
+def test_a_skip_leaves_the_same_rows_and_does_not_open_what_is_behind_it(skip):
+    rows = stream([range(15), range(15, 30), range(30, 45)])
+    pieces = [Piece(2, 0, 15), Piece(0, 0, 15), Piece(1, 0, 15)]
+
+    def numbers(skip):
+        return [i for i, _ in rows.read_shuffled(pieces, 3, random.Random(1), skip)]
+
+    rows = Watched(rows.source, rows.columns, rows.lengths)
+    assert numbers(skip) == numbers(0)[skip:]
+    rows.opened.clear()
+    left = numbers(skip)
+    assert {piece.shard for piece in rows.opened} == {i // 15 for i in left}
+    assert (
+        sum(piece.stop - piece.start for piece in rows.opened) <= len(left) + 15
+    )  # a row may wait in the buffer for long
+
+
+@dataclass(frozen=True)
+class Watched(ShardedRows):
+    """Rows that note which pieces are read."""
+
+    opened: list[Piece] = field(default_factory=list)
+
+    def read(self, piece):
+        self.opened.append(piece)
+        return super().read(piece)
 
 
 def write(kind: str, folder: Path) -> Path:

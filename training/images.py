@@ -8,7 +8,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import chain, islice, repeat
+from itertools import repeat
 from typing import Any
 
 import datasets
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import get_worker_info
 
 from .augment import seeded_generator
-from .shards import ShardedRows, batches_per_epoch, plan_epoch, shuffled
+from .shards import ShardedRows, batches_per_epoch, plan_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -167,11 +167,10 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        rows = self._shuffled_rows(worker, workers)
-        for _ in islice(rows, len(range(worker, int(self._skip_batches), workers)) * self.batch_size):
-            yield {"pixel_values": torch.empty(0)}
+        skip = len(range(worker, int(self._skip_batches), workers)) * self.batch_size
+        yield from repeat({"pixel_values": torch.empty(0)}, skip)
         waiting = 0  # places of broken images that the next readable one takes
-        for index, row in rows:
+        for index, row in self._shuffled_rows(worker, workers, skip):
             waiting += 1
             try:
                 views = self._views(row, index)
@@ -183,7 +182,7 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
         if waiting:
             yield from repeat(self._first_readable(worker, workers), waiting)
 
-    def _shuffled_rows(self, worker: int, workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _shuffled_rows(self, worker: int, workers: int, skip: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         epoch = int(self._epoch)
         pieces = plan_epoch(
             self.rows.lengths,
@@ -196,8 +195,7 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
             workers=workers,
         )
         generator = random.Random(f"rows of seed {self.seed}, epoch {epoch}, rank {self.rank}, worker {worker}")
-        rows = chain.from_iterable(map(self.rows.read, pieces))
-        return shuffled(rows, max(1, self.buffer_size // workers), generator)
+        return self.rows.read_shuffled(pieces, max(1, self.buffer_size // workers), generator, skip)
 
     def _first_readable(self, worker: int, workers: int) -> dict[str, Any]:
         # Read again and not remembered: after a skip nobody knows which image it is, and last images are seldom broken.

@@ -4,11 +4,12 @@ The rows of a stream are numbered through its shards: row `i` is the same image 
 """
 
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import datasets
 import torch.distributed as dist
@@ -17,8 +18,6 @@ from pyarrow.parquet import read_metadata
 from tqdm import tqdm
 
 from modeling_moco.distributed_moco import world_size
-
-Row = TypeVar("Row")
 
 CHUNK = 32  # rows that `datasets` hands over at a time: one by one it takes longer
 OPEN_FOOTERS = 16  # parquet files asked at once for their length: on the Hub each answer takes a while
@@ -72,13 +71,13 @@ def plan_epoch(
     return pieces
 
 
-def shuffled(rows: Iterator[Row], size: int, generator: random.Random) -> Iterator[Row]:
-    """All `rows`, each drawn from a buffer of `size`."""
-    buffer = list(islice(rows, size))
-    for row in rows:
+def shuffled_places(count: int, size: int, generator: random.Random) -> Iterator[int]:
+    """The numbers below `count`, each drawn from a buffer of `size` that is filled in their order."""
+    buffer = list(range(min(size, count)))
+    for place in range(size, count):
         i = generator.randrange(size)
         yield buffer[i]
-        buffer[i] = row
+        buffer[i] = place
     generator.shuffle(buffer)
     while buffer:
         yield buffer.pop()
@@ -111,6 +110,37 @@ class ShardedRows:
         ends = accumulate(self.lengths)
         kept = [min(n, max(0, count - end + n)) for n, end in zip(self.lengths, ends, strict=True)]
         return replace(self, lengths=kept)
+
+    def read_shuffled(
+        self, pieces: list[Piece], buffer_size: int, generator: random.Random, skip: int = 0
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows of `pieces` and their numbers, shuffled within a buffer of so many rows, without the first `skip`.
+
+        The order is drawn before anything is read: what was skipped is not read where nothing of its file is left.
+        """
+        count = sum(piece.stop - piece.start for piece in pieces)
+        order = array("q", shuffled_places(count, buffer_size, generator))[skip:]
+        wanted = bytearray(count)
+        for place in order:
+            wanted[place] = 1
+        arriving = self._read_wanted(pieces, wanted)
+        held: dict[int, tuple[int, dict[str, Any]]] = {}
+        for place in order:
+            while place not in held:
+                arrived, row = next(arriving)
+                held[arrived] = row
+            yield held.pop(place)
+
+    def _read_wanted(self, pieces: list[Piece], wanted: bytearray) -> Iterator[tuple[int, tuple[int, dict[str, Any]]]]:
+        end = 0
+        for shard, start, stop in pieces:
+            begin, end = end, end + stop - start
+            first, last = wanted.find(1, begin, end), wanted.rfind(1, begin, end)
+            if first >= 0:
+                left = Piece(shard, start + first - begin, start + last + 1 - begin)
+                for place, row in zip(range(first, last + 1), self.read(left), strict=True):
+                    if wanted[place]:
+                        yield place, row
 
     def read(self, piece: Piece) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rows of one shard and their numbers in the whole stream.
