@@ -23,7 +23,7 @@ demo: setup  ## pretrain on scikit-learn's digits, probe, classify: three minute
 test: setup lint  ## lint, types and tests
 	$(BIN)/pytest --quiet
 
-test-slow: setup  ## the tests that take minutes: a run killed twenty times
+test-slow: setup  ## the tests that take minutes: a run killed twenty times, a requeued job, memory
 	$(BIN)/pytest --quiet -m slow -rP
 
 lint: setup  ## lint and types alone

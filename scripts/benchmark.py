@@ -131,18 +131,18 @@ def run_stream(args: argparse.Namespace) -> None:
     data = DataArguments(dataset_name=args.dataset_name, streaming=True, image_size=args.image_size)
     views = TwoViews(build_policy("v2"), args.image_size)
     images = StreamedImages(load_images(data).train, views, batch_size=args.batch_size, buffer_size=args.shuffle_buffer)
-    skip = images.batches - 2
     print(
         f"stream of {images.images_per_epoch:,} images in {images.shards} files, buffer {args.shuffle_buffer}, two v2 views "
-        f"of {args.image_size} px, {os.cpu_count()} cores, {args.steps} interleaved rounds"
+        f"of {args.image_size} px, {os.cpu_count()} cores, {args.steps} interleaved rounds: min / median / max"
     )
-    begin: dict[int, list[float]] = {workers: [] for workers in WORKERS}
-    resume: dict[int, list[float]] = {workers: [] for workers in WORKERS}
+    skips = [images.batches * tenths // 10 for tenths in (1, 5, 9)]
     speed: dict[int, list[float]] = {workers: [] for workers in WORKERS}
+    first: dict[tuple[int, int], list[float]] = {(workers, skip): [] for workers in WORKERS for skip in [0, *skips]}
     for epoch in range(args.steps):
         for workers in WORKERS:
-            begin[workers].append(seconds_to_first_batch(images, args.batch_size, workers, epoch, 0))
-            resume[workers].append(seconds_to_first_batch(images, args.batch_size, workers, epoch, skip))
+            for skip in [0, *skips]:
+                seconds = seconds_to_first_batch(images, args.batch_size, workers, epoch, skip)
+                first[workers, skip].append(seconds)
             images.set_epoch(epoch)
             loader = iter(DataLoader(images, args.batch_size, num_workers=workers))
             next(loader)
@@ -150,15 +150,24 @@ def run_stream(args: argparse.Namespace) -> None:
             batches = sum(1 for _ in islice(loader, args.batches))
             speed[workers].append(batches * args.batch_size / (time.perf_counter() - start))
     for workers in WORKERS:
-        costs = [
-            1000 * (b - a) / (skip * args.batch_size) for a, b in zip(begin[workers], resume[workers], strict=True)
-        ]
-        print(f"{workers} workers: ", end="")
-        print("{:.1f} / {:.1f} / {:.1f} images/s;".format(*(f(speed[workers]) for f in (min, median, max))), end=" ")
-        print(f"first batch after {median(begin[workers]):.2f} s,", end=" ")
-        print(f"after a skip of {skip * args.batch_size:,} images {median(resume[workers]):.2f} s:", end=" ")
-        print("{:.3f} / {:.3f} / {:.3f} ms per skipped image".format(*(f(costs) for f in (min, median, max))))
-    print("(min / median / max)")
+        print("{} workers: {:.1f} / {:.1f} / {:.1f} images/s".format(workers, *spread(speed[workers])))
+        for skip in (0, *skips):
+            images_skipped, times = skip * args.batch_size, first[workers, skip]
+            print(
+                "  skip of {:,} images: first batch after {:.2f} / {:.2f} / {:.2f} s".format(
+                    images_skipped, *spread(times)
+                ),
+                end="",
+            )
+            if skip > skips[0]:  # what both have, opening files and filling the buffer, is not the skip's
+                more = 1000 / (images_skipped - skips[0] * args.batch_size)
+                costs = [more * (s - b) for s, b in zip(times, first[workers, skips[0]], strict=True)]
+                print("; {:.3f} / {:.3f} / {:.3f} ms for each image more".format(*spread(costs)), end="")
+            print()
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    return min(values), median(values), max(values)
 
 
 def main(argv: list[str]) -> None:

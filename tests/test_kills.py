@@ -1,4 +1,4 @@
-"""A run killed twenty times ends as one that was left alone: `pytest -m slow tests/test_kills.py` (about five minutes)."""
+"""A run killed twenty times ends as one that was left alone: `pytest -m slow tests/test_kills.py` (eight minutes)."""
 
 import os
 import random
