@@ -50,7 +50,8 @@ def exchange(x: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
     to_each = (origin == rank).sum(dim=1).tolist()
     from_each = origin[rank].bincount(minlength=len(parts)).tolist()
     received = x.new_empty(x.shape)
-    dist.all_to_all_single(received, x[rows.to(x.device)].contiguous(), from_each, to_each)
+    sent = x[rows.to(x.device, non_blocking=True)].contiguous()
+    dist.all_to_all_single(received, sent, from_each, to_each)
     return received
 
 

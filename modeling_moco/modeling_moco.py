@@ -44,7 +44,8 @@ class MoCoOutput(ModelOutput):
         query_embeds: queries of this process, unit length, float32 (N, C).
         key_embeds: keys of all processes in rank order, unit length, float32, without gradient (R·N, C).
 
-    With `symmetric_loss` the loss is a sum of two and all first dimensions are twice as long.
+    With `symmetric_loss` the loss is a sum of two, and all first dimensions are twice as long: logits and queries have the
+    first view's queries first, the keys the first view's keys, which are the positives of the second's queries.
     """
 
     loss: torch.Tensor | None = None
@@ -213,13 +214,14 @@ class MoCoModel(MoCoPreTrainedModel):
     @torch.no_grad()
     def encode_keys(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Keys of all processes in rank order (R·N, C), each encoded in company that its query did not have."""
-        x, restore = self._shuffle(pixel_values)
+        x, restore = self.shuffle(pixel_values)
         x = self.normalize(x)  # after the exchange, which so moves a quarter of the bytes
         k = self.projector_k(self.encoder_k.forward_head(self.encoder_k.forward_features(x), pre_logits=True))
         return gather(F.normalize(k.float(), dim=1))[restore]
 
-    def _shuffle(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | slice]:
-        # Returns the images to encode here, and the index that puts the gathered keys back in order.
+    @torch.no_grad()
+    def shuffle(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | slice]:
+        """The images whose keys this process is to encode (N, ...), and the index that restores the gathered keys' order."""
         n, ranks = len(x), world_size()
         mode = self.config.batch_norm
         if mode == "shuffle" and ranks == 1:
@@ -230,15 +232,15 @@ class MoCoModel(MoCoPreTrainedModel):
         if mode == "shuffle" and ranks > 1:
             # Drawn on the CPU, where every rank draws the same. BatchNorm does not see the order within a part.
             parts = self._draw_order(ranks * n).view(ranks, n).sort(dim=1).values
-            return exchange(x, parts), parts.flatten().argsort().to(x.device)
+            return exchange(x, parts), parts.flatten().argsort().to(x.device, non_blocking=True)
         if mode == "split":
             order = self._draw_order(n)
             restore = torch.cat([order.argsort() + rank * n for rank in range(ranks)])
-            return x[order.to(x.device)], restore.to(x.device)
+            return x[order.to(x.device, non_blocking=True)], restore.to(x.device, non_blocking=True)
         return x, slice(None)
 
     def _draw_order(self, n: int) -> torch.Tensor:
-        return torch.randperm(n, generator=self.shuffle_generator)
+        return torch.randperm(n, generator=self.shuffle_generator, device="cpu")
 
     def contrast(
         self, x_q: torch.Tensor, x_k: torch.Tensor

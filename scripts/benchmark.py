@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -20,8 +21,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils.data import DataLoader
 
-from modeling_moco import MoCoConfig
-from modeling_moco.distributed_moco import exchange, gather
+from modeling_moco import MoCoConfig, MoCoModel
+from modeling_moco.distributed_moco import gather
 from modeling_moco.image_processing_moco import normalize
 from training.augment import TwoViews, build_policy
 from training.data import DataArguments, load_images
@@ -33,11 +34,16 @@ WORKERS = (0, 1, 2)
 
 def ours(images: torch.Tensor, keys: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Shuffling as MoCoModel does it: images of uint8 to where they are encoded, keys gathered once."""
-    parts = torch.randperm(dist.get_world_size() * len(images), generator=generator)
-    parts = parts.view(dist.get_world_size(), -1).sort(dim=1).values
-    config = MoCoConfig()
-    normalize(exchange(images, parts), config.image_mean, config.image_std)
-    return gather(keys)[parts.flatten().argsort()]
+    model = tiny_model()
+    model.shuffle_generator = generator
+    mine, restore = model.shuffle(images)
+    model.normalize(mine)
+    return gather(keys)[restore]
+
+
+@cache
+def tiny_model() -> MoCoModel:
+    return MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=64))
 
 
 def official_style(images: torch.Tensor, keys: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

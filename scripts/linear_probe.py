@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
         set_seed(args.training.seed)
         model = load_encoder(args, splits)
         trainer = build_trainer(model, args.training, args.data, splits)
-        checkpoint = claim_output_dir(args.training, args.settings, {"title": args.title})
+        checkpoint = claim_output_dir(args.training, trainer.division, args.settings, {"title": args.title})
     folder = Path(str(args.training.output_dir))
     if trainer.is_world_process_zero():
         print(f"{args.title}: {len(splits.train):,} images, {len(splits.class_names)} classes, to {folder}")

@@ -15,7 +15,7 @@ def main(argv: list[str]) -> None:
     with one_line_errors():
         args = parse_pretrain(argv)
         trainer = build_trainer(args)
-        checkpoint = claim_output_dir(args.training, args.settings, args.recipe.about)
+        checkpoint = claim_output_dir(args.training, trainer.division, args.settings, args.recipe.about)
     if trainer.is_world_process_zero():
         announce(args, trainer, default_recipe=not any(word.startswith("--recipe") for word in argv))
         if checkpoint:

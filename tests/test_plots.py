@@ -30,7 +30,7 @@ def opened(path) -> Image.Image:
 
 @pytest.mark.parametrize("history", [HISTORY, HISTORY[1:3]], ids=["with kNN", "without"])
 def test_the_training_curve_is_three_panels_wide(history, tmp_path):
-    path = training_curve(history, queue_size=64, path=tmp_path / "curve.png")
+    path = training_curve(history, chance=4.17, path=tmp_path / "curve.png")
     image = opened(path)
     assert path == tmp_path / "curve.png"
     assert image.width > 1000

@@ -149,6 +149,8 @@ REFUSED = {
     "dataset below a batch": (["--max_train_samples", "10"], "the dataset (10 images) is smaller"),
     "image size": (["--architecture", "vit_tiny_patch16_224"], "image_size (32) is refused by vit_tiny_patch16_224"),
     "neighbours above the bank": (["--knn_k", "65"], "knn_k (65) is larger"),
+    "output below a file": (["--output_dir", __file__ + "/run"], "cannot be made"),
+    "one checkpoint": (["--save_total_limit", "1"], "save_total_limit (1) must be at least 2"),
     "not a number": (["--learning_rate", "fast"], "invalid float value: 'fast'"),
     "not a choice": (["--augmentation", "v9"], "invalid choice: 'v9'"),
     "bad value": (["--temperature", "0"], "temperature (0.0) must be above 0"),
@@ -171,7 +173,10 @@ WARNED = {
     "rate": (["--batch_norm", "plain"], "for 16 the linear rule gives 0.0075"),
     "leak": (["--batch_norm", "shuffle", "--learning_rate", "0.1"], "nobody to shuffle with"),
     "small groups": (["--batch_norm", "split", "--batch_norm_splits", "16"], "BatchNorm sees 1 image at once"),
-    "queue": (["--queue_size", "128"], "the queue (128) is larger than the dataset (64 images)"),
+    "queue": (
+        ["--queue_size", "128", "--symmetric_loss", "True"],
+        "the queue (128) is larger than the dataset (64 images)",
+    ),
 }
 
 
@@ -183,7 +188,8 @@ def test_what_decides_the_result_is_said_at_the_start(case, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count(warning) == 1
     assert "global batch 16 (1 x 16 x 1 accumulated)" in out
-    assert f"log(1+K) = {math.log(1 + args.config.queue_size):.2f}" in out
+    losses = 2 if args.config.symmetric_loss else 1
+    assert f"log(1+K) = {losses * math.log(1 + args.config.queue_size):.2f}" in out
     if case != "rate":
         assert ("linear rule" in out) == ("--learning_rate" not in flags)
 

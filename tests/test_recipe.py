@@ -29,6 +29,7 @@ IMAGENET = {
     "global_batch_size": 256,
     "image_size": 224,
 }
+DIVISION = Division(processes=1, per_device_batch=128, accumulation=1, images=1437, workers=None)
 V1 = {"temperature": 0.07, "projection_head": "linear", "augmentation": "v1", "lr_milestones": [120, 160]}
 V2 = {"temperature": 0.2, "projection_head": "mlp", "augmentation": "v2", "lr_milestones": None}
 PUBLISHED = {
@@ -238,7 +239,7 @@ def test_help_lists_the_projects_own_flags_first(capsys):
 def claim(tmp_path):
     def claim(*flags, folder=tmp_path / "run"):
         args = parse_pretrain(["--temperature", "0.1", "--output_dir", str(folder), *flags, *CPU])
-        return claim_output_dir(args.training, args.settings, args.recipe.about)
+        return claim_output_dir(args.training, DIVISION, args.settings, args.recipe.about)
 
     return claim
 
@@ -260,7 +261,7 @@ def test_the_same_settings_continue_from_the_newest_checkpoint(claim, tmp_path):
     assert claim() is None
     for step in (9, 10, 100):
         (tmp_path / "run" / f"checkpoint-{step}").mkdir()
-        seal(tmp_path / "run" / f"checkpoint-{step}", Division(1, 128, 1, None, 1.0))
+        seal(tmp_path / "run" / f"checkpoint-{step}", DIVISION)
     assert claim() == str(tmp_path / "run" / "checkpoint-100")
     # How fast the images are read and what is printed do not make another run.
     assert claim("--dataloader_num_workers", "2", "--logging_steps", "3") == str(tmp_path / "run" / "checkpoint-100")

@@ -14,7 +14,7 @@ from training.checkpoints import newest_complete
 
 ROOT = Path(__file__).parents[1]
 SRUN = """#!/bin/bash
-shift  # --wait
+shift 2  # --wait, --cpus-per-task
 for i in $(seq 0 $((SLURM_NTASKS - 1))); do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done
 jobs -p > "$TASKS"
 worst=0
@@ -34,7 +34,12 @@ def test_a_preempted_job_saves_requeues_itself_and_goes_on(tmp_path):
     tasks, requeued, run = tmp_path / "tasks", tmp_path / "requeued", tmp_path / "run"
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = os.environ | {"PATH": path, "TASKS": str(tasks), "REQUEUED": str(requeued), "OMP_NUM_THREADS": "1"}
-    env |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[0-1]"}
+    env |= {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_NTASKS": "2",
+        "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+    }
     job = ["bash", str(ROOT / "configs/slurm/pretrain.sbatch"), "--use_cpu", "--batch_norm", "shuffle"]
     job += ["--queue_size", "256", "--num_train_epochs", "4", "--eval_strategy", "no", "--output_dir", str(run)]
     with subprocess.Popen(job, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:

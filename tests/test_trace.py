@@ -30,7 +30,7 @@ class TraceImages(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return {"pixel_values": self.q[i], "key_pixel_values": self.k[i]}
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch, skip_batches=0):
         pass
 
 

@@ -4,9 +4,11 @@ A checkpoint counts from the moment that its manifest, written last, is there an
 """
 
 import json
+import math
 import os
 import shutil
 import signal
+import sys
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ class Division:
 
     Args:
         processes, per_device_batch, accumulation: their product is the global batch.
+        images: in an epoch.
         workers: per process, for a stream, whose order hangs on them; None for indexed images.
         epoch: passes over the images so far.
     """
@@ -35,17 +38,27 @@ class Division:
     processes: int
     per_device_batch: int
     accumulation: int
+    images: int
     workers: int | None
-    epoch: float
+    epoch: float = 0.0
 
     @property
     def global_batch(self) -> int:
         return self.processes * self.per_device_batch * self.accumulation
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.images // (self.processes * self.per_device_batch) / self.accumulation)
+
 
 def seal(checkpoint: Path, division: Division) -> None:
     """Declare a checkpoint complete. Everything in it must have been written."""
-    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()}
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    for path in [*files, checkpoint]:  # or a machine that loses power could keep the manifest alone
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
     unfinished = checkpoint / f"{MANIFEST}.tmp"
     with unfinished.open("w", encoding="utf-8") as file:
         json.dump({"files": sizes, "division": asdict(division)}, file, indent=2)
@@ -59,7 +72,11 @@ def flaw(checkpoint: Path) -> str | None:
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
         return "it was not written to the end"
-    for name, size in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
+    try:
+        sizes = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError):
+        return f"its {MANIFEST} cannot be read"
+    for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
@@ -70,11 +87,13 @@ def flaw(checkpoint: Path) -> str | None:
 
 def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
     """Delete all checkpoints but the newest `limit` complete ones and the best one; none without a limit."""
+    if limit is None:
+        return
     checkpoints = _by_step(output_dir)
-    keep = [checkpoint for checkpoint in checkpoints if flaw(checkpoint) is None][-(limit or len(checkpoints)) :]
-    for checkpoint in checkpoints if limit else []:
-        if checkpoint not in keep and str(checkpoint) != best:
-            shutil.rmtree(checkpoint)
+    keep = [checkpoint for checkpoint in checkpoints if flaw(checkpoint) is None][-limit:]
+    for checkpoint in checkpoints:
+        if checkpoint not in keep and (best is None or checkpoint != Path(best)):
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _by_step(output_dir: Path) -> list[Path]:
@@ -108,6 +127,12 @@ def check_division(checkpoint: Path, now: Division) -> str | None:
             f"{now.global_batch} ({_product(now)}): its place in the epoch and its rate count in such batches. Launch it "
             "with the same global batch, or pass another --output_dir"
         )
+    if (then.images, then.steps_per_epoch) != (now.images, now.steps_per_epoch):
+        raise ValueError(
+            f"{checkpoint} was trained in epochs of {then.steps_per_epoch:,} steps of {then.images:,} images "
+            f"({_product(then)}), this run has epochs of {now.steps_per_epoch:,} steps of {now.images:,} images "
+            f"({_product(now)}): its place would be another. Launch it as before, or pass another --output_dir"
+        )
     same_readers = (then.processes, then.workers) == (now.processes, now.workers)
     if now.workers is not None and not same_readers and then.epoch != int(then.epoch):
         raise ValueError(
@@ -116,8 +141,8 @@ def check_division(checkpoint: Path, now: Division) -> str | None:
         )
     if _product(then) != _product(now):
         return (
-            f"{checkpoint} was trained on {_product(then)}, this run on {_product(now)}: every step has the same global "
-            f"batch, but BatchNorm sees {now.per_device_batch} images at once instead of {then.per_device_batch}"
+            f"{checkpoint} was trained on {_product(then)}, this run on {_product(now)}: every step has as many images as "
+            "before, but BatchNorm normalises them in other groups"
         )
     return None
 
@@ -146,14 +171,13 @@ class SaveOnSigterm(TrainerCallback):
             self._group = dist.new_group(backend="gloo")  # on the CPU: the GPUs need not be waited for
 
     def _receive(self, number, frame):
-        self._received = True
-        signal.signal(signal.SIGTERM, self._previous)  # a second one ends the process at once
+        self._received = True  # again and again: launchers forward what their processes get anyway
 
     def on_step_end(self, args, state, control, **kwargs):
-        received = torch.tensor(self._received)
+        received = torch.tensor(self._received, device="cpu")
         if self._group is not None:
             dist.all_reduce(received, dist.ReduceOp.MAX, group=self._group)  # all stop after the same step
-        if received:
+        if received and state.global_step < state.max_steps:  # else the run is about to end by itself
             self.stopped = control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -166,5 +190,14 @@ class SaveOnSigterm(TrainerCallback):
 
 
 def outlive_sigterm(worker: int) -> None:
-    """For the workers of a DataLoader: a job's SIGTERM reaches them too, and the step under way needs their images."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """For the workers of a DataLoader: a job's SIGTERM reaches them too, but the step under way needs their images."""
+    if sys.platform == "linux":  # elsewhere nobody can tell who sent a signal, and such a run ends without a last save
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_when_parent_says_so, daemon=True).start()
+
+
+def _exit_when_parent_says_so() -> None:
+    # The parent sends SIGTERM to end a worker, and would wait for ever for one that ignored it.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
-from .checkpoints import check_division, newest_complete
+from modeling_moco.distributed_moco import world_size
+
+from .checkpoints import Division, check_division, newest_complete
 from .sgd_trainer import SGDTrainingArguments, TrainingError
 
 REQUEUE = 75  # exit status after a SIGTERM: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
@@ -113,7 +116,7 @@ def nearest_name(word: str, known: list[str]) -> str:
 
 
 def claim_output_dir(
-    training: SGDTrainingArguments, settings: dict[str, dict[str, Any]], about: dict[str, str]
+    training: SGDTrainingArguments, division: Division, settings: dict[str, dict[str, Any]], about: dict[str, str]
 ) -> str | None:
     """Make the output directory this run's own.
 
@@ -128,32 +131,50 @@ def claim_output_dir(
     folder = Path(str(training.output_dir))
     saved = folder / SAVED_RECIPE
     with training.main_process_first(local=False, desc="claiming the output directory"):
+        checkpoint = None
         if saved.is_file() and len(list(folder.iterdir())) > 1:  # alone, it is what a crash at the start left
             there = yaml.safe_load(saved.read_text(encoding="utf-8"))
             _check_same_run(folder, there, settings)
-            return _checkpoint_of(folder, training, settings["data"].get("streaming", False))
-        if training.process_index > 0:
-            return None
-        if folder.exists() and (not folder.is_dir() or any(path != saved for path in folder.iterdir())):
-            raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = saved.with_suffix(".tmp")
-            unfinished.write_text(yaml.safe_dump({"about": about} | settings, sort_keys=False), encoding="utf-8")
-            unfinished.replace(saved)
-        except OSError as error:
-            raise ValueError(f"output_dir ({folder}) cannot be written ({error}): pass another --output_dir") from error
-    return None
+            checkpoint = _checkpoint_of(folder, training, division)
+        elif training.process_index == 0:
+            _write_recipe(folder, {"about": about} | settings)
+    _check_same_view(folder, checkpoint)
+    return checkpoint
 
 
-def _checkpoint_of(folder: Path, training: SGDTrainingArguments, streaming: bool) -> str | None:
+def _write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    saved = folder / SAVED_RECIPE
+    if folder.exists() and (not folder.is_dir() or any(path != saved for path in folder.iterdir())):
+        raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = saved.with_suffix(".tmp")
+        unfinished.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        unfinished.replace(saved)
+    except OSError as error:
+        raise ValueError(f"output_dir ({folder}) cannot be written ({error}): pass another --output_dir") from error
+
+
+def _checkpoint_of(folder: Path, training: SGDTrainingArguments, division: Division) -> str | None:
     checkpoint, remarks = newest_complete(folder)
     if checkpoint is not None:
-        remarks += filter(None, [check_division(checkpoint, training.division(streaming))])
+        remarks += filter(None, [check_division(checkpoint, division)])
     if training.process_index == 0:
         for remark in remarks:
             print(f"warning: {remark}", file=sys.stderr)
     return None if checkpoint is None else str(checkpoint)
+
+
+def _check_same_view(folder: Path, checkpoint: str | None) -> None:
+    if world_size() == 1:
+        return
+    seen: list[str | None] = [None] * world_size()
+    dist.all_gather_object(seen, checkpoint)
+    if len(set(seen)) > 1:
+        raise ValueError(
+            f"output_dir ({folder}) has {seen[0] or 'no checkpoint'} for the first process and not for all others: pass a "
+            "folder that all machines share"
+        )
 
 
 def _check_same_run(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import gather, local_slice, world_size
 
+from .checkpoints import outlive_sigterm
 from .images import MapImages
 
 
@@ -31,7 +32,9 @@ def extract_features(
     ranks = world_size()
     share = -(-len(images) // ranks)  # the last process repeats the last image to keep the shares equal
     mine = [min(i, len(images) - 1) for i in range(ranks * share)][local_slice(share)]
-    loader = DataLoader(Subset(images, mine), batch_size=batch_size, num_workers=num_workers)
+    loader = DataLoader(
+        Subset(images, mine), batch_size=batch_size, num_workers=num_workers, worker_init_fn=outlive_sigterm
+    )
     if ranks > 1:  # every rank has seen other images: evaluate the model that rank 0 saves
         for buffer in model.encoder_q.buffers():
             dist.broadcast(buffer, src=0)

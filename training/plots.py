@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import torch
 
 from .images import MapImages
@@ -21,11 +20,11 @@ def _series(history: list[dict[str, Any]], key: str) -> tuple[list[float], list[
     return [epoch for epoch, _ in rows], [value for _, value in rows]
 
 
-def training_curve(history: list[dict[str, Any]], queue_size: int, path: Path) -> Path:
-    """Loss against chance level log(K + 1), contrast accuracy with kNN accuracy, and the learning rate, by epoch."""
+def training_curve(history: list[dict[str, Any]], chance: float, path: Path) -> Path:
+    """Loss against its chance level, contrast accuracy with kNN accuracy, and the learning rate, by epoch."""
     figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     loss.plot(*_series(history, "loss"), color=BLUE)
-    loss.axhline(np.log(queue_size + 1), color=GRAY, linestyle=":", label=f"log(K + 1) = {np.log(queue_size + 1):.2f}")
+    loss.axhline(chance, color=GRAY, linestyle=":", label=f"all keys alike: {chance:.2f}")
     loss.set(title="InfoNCE loss", xlabel="epoch", ylim=(0, None))
     loss.legend(frameon=False)
     accuracy.plot(*_series(history, "contrast_top1"), color=ORANGE, label="contrast top-1")

@@ -11,7 +11,7 @@ import torch
 from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy
 
-from modeling_moco import MoCoModel
+from modeling_moco import MoCoConfig, MoCoModel
 
 from . import plots
 from .augment import TwoViews, build_policy
@@ -114,12 +114,17 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer, default_recipe: bool
         f"m {config.key_momentum:g}, T {config.temperature:g}, to {training.output_dir}"
     )
     print(
-        f"  reading: the loss may rise while keys replace the random queue, and stay near log(1+K) = "
-        f"{math.log(1 + config.queue_size):.2f}, where all keys look alike, for a while. That is not a fault: watch "
+        f"  reading: the loss may rise while keys replace the random queue, and stay near {'2 ' * config.symmetric_loss}"
+        f"log(1+K) = {chance_loss(config):.2f}, where all keys look alike, for a while. That is not a fault: watch "
         f"contrast_top1, {100 / (1 + config.queue_size):.2g} % by chance"
     )
     for warning in _warnings(args, trainer):
         print(f"warning: {warning}")
+
+
+def chance_loss(config: MoCoConfig) -> float:
+    """The loss of a model for which all keys are equally similar to every query."""
+    return (2 if config.symmetric_loss else 1) * math.log(1 + config.queue_size)
 
 
 def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
@@ -172,7 +177,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer) -> dict[str, Any]:
         bank_features, _ = extract_features(trainer.model, bank)
     if trainer.is_world_process_zero():
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        plots.training_curve(history, args.config.queue_size, folder / "training_curve.png")
+        plots.training_curve(history, chance_loss(args.config), folder / "training_curve.png")
         if trainer.knn_bank is not None:
             plots.neighbour_grid(
                 queries, bank, query_features, bank_features, trainer.class_names, folder / "neighbours.png"

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
 from modeling_moco.distributed_moco import world_size
 
-from .checkpoints import Division, SaveOnSigterm, flaw, newest_complete, outlive_sigterm, rotate, seal
+from .checkpoints import Division, SaveOnSigterm, newest_complete, outlive_sigterm, rotate, seal
 
 NEVER = torch.iinfo(torch.int64).max
 
@@ -59,6 +59,16 @@ class SGDTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self._check_processes()
+        if self.save_total_limit is not None and self.save_total_limit < 2:
+            raise ValueError(
+                f"save_total_limit ({self.save_total_limit}) must be at least 2: where the newest checkpoint is damaged, the "
+                "one before it is used"
+            )
+        if self.save_only_model or self.save_on_each_node:
+            raise ValueError(
+                "save_only_model and save_on_each_node must stay off: a run continues from one whole checkpoint, in a folder "
+                "that all machines share"
+            )
         if self.global_batch_size is not None:
             parts = self.world_size * self.gradient_accumulation_steps
             if self.global_batch_size < 1 or self.global_batch_size % parts:
@@ -87,12 +97,6 @@ class SGDTrainingArguments(TrainingArguments):
     def images_per_step(self) -> int:
         """Images of one optimizer step over all processes."""
         return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
-
-    def division(self, streaming: bool, epoch: float = 0.0) -> Division:
-        """How this run divides its images, after so many epochs."""
-        workers = self.dataloader_num_workers if streaming else None
-        sizes = (self.world_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
-        return Division(*sizes, workers, epoch)
 
 
 def epoch_factor(epoch: int, epochs: int, milestones: list[int] | None) -> float:
@@ -145,6 +149,12 @@ class ProgressBar(ProgressCallback):
             self.training_bar.write(f"epoch {logs['epoch']:g} of {args.num_train_epochs:g}: {numbers}")
 
 
+def _outliving_sigterm(loader: Any) -> Any:
+    # Instead of transformers' global seed, which no view depends on. accelerate's loader wraps the one that iterates.
+    loader.base_dataloader.worker_init_fn = outlive_sigterm
+    return loader
+
+
 class SGDTrainer(Trainer):
     """Trainer with the official optimiser and schedule, and checkpoints that are whole or do not count.
 
@@ -155,8 +165,12 @@ class SGDTrainer(Trainer):
     args: SGDTrainingArguments
     lr_scheduler: Any
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, args: SGDTrainingArguments, **kwargs):
+        try:
+            os.makedirs(str(args.output_dir), exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"output_dir ({args.output_dir}) cannot be made ({error}): pass another") from error
+        super().__init__(args=args, **kwargs)
         # Convolutions are faster in this layout: 1.4 times on a CPU (test_resnet, 32 px), and tensor cores want it.
         self.model.to(memory_format=torch.channels_last)
         if not self.args.disable_tqdm:
@@ -165,11 +179,25 @@ class SGDTrainer(Trainer):
         self._sigterm = SaveOnSigterm()
         self.add_callback(self._sigterm)
         self._diverged_at = torch.tensor(NEVER, device=self.args.device)
+        self._saved_at: int | None = None
 
     @property
     def terminated(self) -> bool:
-        """Whether a SIGTERM ended the training; all of it has been saved."""
+        """Whether a SIGTERM ended the training early; what it reached has been saved."""
         return self._sigterm.stopped
+
+    @property
+    def division(self) -> Division:
+        """How this run divides its images, and how far it has come."""
+        args = self.args
+        return Division(
+            processes=args.world_size,
+            per_device_batch=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            images=self.train_dataset.images_per_epoch,
+            workers=max(1, args.dataloader_num_workers) if isinstance(self.train_dataset, IterableDataset) else None,
+            epoch=float(self.state.epoch or 0),
+        )
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name, _ in model.named_parameters()]  # the official optimiser decays everything
@@ -177,11 +205,13 @@ class SGDTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         loader = self.build_train_dataloader()
         self._batches_per_epoch = len(loader)  # the schedule counts in epochs
-        loader.worker_init_fn = outlive_sigterm  # instead of a global seed, which no view depends on
         return loader
 
     def build_train_dataloader(self) -> DataLoader:
-        return super().get_train_dataloader()
+        return _outliving_sigterm(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        return _outliving_sigterm(super().get_eval_dataloader(eval_dataset))
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         args = self.args
@@ -198,21 +228,32 @@ class SGDTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         # Noted on the device, and looked at when something is logged or saved: asking now would wait for the GPU.
-        self._diverged_at.clamp_(max=torch.where(loss.isfinite(), NEVER, self.state.global_step + 1))
+        self._note(loss.isfinite(), self.state.global_step + 1)
         return loss
+
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        self._check_finite(weights=True)
+        return result
+
+    def _note(self, finite: torch.Tensor, step: int) -> None:
+        self._diverged_at.clamp_(max=torch.where(finite, NEVER, step))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self._check_finite()
         super().log(logs, start_time)
 
-    def _check_finite(self) -> None:
+    def _check_finite(self, weights: bool = False) -> None:
+        if weights:
+            state = self.model.state_dict().values()
+            self._note(torch.stack([tensor.isfinite().all() for tensor in state]).all(), self.state.global_step)
         if world_size() > 1:
             dist.all_reduce(self._diverged_at, dist.ReduceOp.MIN)
         if self._diverged_at < NEVER:
             raise TrainingError(
-                f"the loss is no longer finite since step {int(self._diverged_at)}; {self._last_checkpoint()}. Train again "
-                "with a lower --learning_rate, or in bf16 instead of fp16, into another --output_dir"
+                f"the loss or a weight is no longer finite since step {int(self._diverged_at)}; {self._last_checkpoint()}. "
+                "Train again with a lower --learning_rate, or in bf16 instead of fp16, into another --output_dir"
             )
 
     def _last_checkpoint(self) -> str:
@@ -222,20 +263,21 @@ class SGDTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         step, output_dir = self.state.global_step, Path(str(self.args.output_dir))
         checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        self._check_finite()
-        if not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
-            raise TrainingError(f"a weight is no longer finite at step {step}; {self._last_checkpoint()}")
-        if flaw(checkpoint) is None:
+        if self._saved_at == step:
             return
-        self._wait()
+        self._check_finite(weights=True)
         if self.is_world_process_zero():
             shutil.rmtree(checkpoint, ignore_errors=True)  # what a killed process left of it
         self._wait()
+        # Trainer would delete older checkpoints before this one counts.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # safetensors' and torch's own for a full disk
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's for a full disk
+                raise
+            if self.is_world_process_zero():
+                shutil.rmtree(checkpoint, ignore_errors=True)
             raise TrainingError(
                 f"{checkpoint} could not be written ({error}); {self._last_checkpoint()}. Make room and give the same "
                 "command to continue"
@@ -244,9 +286,9 @@ class SGDTrainer(Trainer):
             self.args.save_total_limit = limit
         self._wait()
         if self.is_world_process_zero():
-            streaming = isinstance(self.train_dataset, IterableDataset)
-            seal(checkpoint, self.args.division(streaming, float(self.state.epoch or 0)))
+            seal(checkpoint, self.division)
             rotate(output_dir, limit, self.state.best_model_checkpoint)
+        self._saved_at = step
 
     def _wait(self) -> None:
         if world_size() > 1:

@@ -17,6 +17,7 @@ from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
 
 from .augment import seeded_generator
+from .checkpoints import outlive_sigterm
 from .images import MapImages, StreamedImages
 from .knn import evaluate_knn
 from .sgd_trainer import SGDTrainer, SGDTrainingArguments
@@ -61,7 +62,7 @@ class MoCoCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         # Before the first micro-batch of every optimizer step, with the weights that the last one left: official order.
         model.update_key_encoder()
-        # The same order on all processes, and after a resume.
+        # The same order on all processes, whatever their seeds, and after a resume.
         model.shuffle_generator = seeded_generator(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -133,7 +134,8 @@ class MoCoTrainer(SGDTrainer):
                 self._statistics()[name].copy_(tensor)
 
     def _statistics(self) -> dict[str, torch.Tensor]:
-        return {name: buffer for name, buffer in self.model.named_buffers() if not name.startswith("dictionary.")}
+        norms = [(n, m) for n, m in self.model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        return {f"{prefix}.{name}": buffer for prefix, norm in norms for name, buffer in norm.named_buffers()}
 
     def build_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, StreamedImages):
@@ -154,6 +156,7 @@ class MoCoTrainer(SGDTrainer):
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             drop_last=True,
+            worker_init_fn=outlive_sigterm,
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -220,6 +223,8 @@ def _check_sizes(model: MoCoModel, args: MoCoTrainingArguments, images: MapImage
             f"the batch per process ({args.per_device_train_batch_size}) must be a multiple of batch_norm_splits "
             f"({splits}): change either"
         )
+    if model.config.batch_norm == "sync" and args.world_size > 1 and args.device.type == "cpu":
+        raise ValueError("batch_norm ('sync') is for GPUs: torch has no SyncBatchNorm on a CPU; choose another")
     micro_batch = args.per_device_train_batch_size * args.world_size
     keys = 2 * micro_batch if model.config.symmetric_loss else micro_batch
     if model.config.queue_size < keys:
