@@ -97,7 +97,7 @@ def test_the_shards_of_a_stream_are_counted_and_parquet_is_not_read_for_it(kind,
     source = write_source(kind, tmp_path / "source")
     rows = load_images(DataArguments(dataset_name=str(source), streaming=True)).train
     assert rows.lengths == lengths
-    said = re.search(r"Counting the images of (\d+) files by reading them\. Parquet", capsys.readouterr().out)
+    said = re.search(r"Counting the images of (\d+) files by reading them, once\. Parquet", capsys.readouterr().out)
     assert bool(said) == (not kind.startswith("parquet"))
 
 

@@ -1,6 +1,7 @@
 """Every row is read once, by one worker, for any number of processes, workers and shards; and in a drawn order."""
 
 import random
+import shutil
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise, product
@@ -159,6 +160,20 @@ def test_a_shard_that_has_become_shorter_is_an_error_and_not_a_shorter_epoch():
     rows = ShardedRows(stream([range(4), range(4, 6)]).source, {"image": "image"}, [4, 3])
     with pytest.raises(ValueError, match="shard 1 of the stream has 1 images fewer than were counted"):
         list(rows)
+
+
+def test_files_are_read_once_for_their_length_until_they_change(tmp_path, capsys):
+    source = write_tars(tmp_path / "source")
+
+    def lengths(**flags):
+        rows = load_images(DataArguments(dataset_name=str(source), streaming=True, **flags)).train
+        return rows.lengths, "Counting" in capsys.readouterr().out
+
+    assert lengths() == ([6, 6], True)
+    assert lengths() == ([6, 6], False)
+    assert lengths(max_train_samples=7) == ([6, 1], True)
+    shutil.copy(source / "test-0.tar", source / "train-0.tar")
+    assert lengths() == ([12, 6], True)
 
 
 def test_counting_stops_where_enough_rows_are_found():

@@ -3,12 +3,16 @@
 The rows of a stream are numbered through its shards: row `i` is the same image in every epoch.
 """
 
+import hashlib
+import json
+import os
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -174,24 +178,50 @@ def count_rows(source: datasets.IterableDataset, files: list[str], limit: int | 
     """Rows of every shard of a stream, in the order of `source.shard`. The processes share the work.
 
     Args:
-        files: of the shards, if any. Parquet files state their length, other shards are read from end to end.
+        files: of the shards, if any. Parquet files state their length, other shards are read from end to end, once: their
+            lengths are remembered beside the cache of `datasets`, as long as the files do not change.
         limit: stop reading after so many rows; what lies behind them may then be too short.
     """
-    ranks = world_size()
-    rank = dist.get_rank() if ranks > 1 else 0
-    mine = range(rank, source.num_shards, ranks)
     if are_parquet(files):
         assert len(files) == source.num_shards, f"{len(files)} files, but {source.num_shards} shards"
-        counts = _count_by_footer([files[i] for i in mine])
-    else:
-        if files and rank == 0:
-            print(f"Counting the images of {len(files)} files by reading them. Parquet files would not need it.")
-        counts = _count_by_reading(source, mine, limit, quiet=rank > 0 or not files)
+        return _share(source.num_shards, lambda mine: _count_by_footer([files[i] for i in mine]))
+    quiet = not files or (world_size() > 1 and dist.get_rank() > 0)
+    memory = _memory(files, limit)
+    remembered = _first_ranks(json.loads(memory.read_text(encoding="utf-8")) if files and memory.is_file() else None)
+    if remembered is not None:
+        return remembered
+    if not quiet:
+        print(f"Counting the images of {len(files)} files by reading them, once. Parquet files would not need it.")
+    lengths = _share(source.num_shards, lambda mine: _count_by_reading(source, mine, limit, quiet))
+    if not quiet:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = memory.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(lengths), encoding="utf-8")
+        unfinished.replace(memory)
+    return lengths
+
+
+def _memory(files: list[str], limit: int | None) -> Path:
+    # Files of the Hub have their revision in their address.
+    states = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files if os.path.isfile(file)]
+    key = hashlib.sha256(repr((files, states, limit)).encode()).hexdigest()
+    return Path(datasets.config.HF_DATASETS_CACHE) / "shard_lengths" / f"{key}.json"
+
+
+def _first_ranks(value: Any) -> Any:
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _share(shards: int, count: Callable[[range], list[int]]) -> list[int]:
+    ranks = world_size()
     if ranks == 1:
-        return counts
+        return count(range(shards))
     parts: list[list[int]] = [[] for _ in range(ranks)]
-    dist.all_gather_object(parts, counts)
-    lengths = [0] * source.num_shards
+    dist.all_gather_object(parts, count(range(dist.get_rank(), shards, ranks)))
+    lengths = [0] * shards
     for i, part in enumerate(parts):
         lengths[i::ranks] = part
     return lengths
