@@ -178,8 +178,8 @@ class SGDTrainer(Trainer):
             self.add_callback(ProgressBar)
         self._sigterm = SaveOnSigterm()
         self.add_callback(self._sigterm)
-        self._diverged_at = torch.tensor(NEVER, device=self.args.device)
-        self._saved_at: int | None = None
+        self._diverged_at = torch.tensor(NEVER, device=self.args.device)  # first step with a loss that is not finite
+        self._saved_at: int | None = None  # step of the last checkpoint
 
     @property
     def terminated(self) -> bool:
@@ -232,6 +232,8 @@ class SGDTrainer(Trainer):
         return loss
 
     def train(self, *args, **kwargs):
+        self._diverged_at.fill_(NEVER)
+        self._saved_at = None
         result = super().train(*args, **kwargs)
         self._check_finite(weights=True)
         return result
@@ -273,6 +275,9 @@ class SGDTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
+            self._wait()
+            if self.is_world_process_zero():
+                seal(checkpoint, self.division)
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's for a full disk
                 raise
@@ -284,9 +289,7 @@ class SGDTrainer(Trainer):
             ) from error
         finally:
             self.args.save_total_limit = limit
-        self._wait()
         if self.is_world_process_zero():
-            seal(checkpoint, self.division)
             rotate(output_dir, limit, self.state.best_model_checkpoint)
         self._saved_at = step
 
