@@ -21,7 +21,7 @@ demo: setup  ## pretrain on scikit-learn's digits, probe, classify: three minute
 	$(LAUNCH) scripts/linear_probe.py runs/quickstart --logistic
 
 test: setup lint  ## lint, types and tests
-	$(BIN)/pytest --quiet
+	$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile
 
 test-slow: setup  ## the tests that take minutes: a run killed twenty times, a requeued job, memory
 	$(BIN)/pytest --quiet -m slow -rP

@@ -31,7 +31,7 @@ setup(
         "pillow>=11",
     ],
     extras_require={
-        "dev": ["pytest>=9", "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
+        "dev": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
     },
     classifiers=[
         "License :: OSI Approved :: MIT License",
