@@ -101,8 +101,10 @@ def _rank(rank: int, folder: str, port: int) -> None:
     rows = image_rows()
 
     def run(name: str, seed: int, **kwargs):
-        # Each rank begins with weights and a queue of its own: training makes them equal.
-        return build(rows, f"{folder}/{name}", tiny_model(batch_norm="shuffle", seed=seed), **SAVING, **kwargs)
+        # Each rank begins with weights and a queue of its own, part of which outlives the run: training makes them equal.
+        return build(
+            rows, f"{folder}/{name}", tiny_model(batch_norm="shuffle", queue_size=128, seed=seed), **SAVING, **kwargs
+        )
 
     symmetric = tiny_model(batch_norm="shuffle", seed=rank, symmetric_loss=True)
     trainer = build(rows, f"{folder}/symmetric", symmetric, eval_strategy="no")
@@ -295,6 +297,15 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_exactly(rows, tmp_path
     resumed.train(resume_from_checkpoint=str(newest_complete(tmp_path / "run")[0]))
     assert not resumed.terminated
     assert_same_end(resumed, whole)
+
+
+def test_sigterm_within_an_epoch_does_not_spend_its_time_on_an_evaluation(rows, tmp_path):
+    trainer = build(rows, tmp_path, callback=Terminate(8), save_strategy="epoch")
+    trainer.args.eval_strategy, trainer.args.knn_k = "epoch", 3
+    trainer.knn_bank = trainer.eval_dataset = MapImages(rows, EvaluationView(24, 24))
+    trainer.train()
+    assert trainer.terminated
+    assert [entry["epoch"] for entry in trainer.state.log_history if "eval_knn_top1" in entry] == [1.0]
 
 
 def test_sigterm_in_the_last_step_lets_the_run_end(rows, tmp_path):
