@@ -38,9 +38,8 @@ def build(splits, folder, callbacks=(), **kwargs) -> LinearProbeTrainer:
         output_dir=str(folder),
         use_cpu=True,
         disable_tqdm=True,
-        save_strategy="no",
         logging_steps=1,
-        **{"global_batch_size": 8, "num_train_epochs": 5, "lr_milestones": [3, 4]} | kwargs,
+        **{"save_strategy": "no", "global_batch_size": 8, "num_train_epochs": 5, "lr_milestones": [3, 4]} | kwargs,
     )
     trainer = build_trainer(model, args, DataArguments(image_size=24, eval_resize=24), splits)
     for callback in callbacks:
@@ -96,3 +95,19 @@ def test_top_accuracies_count_the_label_among_the_best_five():
     logits = np.eye(7)[[0, 1, 2, 3]] * 9 - np.arange(7)  # the label first, else in the order 0, 1, 2, ...
     labels = np.array([0, 1, 6, 4])
     assert top_accuracies(EvalPrediction(logits, labels)) == pytest.approx({"top1": 50.0, "top5": 75.0})
+
+
+def test_a_resumed_probe_ends_with_the_classifier_of_an_uninterrupted_one(splits, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4  # within the second epoch of three steps
+
+    saving = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3}
+    whole = build(splits, tmp_path / "whole", **saving)
+    whole.train()
+    build(splits, tmp_path / "parts", [Stop()], **saving).train()
+    resumed = build(splits, tmp_path / "parts", **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert whole.train_dataset._epoch == resumed.train_dataset._epoch == 2  # crops of their own in every epoch
+    for name, tensor in whole.model.classifier.state_dict().items():
+        assert torch.equal(tensor, resumed.model.classifier.state_dict()[name]), name

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
@@ -149,6 +149,19 @@ class ProgressBar(ProgressCallback):
             self.training_bar.write(f"epoch {logs['epoch']:g} of {args.num_train_epochs:g}: {numbers}")
 
 
+class SetEpoch(TrainerCallback):
+    """Tells the images which epoch it is: accelerate does not, with several processes or after a resume."""
+
+    def __init__(self, images: Any):
+        self.images = images
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # A resumed epoch begins with the batches that were trained before, which Trainer draws and throws away.
+        steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        trained = 0 if args.ignore_data_skip else state.global_step % steps * args.gradient_accumulation_steps
+        self.images.set_epoch(int(state.epoch), skip_batches=trained)
+
+
 def _outliving_sigterm(loader: Any) -> Any:
     # Instead of transformers' global seed, which no view depends on. accelerate's loader wraps the one that iterates.
     loader.base_dataloader.worker_init_fn = outlive_sigterm
@@ -176,6 +189,7 @@ class SGDTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressBar)
+        self.add_callback(SetEpoch(self.train_dataset))
         self._sigterm = SaveOnSigterm()
         self.add_callback(self._sigterm)
         self._diverged_at = torch.tensor(NEVER, device=self.args.device)  # first step with a loss that is not finite

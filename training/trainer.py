@@ -1,7 +1,6 @@
 """MoCoTrainer: the momentum update before each step, the queue after it, and a kNN monitor."""
 
 import logging
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,16 +47,7 @@ class MoCoTrainingArguments(SGDTrainingArguments):
 
 
 class MoCoCallback(TrainerCallback):
-    """What happens around the steps: the momentum update, the epoch of the data, when to log and evaluate."""
-
-    def __init__(self, train_dataset: MapImages | StreamedImages):
-        self.train_dataset = train_dataset
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        # A resumed epoch begins with the batches that were trained before, which Trainer draws and throws away.
-        steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-        trained = 0 if args.ignore_data_skip else state.global_step % steps * args.gradient_accumulation_steps
-        self.train_dataset.set_epoch(int(state.epoch), skip_batches=trained)
+    """What happens around the steps: the momentum update, when to log and evaluate."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         # Before the first micro-batch of every optimizer step, with the weights that the last one left: official order.
@@ -107,7 +97,7 @@ class MoCoTrainer(SGDTrainer):
             train_dataset=train_dataset,
             eval_dataset=knn_queries,
             processing_class=processing_class,
-            callbacks=[MoCoCallback(train_dataset)],
+            callbacks=[MoCoCallback()],
         )
         self.knn_bank = knn_bank
         self.class_names: list[str] = []
