@@ -16,9 +16,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def local_slice(n: int) -> slice:
     """Rows of a gathered tensor that belong to this process, for `n` rows per process."""
-    start = dist.get_rank() * n if world_size() > 1 else 0
+    start = rank() * n
     return slice(start, start + n)
 
 
@@ -44,11 +48,11 @@ def exchange(x: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
     Returns:
         the rows of this rank's part, in its order (N, ...).
     """
-    n, rank = len(x), dist.get_rank()
+    n, here = len(x), rank()
     origin = parts // n  # (R, N), the rank that has the row
-    rows = parts[origin == rank] - rank * n
-    to_each = (origin == rank).sum(dim=1).tolist()
-    from_each = origin[rank].bincount(minlength=len(parts)).tolist()
+    rows = parts[origin == here] - here * n
+    to_each = (origin == here).sum(dim=1).tolist()
+    from_each = origin[here].bincount(minlength=len(parts)).tolist()
     received = x.new_empty(x.shape)
     sent = x[rows.to(x.device, non_blocking=True)].contiguous()
     dist.all_to_all_single(received, sent, from_each, to_each)

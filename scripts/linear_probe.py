@@ -4,13 +4,13 @@ import json
 import sys
 from pathlib import Path
 
-from transformers import pipeline, set_seed
+from transformers import pipeline
 from transformers.utils import logging
 
 from training.cli import REQUEUE, claim_output_dir, one_line_errors
 from training.data import load_images
 from training.images import decode_image
-from training.linear_probe import build_trainer, load_encoder, logistic_top1, parse_linear_probe
+from training.linear_probe import build_trainer, load_classifier, logistic_top1, parse_linear_probe
 from training.sgd_trainer import TrainingError
 
 SHOWN_IMAGES = 4
@@ -21,8 +21,7 @@ def main(argv: list[str]) -> None:
     with one_line_errors():
         args = parse_linear_probe(argv)
         splits = load_images(args.data, labelled=True)
-        set_seed(args.training.seed)
-        model = load_encoder(args, splits)
+        model = load_classifier(args.encoder, splits, args.training.seed)
         trainer = build_trainer(model, args.training, args.data, splits)
         checkpoint = claim_output_dir(args.training, trainer.division, args.settings, {"title": args.title})
     folder = Path(str(args.training.output_dir))
@@ -35,7 +34,7 @@ def main(argv: list[str]) -> None:
     evaluations = [entry for entry in trainer.state.log_history if "eval_top1" in entry]
     metrics = evaluations[-1] if evaluations else trainer.evaluate()
     trainer.save_model(str(folder))
-    logistic = logistic_top1(trainer, args.data.evaluation_view()) if args.logistic else None
+    logistic = logistic_top1(trainer, args.data.evaluation_view()) if args.training.logistic else None
     if not trainer.is_world_process_zero():
         return
     result = {"protocol": args.title, "top1": metrics["eval_top1"], "top5": metrics["eval_top5"], "n": len(splits.eval)}
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> None:
     for row in splits.eval.select(range(min(SHOWN_IMAGES, len(splits.eval)))):
         best = classify(decode_image(row["image"]))[0]
         print(f"  {splits.class_names[row['label']]} is called {best['label']} ({best['score']:.2f})")
-    print_table(Path(args.model), result)
+    print_table(args.encoder.home, result)
     print(
         "Next:\n"
         f'  python -c "from transformers import pipeline; import modeling_moco; '

@@ -301,7 +301,7 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_exactly(rows, tmp_path
 
 def test_sigterm_within_an_epoch_does_not_spend_its_time_on_an_evaluation(rows, tmp_path):
     trainer = build(rows, tmp_path, callback=Terminate(8), save_strategy="epoch")
-    trainer.args.eval_strategy, trainer.args.knn_k = "epoch", 3
+    trainer.args.eval_strategy, trainer.args.knn_k = "epoch", [3]
     trainer.knn_bank = trainer.eval_dataset = MapImages(rows, EvaluationView(24, 24))
     trainer.train()
     assert trainer.terminated
@@ -322,7 +322,7 @@ def kill_worker(image, generator):
 
 
 def test_workers_outlive_a_sigterm_that_is_not_their_parents(rows):
-    images = MapImages(rows, kill_worker).first(6)
+    images = MapImages(rows, kill_worker).rows(0, 6)
     features, _ = extract_features(tiny_model(), images, batch_size=2, num_workers=1)
     assert len(features) == 6
     others = set(multiprocessing.active_children())

@@ -145,8 +145,8 @@ def test_two_views_are_equal_tensors_with_and_without_workers():
 def test_one_view_comes_with_its_label():
     images = MapImages(table(range(8)), EvaluationView(16, 16))
     assert read(images, batch_size=8, name="labels") == [[i % 3 for i in range(8)]]
-    assert len(images.first(3)) == 3
-    assert len(images.first(99)) == 8
+    assert len(images.rows(0, 3)) == 3
+    assert len(images.rows(0, 99)) == 8
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])

@@ -134,7 +134,7 @@ def test_a_random_encoder_is_probed_into_a_folder_of_its_own(quickstart, script,
     flags = ["--num_train_epochs", "1", "--max_train_samples", "256", "--use_cpu", "--disable_tqdm", "True"]
     script("linear_probe").main([str(folder), "--random_encoder", *flags])
     assert "random encoder" in capsys.readouterr().out
-    saved = MoCoForImageClassification.from_pretrained(folder / "linear_probe_random")
+    saved = MoCoForImageClassification.from_pretrained(folder / "random_encoder" / "linear_probe")
     trained = MoCoModel.from_pretrained(folder)
     assert not torch.equal(saved.moco.encoder_q.conv1[0].weight, trained.encoder_q.conv1[0].weight)
 

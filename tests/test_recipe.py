@@ -56,7 +56,7 @@ PUBLISHED = {
         "learning_rate": 0.06,
         "weight_decay": 5e-4,
         "lr_milestones": None,
-        "knn_k": 200,
+        "knn_k": [200],
         "knn_temperature": 0.1,
     },
 }

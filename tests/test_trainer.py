@@ -194,7 +194,7 @@ def test_evaluation_runs_every_n_epochs_and_at_the_end(rows, tmp_path):
     view = EvaluationView(24, 24)
     trainer = build(rows, tmp_path, num_train_epochs=5, eval_strategy="no")
     trainer.args.eval_strategy = "epoch"
-    trainer.args.eval_every_n_epochs, trainer.args.knn_k, trainer.args.eval_on_start = 2, 3, True
+    trainer.args.eval_every_n_epochs, trainer.args.knn_k, trainer.args.eval_on_start = 2, [3], True
     trainer.knn_bank = trainer.eval_dataset = MapImages(rows, view)
     trainer.train()
     assert [e["epoch"] for e in trainer.state.log_history if "eval_knn_top1" in e] == [0, 2, 4, 5]

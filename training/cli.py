@@ -72,7 +72,10 @@ def build_parser(kinds: Iterable[Any], usage: str, description: str) -> _Parser:
     training = parser._action_groups[-1]
     inherited = parser.add_argument_group("transformers.TrainingArguments")
     project = {
-        name for ancestor in kind.__mro__ if ancestor.__module__.startswith("training.") for name in vars(ancestor)
+        name
+        for ancestor in kind.__mro__
+        if ancestor.__module__.startswith("training.")
+        for name in ancestor.__annotations__
     }
     inherited._group_actions = [a for a in training._group_actions if a.dest not in project]
     training._group_actions = [a for a in training._group_actions if a.dest in project]

@@ -92,11 +92,13 @@ class ImageSplits:
     Args:
         train: a `datasets.Dataset`, or with `--streaming` a [`ShardedRows`].
         eval: a `datasets.Dataset`, or with `--streaming` an IterableDataset; None without such a split.
+        about: what results say of their data: dataset, config, revision, train_split, train_images, split.
     """
 
     train: Any
     eval: Any
     class_names: list[str]
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def load_images(args: DataArguments, labelled: bool = False) -> ImageSplits:
@@ -135,7 +137,23 @@ def load_images(args: DataArguments, labelled: bool = False) -> ImageSplits:
             f"{args.dataset_name} has no split to evaluate on beside {', '.join(splits)}: name one with --eval_split; a "
             "folder of images has splits as FOLDER/train/CLASS and FOLDER/test/CLASS"
         )
-    return ImageSplits(train, evaluation, class_names)
+    about = {
+        "dataset": args.dataset_name,
+        "config": args.dataset_config_name,
+        "revision": _revision(splits[args.train_split]),
+        "train_split": args.train_split,
+        "train_images": len(train),
+        "split": eval_split,
+    }
+    return ImageSplits(train, evaluation, class_names, about)
+
+
+def _revision(split) -> str:
+    """Commit of a Hub dataset; else the fingerprint that `datasets` gives to a local one."""
+    for url in split.info.download_checksums or {}:  # hf://datasets/NAME@COMMIT/FILE
+        if url.startswith("hf://") and "@" in url:
+            return url.split("@", 1)[1].split("/", 1)[0]
+    return f"fingerprint {split._fingerprint}" if isinstance(split, datasets.Dataset) else "unknown (streamed)"
 
 
 def _open(args: DataArguments) -> tuple[dict[str, Any], list[str]]:

@@ -93,9 +93,17 @@ class MapImages(_Images, torch.utils.data.Dataset):
         """Over all processes."""
         return len(self)
 
-    def first(self, count: int) -> "MapImages":
-        """The first images, or all where there are fewer."""
-        return MapImages(self.source.select(range(min(count, len(self)))), self.transform, self.seed)
+    def rows(self, start: int, stop: int) -> "MapImages":
+        """The images from `start` up to `stop`, or up to the last where there are fewer."""
+        return self._select(range(start, min(stop, len(self))))
+
+    def spread(self, count: int) -> "MapImages":
+        """So many images at equal distances (folders are sorted by class), or all where there are fewer."""
+        count = min(count, len(self))
+        return self._select(range(0, count * (len(self) // count), len(self) // count))
+
+    def _select(self, indices: range) -> "MapImages":
+        return MapImages(self.source.select(indices), self.transform, self.seed)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for i in range(index, index + len(self)):

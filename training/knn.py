@@ -1,67 +1,73 @@
 """Weighted kNN on frozen features (arXiv:1805.01978, section 3.4), the monitor of a pretraining run.
 
-Shapes: `B` bank, `Q` queries, `D` feature width.
+The bank stays divided over the processes: each finds the nearest neighbours of all queries in its own part, chunk by
+chunk on its device, and the best of all parts vote. Shapes: `B` bank, `Q` queries, `D` feature width, `k` neighbours.
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from modeling_moco import MoCoModel
-from modeling_moco.distributed_moco import gather, local_slice, world_size
+from modeling_moco.distributed_moco import gather, rank, world_size
 
-from .checkpoints import outlive_sigterm
+from .features import Feature, cached_features, extract_features, unit
 from .images import MapImages
+from .results import Result
+
+BANK_CHUNK, QUERY_CHUNK = 32_768, 4_096  # rows on the device at once: half a gigabyte of similarities
 
 
-@torch.no_grad()
-def extract_features(
-    model: MoCoModel, images: MapImages, *, batch_size: int = 256, num_workers: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Backbone features of all images, in their order on every process; the processes share the work.
+@dataclass
+class KNNArguments:
+    """How neighbours vote."""
 
-    The model runs in evaluation mode and is left in the mode it was in.
+    _argument_group_name = "kNN"
 
-    Returns:
-        unit-length features, float32 (len(images), D), and labels (len(images),), both on the model's device.
-    """
-    ranks = world_size()
-    share = -(-len(images) // ranks)  # the last process repeats the last image to keep the shares equal
-    mine = [min(i, len(images) - 1) for i in range(ranks * share)][local_slice(share)]
-    loader = DataLoader(
-        Subset(images, mine), batch_size=batch_size, num_workers=num_workers, worker_init_fn=outlive_sigterm
+    k: list[int] = field(default_factory=lambda: [200], metadata={"help": "neighbours that vote; several are compared"})
+    temperature: float = field(default=0.07, metadata={"help": "T: a vote weighs exp(cosine similarity / T)"})
+    features: Feature = field(
+        default="backbone", metadata={"help": "the pooled output, or the head's, that the loss sees"}
     )
-    if ranks > 1:  # every rank has seen other images: evaluate the model that rank 0 saves
-        for buffer in model.encoder_q.buffers():
-            dist.broadcast(buffer, src=0)
-    training = model.training
-    model.eval()
-    features, labels = [], []
-    for batch in tqdm(loader, desc="features", leave=False, disable=len(loader) < 20, dynamic_ncols=True):
-        pixels = batch["pixel_values"].to(model.device)
-        features.append(F.normalize(model.features(pixels).pooler_output.float(), dim=1))
-        labels.append(batch["labels"].to(model.device))
-    model.train(training)
-    return gather(torch.cat(features))[: len(images)], gather(torch.cat(labels))[: len(images)]
+    batch_size: int = field(default=256, metadata={"help": "images per device"})
+    num_workers: int = field(default=0, metadata={"help": "processes that read images, per device"})
+    seed: int = field(default=0, metadata={"help": "of the weights of --random_encoder"})
+    use_cpu: bool = field(default=False, metadata={"help": "leave the GPUs alone"})
+
+    def __post_init__(self):
+        if not self.k or min(self.k) < 1:
+            raise ValueError(f"k ({self.k}) must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature ({self.temperature}) must be above 0: the papers' protocol has 0.07")
 
 
 @torch.no_grad()
 def nearest(
-    queries: torch.Tensor, bank: torch.Tensor, k: int, chunk: int = 1024
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Cosine similarity and bank index of the k nearest neighbours, in no order, for `chunk` queries at a time.
+    queries: torch.Tensor, bank: torch.Tensor, k: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Similarity and bank index of the k nearest neighbours, nearest first: (Q, k), (Q, k) on `device`.
 
-    Raises:
-        ValueError: k is larger than the bank.
+    Where the bank has fewer, similarity -inf fills up. Working memory is half a gigabyte beside the queries and their
+    neighbours, whatever the size of the bank.
+
+    Args:
+        queries, bank: rows to compare by inner product (Q, D), (B, D); unit length for the cosine.
+        device: where to compute; chunks are moved there.
     """
-    if k > len(bank):
-        raise ValueError(f"k ({k}) is larger than the bank ({len(bank)} images): lower it")
-    for rows in queries.split(chunk):
-        yield torch.topk(rows @ bank.T, k, dim=1, sorted=False)
+    queries = queries.to(device)
+    similarity = torch.full((len(queries), k), -torch.inf, device=device)
+    index = torch.zeros((len(queries), k), dtype=torch.long, device=device)
+    for start in range(0, len(bank), BANK_CHUNK):
+        keys = bank[start : start + BANK_CHUNK].to(device)
+        for first in range(0, len(queries), QUERY_CHUNK):
+            part = slice(first, first + QUERY_CHUNK)
+            found, where = torch.topk(queries[part] @ keys.T, min(k, len(keys)), dim=1, sorted=False)
+            candidates = torch.cat([index[part], where + start], dim=1)
+            similarity[part], kept = torch.topk(torch.cat([similarity[part], found], dim=1), k, dim=1)
+            index[part] = candidates.gather(1, kept)
+    return similarity, index
 
 
 @torch.no_grad()
@@ -70,38 +76,69 @@ def knn_predict(
     bank: torch.Tensor,
     bank_labels: torch.Tensor,
     *,
-    num_classes: int,
-    k: int = 200,
+    ks: list[int],
     temperature: float = 0.07,
-) -> torch.Tensor:
-    """Class of each query (Q,): the k nearest neighbours vote with weight exp(similarity / temperature).
+    device: torch.device | str = "cpu",
+) -> dict[int, torch.Tensor]:
+    """Class of each query (Q,) for every k in `ks`: the k nearest neighbours vote with weight exp(similarity / temperature).
 
     Args:
-        queries, bank: unit-length features (Q, D), (B, D).
-        bank_labels: classes from 0 to num_classes - 1 (B,).
+        queries: unit-length features, the same on all processes (Q, D).
+        bank, bank_labels: features and classes of this process's part of the bank (B, D), (B,).
+
+    Raises:
+        ValueError: k is larger than the bank.
     """
-    predictions = []
-    for similarity, index in nearest(queries, bank, k):
-        votes = similarity.new_zeros(len(index), num_classes)
-        votes.scatter_add_(1, bank_labels[index], (similarity / temperature).exp())
-        predictions.append(votes.argmax(dim=1))
-    return torch.cat(predictions)
+    size = torch.tensor([len(bank)], device=device)
+    if max(ks) > (total := int(gather(size).sum())):
+        raise ValueError(f"k ({max(ks)}) is larger than the bank ({total} images): lower it")
+    similarity, index = nearest(queries, bank, max(ks), device)
+    labels = bank_labels.to(device)[index]
+    if world_size() > 1:  # the best of all parts
+        parts, owners = (gather(x).unflatten(0, (world_size(), -1)) for x in (similarity, labels))
+        similarity, kept = torch.topk(torch.cat(list(parts), dim=1), max(ks), dim=1)
+        labels = torch.cat(list(owners), dim=1).gather(1, kept)
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest 1: a small T does not overflow
+    predictions: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
+    for rows, votes in zip(labels.split(QUERY_CHUNK), weights.split(QUERY_CHUNK), strict=True):
+        for k in ks:
+            ballot = votes.new_zeros(len(rows), int(labels.max()) + 1)
+            predictions[k].append(ballot.scatter_add_(1, rows[:, :k], votes[:, :k]).argmax(dim=1))
+    return {k: torch.cat(parts).cpu() for k, parts in predictions.items()}
+
+
+def knn_accuracy(
+    queries: torch.Tensor, labels: torch.Tensor, bank: torch.Tensor, bank_labels: torch.Tensor, **voting
+) -> dict[int, float]:
+    """Share of the queries with labels (Q,) that `knn_predict` classifies correctly, in per cent, for every k."""
+    predictions = knn_predict(unit(queries), unit(bank), bank_labels, **voting)
+    return {k: 100 * (predicted == labels).double().mean().item() for k, predicted in predictions.items()}
+
+
+def protocol(k: int, temperature: float) -> str:
+    """The words that stand for this evaluation in results."""
+    return f"weighted kNN, k {k}, T {temperature:g}"
 
 
 def evaluate_knn(
-    model: MoCoModel,
-    bank: MapImages,
-    queries: MapImages,
-    *,
-    k: int = 200,
-    temperature: float = 0.07,
-    batch_size: int = 256,
-    num_workers: int = 0,
-) -> dict[str, float]:
-    """Share of the queries that kNN on backbone features classifies correctly, in per cent: `{"knn_top1": ...}`."""
-    loading = {"batch_size": batch_size, "num_workers": num_workers}
-    bank_features, bank_labels = extract_features(model, bank, **loading)
-    features, labels = extract_features(model, queries, **loading)
-    num_classes = int(max(bank_labels.max(), labels.max())) + 1
-    predicted = knn_predict(features, bank_features, bank_labels, num_classes=num_classes, k=k, temperature=temperature)
-    return {"knn_top1": 100 * (predicted == labels).float().mean().item()}
+    model: MoCoModel, bank: MapImages, queries: MapImages, args: KNNArguments, cache: Path | None = None
+) -> list[Result]:
+    """kNN of a frozen encoder, one result for every k.
+
+    Args:
+        cache: a folder to keep features in, or to find them.
+    """
+    loading: dict[str, Any] = {"feature": args.features, "batch_size": args.batch_size, "num_workers": args.num_workers}
+    if cache is None:
+        bank_features, bank_labels = extract_features(model, bank, everywhere=False, **loading)
+        features, labels = extract_features(model, queries, **loading)
+    else:
+        mine = slice(rank(), None, world_size())
+        bank_features, bank_labels = (rows[mine] for rows in cached_features(model, bank, cache, **loading))
+        features, labels = cached_features(model, queries, cache, **loading)
+    voting: dict[str, Any] = {"ks": args.k, "temperature": args.temperature, "device": model.device}
+    accuracies = knn_accuracy(features, labels, bank_features, bank_labels, **voting)
+    return [
+        Result(protocol(k, args.temperature), "top1", top1, len(queries), args.features, seed=args.seed)
+        for k, top1 in accuracies.items()
+    ]

@@ -5,22 +5,20 @@ a tenth of the rate at 60 and 80, batch 256.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from sklearn.linear_model import LogisticRegression
 from transformers import EvalPrediction
-from transformers.utils import logging
 
-from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor
+from modeling_moco import MoCoForImageClassification
 
 from .augment import EvaluationView, OneView, build_policy
-from .cli import SAVED_RECIPE, build_parser, parse_flags
 from .data import DataArguments, ImageSplits
+from .evaluation import Encoder, parse_evaluation
+from .features import extract_features, unit
 from .images import MapImages
-from .knn import extract_features
+from .scores import score
 from .sgd_trainer import SGDTrainer, SGDTrainingArguments
 
 
@@ -36,6 +34,7 @@ class LinearProbeArguments(SGDTrainingArguments):
     )
     global_batch_size: int | None = field(default=256, metadata={"help": "images per optimizer step over all devices"})
     eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, epoch"})
+    logistic: bool = field(default=False, metadata={"help": "also fit a logistic regression to the features"})
 
 
 class LinearProbeTrainer(SGDTrainer):
@@ -65,9 +64,8 @@ class LinearProbeTrainer(SGDTrainer):
 
 def top_accuracies(prediction: EvalPrediction) -> dict[str, float]:
     """Top-1 and top-5 accuracy in per cent."""
-    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return {"top1": 100 * hits[:, 0].float().mean().item(), "top5": 100 * hits.any(dim=1).float().mean().item()}
+    scores = score(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))
+    return {"top1": scores.top1, "top5": scores.top5}
 
 
 def logistic_top1(trainer: LinearProbeTrainer, view: EvaluationView) -> float:
@@ -80,25 +78,22 @@ def logistic_top1(trainer: LinearProbeTrainer, view: EvaluationView) -> float:
     features, labels = extract_features(encoder, train)
     test_features, test_labels = extract_features(encoder, test)
     classifier = LogisticRegression(C=100, max_iter=3000)  # C 1 would all but ignore features of unit length
-    classifier.fit(features.cpu().numpy(), labels.cpu().numpy())
-    return 100 * classifier.score(test_features.cpu().numpy(), test_labels.cpu().numpy())
+    classifier.fit(unit(features).numpy(), labels.numpy())
+    return 100 * classifier.score(unit(test_features).numpy(), test_labels.numpy())
 
 
 @dataclass
 class ProbeRun:
     """A parsed command line. `settings` are the values that it, or the pretraining run, gave."""
 
-    model: str
-    random_encoder: bool
-    logistic: bool
+    encoder: Encoder
     data: DataArguments
     training: LinearProbeArguments
     settings: dict[str, dict[str, Any]]
 
     @property
     def title(self) -> str:
-        encoder = "a random encoder" if self.random_encoder else self.model
-        return f"linear protocol on {encoder}, {self.training.num_train_epochs:g} epochs"
+        return f"linear protocol on {self.encoder}, {self.training.num_train_epochs:g} epochs"
 
 
 def parse_linear_probe(argv: list[str]) -> ProbeRun:
@@ -107,73 +102,23 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
     Raises:
         ValueError: no model there, no dataset named, an unknown flag, or a value out of its range.
     """
-    parts: dict[str, Any] = {"data": DataArguments, "training": LinearProbeArguments}
-    parser = build_parser(
-        parts.values(),
-        usage="accelerate launch scripts/linear_probe.py MODEL [--random_encoder] [--flag value ...]",
+    encoder, (data, training), settings = parse_evaluation(
+        argv,
+        {"data": DataArguments, "training": LinearProbeArguments},
+        script="linear_probe.py",
         description="Train a linear classifier on a frozen encoder, as the papers evaluate.",
+        defaults=lambda recipe: recipe.get("probe", {}),
+        output="linear_probe",
     )
-    parser.add_argument("model", nargs="?", help="folder or Hub repository of a MoCo model")
-    parser.add_argument("--random_encoder", action="store_true", help="forget the weights: the baseline of any probe")
-    parser.add_argument(
-        "--logistic", action="store_true", help="also fit a logistic regression to the features: for small datasets"
+    return ProbeRun(encoder, data, training, settings)
+
+
+def load_classifier(encoder: Encoder, splits: ImageSplits, seed: int) -> MoCoForImageClassification:
+    """The encoder with a new classifier for the classes of the data."""
+    names = dict(enumerate(splits.class_names))
+    return encoder.load(
+        MoCoForImageClassification, seed, id2label=names, label2id={name: i for i, name in names.items()}
     )
-    known = parser.parse_args(argv)
-    if known.model is None:
-        raise ValueError("no model given: pass the folder that a run saved to, e.g. runs/quickstart")
-    defaults = _settings_of_pretraining(known.model)
-    if "dataset_name" not in defaults and not any(word.startswith("--dataset") for word in argv):
-        raise ValueError(f"{known.model} does not say what it was trained on: pass --dataset_name")
-    home = Path(known.model) if Path(known.model).is_dir() else Path("runs") / Path(known.model).name
-    output_dir = home / ("linear_probe_random" if known.random_encoder else "linear_probe")
-    namespace, (data, training), settings = parse_flags(parser, parts, argv, {"output_dir": str(output_dir)} | defaults)
-    if data.streaming:
-        raise ValueError("streaming (True) is for pretraining: the linear protocol reads its images in random order")
-    settings["encoder"] = {"model": namespace.model, "random_encoder": namespace.random_encoder}
-    return ProbeRun(namespace.model, namespace.random_encoder, namespace.logistic, data, training, settings)
-
-
-def _settings_of_pretraining(model: str) -> dict[str, Any]:
-    for folder in (Path(model), Path(model).parent):  # a run, or one of its checkpoints
-        if (folder / SAVED_RECIPE).is_file():
-            recipe = yaml.safe_load((folder / SAVED_RECIPE).read_text(encoding="utf-8"))
-            # The views of pretraining are not the probe's, and its images may be a stream.
-            of_pretraining = ("augmentation", "crop_min_scale", "streaming", "shuffle_buffer")
-            data = {key: value for key, value in recipe["data"].items() if key not in of_pretraining}
-            return data | recipe.get("probe", {})
-    try:
-        processor = MoCoImageProcessor.from_pretrained(model)
-    except OSError:
-        return {}  # `load_encoder` will say that there is no model
-    return {"image_size": processor.crop_size["height"], "eval_resize": processor.size["shortest_edge"]}
-
-
-def load_encoder(run: ProbeRun, splits: ImageSplits) -> MoCoForImageClassification:
-    """The model with a new classifier for the classes of the data.
-
-    Raises:
-        ValueError: there is no model.
-    """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers warns that the classifier is new, which is the point
-    try:
-        config = MoCoConfig.from_pretrained(run.model)
-        config.id2label = dict(enumerate(splits.class_names))
-        config.label2id = {name: i for i, name in config.id2label.items()}
-        if run.random_encoder:
-            return MoCoForImageClassification(config)
-        model, report = MoCoForImageClassification.from_pretrained(
-            run.model, config=config, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        if any(not key.startswith("classifier.") for key in report["missing_keys"]):
-            raise OSError("its weights are those of another model")
-        return model
-    except OSError as error:
-        raise ValueError(
-            f"{run.model} holds no MoCo model ({error}): pass the folder that a run saved to, e.g. runs/quickstart"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def build_trainer(

@@ -56,14 +56,14 @@ def neighbour_grid(
     Args:
         query_features, bank_features: unit length, one row per image of `queries` and `bank`.
     """
-    similarity, index = next(nearest(query_features, bank_features, neighbours))
+    similarity, index = nearest(query_features, bank_features, neighbours)
     figure, axes = plt.subplots(
         len(queries), neighbours + 1, figsize=(1.1 * (neighbours + 1), 1.25 * len(queries)), layout="constrained"
     )
     for i, row in enumerate(axes):
         query = queries[i]
         _show(row[0], query, f"query: {class_names[query['labels']]}", BLUE)
-        for axis, j in zip(row[1:], similarity[i].argsort(descending=True), strict=True):
+        for j, axis in enumerate(row[1:]):
             found = bank[int(index[i, j])]
             colour = GRAY if found["labels"] == query["labels"] else ORANGE
             _show(axis, found, f"{class_names[found['labels']]}  {similarity[i, j]:.2f}", colour)

@@ -16,8 +16,8 @@ from modeling_moco import MoCoConfig, MoCoModel
 from . import plots
 from .augment import TwoViews, build_policy
 from .data import ImageSplits, load_images
+from .features import extract_features, unit
 from .images import MapImages, StreamedImages
-from .knn import extract_features
 from .recipe import PretrainArguments
 from .trainer import MoCoTrainer
 
@@ -43,9 +43,9 @@ def build_trainer(args: PretrainArguments) -> MoCoTrainer:
         else:
             view = data.evaluation_view()
             bank, queries = MapImages(splits.train, view), MapImages(splits.eval, view)
-            if training.knn_k > len(bank):
+            if max(training.knn_k) > len(bank):
                 raise ValueError(
-                    f"knn_k ({training.knn_k}) is larger than the train split ({len(bank)} images): lower it"
+                    f"knn_k ({max(training.knn_k)}) is larger than the train split ({len(bank)} images): lower it"
                 )
     set_seed(training.seed)
     model = MoCoModel(args.config)
@@ -172,7 +172,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer) -> dict[str, Any]:
         "skipped_images": trainer.train_dataset.skipped,
     }
     if trainer.knn_bank is not None:
-        bank, queries = trainer.knn_bank.first(PICTURED_BANK), trainer.eval_dataset.first(PICTURED_QUERIES)
+        bank, queries = trainer.knn_bank.spread(PICTURED_BANK), trainer.eval_dataset.spread(PICTURED_QUERIES)
         query_features, _ = extract_features(trainer.model, queries)
         bank_features, _ = extract_features(trainer.model, bank)
     if trainer.is_world_process_zero():
@@ -180,6 +180,6 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer) -> dict[str, Any]:
         plots.training_curve(history, chance_loss(args.config), folder / "training_curve.png")
         if trainer.knn_bank is not None:
             plots.neighbour_grid(
-                queries, bank, query_features, bank_features, trainer.class_names, folder / "neighbours.png"
+                queries, bank, unit(query_features), unit(bank_features), trainer.class_names, folder / "neighbours.png"
             )
     return metrics

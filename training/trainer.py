@@ -17,8 +17,9 @@ from modeling_moco.distributed_moco import world_size
 
 from .augment import seeded_generator
 from .checkpoints import outlive_sigterm
+from .features import Feature
 from .images import MapImages, StreamedImages
-from .knn import evaluate_knn
+from .knn import KNNArguments, evaluate_knn
 from .sgd_trainer import SGDTrainer, SGDTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,12 @@ class MoCoTrainingArguments(SGDTrainingArguments):
     weight_decay: float = field(default=1e-4, metadata={"help": "on all parameters, BatchNorm and biases included"})
     eval_strategy: str = field(default="epoch", metadata={"help": "when to run the kNN monitor: no, epoch"})
     eval_every_n_epochs: int = field(default=1, metadata={"help": "epochs between two kNN evaluations"})
-    knn_k: int = field(default=200, metadata={"help": "neighbours that vote in the kNN monitor"})
+    knn_k: list[int] = field(
+        default_factory=lambda: [200],
+        metadata={"help": "neighbours that vote in the kNN monitor; several are compared"},
+    )
     knn_temperature: float = field(default=0.07, metadata={"help": "temperature of their votes"})
+    knn_features: Feature = field(default="backbone", metadata={"help": "what the monitor compares: backbone or head"})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "must stay on: the queue needs whole batches"})
     ddp_broadcast_buffers: bool | None = field(
         default=False, metadata={"help": "off: each rank keeps its BatchNorm statistics, and equal queues need no copy"}
@@ -44,6 +49,19 @@ class MoCoTrainingArguments(SGDTrainingArguments):
         super().__post_init__()
         if self.eval_every_n_epochs < 1:
             raise ValueError(f"eval_every_n_epochs ({self.eval_every_n_epochs}) must be at least 1")
+        _ = self.knn  # checks its values
+
+    @property
+    def knn(self) -> KNNArguments:
+        """The monitor's settings."""
+        return KNNArguments(
+            k=self.knn_k,
+            temperature=self.knn_temperature,
+            features=self.knn_features,
+            batch_size=self.per_device_eval_batch_size,
+            num_workers=self.dataloader_num_workers,
+            seed=self.seed,
+        )
 
 
 class MoCoCallback(TrainerCallback):
@@ -166,18 +184,13 @@ class MoCoTrainer(SGDTrainer):
         return loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Accuracy of the kNN monitor in per cent: `{"eval_knn_top1": ...}`."""
+        """Accuracy of the kNN monitor in per cent: `{"eval_knn_top1": ...}` for the first k, `eval_knn_top1_k20` for others."""
         assert self.knn_bank is not None, "evaluate() needs knn_bank and knn_queries"
         started = time.perf_counter()
-        metrics = evaluate_knn(
-            self.model,
-            self.knn_bank,
-            self.eval_dataset if eval_dataset is None else eval_dataset,
-            k=self.args.knn_k,
-            temperature=self.args.knn_temperature,
-            batch_size=self.args.per_device_eval_batch_size,
-            num_workers=self.args.dataloader_num_workers,
-        )
+        queries = self.eval_dataset if eval_dataset is None else eval_dataset
+        results = evaluate_knn(self.model, self.knn_bank, queries, self.args.knn)
+        names = ["knn_top1", *(f"knn_top1_k{k}" for k in self.args.knn_k[1:])]
+        metrics = {name: result.value for name, result in zip(names, results, strict=True)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -1,0 +1,155 @@
+"""Features of a frozen encoder in the evaluation view: the same for the monitor, every probe and the pictures.
+
+Shapes: `n` images, `D` feature width, `R` processes.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from modeling_moco import MoCoModel
+from modeling_moco.distributed_moco import gather, rank, world_size
+
+from .checkpoints import outlive_sigterm
+from .images import MapImages
+
+Feature = Literal["backbone", "head"]  # the pooled output (D wide), or the unit-length query (projection_dim wide)
+ROWS_PER_FILE = 16_384  # what an interrupted extraction repeats at most
+
+
+@torch.no_grad()
+def extract_features(
+    model: MoCoModel,
+    images: MapImages,
+    *,
+    feature: Feature = "backbone",
+    batch_size: int = 256,
+    num_workers: int = 0,
+    everywhere: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of all images. The processes share the work.
+
+    The model runs in evaluation mode and is left in the mode it was in. Where processes have other BatchNorm statistics,
+    those of the first, which it saves, are given to all.
+
+    Args:
+        everywhere: every process gets all rows in the order of the images; else each keeps its own, `rank::R`.
+
+    Returns:
+        on the CPU: features as the encoder gives them, float32 (n, D), and labels (n,), -1 for an image without one.
+    """
+    ranks, n = world_size(), len(images)
+    mine = range(rank(), -(-n // ranks) * ranks, ranks)
+    loader = DataLoader(
+        Subset(images, [min(i, n - 1) for i in mine]),  # the last image pads the shares to equal length
+        batch_size=batch_size,
+        num_workers=num_workers,
+        worker_init_fn=outlive_sigterm,
+    )
+    if ranks > 1:
+        for buffer in model.encoder_q.buffers():
+            dist.broadcast(buffer, src=0)
+    training = model.training
+    model.eval()
+    features, labels = [], []
+    quiet = rank() > 0 or len(loader) < 20
+    for batch in tqdm(loader, desc="features", leave=False, disable=quiet, dynamic_ncols=True):
+        x = encode(model, batch["pixel_values"].to(model.device), feature)
+        y = batch.get("labels", torch.full((len(x),), -1)).to(model.device)
+        features.append((_in_order(x) if everywhere else x).cpu())
+        labels.append((_in_order(y) if everywhere else y).cpu())
+    model.train(training)
+    count = n if everywhere else len(range(rank(), n, ranks))
+    return torch.cat(features)[:count], torch.cat(labels)[:count]
+
+
+def encode(model: MoCoModel, pixel_values: torch.Tensor, feature: Feature) -> torch.Tensor:
+    """The chosen feature of a batch, float32 (N, D)."""
+    if feature == "head":
+        return model.encode_queries(pixel_values)
+    return model.features(pixel_values).pooler_output.float()
+
+
+def _in_order(x: torch.Tensor) -> torch.Tensor:
+    # Row i of rank r is image i * R + r.
+    return gather(x).unflatten(0, (world_size(), len(x))).transpose(0, 1).flatten(0, 1)
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """Rows at unit length."""
+    return F.normalize(x, dim=1)
+
+
+def encoder_digest(model: MoCoModel, feature: Feature = "backbone") -> str:
+    """Sixteen hexadecimal digits that stand for the weights and statistics behind a feature."""
+    digest = hashlib.sha256(json.dumps([model.config.image_mean, model.config.image_std]).encode())
+    modules = [model.encoder_q] + ([model.projector_q] if feature == "head" else [])
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def cached_features(
+    model: MoCoModel,
+    images: MapImages,
+    folder: Path,
+    *,
+    feature: Feature = "backbone",
+    batch_size: int = 256,
+    num_workers: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`extract_features`, kept as Arrow files in a folder named after the model, the images and their view.
+
+    An interrupted extraction goes on where it was; `datasets.Dataset.from_file` opens a file.
+    """
+    about = {
+        "model": encoder_digest(model, feature),
+        "images": images.source._fingerprint,
+        "view": repr(images.transform),
+        "feature": feature,
+        "n": len(images),
+    }
+    folder = folder / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    files = {start: folder / f"{start:09}.arrow" for start in range(0, len(images), ROWS_PER_FILE)}
+    missing = {start: path for start, path in files.items() if not path.is_file()}
+    if world_size() > 1:
+        dist.barrier()  # before anyone writes, all have looked
+    if rank() == 0 and missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    loading: dict[str, Any] = {"feature": feature, "batch_size": batch_size, "num_workers": num_workers}
+    for start, path in tqdm(missing.items(), desc="features", disable=rank() > 0 or len(missing) < 2):
+        rows = extract_features(model, images.rows(start, start + ROWS_PER_FILE), **loading)
+        if rank() == 0:
+            _write(path, *rows)
+    if world_size() > 1:
+        dist.barrier()
+    features, labels = zip(*map(_read, files.values()), strict=True)
+    return torch.cat(features), torch.cat(labels)
+
+
+def _write(path: Path, features: torch.Tensor, labels: torch.Tensor) -> None:
+    values = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1).numpy()), features.shape[1])
+    table = pa.table({"features": values, "label": labels.numpy()})
+    unfinished = path.with_suffix(".tmp")
+    with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    unfinished.replace(path)
+
+
+def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    with pa.memory_map(str(path)) as file:
+        table = pa.ipc.open_stream(file).read_all().combine_chunks()
+        features = table["features"].chunk(0)
+        values = torch.tensor(features.values.to_numpy()).view(len(table), features.type.list_size)
+        return values, torch.tensor(table["label"].to_numpy())

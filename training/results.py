@@ -1,0 +1,127 @@
+"""Results that travel: every evaluation appends what it measured, and under which conditions, to a model's results.json."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_moco.distributed_moco import world_size
+
+RESULTS = "results.json"
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number.
+
+    Args:
+        protocol: what was done, so that two results with the same words can be compared.
+        metric: "top1" or "top5".
+        value: per cent of the images.
+        n: images it was measured on.
+        feature: of the encoder, "backbone" or "head".
+        settings: what the protocol leaves open.
+        seed: of whatever was drawn.
+    """
+
+    protocol: str
+    metric: str
+    value: float
+    n: int
+    feature: str = "backbone"
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+
+
+def interval(value: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, all in per cent: which accuracies of the same model on other images to expect."""
+    z, p = 1.959964, value / 100
+    centre, spread = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    low, high = (100 * (centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
+    return max(0.0, low), min(100.0, high)
+
+
+def append_results(folder: Path, results: list[Result], *, model: str, data: dict[str, Any]) -> None:
+    """Append results to `folder/results.json`. One that is there with all its conditions is not repeated.
+
+    Args:
+        model: digest of the weights (`encoder_digest`).
+        data: `ImageSplits.about`.
+
+    Raises:
+        ValueError: the file is there and is no list of results; it is left as it is.
+    """
+    known = read_results(folder)
+    seen = [_without_date(entry) for entry in known]
+    conditions = {
+        "model": model,
+        "data": data,
+        "command": _command(),
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "hardware": _hardware(),
+        "commit": _commit(),
+    }
+    for result in results:
+        entry = json.loads(json.dumps(asdict(result) | {"interval": interval(result.value, result.n)} | conditions))
+        if entry not in seen:
+            known.append(entry | {"date": datetime.now(UTC).isoformat(timespec="seconds")})
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{RESULTS}.tmp"
+    unfinished.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(folder / RESULTS)
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The results of a model, oldest first; none without a file.
+
+    Raises:
+        ValueError: the file is no list of results.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        return []
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if not all("protocol" in entry for entry in results):
+            raise ValueError("an entry without a protocol")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no list of results ({error}): move it away, it will be begun anew") from error
+    return results
+
+
+def _without_date(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "date"}
+
+
+def _command() -> str:
+    words, hide = [], False
+    for word in sys.argv:
+        flag, equals, _ = word.partition("=")
+        words.append("***" if hide else f"{flag}=***" if "token" in flag and equals else word)
+        hide = "token" in flag and not equals
+    return shlex.join(words)
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{world_size()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}, {world_size()} processes"
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # installed, not a checkout
