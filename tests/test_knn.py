@@ -4,6 +4,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
@@ -221,3 +223,44 @@ def test_kept_features_are_those_extracted_and_belong_to_one_model_and_one_view(
     assert not torch.allclose(changed, kept)
     cached_features(model, queries, tmp_path, feature="head")
     assert len(list(tmp_path.iterdir())) == 5
+
+
+# Three processes
+
+
+RANKS = 3
+
+
+def evaluate_a_share(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    inputs = torch.load(folder / "inputs.pt", weights_only=False)
+    model, bank, queries = inputs["model"], inputs["bank"], inputs["queries"]
+    if rank > 0:  # other statistics than those that rank 0 will save
+        model.encoder_q.bn1.running_mean += rank
+    all_rows, labels = extract_features(model, bank, batch_size=7)
+    mine, my_labels = extract_features(model, bank, batch_size=7, everywhere=False)
+    kept, _ = cached_features(model, queries, folder / "kept")
+    accuracies = [r.value for r in evaluate_knn(model, bank, queries, KNNArguments(k=[40, 3]))]
+    accuracies += [r.value for r in evaluate_knn(model, bank, queries, KNNArguments(k=[40, 3]), folder / "kept")]
+    outputs = {"all": all_rows, "labels": labels, "mine": mine, "my_labels": my_labels, "kept": kept, "knn": accuracies}
+    torch.save(outputs, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_share_the_images_and_the_bank_without_duplicates_or_omissions(model, digits, tmp_path):
+    bank, queries = digits
+    bank, queries = bank.rows(0, 50), queries.rows(0, 29)  # neither divides by three; a share is smaller than k
+    expected, labels = extract_features(model, bank)
+    expected_queries, _ = extract_features(model, queries)
+    accuracies = top1(model, bank, queries, 40, 3) * 2
+    torch.save({"model": model, "bank": bank, "queries": queries}, tmp_path / "inputs.pt")
+    mp.spawn(evaluate_a_share, (tmp_path,), nprocs=RANKS)
+    for rank in range(RANKS):
+        outputs = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(outputs["all"], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(outputs["mine"], expected[rank::RANKS], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(outputs["kept"], expected_queries, atol=1e-5, rtol=1e-5)
+        assert torch.equal(outputs["labels"], labels)
+        assert torch.equal(outputs["my_labels"], labels[rank::RANKS])
+        assert outputs["knn"] == pytest.approx(accuracies)

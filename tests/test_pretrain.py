@@ -16,9 +16,11 @@ from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
 from training.data import load_digits
+from training.features import encoder_digest
 from training.linear_probe import parse_linear_probe
 from training.pretrain import announce, build_trainer
 from training.recipe import parse_pretrain, recipe_names
+from training.results import read_results
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -127,6 +129,35 @@ def test_the_pipeline_loads_the_probe_and_reaches_its_accuracy(quickstart, scrip
     classify = pipeline("image-classification", model=str(probe))
     hits = [classify(row["image"].convert("RGB"))[0]["label"] == str(row["label"]) for row in load_digits()["test"]]
     assert 100 * np.mean(hits) == pytest.approx(result["top1"], abs=0.5)
+
+
+def test_knn_of_a_saved_run_is_the_monitors_and_travels(quickstart, script, capsys):
+    folder, _, _ = quickstart
+    script("knn").main([str(folder), "--k", "200", "5", "--use_cpu"])
+    out = capsys.readouterr().out
+    assert "backbone feature" in out
+    assert "weighted kNN, k 5, T 0.07" in out
+    monitored = json.loads((folder / "metrics.json").read_text())["knn_top1_after"]
+    last = read_results(folder)[-2:]
+    assert [entry["protocol"] for entry in last] == ["weighted kNN, k 200, T 0.07", "weighted kNN, k 5, T 0.07"]
+    assert last[0]["value"] == pytest.approx(monitored)
+    assert last[0]["data"]["dataset"] == "digits"
+    assert last[0]["model"] == encoder_digest(MoCoModel.from_pretrained(folder))
+    with pytest.raises(SystemExit):
+        script("knn").main([str(folder), "--k", "2000", "--use_cpu"])
+    assert "k (2000) is larger than the train split (1437 images)" in capsys.readouterr().err
+
+
+def test_knn_of_the_heads_output_needs_the_head(quickstart, tmp_path, script, capsys):
+    folder, _, _ = quickstart
+    MoCoModel.from_pretrained(folder, momentum_encoder=False).save_pretrained(tmp_path / "encoder")
+    flags = ["--use_cpu", "--dataset_name", "digits", "--image_size", "32", "--eval_resize", "32"]
+    script("knn").main([str(folder), "--features", "head", "--use_cpu"])
+    assert "| head" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        script("knn").main([str(tmp_path / "encoder"), "--features", "head", *flags])
+    assert "a model without projector_q" in capsys.readouterr().err
+    script("knn").main([str(tmp_path / "encoder"), *flags])
 
 
 def test_a_random_encoder_is_probed_into_a_folder_of_its_own(quickstart, script, capsys):
@@ -268,7 +299,7 @@ def test_a_probe_of_another_model_is_refused(tmp_path, script, capsys):
     ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path)
     with pytest.raises(SystemExit):
         script("linear_probe").main([str(tmp_path), "--dataset_name", "digits", "--image_size", "32"])
-    assert "holds no MoCo model" in capsys.readouterr().err
+    assert "holds a model without" in capsys.readouterr().err
 
 
 def test_a_broken_file_is_named_skipped_and_counted(tmp_path, script, caplog):

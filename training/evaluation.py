@@ -68,7 +68,7 @@ class Encoder:
         missing = [key for key in report["missing_keys"] if not key.startswith("classifier.")]
         if missing:
             raise ValueError(
-                f"{self.source} holds no MoCo model with {missing[0]}: pass the folder that a run saved to, e.g. "
+                f"{self.source} holds a model without {missing[0]}: pass the folder that a pretraining run saved to, e.g. "
                 "runs/quickstart"
             )
         return model

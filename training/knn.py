@@ -13,6 +13,8 @@ import torch
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import gather, rank, world_size
 
+from .data import DataArguments
+from .evaluation import Encoder, MoCoQueryModel, parse_evaluation
 from .features import Feature, cached_features, extract_features, unit
 from .images import MapImages
 from .results import Result
@@ -142,3 +144,31 @@ def evaluate_knn(
         Result(protocol(k, args.temperature), "top1", top1, len(queries), args.features, seed=args.seed)
         for k, top1 in accuracies.items()
     ]
+
+
+def parse_knn(argv: list[str]) -> tuple[Encoder, DataArguments, KNNArguments]:
+    """Flags over the data and monitor settings of the pretraining run that the model came from.
+
+    Raises:
+        ValueError: no model there, no dataset named, an unknown flag, or a value out of its range.
+    """
+
+    def of_monitor(recipe: dict[str, Any]) -> dict[str, Any]:
+        training = recipe.get("training", {})
+        return {key.removeprefix("knn_"): value for key, value in training.items() if key.startswith("knn_")}
+
+    encoder, (data, args), _ = parse_evaluation(
+        argv,
+        {"data": DataArguments, "knn": KNNArguments},
+        script="knn.py",
+        description="Classify images by their nearest neighbours among the train split's frozen features.",
+        defaults=of_monitor,
+    )
+    return encoder, data, args
+
+
+def load_model(encoder: Encoder, args: KNNArguments) -> MoCoModel:
+    """The model with what the chosen feature needs."""
+    if args.features == "head":
+        return encoder.load(MoCoQueryModel, args.seed)
+    return encoder.load(MoCoModel, args.seed)

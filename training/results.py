@@ -51,6 +51,18 @@ def interval(value: float, n: int) -> tuple[float, float]:
     return max(0.0, low), min(100.0, high)
 
 
+def table(results: list[Result]) -> str:
+    """Results as lines of text: protocol, feature, metric, value, 95 % interval, images."""
+    rows = []
+    for r in results:
+        low, high = interval(r.value, r.n)
+        rows.append(
+            (r.protocol, r.feature, r.metric, f"{r.value:.2f} %", f"95 %: {low:.2f} to {high:.2f}", f"n {r.n:,}")
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
 def append_results(folder: Path, results: list[Result], *, model: str, data: dict[str, Any]) -> None:
     """Append results to `folder/results.json`. One that is there with all its conditions is not repeated.
 
@@ -69,6 +81,7 @@ def append_results(folder: Path, results: list[Result], *, model: str, data: dic
         "command": _command(),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "hardware": _hardware(),
+        "processes": world_size(),
         "commit": _commit(),
     }
     for result in results:
@@ -114,14 +127,19 @@ def _command() -> str:
 
 def _hardware() -> str:
     if torch.cuda.is_available():
-        return f"{world_size()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}, {world_size()} processes"
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
 
 
 def _commit() -> str | None:
-    here = Path(__file__).parent
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # or it is installed within a checkout of something else
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
-        return None  # installed, not a checkout
+        return None

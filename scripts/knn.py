@@ -1,0 +1,36 @@
+"""Classify by nearest neighbours on frozen features: `accelerate launch scripts/knn.py runs/quickstart --k 10 20 200`."""
+
+import sys
+
+from accelerate import PartialState
+from transformers.utils import logging
+
+from training.cli import one_line_errors
+from training.data import load_images
+from training.features import encoder_digest
+from training.images import MapImages
+from training.knn import evaluate_knn, load_model, parse_knn
+from training.results import append_results, table
+
+
+def main(argv: list[str]) -> None:
+    logging.disable_progress_bar()
+    with one_line_errors():
+        encoder, data, args = parse_knn(argv)
+        state = PartialState(cpu=args.use_cpu)
+        splits = load_images(data, labelled=True)
+        if max(args.k) > len(splits.train):
+            raise ValueError(f"k ({max(args.k)}) is larger than the train split ({len(splits.train)} images): lower it")
+        model = load_model(encoder, args).to(state.device)
+    bank, queries = (MapImages(split, data.evaluation_view()) for split in (splits.train, splits.eval))
+    if state.is_main_process:
+        print(f"kNN of {encoder}: {args.features} feature, bank {len(bank):,} images, {len(queries):,} queries")
+    results = evaluate_knn(model, bank, queries, args, cache=encoder.home / "features")
+    if state.is_main_process:
+        digest = encoder_digest(model, args.features)
+        append_results(encoder.home, results, model=digest, data=splits.about)
+        print(table(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
