@@ -1,4 +1,4 @@
-"""Measure what this project claims: `python scripts/benchmark.py exchange | stream`.
+"""Measure what this project claims: `python scripts/benchmark.py exchange | stream | knn`.
 
 Each benchmark times its variants in turns in the same run, and prints min, median and max of each and the ratio to a
 named baseline.
@@ -16,9 +16,12 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
+from sklearn.neighbors import KNeighborsClassifier
 from torch.utils.data import DataLoader
 
 from modeling_moco import MoCoConfig, MoCoModel
@@ -26,7 +29,9 @@ from modeling_moco.distributed_moco import gather
 from modeling_moco.image_processing_moco import normalize
 from training.augment import TwoViews, build_policy
 from training.data import DataArguments, load_images
+from training.features import unit
 from training.images import StreamedImages
+from training.knn import knn_predict
 
 DIM = 128  # of a key
 WORKERS = (0, 1, 2)
@@ -172,6 +177,86 @@ def run_stream(args: argparse.Namespace) -> None:
             print()
 
 
+def knn_inputs(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, bank and its labels: overlapping clusters of unit length."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(args.classes, (args.queries + args.bank,), generator=generator)
+    centres = torch.randn(args.classes, args.dim, generator=generator)
+    features = unit(centres[labels] + 5 * torch.randn(len(labels), args.dim, generator=generator))
+    return features[: args.queries], features[args.queries :], labels[args.queries :]
+
+
+def knn_ours(queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
+    return knn_predict(queries, bank, labels, ks=[args.k])[args.k]
+
+
+def knn_one_hot(
+    queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace
+) -> torch.Tensor:
+    """As other libraries vote: every neighbour as a one-hot row, in chunks of 256 queries."""
+    predictions = []
+    for rows in queries.split(256):
+        similarity, index = (rows @ bank.T).topk(args.k, dim=1)
+        votes = F.one_hot(labels[index], args.classes) * (similarity / 0.07).exp()[:, :, None]
+        predictions.append(votes.sum(dim=1).argmax(dim=1))
+    return torch.cat(predictions)
+
+
+def knn_scikit_learn(
+    queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace
+) -> torch.Tensor:
+    classifier = KNeighborsClassifier(
+        args.k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    )
+    return torch.from_numpy(classifier.fit(bank.numpy(), labels.numpy()).predict(queries.numpy()))
+
+
+KNN: dict[str, Callable] = {"ours": knn_ours, "one-hot vote": knn_one_hot, "scikit-learn": knn_scikit_learn}
+
+
+def knn_process(name: str, args: argparse.Namespace, results: mp.SimpleQueue) -> None:
+    """One variant in a process of its own, whose peak memory is then its own too."""
+    inputs = knn_inputs(args)
+    KNN[name](
+        inputs[0][:64], inputs[1][:1000], inputs[2][:1000], argparse.Namespace(**vars(args) | {"k": 10})
+    )  # warm up
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before, start = peak_memory(), time.perf_counter()
+    predictions = KNN[name](*inputs, args)
+    seconds = time.perf_counter() - start
+    results.put((seconds, peak_memory() - before, predictions.tolist()))
+
+
+def peak_memory() -> float:
+    """Largest resident memory of this process so far, GB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024 / 1e9
+
+
+def run_knn(args: argparse.Namespace) -> None:
+    print(
+        f"kNN, k {args.k}: {args.queries:,} queries in a bank of {args.bank:,} x {args.dim}, {args.classes} classes, "
+        f"{os.cpu_count()} cores, torch {torch.__version__}, {args.steps} interleaved rounds"
+    )
+    measured: dict[str, list[tuple[float, float, list[int]]]] = {name: [] for name in KNN}
+    for _ in range(args.steps):
+        for name in KNN:
+            results = mp.get_context("spawn").SimpleQueue()
+            process = mp.get_context("spawn").Process(target=knn_process, args=(name, args, results))
+            process.start()
+            measured[name].append(results.get())
+            process.join()
+    reference = np.array(measured["scikit-learn"][0][2])
+    ours = median(seconds for seconds, _, _ in measured["ours"])
+    for name, rounds in measured.items():
+        seconds, memory = [s for s, _, _ in rounds], max(gb for _, gb, _ in rounds)
+        agreement = 100 * np.mean(np.array(rounds[0][2]) == reference)
+        print(
+            "{:>15}: min {:.1f}  median {:.1f}  max {:.1f} s".format(name, *spread(seconds))
+            + f" ({median(seconds) / ours:.1f} x ours); {memory:.2f} GB beside the features; {agreement:.2f} % as scikit-learn"
+        )
+
+
 def spread(values: list[float]) -> tuple[float, float, float]:
     return min(values), median(values), max(values)
 
@@ -193,6 +278,14 @@ def main(argv: list[str]) -> None:
     command.add_argument("--batches", type=int, default=8, help="batches timed for the speed")
     command.add_argument("--steps", type=int, default=5, help="rounds")
     command.set_defaults(run=run_stream)
+    command = commands.add_parser("knn", help="time and memory of the kNN classifier")
+    command.add_argument("--bank", type=int, default=50_000, help="images")
+    command.add_argument("--queries", type=int, default=10_000, help="images")
+    command.add_argument("--dim", type=int, default=512, help="feature width")
+    command.add_argument("--classes", type=int, default=10, help="in the labels")
+    command.add_argument("--k", type=int, default=200, help="neighbours")
+    command.add_argument("--steps", type=int, default=3, help="rounds")
+    command.set_defaults(run=run_knn)
     args = parser.parse_args(argv)
     args.run(args)
 

@@ -302,7 +302,7 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_exactly(rows, tmp_path
 def test_sigterm_within_an_epoch_does_not_spend_its_time_on_an_evaluation(rows, tmp_path):
     trainer = build(rows, tmp_path, callback=Terminate(8), save_strategy="epoch")
     trainer.args.eval_strategy, trainer.args.knn_k = "epoch", [3]
-    trainer.knn_bank = trainer.eval_dataset = MapImages(rows, EvaluationView(24, 24))
+    trainer.knn_bank = trainer.knn_queries = MapImages(rows, EvaluationView(24, 24))
     trainer.train()
     assert trainer.terminated
     assert [entry["epoch"] for entry in trainer.state.log_history if "eval_knn_top1" in entry] == [1.0]

@@ -167,16 +167,21 @@ def test_too_few_files_for_the_workers_of_a_stream_are_said_with_the_remedy(rows
 
 def test_metrics_cover_every_query_since_the_last_log(rows, tmp_path):
     trainer = build(rows, tmp_path, model=tiny_model(temperature=0.2), logging_steps=3, num_train_epochs=1)
-    ranks = []
-    trainer.model.register_forward_hook(
-        lambda module, args, outputs: ranks.append((outputs.logits[:, 1:] > outputs.logits[:, :1]).sum(dim=1))
-    )
+    seen = []
+    trainer.model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    for entry, part in zip(logged, (ranks[:3], ranks[3:]), strict=True):
-        rank = torch.cat(part)
+    for entry, part in zip(logged, (seen[:3], seen[3:]), strict=True):
+        similarity = 0.2 * torch.cat([outputs.logits.detach() for outputs in part])
+        rank = (similarity[:, 1:] > similarity[:, :1]).sum(dim=1)
         assert entry["contrast_top1"] == pytest.approx(100 * (rank == 0).float().mean().item())
         assert entry["contrast_top5"] == pytest.approx(100 * (rank < 5).float().mean().item())
+        assert entry["positive_similarity"] == pytest.approx(similarity[:, 0].mean().item())
+        hardest = similarity[:, 1:].max(dim=1).values.mean().item()
+        assert entry["hardest_negative_similarity"] == pytest.approx(hardest)
+        distances = [torch.pdist(outputs.query_embeds.detach()) for outputs in part]
+        expected = torch.cat(distances).square().mul(-2).exp().mean().log().item()
+        assert entry["uniformity"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("value", [1.0, float("nan")])
@@ -195,7 +200,7 @@ def test_evaluation_runs_every_n_epochs_and_at_the_end(rows, tmp_path):
     trainer = build(rows, tmp_path, num_train_epochs=5, eval_strategy="no")
     trainer.args.eval_strategy = "epoch"
     trainer.args.eval_every_n_epochs, trainer.args.knn_k, trainer.args.eval_on_start = 2, [3], True
-    trainer.knn_bank = trainer.eval_dataset = MapImages(rows, view)
+    trainer.knn_bank = trainer.knn_queries = MapImages(rows, view)
     trainer.train()
     assert [e["epoch"] for e in trainer.state.log_history if "eval_knn_top1" in e] == [0, 2, 4, 5]
 

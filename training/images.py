@@ -3,13 +3,14 @@
 Images are decoded here and not by `datasets`, so that one broken file costs one file.
 """
 
+import copy
 import io
 import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import repeat
-from typing import Any
+from itertools import islice, repeat
+from typing import Any, Self
 
 import datasets
 import torch
@@ -56,6 +57,12 @@ class _Images:
         """
         self._epoch.fill_(epoch)
 
+    def at_epoch(self, epoch: int) -> Self:
+        """The same images with the views of another epoch; this one stays where it is."""
+        other = copy.copy(self)
+        other._epoch = torch.tensor(epoch)
+        return other
+
     @property
     def skipped(self) -> int:
         """Images passed over so far because they could not be read."""
@@ -101,6 +108,12 @@ class MapImages(_Images, torch.utils.data.Dataset):
         """So many images at equal distances (folders are sorted by class), or all where there are fewer."""
         count = min(count, len(self))
         return self._select(range(0, count * (len(self) // count), len(self) // count))
+
+    def draw(self, count: int, epoch: int, rank: int, world_size: int) -> list[dict[str, Any]]:
+        """So many random images of this process's part, with the views that `epoch` has for them; fewer if there are fewer."""
+        order = torch.randperm(len(self), generator=seeded_generator(self.seed, epoch)).tolist()
+        images = self.at_epoch(epoch)
+        return [images[i] for i in order[: count * world_size][rank::world_size]]
 
     def _select(self, indices: range) -> "MapImages":
         return MapImages(self.source.select(indices), self.transform, self.seed)
@@ -171,6 +184,13 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
         """
         super().set_epoch(epoch)
         self._skip_batches.fill_(skip_batches)
+
+    def draw(self, count: int, epoch: int, rank: int, world_size: int) -> list[dict[str, Any]]:
+        """The first so many images of this process's part of `epoch`; fewer if there are fewer."""
+        assert (rank, world_size) == (self.rank, self.world_size)
+        images = self.at_epoch(epoch)
+        images.buffer_size, images._skip_batches = count, torch.tensor(0)
+        return list(islice(images, count))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()

@@ -35,18 +35,18 @@ def build_trainer(args: PretrainArguments) -> MoCoTrainer:
     train = _training_images(args, splits)
     bank = queries = None
     if training.eval_strategy != IntervalStrategy.NO:
+        view = data.evaluation_view()
+        if not data.streaming:
+            bank = MapImages(splits.train, view).spread(training.knn_bank_size or len(splits.train))
         missing = _missing_for_knn(args, splits)
-        if missing:
-            if training.process_index == 0:
-                print(f"The kNN monitor is off: it needs {missing}.")
-            training.eval_strategy = IntervalStrategy.NO
-        else:
-            view = data.evaluation_view()
-            bank, queries = MapImages(splits.train, view), MapImages(splits.eval, view)
+        if missing is None and bank is not None:
+            queries = MapImages(splits.eval, view)
             if max(training.knn_k) > len(bank):
                 raise ValueError(
-                    f"knn_k ({max(training.knn_k)}) is larger than the train split ({len(bank)} images): lower it"
+                    f"knn_k ({max(training.knn_k)}) is larger than the bank ({len(bank)} images): lower it"
                 )
+        elif training.process_index == 0:
+            print(f"The kNN monitor is off: it needs {missing}.")
     set_seed(training.seed)
     model = MoCoModel(args.config)
     check_image_size(model, data.image_size)
@@ -171,14 +171,14 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "skipped_images": trainer.train_dataset.skipped,
     }
-    if trainer.knn_bank is not None:
-        bank, queries = trainer.knn_bank.spread(PICTURED_BANK), trainer.eval_dataset.spread(PICTURED_QUERIES)
+    if trainer.knn_bank is not None and trainer.knn_queries is not None:
+        bank, queries = trainer.knn_bank.spread(PICTURED_BANK), trainer.knn_queries.spread(PICTURED_QUERIES)
         query_features, _ = extract_features(trainer.model, queries)
         bank_features, _ = extract_features(trainer.model, bank)
     if trainer.is_world_process_zero():
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         plots.training_curve(history, chance_loss(args.config), folder / "training_curve.png")
-        if trainer.knn_bank is not None:
+        if trainer.knn_queries is not None:
             plots.neighbour_grid(
                 queries, bank, unit(query_features), unit(bank_features), trainer.class_names, folder / "neighbours.png"
             )

@@ -1,9 +1,11 @@
 """MoCoTrainer: the momentum update before each step, the queue after it, and a kNN monitor."""
 
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,12 +19,19 @@ from modeling_moco.distributed_moco import world_size
 
 from .augment import seeded_generator
 from .checkpoints import outlive_sigterm
-from .features import Feature
+from .features import Feature, extract_features
+from .health import diagnose, key_drift, leak, queue_age, rankme, uniformity_kernel
 from .images import MapImages, StreamedImages
-from .knn import KNNArguments, evaluate_knn
+from .knn import KNNArguments, knn_accuracy
 from .sgd_trainer import SGDTrainer, SGDTrainingArguments
 
 logger = logging.getLogger(__name__)
+
+VIEWS = ("pixel_values", "key_pixel_values")
+# Means over the queries of a batch that are logged with the loss.
+STATISTICS = ("contrast_top1", "contrast_top5", "positive_similarity", "hardest_negative_similarity", "uniformity")
+RANKME_IMAGES = 25_600  # as in arXiv:2210.02885
+LEAK_IMAGES = 512  # of all processes
 
 
 @dataclass
@@ -39,6 +48,9 @@ class MoCoTrainingArguments(SGDTrainingArguments):
         metadata={"help": "neighbours that vote in the kNN monitor; several are compared"},
     )
     knn_temperature: float = field(default=0.07, metadata={"help": "temperature of their votes"})
+    knn_bank_size: int | None = field(
+        default=None, metadata={"help": "train images that the monitor looks at, at equal distances; by default all"}
+    )
     knn_features: Feature = field(default="backbone", metadata={"help": "what the monitor compares: backbone or head"})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "must stay on: the queue needs whole batches"})
     ddp_broadcast_buffers: bool | None = field(
@@ -91,7 +103,8 @@ class MoCoTrainer(SGDTrainer):
         args: see [`MoCoTrainingArguments`].
         train_dataset: images with the `TwoViews` transform.
         processing_class: the image processor, saved beside every checkpoint.
-        knn_bank, knn_queries: labelled images with the `EvaluationView` transform, for `evaluate()`.
+        knn_bank: images with the `EvaluationView` transform, whose features the monitor looks at.
+        knn_queries: the same of another split; with labels in both the monitor is kNN.
 
     Raises:
         ValueError: the queue is smaller than a batch, the images are fewer than a batch, or the weights are in 16 bits.
@@ -113,13 +126,17 @@ class MoCoTrainer(SGDTrainer):
             model=model,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=knn_queries,
+            eval_dataset=knn_queries or knn_bank or train_dataset,  # Trainer wants one, or it would not evaluate
             processing_class=processing_class,
             callbacks=[MoCoCallback()],
         )
         self.knn_bank = knn_bank
+        self.knn_queries = knn_queries
         self.class_names: list[str] = []
-        self._hits, self._queries, self._images = torch.zeros(2, device=args.device), 0, 0  # since the last log
+        # Since the last log, per micro-batch; its mean of similarities is that of all queries, for batches are equal.
+        self._sums = torch.zeros(len(STATISTICS), device=args.device, dtype=torch.float64)
+        self._batches = self._images = 0
+        self._told: set[str] = set()
         self._logged_at = time.perf_counter()
 
     def train(self, *args, **kwargs):
@@ -170,13 +187,26 @@ class MoCoTrainer(SGDTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         self._keys = outputs.key_embeds
-        with torch.no_grad():
-            # Negatives that the positive does not beat: ties and NaN count, or a collapsed run would look perfect.
-            rank = (~(outputs.logits[:, 1:] < outputs.logits[:, :1])).sum(dim=1)
-            self._hits += torch.stack([(rank < 1).sum(), (rank < 5).sum()])
-            self._queries += len(rank)
-            self._images += len(inputs["pixel_values"])
+        self._sums += self._statistics_of(outputs.logits, outputs.query_embeds[: len(inputs["pixel_values"])])
+        self._batches += 1
+        self._images += len(inputs["pixel_values"])
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    @torch.no_grad()
+    def _statistics_of(self, logits: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        positive, negatives = logits[:, :1], logits[:, 1:]
+        # Negatives that the positive does not beat: ties and NaN count, or a collapsed run would look perfect.
+        rank = (~(negatives < positive)).sum(dim=1)
+        temperature = self.model.config.temperature
+        statistics = {
+            "contrast_top1": 100 * (rank < 1).float().mean(),
+            "contrast_top5": 100 * (rank < 5).float().mean(),
+            "positive_similarity": temperature * positive.mean(),
+            "hardest_negative_similarity": temperature * negatives.amax(dim=1).mean(),
+            "uniformity": uniformity_kernel(q),
+        }
+        assert tuple(statistics) == STATISTICS
+        return torch.stack(list(statistics.values())).double()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -184,33 +214,81 @@ class MoCoTrainer(SGDTrainer):
         return loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Accuracy of the kNN monitor in per cent: `{"eval_knn_top1": ...}` for the first k, `eval_knn_top1_k20` for others."""
-        assert self.knn_bank is not None, "evaluate() needs knn_bank and knn_queries"
+        """What the monitor sees, each name with the prefix "eval_".
+
+        Returns:
+            knn_top1 for the first k (per cent), knn_top1_k20 and the like for others; rankme; and once training has begun
+            contrast_top1, contrast_top1_shuffled and leaks (0 or 1), see `health.leak`. Without labels there is no kNN, for
+            a stream no RankMe either.
+        """
+        assert eval_dataset is None, "the monitor looks at knn_bank and knn_queries"
         started = time.perf_counter()
-        queries = self.eval_dataset if eval_dataset is None else eval_dataset
-        results = evaluate_knn(self.model, self.knn_bank, queries, self.args.knn)
-        names = ["knn_top1", *(f"knn_top1_k{k}" for k in self.args.knn_k[1:])]
-        metrics = {name: result.value for name, result in zip(names, results, strict=True)}
+        metrics = self._monitor_features() | self._monitor_leak()
+        self._warn(metrics)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._logged_at += time.perf_counter() - started  # images per second are those of training
         return metrics
 
+    def _monitor_features(self) -> dict[str, float]:
+        if self.knn_bank is None:
+            return {}
+        settings, args = self.args.knn, self.args
+        loading: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.num_workers}
+        loading["feature"] = settings.features
+        bank, bank_labels = extract_features(self.model, self.knn_bank, everywhere=False, **loading)
+        every = max(1, len(self.knn_bank) // RANKME_IMAGES)  # equal distances: folders are sorted by class
+        metrics = {"rankme": rankme(bank[::every].to(args.device))}
+        if self.knn_queries is not None:
+            queries, labels = extract_features(self.model, self.knn_queries, **loading)
+            voting: dict[str, Any] = {"ks": settings.k, "temperature": settings.temperature, "device": args.device}
+            for k, top1 in knn_accuracy(queries, labels, bank, bank_labels, **voting).items():
+                metrics["knn_top1" if k == settings.k[0] else f"knn_top1_k{k}"] = top1
+        return metrics
+
+    def _monitor_leak(self) -> dict[str, float]:
+        if self.state.global_step == 0:
+            return {}
+        batch, ranks = self.args.per_device_train_batch_size, self.args.world_size
+        batches = min(max(4, LEAK_IMAGES // (batch * ranks)), self.train_dataset.images_per_epoch // (batch * ranks))
+        if batches < 2:
+            return {}
+        epoch = int(self.state.epoch or 0) + 1  # views that are not in the queue yet
+        rows = self.train_dataset.draw(batches * batch, epoch, self.args.process_index, ranks)
+        views = [torch.stack([row[name] for row in rows]).to(self.args.device) for name in VIEWS]
+        trained, other, leaks = leak(self.model, list(zip(*(view.split(batch) for view in views), strict=True)))
+        return {"contrast_top1": trained, "contrast_top1_shuffled": other, "leaks": float(leaks)}
+
+    def _warn(self, metrics: dict[str, float]) -> None:
+        for illness, sentence in diagnose(metrics, self.model.config.batch_norm).items():
+            if illness not in self._told and self.state.global_step > 0 and self.is_world_process_zero():
+                logger.warning("step %d: %s", self.state.global_step, sentence)
+            self._told.add(illness)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._training_metrics()
+            metrics = self._training_metrics()
+            self._warn(metrics)
+            logs |= metrics
         super().log(logs, start_time)
 
     def _training_metrics(self) -> dict[str, float]:
         if world_size() > 1:
-            dist.all_reduce(self._hits)
-        (top1, top5), queries, images = self._hits.tolist(), self._queries * world_size(), self._images * world_size()
-        self._hits, self._queries, self._images = torch.zeros_like(self._hits), 0, 0
+            dist.all_reduce(self._sums)
+        means = (self._sums / (self._batches * world_size())).tolist()
+        images = self._images * world_size()
+        self._sums, self._batches, self._images = torch.zeros_like(self._sums), 0, 0
         seconds, self._logged_at = time.perf_counter() - self._logged_at, time.perf_counter()
-        return {
-            "contrast_top1": 100 * top1 / queries,
-            "contrast_top5": 100 * top5 / queries,
+        metrics = dict(zip(STATISTICS, means, strict=True))
+        config = self.model.config
+        keys_per_step = self.args.images_per_step * (2 if config.symmetric_loss else 1)
+        return metrics | {
+            "uniformity": math.log(metrics["uniformity"]) if metrics["uniformity"] > 0 else math.nan,
+            "alignment": 2
+            - 2 * metrics["positive_similarity"],  # |q - k|² of unit vectors (Wang and Isola, equation 3)
+            "queue_age": queue_age(config.queue_size, keys_per_step, self.state.global_step),
+            "key_drift": key_drift(self.model),
             "images_per_second": images / seconds,
         }
 

@@ -1,0 +1,175 @@
+"""Health metrics against their definitions; a collapsed and a leaking run, made on purpose, are recognised."""
+
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from modeling_moco import MoCoConfig, MoCoModel
+from modeling_moco.dictionary_moco import QueueDictionary
+from training.augment import EvaluationView
+from training.health import diagnose, key_drift, leak, queue_age, rankme, uniformity_kernel
+from training.images import MapImages
+from training.trainer import MoCoTrainer, MoCoTrainingArguments
+
+SIZE, IMAGES, BATCH = 16, 128, 16
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape), dim=1)
+
+
+def test_uniformity_is_the_mean_over_pairs_of_different_rows():
+    torch.manual_seed(0)
+    x = unit(9, 5).double()
+    pairs = [(i, j) for i in range(9) for j in range(9) if i != j]
+    expected = np.mean([math.exp(-2 * ((x[i] - x[j]) ** 2).sum()) for i, j in pairs])
+    assert uniformity_kernel(x).item() == pytest.approx(expected, rel=1e-6)
+    assert uniformity_kernel(x[:1].repeat(4, 1)).log().item() == pytest.approx(0, abs=1e-6)
+    assert uniformity_kernel(unit(2000, 128)).log().item() == pytest.approx(-4, abs=0.1)  # a wide sphere: |x - y|² is 2
+
+
+def test_rankme_counts_the_dimensions_that_features_fill():
+    torch.manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(64, 64))
+    assert rankme(basis[:, :7].T.repeat(10, 1)) == pytest.approx(7, rel=1e-3)
+    x = torch.randn(300, 20) @ torch.randn(20, 50)
+    values = np.linalg.svd(x.numpy(), compute_uv=False)
+    p = values / values.sum() + 1e-7
+    assert rankme(x) == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-3)
+    for constant in (torch.ones(30, 8), torch.zeros(30, 8)):
+        assert rankme(constant) == pytest.approx(1, abs=1e-3)
+
+
+def test_key_drift_is_zero_for_a_copy_and_relative_to_the_query_encoder():
+    model = MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=64, batch_norm="plain"))
+    assert key_drift(model) == 0
+    with torch.no_grad():
+        for k in [*model.encoder_k.parameters(), *model.projector_k.parameters()]:
+            k.mul_(1.25)
+    assert key_drift(model) == pytest.approx(25, rel=1e-4)
+
+
+@pytest.mark.parametrize(("size", "keys"), [(12, 4), (10, 4), (4, 4)])
+def test_the_age_of_the_oldest_key_is_that_of_a_queue_whose_keys_carry_their_step(size, keys):
+    queue = QueueDictionary(1, size)
+    queue.queue.fill_(0)  # the random start counts as step 0
+    for step in range(1, 9):
+        found = step - 1 - int(queue.queue.min())  # by the step that is about to enqueue
+        assert queue_age(size, keys, step - 1) == found + (queue.queue.min() > 0)
+        queue.enqueue(torch.full((keys, 1), float(step)))
+
+
+# Runs
+
+
+class PlainViews:
+    """Both views are the image."""
+
+    def __call__(self, image, generator):
+        view = EvaluationView(SIZE, SIZE)(image, generator)["pixel_values"]
+        return {"pixel_values": view, "key_pixel_values": view}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Images of random brightness whose corner is the same gray: by content, nobody can tell their corners apart."""
+    rng = np.random.default_rng(0)
+    images = []
+    for level in rng.uniform(0, 255, (IMAGES, 3)):
+        pixels = np.tile(level, (SIZE, SIZE, 1))
+        pixels[:6, :6] = 128
+        images.append(Image.fromarray(pixels.astype(np.uint8)))
+    rows = datasets.Dataset.from_dict({"image": images}, datasets.Features({"image": datasets.Image()}))
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def train(rows, folder, epochs=3, prepare=lambda model: None, **config) -> MoCoTrainer:
+    torch.manual_seed(0)
+    model = MoCoModel(
+        MoCoConfig(
+            **{
+                "architecture": "test_resnet",
+                "stem": "no_max_pool",
+                "queue_size": 64,
+                "temperature": 0.1,
+                "key_momentum": 0.9,
+            }
+            | config
+        )
+    )
+    prepare(model)
+    args = MoCoTrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=5,
+        save_strategy="no",
+        num_train_epochs=epochs,
+        per_device_train_batch_size=BATCH,
+        learning_rate=0.05,
+    )
+    bank = MapImages(rows, EvaluationView(SIZE, SIZE))
+    trainer = MoCoTrainer(model, args, MapImages(rows, PlainViews()), None, bank)
+    trainer.train()
+    return trainer
+
+
+def evaluations(trainer):
+    return [entry for entry in trainer.state.log_history if "eval_rankme" in entry]
+
+
+def test_plain_batch_norm_in_one_process_leaks_and_is_told_what_to_do(rows, tmp_path, caplog):
+    trainer = train(rows, tmp_path, batch_norm="plain")
+    last = evaluations(trainer)[-1]
+    assert last["eval_leaks"] == 1
+    assert last["eval_contrast_top1"] > last["eval_contrast_top1_shuffled"] + 30
+    assert caplog.text.count("BatchNorm leaks") == 1  # not once for each evaluation
+    assert "pass --batch_norm split" in caplog.text
+
+
+def test_split_batch_norm_does_not_leak(rows, tmp_path, caplog):
+    trainer = train(rows, tmp_path, batch_norm="split", batch_norm_splits=4)
+    assert evaluations(trainer)[-1]["eval_leaks"] == 0
+    assert "leaks" not in caplog.text
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["queue_age"] for entry in logged] == [4, 4, 4, 4, 4]  # 64 keys, 16 a step
+    for entry in logged:
+        assert 0 < entry["key_drift"] < 100
+        assert entry["alignment"] == pytest.approx(2 - 2 * entry["positive_similarity"])
+        assert entry["hardest_negative_similarity"] <= 1
+        assert -4 < entry["uniformity"] < 0
+
+
+def test_constant_features_are_called_a_collapse(rows, tmp_path, caplog):
+    def collapse(model):
+        for encoder in (model.encoder_q, model.encoder_k):
+            nn.init.zeros_(encoder.conv1[0].weight)
+
+    trainer = train(rows, tmp_path, prepare=collapse, batch_norm="plain", epochs=1)
+    assert evaluations(trainer)[-1]["eval_rankme"] == pytest.approx(1, abs=1e-3)
+    assert "the encoder has collapsed" in caplog.text
+    assert "--learning_rate" in caplog.text
+
+
+def test_the_leak_test_changes_nothing(rows):
+    torch.manual_seed(0)
+    model = MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=64, batch_norm="plain")).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    views = [(torch.randint(256, (8, 3, SIZE, SIZE), dtype=torch.uint8),) * 2 for _ in range(4)]
+    leak(model, views)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+def test_healthy_numbers_get_no_sentence():
+    healthy = {"rankme": 30.0, "uniformity": -1.0, "contrast_top1": 50.0, "contrast_top1_shuffled": 49.0, "leaks": 0.0}
+    assert diagnose(healthy, "plain") == {}
+    for batch_norm in ("plain", "shuffle", "split", "sync"):
+        (sentence,) = diagnose(healthy | {"leaks": 1.0}, batch_norm).values()
+        assert "--batch_norm" in sentence
