@@ -246,8 +246,11 @@ FLAWS = {
         ["class 3 is absent in the dataset and 'gnu' in", "test.parquet", "the same class names in the same order"],
     ),
     "unseen class": (
-        {"train": [0, 1, 0], "test": [0, 1, 2]},
-        ["class 'fox' of split 'test' has no image in split 'train'", "give it some, or leave it out of both"],
+        {"train": [0, 1, 0], "test": [2, 2]},
+        [
+            "class 'fox' of split 'test' has no image in split 'train'",
+            "name the classes of both alike, or leave it out",
+        ],
     ),
 }
 
@@ -272,6 +275,17 @@ def test_a_class_folder_that_only_the_test_split_has_is_named(tmp_path):
     source = write_folders(tmp_path / "source")
     (source / "test" / "fox").rename(source / "test" / "wolf")
     assert "class 'wolf' of split 'test' has no image in split 'train'" in flaw_of(str(source))
+
+
+def test_a_class_that_a_small_sample_lacks_is_announced(tmp_path, capsys):
+    source = write_labelled(tmp_path / "source", [0, 1, 0], [0, 1, 2])
+    assert load_images(DataArguments(dataset_name=source)).label_flaw is None
+    assert capsys.readouterr().out == ""
+    load_images(DataArguments(dataset_name=source), labelled=True)
+    assert capsys.readouterr().out == (
+        "warning: 1 of the 3 classes of split 'test' have no image in split 'train', 'fox' for one: no classifier will find "
+        "them\n"
+    )
 
 
 def test_good_labels_have_no_flaw_with_names_or_numbers(tmp_path):

@@ -213,6 +213,9 @@ def test_the_script_can_be_stopped_continued_and_leaves_a_classifier_with_its_re
     assert [(r["protocol"], r["metric"], r["value"], r["n"], r["seed"]) for r in results] == [
         (protocol, name, metrics[name], 40, 0) for name in ("top1", "top5")
     ]
+    finetune.main(command)  # finished, it evaluates again and repeats no result
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert json.loads((encoder / "results.json").read_text()) == results
     model = MoCoModel.from_pretrained(encoder)
     assert results[0]["model"] == encoder_digest(model)  # the encoder that was evaluated, not what it became
     assert results[0]["settings"]["labelled_images"] == images

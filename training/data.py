@@ -19,7 +19,7 @@ from modeling_moco.distributed_moco import rank
 
 from .augment import EvaluationView
 from .images import decode_image
-from .labels import SplitLabels, find_flaw, find_renamed_class, left_out, number_classes, read_labels
+from .labels import SplitLabels, find_flaw, find_renamed_class, number_classes, read_labels, subset_warnings
 from .shards import ShardedRows, are_parquet, count_rows
 
 EVAL_SPLITS = ("validation", "test", "valid", "val")
@@ -137,11 +137,13 @@ def load_images(args: DataArguments, labelled: bool = False) -> ImageSplits:
         if eval_split is not None:
             evaluation, eval_labels = _by_index(splits[eval_split], eval_split, columns, args.max_eval_samples)
         if flaw is None:
-            column = next(column for column, name in columns.items() if name == "label")
             read = [*files.get(args.train_split, []), *files.get(str(eval_split), [])]
-            flaw = find_renamed_class(features[column], column, read) or find_flaw(class_names, labels, eval_labels)
+            column, from_folders = _label_column(columns), splits[args.train_split].info.builder_name == "imagefolder"
+            flaw = find_renamed_class(features[column], column, read)
+            flaw = flaw or find_flaw(class_names, labels, eval_labels, from_folders)
         if labelled and flaw is None and rank() == 0:
-            _warn_of_subsets(labels, eval_labels)
+            for warning in subset_warnings(class_names, labels, eval_labels):
+                print(f"warning: {warning}")
     if labelled and flaw is not None:
         raise ValueError(flaw)
     about = {
@@ -314,14 +316,12 @@ def _check_images(rows: datasets.Dataset, name: str, columns: dict[str, str]) ->
 
 
 def _class_names(features: datasets.Features, columns: dict[str, str]) -> list[str]:
-    labels = [features[column] for column, name in columns.items() if name == "label"]
-    return labels[0].names if labels and isinstance(labels[0], datasets.ClassLabel) else []
+    label = features[_label_column(columns)] if "label" in columns.values() else None
+    return label.names if isinstance(label, datasets.ClassLabel) else []
 
 
-def _warn_of_subsets(train: SplitLabels, test: SplitLabels) -> None:
-    for labels, flag in ((train, "--max_train_samples"), (test, "--max_eval_samples")):
-        if warning := left_out(labels, flag):
-            print(f"warning: {warning}")
+def _label_column(columns: dict[str, str]) -> str:
+    return next(column for column, name in columns.items() if name == "label")
 
 
 def load_digits() -> datasets.DatasetDict:

@@ -4,6 +4,7 @@ Labels are class numbers from 0, one for each of `n` images; -1 stands for none,
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -39,8 +40,13 @@ def number_classes(labels: np.ndarray) -> list[str]:
     return [str(number) for number in range(largest + 1)] if largest < len(labels) else []
 
 
-def find_flaw(names: list[str], train: SplitLabels, test: SplitLabels) -> str | None:
-    """Why no classifier of these classes can be trained on one split and evaluated on the other; None if it can."""
+def find_flaw(names: list[str], train: SplitLabels, test: SplitLabels, from_folders: bool = False) -> str | None:
+    """Why no classifier of these classes can be trained on one split and evaluated on the other; None if it can.
+
+    Args:
+        from_folders: the names are those of folders, which ought to be the same in both splits. Elsewhere a class without
+            training images is what a small sample of a large dataset has.
+    """
     for labels, flag in ((train, "--train_split"), (test, "--eval_split")):
         unlabelled = int((labels.used < 0).sum())
         if unlabelled:
@@ -69,10 +75,10 @@ def find_flaw(names: list[str], train: SplitLabels, test: SplitLabels) -> str | 
             + ("raise --max_train_samples" if some else "use images of two classes, or another --label_column")
         )
     unseen = np.setdiff1d(test.used, train.whole)
-    if len(unseen):
+    if len(unseen) and (from_folders or len(unseen) == len(np.unique(test.used))):
         return (
-            f"class {names[unseen[0]]!r} of split {test.split!r} has no image in split {train.split!r}: give it some, or "
-            "leave it out of both"
+            f"class {names[unseen[0]]!r} of split {test.split!r} has no image in split {train.split!r}: name the classes of "
+            "both alike, or leave it out"
         )
     return None
 
@@ -105,12 +111,18 @@ def _quoted(name: str | None) -> str:
     return "absent" if name is None else repr(name)
 
 
-def left_out(labels: SplitLabels, flag: str) -> str | None:
-    """A warning if the images that are used lack classes that the split has."""
-    there, kept = len(np.unique(labels.whole)), len(np.unique(labels.used))
-    if kept == there:
-        return None
-    return (
-        f"the first {labels.kept:,} images of split {labels.split!r} have {kept:,} of its {there:,} classes: raise {flag}, or "
-        "shuffle the dataset"
-    )
+def subset_warnings(names: list[str], train: SplitLabels, test: SplitLabels) -> Iterator[str]:
+    """Where a part of the classes is missing."""
+    for labels, flag in ((train, "--max_train_samples"), (test, "--max_eval_samples")):
+        there, used = len(np.unique(labels.whole)), len(np.unique(labels.used))
+        if used < there:
+            yield (
+                f"the first {labels.kept:,} images of split {labels.split!r} have {used:,} of its {there:,} classes: raise "
+                f"{flag}, or shuffle the dataset"
+            )
+    unseen = np.setdiff1d(test.used, train.whole)
+    if len(unseen):
+        yield (
+            f"{len(unseen):,} of the {len(np.unique(test.used)):,} classes of split {test.split!r} have no image in split "
+            f"{train.split!r}, {names[unseen[0]]!r} for one: no classifier will find them"
+        )
