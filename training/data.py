@@ -4,6 +4,7 @@ This module alone knows what a dataset calls its columns.
 """
 
 import tarfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +15,16 @@ from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
 from modeling_moco import MoCoConfig, MoCoImageProcessor
+from modeling_moco.distributed_moco import rank
 
 from .augment import EvaluationView
+from .images import decode_image
+from .labels import SplitLabels, find_flaw, find_renamed_class, number_classes, read_labels, subset_warnings
 from .shards import ShardedRows, are_parquet, count_rows
 
 EVAL_SPLITS = ("validation", "test", "valid", "val")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
+TRIED_IMAGES = 8  # first images of a split, one of which must be readable
 
 
 @dataclass
@@ -61,6 +66,9 @@ class DataArguments:
     def __post_init__(self):
         if self.image_size < 1:
             raise ValueError(f"image_size ({self.image_size}) must be at least 1 pixel")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{name} ({count}) must be at least 1: leave it out for all images")
         if self.crop_min_scale is not None and not 0 < self.crop_min_scale <= 1:
             raise ValueError(
                 f"crop_min_scale ({self.crop_min_scale}) must lie in (0, 1]: it is a share of the image's area"
@@ -93,50 +101,51 @@ class ImageSplits:
         train: a `datasets.Dataset`, or with `--streaming` a [`ShardedRows`].
         eval: a `datasets.Dataset`, or with `--streaming` an IterableDataset; None without such a split.
         about: what results say of their data: dataset, config, revision, train_split, train_images, split.
+        label_flaw: why no evaluation can use the labels; None if it can.
     """
 
     train: Any
     eval: Any
     class_names: list[str]
     about: dict[str, Any] = field(default_factory=dict)
+    label_flaw: str | None = None
 
 
 def load_images(args: DataArguments, labelled: bool = False) -> ImageSplits:
     """Open a dataset and give its columns their names.
 
     Args:
-        labelled: insist on labels and on a split to evaluate on.
+        labelled: insist on labels that an evaluation can use, and warn where only a part of the classes is used.
 
     Raises:
-        ValueError: no such dataset, split or column; a column that holds no images; an empty split.
+        ValueError: no such dataset, split or column; a column that holds no images; an empty split; unusable labels.
     """
     splits, files = _open(args)
-    if args.train_split not in splits:
-        raise ValueError(
-            f"train_split ({args.train_split!r}) is not in {args.dataset_name}: it has {', '.join(splits)}"
-        )
-    if args.eval_split is not None and args.eval_split not in splits:
-        raise ValueError(f"eval_split ({args.eval_split!r}) is not in {args.dataset_name}: it has {', '.join(splits)}")
-    eval_split = args.eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
-    columns = _find_columns(splits[args.train_split].features, args)
-    train = _undecoded(splits[args.train_split], columns)
-    class_names = _class_names(train, columns)
-    train = _by_shard(train, columns, files, args.max_train_samples) if args.streaming else _rename(train, columns)
-    train = _first(train, args.max_train_samples, args.train_split)
-    evaluation = None
-    if eval_split is not None and eval_split != args.train_split:
-        evaluation = _rename(_undecoded(splits[eval_split], columns), columns)
-        if not args.streaming:
-            evaluation = _first(evaluation, args.max_eval_samples, str(eval_split))
-    if labelled and not class_names:
-        raise ValueError(
-            f"{args.dataset_name} has no label column: name it with --label_column or choose another dataset"
-        )
-    if labelled and evaluation is None:
-        raise ValueError(
-            f"{args.dataset_name} has no split to evaluate on beside {', '.join(splits)}: name one with --eval_split; a "
-            "folder of images has splits as FOLDER/train/CLASS and FOLDER/test/CLASS"
-        )
+    eval_split = _find_eval_split(splits, args)
+    features = splits[args.train_split].features
+    columns = _find_columns(features, args)
+    class_names = _class_names(features, columns)
+    flaw = _missing_for_evaluation(splits, eval_split, columns, args)
+    evaluation: Any = None
+    if args.streaming:
+        train = _by_shard(splits[args.train_split], columns, files.get(args.train_split, []), args)
+        if eval_split is not None:
+            evaluation = _rename(_undecoded(splits[eval_split], columns), columns)
+    else:
+        train, labels = _by_index(splits[args.train_split], args.train_split, columns, args.max_train_samples)
+        class_names = class_names or number_classes(labels.whole)
+        if eval_split is not None:
+            evaluation, eval_labels = _by_index(splits[eval_split], eval_split, columns, args.max_eval_samples)
+        if flaw is None:
+            read = [*files.get(args.train_split, []), *files.get(str(eval_split), [])]
+            column, from_folders = _label_column(columns), splits[args.train_split].info.builder_name == "imagefolder"
+            flaw = find_renamed_class(features[column], column, read)
+            flaw = flaw or find_flaw(class_names, labels, eval_labels, from_folders)
+        if labelled and flaw is None and rank() == 0:
+            for warning in subset_warnings(class_names, labels, eval_labels):
+                print(f"warning: {warning}")
+    if labelled and flaw is not None:
+        raise ValueError(flaw)
     about = {
         "dataset": args.dataset_name,
         "config": args.dataset_config_name,
@@ -145,7 +154,35 @@ def load_images(args: DataArguments, labelled: bool = False) -> ImageSplits:
         "train_images": len(train),
         "split": eval_split,
     }
-    return ImageSplits(train, evaluation, class_names, about)
+    return ImageSplits(train, evaluation, class_names, about, flaw)
+
+
+def _find_eval_split(splits: dict[str, Any], args: DataArguments) -> str | None:
+    for name, split in (("train_split", args.train_split), ("eval_split", args.eval_split)):
+        if split is not None and split not in splits:
+            raise ValueError(f"{name} ({split!r}) is not in {args.dataset_name}: it has {', '.join(splits)}")
+    eval_split = args.eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
+    return None if eval_split == args.train_split else eval_split
+
+
+def _missing_for_evaluation(
+    splits: dict[str, Any], eval_split: str | None, columns: dict[str, str], args: DataArguments
+) -> str | None:
+    if "label" not in columns.values():
+        features = splits[args.train_split].features
+        others = [f"{name!r} holds {features[name]}" for name in LABEL_COLUMNS if name in features]
+        if others:
+            return (
+                f"{args.dataset_name} has no column of class numbers: {others[0]}. Turn it into a ClassLabel with `datasets`' "
+                "class_encode_column, or name another with --label_column"
+            )
+        return f"{args.dataset_name} has no label column: name it with --label_column or choose another dataset"
+    if eval_split is None:
+        return (
+            f"{args.dataset_name} has no split to evaluate on beside {', '.join(splits)}: name one with --eval_split; a "
+            "folder of images has splits as FOLDER/train/CLASS and FOLDER/test/CLASS"
+        )
+    return None
 
 
 def _revision(split) -> str:
@@ -156,12 +193,12 @@ def _revision(split) -> str:
     return f"fingerprint {split._fingerprint}" if isinstance(split, datasets.Dataset) else "unknown (streamed)"
 
 
-def _open(args: DataArguments) -> tuple[dict[str, Any], list[str]]:
-    """The splits, and of a stream the files with the images to train on."""
+def _open(args: DataArguments) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The splits, and the files that each was read from."""
     name, path = args.dataset_name, Path(args.dataset_name)
     if name == "digits":
         digits = load_digits()
-        return {k: v.to_iterable_dataset(num_shards=4) for k, v in digits.items()} if args.streaming else digits, []
+        return {k: v.to_iterable_dataset(num_shards=4) for k, v in digits.items()} if args.streaming else digits, {}
     if path.is_file():
         builders = {".parquet": "parquet", ".tar": "webdataset"}
         if path.suffix not in builders:
@@ -172,15 +209,16 @@ def _open(args: DataArguments) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(
             f"dataset_name ({name}) does not exist: pass a folder, a parquet or tar file, or a Hub dataset"
         )
-    load = datasets.load_dataset_builder if args.streaming else datasets.load_dataset
     try:
         if path.is_file():
-            opened = load(builders[path.suffix], data_files={args.train_split: str(path)})
+            builder = datasets.load_dataset_builder(builders[path.suffix], data_files={args.train_split: str(path)})
         else:
-            opened = load(name, args.dataset_config_name)
-        if not args.streaming:
-            return opened, []
-        return opened.as_streaming_dataset(), opened.config.data_files.get(args.train_split, [])
+            builder = datasets.load_dataset_builder(name, args.dataset_config_name)
+        files = builder.config.data_files or {}  # none where a Hub dataset comes from the cache
+        if args.streaming:
+            return builder.as_streaming_dataset(), files
+        builder.download_and_prepare()
+        return builder.as_dataset(), files
     except (OSError, ValueError, DatasetGenerationError, tarfile.ReadError) as error:
         raise ValueError(
             f"dataset_name ({name}) could not be opened as a folder, a file of images or a Hub dataset ({error}): check "
@@ -235,32 +273,55 @@ def _rename(split, columns: dict[str, str]):
 
 
 def _by_shard(
-    split: datasets.IterableDataset, columns: dict[str, str], files: list[str], limit: int | None
+    split: datasets.IterableDataset, columns: dict[str, str], files: list[str], args: DataArguments
 ) -> ShardedRows:
+    split = _undecoded(split, columns)
     # `datasets` would take 0.1 ms per row to rename columns, and 10 ms per shard to copy the names of 1,000 classes,
     # which only sources other than parquet need to make numbers of them.
     for column, name in columns.items():
         if name == "label" and are_parquet(files):
             split = split.cast_column(column, datasets.Value("int64"))
-    return ShardedRows(split, columns, count_rows(split, files, limit))
+    rows = ShardedRows(split, columns, count_rows(split, files, args.max_train_samples))
+    _check_size(rows, args.train_split)
+    return rows if args.max_train_samples is None else rows.first(args.max_train_samples)
 
 
-def _class_names(split, columns: dict[str, str]) -> list[str]:
-    for column, name in columns.items():
-        feature = split.features[column]
-        if isinstance(feature, datasets.ClassLabel):
-            return feature.names
-        if name == "label" and isinstance(split, datasets.Dataset):
-            return [str(i) for i in range(max(split.unique(column)) + 1)]
-    return []
+def _by_index(
+    split: datasets.Dataset, name: str, columns: dict[str, str], limit: int | None
+) -> tuple[datasets.Dataset, SplitLabels]:
+    """The rows that are used, and the labels of all."""
+    _check_size(split, name)
+    whole = _rename(_undecoded(split, columns), columns)
+    rows = whole if limit is None else whole.select(range(min(limit, len(whole))))
+    _check_images(rows, name, columns)
+    return rows, SplitLabels(name, read_labels(whole), len(rows))
 
 
-def _first(split: datasets.Dataset | ShardedRows, count: int | None, name: str) -> datasets.Dataset | ShardedRows:
+def _check_size(split: datasets.Dataset | ShardedRows, name: str) -> None:
     if len(split) == 0:
         raise ValueError(f"split {name!r} is empty: choose another")
-    if count is None:
-        return split
-    return split.first(count) if isinstance(split, ShardedRows) else split.select(range(min(count, len(split))))
+
+
+def _check_images(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> None:
+    tried = min(TRIED_IMAGES, len(rows))
+    for row in rows.select(range(tried)):
+        with suppress(OSError):
+            if row["image"] is not None:
+                decode_image(row["image"])
+                return
+    raise ValueError(
+        f"none of the first {tried} images of split {name!r}, column {next(iter(columns))!r}, can be read: check the files, "
+        "or name another column with --image_column"
+    )
+
+
+def _class_names(features: datasets.Features, columns: dict[str, str]) -> list[str]:
+    label = features[_label_column(columns)] if "label" in columns.values() else None
+    return label.names if isinstance(label, datasets.ClassLabel) else []
+
+
+def _label_column(columns: dict[str, str]) -> str:
+    return next(column for column, name in columns.items() if name == "label")
 
 
 def load_digits() -> datasets.DatasetDict:

@@ -46,7 +46,7 @@ def build_trainer(args: PretrainArguments) -> MoCoTrainer:
                     f"knn_k ({max(training.knn_k)}) is larger than the bank ({len(bank)} images): lower it"
                 )
         elif training.process_index == 0:
-            print(f"The kNN monitor is off: it needs {missing}.")
+            print(f"The kNN monitor is off: {missing}.")
     set_seed(training.seed)
     model = MoCoModel(args.config)
     check_image_size(model, data.image_size)
@@ -72,11 +72,7 @@ def _training_images(args: PretrainArguments, splits: ImageSplits) -> MapImages 
 
 
 def _missing_for_knn(args: PretrainArguments, splits: ImageSplits) -> str | None:
-    if args.data.streaming:
-        return "an indexed dataset (no --streaming)"
-    if not splits.class_names:
-        return "a label column"
-    return "a split to evaluate on" if splits.eval is None else None
+    return "it needs an indexed dataset (no --streaming)" if args.data.streaming else splits.label_flaw
 
 
 @torch.no_grad()

@@ -1,0 +1,46 @@
+"""Fine-tune an encoder with few labels or all: `accelerate launch scripts/finetune.py runs/mine --label_fraction 0.1`."""
+
+import sys
+
+from transformers.utils.logging import disable_progress_bar
+
+from training.cli import REQUEUE, claim_output_dir, one_line_errors
+from training.data import load_images
+from training.finetune import announce, build_trainer, choose_labelled, finish, parse_finetune, save_split
+from training.sgd_trainer import TrainingError
+
+
+def main(argv: list[str]) -> None:
+    disable_progress_bar()  # transformers' bars for loading and saving weights
+    with one_line_errors():
+        run = parse_finetune(argv)
+        splits = load_images(run.data, labelled=True)
+        labelled = choose_labelled(splits, run.training)
+        trainer = build_trainer(run, splits, labelled)
+        about = {"title": f"fine-tuning {run.encoder}"}
+        checkpoint = claim_output_dir(run.training, trainer.division, run.settings, about)
+        save_split(splits, run.training, labelled)
+    if trainer.is_world_process_zero():
+        announce(run, trainer)
+        if checkpoint:
+            print(f"Continuing from {checkpoint}.")
+    with one_line_errors((TrainingError,)):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.terminated:
+        if trainer.is_world_process_zero():
+            print(f"Stopped by SIGTERM at step {trainer.state.global_step}, saved. The same command continues.")
+        raise SystemExit(REQUEUE)
+    scores = finish(run, trainer, splits)
+    if trainer.is_world_process_zero():
+        low, high = scores.interval
+        print(f"top-1 {scores.top1:.1f} % ({low:.1f} to {high:.1f}), top-5 {scores.top5:.1f} %, {scores.n:,} images")
+        folder = run.training.output_dir
+        print(f"Saved to {folder}, results to {run.encoder.home}/results.json. Classify:")
+        print(
+            '  python -c "from transformers import pipeline; import modeling_moco; '
+            f"print(pipeline('image-classification', '{folder}')('IMAGE'))\""
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,128 @@
+"""Whether an evaluation can use the labels of two splits: what would break or falsify it, in one line with a remedy.
+
+Labels are class numbers from 0, one for each of `n` images; -1 stands for none, as in the Hub's ImageNet test split.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+
+
+@dataclass(frozen=True)
+class SplitLabels:
+    """Labels of a split (n,), of which the first `kept` are used."""
+
+    split: str
+    whole: np.ndarray
+    kept: int
+
+    @property
+    def used(self) -> np.ndarray:
+        return self.whole[: self.kept]
+
+
+def read_labels(rows: datasets.Dataset) -> np.ndarray:
+    """Labels (n,) of all rows."""
+    if "label" not in rows.column_names:
+        return np.full(len(rows), -1)
+    labels: np.ndarray = rows.with_format("arrow")["label"][:].fill_null(-1).to_numpy()
+    return labels
+
+
+def number_classes(labels: np.ndarray) -> list[str]:
+    """Names of classes that have only numbers. None where the labels (n,) do not number classes from 0."""
+    largest = int(labels.max())
+    return [str(number) for number in range(largest + 1)] if largest < len(labels) else []
+
+
+def find_flaw(names: list[str], train: SplitLabels, test: SplitLabels, from_folders: bool = False) -> str | None:
+    """Why no classifier of these classes can be trained on one split and evaluated on the other; None if it can.
+
+    Args:
+        from_folders: the names are those of folders, which ought to be the same in both splits. Elsewhere a class without
+            training images is what a small sample of a large dataset has.
+    """
+    for labels, flag in ((train, "--train_split"), (test, "--eval_split")):
+        unlabelled = int((labels.used < 0).sum())
+        if unlabelled:
+            return (
+                f"{unlabelled:,} of {labels.kept:,} images of split {labels.split!r} have no label (nothing, or -1): choose "
+                f"another split with {flag}, or leave them out of the dataset"
+            )
+    if not names:
+        return (
+            f"split {train.split!r} has {len(train.whole):,} images and labels up to {train.whole.max():,}, which do not "
+            "number classes from 0: turn them into a ClassLabel with `datasets`' class_encode_column, or name another column "
+            "with --label_column"
+        )
+    for labels, flag in ((train, "--train_split"), (test, "--eval_split")):
+        if labels.used.max() >= len(names):
+            return (
+                f"label {labels.used.max():,} of split {labels.split!r} is none of the {len(names):,} classes of "
+                f"{train.split!r}, 0 to {len(names) - 1:,}: leave its images out, or choose another split with {flag}"
+            )
+    classes = np.unique(train.used)
+    if len(classes) < 2:
+        some = train.kept < len(train.whole)
+        return (
+            f"{f'the first {train.kept:,}' if some else 'all'} images of split {train.split!r} are of one class, "
+            f"{names[classes[0]]!r}: "
+            + ("raise --max_train_samples" if some else "use images of two classes, or another --label_column")
+        )
+    unseen = np.setdiff1d(test.used, train.whole)
+    if len(unseen) and (from_folders or len(unseen) == len(np.unique(test.used))):
+        return (
+            f"class {names[unseen[0]]!r} of split {test.split!r} has no image in split {train.split!r}: name the classes of "
+            "both alike, or leave it out"
+        )
+    return None
+
+
+def find_renamed_class(label: datasets.ClassLabel | datasets.Value, column: str, files: list[str]) -> str | None:
+    """Where a parquet file on this machine names its classes otherwise than the dataset does.
+
+    `datasets` reads all files with the features of the first: a class that is number 0 here and number 2 there would be
+    taken for another without a word. (Splits pushed to the Hub have been compared on the way.)
+
+    Args:
+        label: feature of the label column, as the dataset was opened.
+        files: of the splits that are used.
+    """
+    for file in files:
+        if not (isinstance(label, datasets.ClassLabel) and file.endswith(".parquet") and os.path.isfile(file)):
+            continue
+        stated = datasets.Features.from_arrow_schema(pq.read_schema(file)).get(column)
+        theirs = stated.names if isinstance(stated, datasets.ClassLabel) else label.names  # bare numbers have no names
+        for number, (name, other) in enumerate(zip_longest(label.names, theirs)):
+            if name != other:
+                return (
+                    f"class {number} is {_quoted(name)} in the dataset and {_quoted(other)} in {file}: write its files again "
+                    "with the same class names in the same order"
+                )
+    return None
+
+
+def _quoted(name: str | None) -> str:
+    return "absent" if name is None else repr(name)
+
+
+def subset_warnings(names: list[str], train: SplitLabels, test: SplitLabels) -> Iterator[str]:
+    """Where a part of the classes is missing."""
+    for labels, flag in ((train, "--max_train_samples"), (test, "--max_eval_samples")):
+        there, used = len(np.unique(labels.whole)), len(np.unique(labels.used))
+        if used < there:
+            yield (
+                f"the first {labels.kept:,} images of split {labels.split!r} have {used:,} of its {there:,} classes: raise "
+                f"{flag}, or shuffle the dataset"
+            )
+    unseen = np.setdiff1d(test.used, train.whole)
+    if len(unseen):
+        yield (
+            f"{len(unseen):,} of the {len(np.unique(test.used)):,} classes of split {test.split!r} have no image in split "
+            f"{train.split!r}, {names[unseen[0]]!r} for one: no classifier will find them"
+        )
