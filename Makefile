@@ -18,7 +18,8 @@ setup: .venv/installed  ## build .venv and install the project into it (about 6 
 
 demo: setup  ## pretrain on scikit-learn's digits, probe, classify: three minutes on two cores, no download
 	$(LAUNCH) scripts/pretrain.py --recipe quickstart
-	$(LAUNCH) scripts/linear_probe.py runs/quickstart --logistic
+	$(LAUNCH) scripts/linear_probe.py runs/quickstart
+	$(LAUNCH) scripts/linear_probe.py runs/quickstart --mode cached
 
 test: setup lint  ## lint, types and tests
 	$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile

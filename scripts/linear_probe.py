@@ -2,15 +2,24 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import pipeline
 from transformers.utils import logging
 
 from training.cli import REQUEUE, claim_output_dir, one_line_errors
-from training.data import load_images
+from training.data import ImageSplits, load_images
 from training.images import decode_image
-from training.linear_probe import build_trainer, load_classifier, logistic_top1, parse_linear_probe
+from training.linear_probe import (
+    Probe,
+    build_trainer,
+    finish,
+    load_classifier,
+    parse_linear_probe,
+    run_cached,
+    save_probe,
+)
 from training.sgd_trainer import TrainingError
 
 SHOWN_IMAGES = 4
@@ -19,53 +28,52 @@ SHOWN_IMAGES = 4
 def main(argv: list[str]) -> None:
     logging.disable_progress_bar()
     with one_line_errors():
-        args = parse_linear_probe(argv)
-        splits = load_images(args.data, labelled=True)
-        model = load_classifier(args.encoder, splits, args.training.seed)
-        trainer = build_trainer(model, args.training, args.data, splits)
-        checkpoint = claim_output_dir(args.training, trainer.division, args.settings, {"title": args.title})
-    folder = Path(str(args.training.output_dir))
-    if trainer.is_world_process_zero():
-        print(f"{args.title}: {len(splits.train):,} images, {len(splits.class_names)} classes, to {folder}")
-    with one_line_errors((TrainingError,)):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.terminated:
-        raise SystemExit(REQUEUE)
-    evaluations = [entry for entry in trainer.state.log_history if "eval_top1" in entry]
-    metrics = evaluations[-1] if evaluations else trainer.evaluate()
-    trainer.save_model(str(folder))
-    logistic = logistic_top1(trainer, args.data.evaluation_view()) if args.training.logistic else None
-    if not trainer.is_world_process_zero():
-        return
-    result = {"protocol": args.title, "top1": metrics["eval_top1"], "top5": metrics["eval_top5"], "n": len(splits.eval)}
-    if logistic is not None:
-        result["logistic_top1"] = logistic
-    (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        run = parse_linear_probe(argv)
+        splits = load_images(run.data, labelled=True)
+        model = load_classifier(run.encoder, splits, run.training.seed)
+        official = run.training.mode == "official"
+        trainer = build_trainer(model, run.training, run.data, splits) if official else None
+        division = None if trainer is None else trainer.division
+        checkpoint = claim_output_dir(run.training, division, run.settings, {"title": run.title})
+    folder = Path(str(run.training.output_dir))
+    if run.training.process_index == 0:
+        print(f"{run.title}\n{len(splits.train):,} images, {len(splits.class_names)} classes, to {folder}")
+    probes: Iterable[Probe]
+    if trainer is None:
+        probes = run_cached(model, run.training, run.data, splits, run.encoder.home / "features")
+    else:
+        with one_line_errors((TrainingError,)):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.terminated:
+            raise SystemExit(REQUEUE)
+        probes = [finish(trainer, model)]
+    top1 = {}
+    for probe in probes:
+        if run.training.process_index == 0:
+            save_probe(probe, run, splits, model.moco)
+            print(probe.table())
+            top1[f"linear probe, {probe.name}"] = probe.scores.top1
+    if run.training.process_index == 0:
+        if official:
+            classify_some(folder, splits)
+        print_table(run.encoder.home, top1)
+
+
+def classify_some(folder: Path, splits: ImageSplits) -> None:
     classify = pipeline("image-classification", model=str(folder))
     print(f"pipeline('image-classification', model='{folder}') on test images:")
     for row in splits.eval.select(range(min(SHOWN_IMAGES, len(splits.eval)))):
         best = classify(decode_image(row["image"]))[0]
         print(f"  {splits.class_names[row['label']]} is called {best['label']} ({best['score']:.2f})")
-    print_table(args.encoder.home, result)
-    print(
-        "Next:\n"
-        f'  python -c "from transformers import pipeline; import modeling_moco; '
-        f"print(pipeline('image-classification', '{folder}')('IMAGE'))\"\n"
-        "  accelerate launch --quiet scripts/pretrain.py --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER "
-        "--batch_norm split --output_dir runs/mine\n"
-        "  accelerate launch --quiet scripts/pretrain.py --help"
-    )
 
 
-def print_table(run: Path, result: dict) -> None:
-    pretraining = run / "metrics.json"
-    rows = {}
+def print_table(home: Path, top1: dict[str, float]) -> None:
+    pretraining = home / "metrics.json"
+    rows: dict[str, float | None] = {}
     if pretraining.is_file():
         numbers = json.loads(pretraining.read_text(encoding="utf-8"))
         rows = {"kNN before training": numbers["knn_top1_before"], "kNN after": numbers["knn_top1_after"]}
-    rows["linear probe top-1"] = result["top1"]
-    if "logistic_top1" in result:
-        rows["logistic probe top-1"] = result["logistic_top1"]
+    rows |= top1
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}} | " + (f"{value:5.1f} %" if value is not None else "not measured"))

@@ -118,17 +118,41 @@ def test_the_pipeline_loads_the_probe_and_reaches_its_accuracy(quickstart, scrip
     folder, _, _ = quickstart
     script("linear_probe").main([str(folder), "--num_train_epochs", "1", "--use_cpu", "--disable_tqdm", "True"])
     out = capsys.readouterr().out
-    assert "linear probe top-1" in out
+    assert "linear probe, official |" in out
     assert "kNN before training" in out
+    assert "95 % of last" in out
     probe = folder / "linear_probe"
-    result = json.loads((probe / "metrics.json").read_text())
-    assert result["n"] == 360
+    (result,) = json.loads((probe / "metrics.json").read_text())["probes"]
+    assert (result["name"], result["n"]) == ("official", 360)
+    assert read_results(folder)[-3]["model"] == encoder_digest(MoCoModel.from_pretrained(folder))
     pretrained = MoCoModel.from_pretrained(folder).encoder_q.state_dict()
     for name, tensor in MoCoForImageClassification.from_pretrained(probe).moco.encoder_q.state_dict().items():
         assert torch.equal(tensor, pretrained[name]), name
     classify = pipeline("image-classification", model=str(probe))
     hits = [classify(row["image"].convert("RGB"))[0]["label"] == str(row["label"]) for row in load_digits()["test"]]
     assert 100 * np.mean(hits) == pytest.approx(result["top1"], abs=0.5)
+
+
+def test_the_cached_probe_shares_the_features_of_knn(quickstart, script, capsys):
+    folder, _, _ = quickstart
+    script("knn").main([str(folder), "--use_cpu"])
+    features = sorted((folder / "features").iterdir())
+    script("linear_probe").main([str(folder), "--mode", "cached", "--learning_rates", "0.3", "1", "--use_cpu"])
+    assert sorted((folder / "features").iterdir()) == features
+    out = capsys.readouterr().out
+    for shown in (
+        "linear probe, cached SGD ",
+        "linear probe, cached L-BFGS |",
+        "kNN after",
+        "chosen: rate",
+        "chosen: C",
+    ):
+        assert shown in out
+    probe = folder / "linear_probe_cached"
+    names = [entry["name"] for entry in json.loads((probe / "metrics.json").read_text())["probes"]]
+    assert names == ["cached SGD", "cached L-BFGS"]
+    assert {path.name for path in probe.glob("*.png")} == {"confusion_sgd.png", "confusion_lbfgs.png"}
+    assert "L-BFGS" in read_results(folder)[-1]["protocol"]
 
 
 def test_knn_of_a_saved_run_is_the_monitors_and_travels(quickstart, script, capsys):

@@ -119,11 +119,17 @@ def nearest_name(word: str, known: list[str]) -> str:
 
 
 def claim_output_dir(
-    training: SGDTrainingArguments, division: Division, settings: dict[str, dict[str, Any]], about: dict[str, str]
+    training: SGDTrainingArguments,
+    division: Division | None,
+    settings: dict[str, dict[str, Any]],
+    about: dict[str, str],
 ) -> str | None:
     """Make the output directory this run's own.
 
     An empty one gets `about` and `settings` as `recipe.yaml`. One that holds the same run is continued.
+
+    Args:
+        division: how the run divides its images; None for one without checkpoints.
 
     Returns:
         the checkpoint to continue from, if any.
@@ -138,7 +144,7 @@ def claim_output_dir(
         if saved.is_file() and len(list(folder.iterdir())) > 1:  # alone, it is what a crash at the start left
             there = yaml.safe_load(saved.read_text(encoding="utf-8"))
             _check_same_run(folder, there, settings)
-            checkpoint = _checkpoint_of(folder, training, division)
+            checkpoint = None if division is None else _checkpoint_of(folder, training, division)
         elif training.process_index == 0:
             _write_recipe(folder, {"about": about} | settings)
     _check_same_view(folder, checkpoint)

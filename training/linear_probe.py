@@ -1,31 +1,69 @@
-"""The official linear protocol: a frozen encoder in evaluation mode, and a linear classifier trained on augmented crops.
+"""The linear probe of a frozen encoder, as it is published or on features that are extracted once.
 
-Source: facebookresearch/moco, main_lincls.py (arXiv:1911.05722, section 4.1): SGD, rate 30, no weight decay, 100 epochs,
-a tenth of the rate at 60 and 80, batch 256.
+`official` is facebookresearch/moco, main_lincls.py (arXiv:1911.05722, section 4.1): a linear classifier on augmented crops,
+the encoder in evaluation mode; SGD, rate 30, no weight decay, 100 epochs, a tenth of the rate at 60 and 80, batch 256. With
+several rates as many classifiers share one forward. `cached` fits them to kept features of the evaluation view. Both
+choose between settings on a held-out part of the train split. Shapes: `N` batch, `C` classes, `H` heads.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from sklearn.linear_model import LogisticRegression
-from transformers import EvalPrediction
+import torch.nn.functional as F
+from sklearn.pipeline import Pipeline
+from torch import nn
+from tqdm import tqdm
+from transformers import TrainerControl
 
-from modeling_moco import MoCoForImageClassification
+from modeling_moco import MoCoForImageClassification, MoCoModel
+from modeling_moco.distributed_moco import rank
+from modeling_moco.modeling_moco import MoCoPreTrainedModel
 
-from .augment import EvaluationView, OneView, build_policy
+from . import plots
+from .augment import OneView, build_policy
+from .cached_probe import Heads, class_logits, converged, regularisation_path, train_heads
 from .data import DataArguments, ImageSplits
-from .evaluation import Encoder, parse_evaluation
-from .features import extract_features, unit
+from .evaluation import Encoder, parse_evaluation, pretraining_recipe
+from .features import cached_features, encoder_digest, extract_features
 from .images import MapImages
-from .scores import score
+from .results import Result, append_results
+from .scores import Scores, score
 from .sgd_trainer import SGDTrainer, SGDTrainingArguments
+
+CACHED_RATES = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
+STRENGTHS = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]  # C of L-BFGS
+HELD_OUT = 10  # one of so many training images
+READ_BY_CACHED = {
+    *("mode", "learning_rates", "num_train_epochs", "lr_milestones", "global_batch_size", "seed", "use_cpu"),
+    *("per_device_eval_batch_size", "dataloader_num_workers"),
+}
 
 
 @dataclass
 class LinearProbeArguments(SGDTrainingArguments):
     """The published settings."""
 
+    mode: Literal["official", "cached"] = field(
+        default="official",
+        metadata={
+            "help": "official: augmented crops, as published; cached: features extracted once, in seconds. cached reads "
+            + ", ".join(sorted(READ_BY_CACHED - {"mode"}))
+        },
+    )
+    learning_rates: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "train a classifier at each of these rates and choose on a held-out tenth of the train split; by default "
+            f"learning_rate alone, in cached mode {' '.join(f'{rate:g}' for rate in CACHED_RATES)}"
+        },
+    )
     num_train_epochs: float = field(default=100, metadata={"help": "passes over the images"})
     learning_rate: float = field(default=30.0, metadata={"help": "the features are small, hence the size"})
     weight_decay: float = field(default=0.0, metadata={"help": "of the classifier"})
@@ -34,52 +72,161 @@ class LinearProbeArguments(SGDTrainingArguments):
     )
     global_batch_size: int | None = field(default=256, metadata={"help": "images per optimizer step over all devices"})
     eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, epoch"})
-    logistic: bool = field(default=False, metadata={"help": "also fit a logistic regression to the features"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        name = "learning_rate" if self.learning_rates is None else "learning_rates"
+        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
+            raise ValueError(f"{name} ({_listed(self.rates)}) must be above 0: the published one is 30")
+        if len({f"{rate:g}" for rate in self.rates}) < len(self.rates):
+            raise ValueError(f"{name} ({_listed(self.rates)}) has a rate twice: name each once")
+
+    @property
+    def rates(self) -> list[float]:
+        """The rate of every head."""
+        if self.learning_rates is not None:
+            return self.learning_rates
+        return CACHED_RATES if self.mode == "cached" else [self.learning_rate]
+
+    @property
+    def protocol(self) -> str:
+        """The words that stand for training by SGD with these settings in results."""
+        rates = f"rate {_listed(self.rates)}" + (" by a held-out tenth" if len(self.rates) > 1 else "")
+        drops = f"a tenth at {_listed(self.lr_milestones)}" if self.lr_milestones else "cosine"
+        return f"{rates}, {self.num_train_epochs:g} epochs, {drops}, batch {self.images_per_step}"
 
 
-class LinearProbeTrainer(SGDTrainer):
-    """Trains the classifier of a [`MoCoForImageClassification`] and nothing else.
+def _listed(numbers: list[Any]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
+
+
+# What is reported
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    """Top-1 accuracies of one classifier in per cent.
+
+    Args:
+        setting: what it was trained with.
+        held_out: of the held-out images, which choose; None where nothing is to be chosen.
+        last: of the evaluated images, after training.
+        best, best_epoch: of the evaluated images after the epoch at which that was highest; None without epochs.
+    """
+
+    setting: str
+    held_out: float | None
+    last: float
+    best: float | None = None
+    best_epoch: float | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one probe found.
+
+    Args:
+        name: "official", "cached SGD" or "cached L-BFGS".
+        protocol: what was done, for results.
+        trained_on: images that `final` was trained on. Where they are all of the train split and several settings were
+            compared, `final` was trained anew, the held-out images included.
+        final: the classifier that the result is about.
+        scores: its scores after training, on the evaluated images.
+        heads: all that were compared.
+    """
+
+    name: str
+    protocol: str
+    trained_on: int
+    final: HeadReport
+    scores: Scores
+    heads: list[HeadReport]
+
+    def results(self, seed: int) -> list[Result]:
+        """Top-1 and top-5 after training, and the best epoch's top-1, which the official code reports."""
+        settings: dict[str, Any] = {"chosen": self.final.setting, "trained_on": self.trained_on}
+        results = self.scores.results(self.protocol, settings=settings, seed=seed)
+        if self.final.best is not None:
+            settings = settings | {"epoch": self.final.best_epoch}
+            protocol = f"{self.protocol}, best epoch on the evaluated images"
+            results.append(Result(protocol, "top1", self.final.best, self.scores.n, settings=settings, seed=seed))
+        return results
+
+    def about(self, class_names: list[str]) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return {
+            "name": self.name,
+            "protocol": self.protocol,
+            "top1": self.scores.top1,
+            "top5": self.scores.top5,
+            "interval": self.scores.interval,
+            "n": self.scores.n,
+            "trained_on": self.trained_on,
+            "final": asdict(self.final),
+            "heads": [asdict(head) for head in self.heads],
+            "per_class": [
+                {"class": name, "top1": top1} for name, top1 in zip(class_names, self.scores.per_class, strict=True)
+            ],
+            "confusion": self.scores.confusion.tolist(),
+        }
+
+    def table(self) -> str:
+        """Lines of text: every head, and the one that the result is about with its 95 % interval."""
+        low, high = self.scores.interval
+        rows: list[tuple[str, ...]] = [("", "held out", "last", "best", "at epoch", "95 % of last")]
+        compared = self.heads if len(self.heads) > 1 else []
+        rows += [_cells(head) for head in compared]
+        rows.append((*_cells(self.final, chosen=bool(compared))[:-1], f"{low:.2f} to {high:.2f}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([self.protocol, *lines])
+
+
+def _cells(head: HeadReport, chosen: bool = False) -> tuple[str, ...]:
+    numbers = ("" if value is None else f"{value:.2f} %" for value in (head.held_out, head.last, head.best))
+    epoch = "" if head.best_epoch is None else f"{head.best_epoch:g}"
+    return (f"chosen: {head.setting}" if chosen else head.setting, *numbers, epoch, "")
+
+
+def choose(heads: list[HeadReport]) -> int:
+    """Index of the head that is best on the held-out images, the first of equals."""
+    return max(range(len(heads)), key=lambda i: heads[i].held_out or 0.0)
+
+
+def hold_out(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the images to train on and of those to choose by: a tenth of every class, at least one of two or more.
 
     Raises:
-        RuntimeError: after training, if any weight or statistic of the encoder has changed.
+        ValueError: no class has two images.
     """
-
-    def __init__(self, model: MoCoForImageClassification, args: LinearProbeArguments, **kwargs):
-        model.moco.requires_grad_(False)
-        super().__init__(model=model, args=args, compute_metrics=top_accuracies, **kwargs)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        model.eval()  # in training mode BatchNorm would adapt to the labelled images
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def train(self, *args, **kwargs):
-        before = {name: tensor.clone() for name, tensor in self.model.moco.state_dict().items()}
-        result = super().train(*args, **kwargs)
-        after = self.model.moco.state_dict()
-        changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
-        if changed:
-            raise RuntimeError(f"the linear protocol changed the encoder: {', '.join(changed[:5])}")
-        return result
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]  # class by class, shuffled within
+    counts = labels.bincount()
+    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]  # within its class
+    share = torch.where(counts > 1, (counts // HELD_OUT).clamp(min=1), 0)
+    held = place < share[labels[order]]
+    if not held.any():
+        raise ValueError(
+            f"the train split ({len(labels)} images) has no class of two, so that none can be held out to choose by: use "
+            "more images, or in official mode a single --learning_rate"
+        )
+    return order[~held].sort().values, order[held].sort().values
 
 
-def top_accuracies(prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in per cent."""
-    scores = score(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))
-    return {"top1": scores.top1, "top5": scores.top5}
+def save_probe(probe: Probe, run: "ProbeRun", splits: ImageSplits, encoder: MoCoModel) -> None:
+    """Write a probe to `metrics.json` and a picture in the output directory, and to the encoder's `results.json`."""
+    folder = Path(str(run.training.output_dir))
+    path = folder / "metrics.json"
+    written = json.loads(path.read_text(encoding="utf-8"))["probes"] if path.is_file() else []
+    probes = [entry for entry in written if entry["name"] != probe.name] + [probe.about(splits.class_names)]
+    metrics = {"mode": run.training.mode, "encoder": str(run.encoder), "probes": probes}
+    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    name = {"official": "confusion", "cached SGD": "confusion_sgd", "cached L-BFGS": "confusion_lbfgs"}[probe.name]
+    plots.confusion_matrix(probe.scores.confusion, splits.class_names, folder / f"{name}.png")
+    append_results(run.encoder.home, probe.results(run.training.seed), model=encoder_digest(encoder), data=splits.about)
 
 
-def logistic_top1(trainer: LinearProbeTrainer, view: EvaluationView) -> float:
-    """Accuracy in per cent of scikit-learn's logistic regression on unit-length features of the evaluation view.
-
-    It takes one pass over the images and seconds, but its number is another protocol's.
-    """
-    encoder = trainer.model.moco
-    train, test = MapImages(trainer.train_dataset.source, view), trainer.eval_dataset
-    features, labels = extract_features(encoder, train)
-    test_features, test_labels = extract_features(encoder, test)
-    classifier = LogisticRegression(C=100, max_iter=3000)  # C 1 would all but ignore features of unit length
-    classifier.fit(unit(features).numpy(), labels.numpy())
-    return 100 * classifier.score(unit(test_features).numpy(), test_labels.numpy())
+# The command line
 
 
 @dataclass
@@ -93,14 +240,15 @@ class ProbeRun:
 
     @property
     def title(self) -> str:
-        return f"linear protocol on {self.encoder}, {self.training.num_train_epochs:g} epochs"
+        return f"linear probe of {self.encoder}, {self.training.mode}: {self.training.protocol}"
 
 
 def parse_linear_probe(argv: list[str]) -> ProbeRun:
     """Flags over the data and probe settings of the pretraining run (`recipe.yaml` beside the model), if there is one.
 
     Raises:
-        ValueError: no model there, no dataset named, an unknown flag, or a value out of its range.
+        ValueError: no model there, no dataset named, an unknown flag, one that the mode has no use for, or a value out of
+            its range.
     """
     encoder, (data, training), settings = parse_evaluation(
         argv,
@@ -110,6 +258,23 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
         defaults=lambda recipe: recipe.get("probe", {}),
         output="linear_probe",
     )
+    of_recipe = pretraining_recipe(encoder.source).get("probe", {})
+    given = {key for key, value in settings["training"].items() if key not in of_recipe or value != of_recipe[key]}
+    if training.mode == "cached":
+        if given - READ_BY_CACHED:
+            raise ValueError(
+                f"{', '.join(sorted(given - READ_BY_CACHED))} means nothing in the cached mode, which reads "
+                f"{', '.join(sorted(READ_BY_CACHED))}: leave it out"
+            )
+        settings["training"] = {key: value for key, value in settings["training"].items() if key in READ_BY_CACHED}
+        if not any(word.startswith(("--output_dir", "--output-dir")) for word in argv):
+            training.output_dir = str(encoder.home / "linear_probe_cached")
+    elif training.learning_rates is not None and "learning_rate" in given:
+        raise ValueError(
+            f"learning_rate ({training.learning_rate:g}) and learning_rates ({_listed(training.rates)}) were both given: "
+            "pass one of them"
+        )
+    settings["training"]["mode"] = training.mode
     return ProbeRun(encoder, data, training, settings)
 
 
@@ -121,15 +286,237 @@ def load_classifier(encoder: Encoder, splits: ImageSplits, seed: int) -> MoCoFor
     )
 
 
+# Official
+
+
+class LinearHeads(MoCoPreTrainedModel):
+    """A frozen encoder and several linear classifiers on its features, all with the weights of the given one."""
+
+    def __init__(self, classifier: MoCoForImageClassification, heads: int):
+        super().__init__(classifier.config)
+        self.post_init()
+        self.moco = classifier.moco.requires_grad_(False)
+        self.heads = nn.ModuleList(copy.deepcopy(classifier.classifier) for _ in range(heads))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Class logits of every head (H, N, C)."""
+        features = self.moco(pixel_values).pooler_output
+        return torch.stack([head(features) for head in self.heads])
+
+
+class LinearProbeTrainer(SGDTrainer):
+    """Trains the heads of [`LinearHeads`], each at its rate, and nothing else.
+
+    A head gets the gradient that it would get alone. The encoder is frozen and the view of evaluation fixed, so that an
+    evaluation is a matrix product with features that are extracted before training.
+
+    Args:
+        held_out: images in the evaluation view that choose between heads; None for a single one.
+
+    Raises:
+        RuntimeError: after training, if any weight or statistic of the encoder has changed.
+    """
+
+    control: TrainerControl
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(self, model: LinearHeads, args: LinearProbeArguments, held_out: MapImages | None, **kwargs):
+        super().__init__(model=model, args=args, **kwargs)
+        self.held_out = held_out
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            heads = zip(self.model.heads, self.args.rates, strict=True)
+            groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in heads]
+            self.optimizer = kind(groups, **settings, weight_decay=self.args.weight_decay)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        model.eval()  # in training mode BatchNorm would adapt to the labelled images
+        logits = model(inputs["pixel_values"])
+        loss = torch.stack([F.cross_entropy(x.float(), inputs["labels"]) for x in logits]).sum()
+        return (loss, logits) if return_outputs else loss
+
+    def train(self, *args, **kwargs):
+        before = {name: tensor.clone() for name, tensor in self._encoder_tensors().items()}
+        _ = self._features  # now, so that a resumed run finds the random state of its checkpoint undisturbed
+        result = super().train(*args, **kwargs)
+        after = self._encoder_tensors()
+        changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+        if changed:
+            raise RuntimeError(f"the linear probe changed the encoder: {', '.join(changed[:5])}")
+        return result
+
+    def _encoder_tensors(self) -> dict[str, torch.Tensor]:
+        encoder = self.model.moco
+        return dict(encoder.named_parameters()) | dict(encoder.named_buffers())
+
+    @cached_property
+    def _features(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        images = {"eval": self.eval_dataset} | ({} if self.held_out is None else {"held_out": self.held_out})
+        loading: dict[str, Any] = {
+            "batch_size": self.args.per_device_eval_batch_size,
+            "num_workers": self.args.dataloader_num_workers,
+        }
+        rows = {part: extract_features(self.model.moco, x, **loading) for part, x in images.items()}
+        return {part: (x.to(self.args.device), y.to(self.args.device)) for part, (x, y) in rows.items()}
+
+    @torch.no_grad()
+    def scores(self, part: Literal["eval", "held_out"] = "eval") -> list[Scores]:
+        """Scores of every head as it is now."""
+        features, labels = self._features[part]
+        return [score(head(features), labels) for head in self.model.heads]
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Top-1 and top-5 accuracy in per cent of the head chosen as of now, and the top-1 of all by their rates."""
+        scores = self.scores()
+        names = [f"{rate:g}" for rate in self.args.rates]
+        metrics = {f"top1_rate_{name}": s.top1 for name, s in zip(names, scores, strict=True)}
+        chosen = 0
+        if self.held_out is not None:
+            held_out = [s.top1 for s in self.scores("held_out")]
+            metrics |= {f"held_out_top1_rate_{name}": top1 for name, top1 in zip(names, held_out, strict=True)}
+            chosen = held_out.index(max(held_out))
+        metrics = {"top1": scores[chosen].top1, "top5": scores[chosen].top5} | metrics
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["loss"] /= len(self.args.rates)  # the mean of the heads
+        super().log(logs, start_time)
+
+    def probe(self) -> tuple[Probe, int]:
+        """What the training came to, and which head was chosen."""
+        scores = self.scores()
+        held_out = [None] * len(scores) if self.held_out is None else [s.top1 for s in self.scores("held_out")]
+        heads = []
+        for rate, s, held in zip(self.args.rates, scores, held_out, strict=True):
+            key = f"eval_top1_rate_{rate:g}"
+            epochs = {entry["epoch"]: entry[key] for entry in self.state.log_history if key in entry}
+            epochs[self.state.epoch] = s.top1
+            best = max(epochs, key=lambda epoch: epochs[epoch])
+            heads.append(HeadReport(f"rate {rate:g}", held, s.top1, epochs[best], best))
+        chosen = choose(heads)
+        protocol = f"linear probe, official, {self.args.protocol}"
+        return Probe("official", protocol, len(self.train_dataset), heads[chosen], scores[chosen], heads), chosen
+
+
 def build_trainer(
     model: MoCoForImageClassification, args: LinearProbeArguments, data: DataArguments, splits: ImageSplits
 ) -> LinearProbeTrainer:
-    """The protocol on the given images."""
+    """The official protocol on the given images. With several rates a part of the train split is held out.
+
+    Raises:
+        ValueError: there are several rates, and too few images to hold some out.
+    """
+    view, train, held_out = data.evaluation_view(), splits.train, None
+    if len(args.rates) > 1:
+        kept, held = hold_out(torch.tensor(train["label"][:]), args.seed)
+        train, held_out = train.select(kept.tolist()), MapImages(train.select(held.tolist()), view)
     crop = OneView(build_policy("crop", data.horizontal_flip), data.image_size)
     return LinearProbeTrainer(
-        model,
+        LinearHeads(model, len(args.rates)),
         args,
-        train_dataset=MapImages(splits.train, crop, args.seed),
-        eval_dataset=MapImages(splits.eval, data.evaluation_view()),
+        held_out,
+        train_dataset=MapImages(train, crop, args.seed),
+        eval_dataset=MapImages(splits.eval, view),
         processing_class=data.image_processor(model.config),
     )
+
+
+def finish(trainer: LinearProbeTrainer, model: MoCoForImageClassification) -> Probe:
+    """Save the chosen classifier as a model to the output directory.
+
+    Args:
+        model: what `build_trainer` was given.
+    """
+    probe, chosen = trainer.probe()
+    model.classifier = trainer.model.heads[chosen]
+    if trainer.is_world_process_zero():
+        model.save_pretrained(trainer.args.output_dir)
+        trainer.processing_class.save_pretrained(trainer.args.output_dir)
+    return probe
+
+
+# Cached
+
+
+def run_cached(
+    model: MoCoForImageClassification, args: LinearProbeArguments, data: DataArguments, splits: ImageSplits, cache: Path
+) -> Iterator[Probe]:
+    """SGD at every rate, then L-BFGS at every regularisation, on features kept in `cache`.
+
+    The processes share the extraction; the first alone fits and yields. Settings are compared on the held-out part, and
+    the best one is fitted anew to the whole train split.
+    """
+    loading: dict[str, Any] = {
+        "batch_size": args.per_device_eval_batch_size,
+        "num_workers": args.dataloader_num_workers,
+    }
+    encoder = model.moco.to(args.device)
+    parts = [MapImages(split, data.evaluation_view()) for split in (splits.train, splits.eval)]
+    train, evaluated = (cached_features(encoder, images, cache, **loading) for images in parts)
+    if rank() > 0:
+        return
+    kept, held = hold_out(train[1], args.seed)
+    chosen_by = [(x[kept], x[held]) for x in train]
+    fitted, held_out = zip(*chosen_by, strict=True)
+    classes = len(splits.class_names)
+    yield _probe_sgd(args, classes, train, fitted, held_out, evaluated)
+    yield _probe_lbfgs(classes, train, fitted, held_out, evaluated)
+
+
+Rows = tuple[torch.Tensor, torch.Tensor]  # features and labels
+
+
+def _probe_sgd(
+    args: LinearProbeArguments, classes: int, train: Rows, fitted: Rows, held_out: Rows, evaluated: Rows
+) -> Probe:
+    train, fitted, held_out, evaluated = (
+        (x.to(args.device), y.to(args.device)) for x, y in (train, fitted, held_out, evaluated)
+    )
+
+    def fit(rows: Rows, rates: list[float]) -> tuple[Heads, list[HeadReport]]:
+        heads = Heads(rows[0].shape[1], classes, len(rates), args.seed, args.device)
+        schedule: dict[str, Any] = {"epochs": math.ceil(args.num_train_epochs), "milestones": args.lr_milestones}
+        epochs = train_heads(heads, *rows, rates, **schedule, batch_size=args.images_per_step, seed=args.seed)
+        top1 = {epoch: heads.top1(*evaluated) for epoch in epochs}
+        reports = []
+        for i, rate in enumerate(rates):
+            best = max(top1, key=lambda epoch: top1[epoch][i])
+            last = top1[max(top1)][i]
+            reports.append(HeadReport(f"rate {rate:g}", None, last, top1[best][i], best))
+        return heads, reports
+
+    compared, chosen = [], 0
+    if len(args.rates) > 1:
+        heads, reports = fit(fitted, args.rates)
+        held = heads.top1(*held_out)
+        compared = [replace(report, held_out=top1) for report, top1 in zip(reports, held, strict=True)]
+        chosen = choose(compared)
+    heads, (final,) = fit(train, [args.rates[chosen]])
+    scores = score(heads.logits(evaluated[0], 0), evaluated[1])
+    protocol = f"linear probe, cached features, SGD, {args.protocol}"
+    return Probe("cached SGD", protocol, len(train[1]), final, scores, compared)
+
+
+def _probe_lbfgs(classes: int, train: Rows, fitted: Rows, held_out: Rows, evaluated: Rows) -> Probe:
+    def scores(fit: Pipeline, rows: Rows) -> Scores:
+        return score(class_logits(fit, rows[0].numpy(), classes), rows[1])
+
+    def report(fit: Pipeline, held: float | None) -> HeadReport:
+        setting = f"C {fit[-1].C:g}" + ("" if converged(fit) else " (not converged)")
+        return HeadReport(setting, held, scores(fit, evaluated).top1)
+
+    path = regularisation_path(fitted[0].numpy(), fitted[1].numpy(), STRENGTHS)
+    heads = [
+        report(fit, scores(fit, held_out).top1) for fit in tqdm(path, desc="L-BFGS", total=len(STRENGTHS), leave=False)
+    ]
+    best = STRENGTHS[choose(heads)]
+    (fit,) = regularisation_path(train[0].numpy(), train[1].numpy(), [best])
+    protocol = f"linear probe, cached features, L-BFGS, standardised, C {_listed(STRENGTHS)} by a held-out tenth"
+    return Probe("cached L-BFGS", protocol, len(train[1]), report(fit, None), scores(fit, evaluated), heads)

@@ -1,4 +1,4 @@
-"""Pictures of a run. Every function writes one PNG and returns its path."""
+"""Pictures of a run. Every function writes a PNG and returns its path."""
 
 from pathlib import Path
 from typing import Any
@@ -79,3 +79,31 @@ def _show(axis, sample: dict[str, Any], title: str, colour: str) -> None:
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(color=colour, linewidth=2)
+
+
+def confusion_matrix(confusion: torch.Tensor, class_names: list[str], path: Path) -> Path:
+    """Images of each class (rows) by the class that they are called (columns), as shares of the row; also as SVG.
+
+    Names are shown for up to 40 classes and numbers for up to 20.
+
+    Args:
+        confusion: images of class i that are called j (C, C).
+    """
+    classes = len(class_names)
+    shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    size = min(max(4.0, 0.5 * classes), 12.0)
+    figure, axis = plt.subplots(figsize=(size + 1.2, size), layout="constrained")
+    image = axis.imshow((100 * shares).numpy(), cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, ax=axis, shrink=0.8, label="% of the class")
+    axis.set(xlabel="called", ylabel="class")
+    if classes <= 40:
+        axis.set_xticks(range(classes), class_names, rotation=90 if max(map(len, class_names)) > 2 else 0)
+        axis.set_yticks(range(classes), class_names)
+    if classes <= 20:
+        for i, j in confusion.nonzero().tolist():
+            colour = "white" if shares[i, j] > 0.5 else "black"
+            axis.text(j, i, f"{confusion[i, j]:,}", ha="center", va="center", fontsize=8, color=colour)
+    for kind in (".png", ".svg"):
+        figure.savefig(path.with_suffix(kind), dpi=120)
+    plt.close(figure)
+    return path

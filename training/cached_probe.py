@@ -1,0 +1,112 @@
+"""Linear classifiers on features that were extracted once: SGD at many rates, and L-BFGS over regularisation strengths.
+
+They see one fixed view of every image, so that their accuracies are other protocols' than the official one's. Shapes: `n`
+images, `D` feature width, `C` classes, `H` heads.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tqdm import tqdm
+
+from .sgd_trainer import epoch_schedule
+
+ROWS_AT_ONCE = 8_192
+MAX_ITER, TOLERANCE = 1_000, 1e-5  # of L-BFGS; the tolerance is the largest entry of the mean loss's gradient
+
+
+class Heads:
+    """Linear classifiers side by side in one matrix, all from the same start: std 0.01, no bias (main_lincls.py)."""
+
+    def __init__(self, width: int, classes: int, count: int, seed: int, device: torch.device | str = "cpu"):
+        start = 0.01 * torch.randn(width, classes, generator=torch.Generator().manual_seed(seed))
+        self.shape = (count, classes)
+        self.weight = start.repeat(1, count).to(device).requires_grad_()  # (D, H·C)
+        self.bias = torch.zeros(count * classes, device=device, requires_grad=True)
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """Class logits of every head (n, H, C)."""
+        return torch.addmm(self.bias, features, self.weight).unflatten(1, self.shape)
+
+    @torch.no_grad()
+    def logits(self, features: torch.Tensor, head: int) -> torch.Tensor:
+        """Class logits of one head (n, C)."""
+        return torch.cat([self(rows)[:, head] for rows in features.split(ROWS_AT_ONCE)])
+
+    @torch.no_grad()
+    def top1(self, features: torch.Tensor, labels: torch.Tensor) -> list[float]:
+        """Accuracy of every head in per cent."""
+        parts = zip(features.split(ROWS_AT_ONCE), labels.split(ROWS_AT_ONCE), strict=True)
+        hits = sum((self(rows).argmax(dim=2) == truth[:, None]).sum(dim=0) for rows, truth in parts)
+        return (100 * torch.as_tensor(hits).double() / len(labels)).tolist()
+
+
+def train_heads(
+    heads: Heads,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    rates: list[float],
+    *,
+    epochs: int,
+    milestones: list[int] | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Train head i at `rates[i]` by SGD with momentum 0.9, all on the same batches. Yields after every epoch (from 1).
+
+    Args:
+        features, labels: (n, D), (n,), on the device of the heads.
+        milestones: epochs at which the rate drops to a tenth; none for the cosine.
+    """
+    # The step of SGD is linear in the gradient, so that a rate may stand before the head's loss instead.
+    weights = torch.tensor(rates, device=features.device)
+    optimizer = torch.optim.SGD([heads.weight, heads.bias], lr=1.0, momentum=0.9)
+    schedule = epoch_schedule(optimizer, math.ceil(len(features) / batch_size), epochs, milestones)
+    order = torch.Generator().manual_seed(seed)
+    for epoch in tqdm(range(epochs), desc="SGD", leave=False, dynamic_ncols=True):
+        for rows in torch.randperm(len(features), generator=order).to(features.device).split(batch_size):
+            logits = heads(features[rows]).transpose(1, 2)  # (n, C, H)
+            losses = F.cross_entropy(logits, labels[rows, None].expand(-1, len(rates)), reduction="none").mean(dim=0)
+            optimizer.zero_grad()
+            (losses @ weights).backward()
+            optimizer.step()
+            schedule.step()
+        yield epoch + 1
+
+
+def regularisation_path(features: Any, labels: Any, strengths: Iterable[float]) -> Iterator[Pipeline]:
+    """scikit-learn's multinomial logistic regression (L-BFGS) on standardised features, for one strength after the other.
+
+    Each fit starts from the one before. Mean and deviation are those of `features`.
+
+    Args:
+        features, labels: arrays (n, D), (n,).
+        strengths: C of scikit-learn, the inverse of the L2 penalty; ascending is fastest.
+
+    Yields:
+        the same pipeline every time, fitted anew; `converged` says whether it got there.
+    """
+    model = make_pipeline(StandardScaler(), LogisticRegression(warm_start=True, max_iter=MAX_ITER, tol=TOLERANCE))
+    for strength in strengths:
+        yield model.set_params(logisticregression__C=strength).fit(features, labels)
+
+
+def converged(model: Pipeline) -> bool:
+    """Whether L-BFGS reached its tolerance."""
+    return bool(model[-1].n_iter_.max() < MAX_ITER)
+
+
+def class_logits(model: Pipeline, features: Any, classes: int) -> torch.Tensor:
+    """Decision values (n, C); -inf for a class that the model has not seen."""
+    values = torch.as_tensor(model.decision_function(features))
+    if values.ndim == 1:  # two classes share one value
+        values = torch.stack([-values, values], dim=1)
+    logits = values.new_full((len(values), classes), -torch.inf)
+    logits[:, torch.as_tensor(model.classes_)] = values
+    return logits
