@@ -8,55 +8,54 @@ from pathlib import Path
 from transformers import pipeline
 from transformers.utils import logging
 
+from training import linear_probe as lp
 from training.cli import REQUEUE, claim_output_dir, one_line_errors
 from training.data import ImageSplits, load_images
 from training.images import decode_image
-from training.linear_probe import (
-    Probe,
-    build_trainer,
-    finish,
-    load_classifier,
-    parse_linear_probe,
-    run_cached,
-    save_probe,
-)
 from training.sgd_trainer import TrainingError
 
 SHOWN_IMAGES = 4
+NEXT = """Next:
+  python -c "from transformers import pipeline; import modeling_moco; print(pipeline('image-classification', '{0}')('IMAGE'))"
+  accelerate launch --quiet scripts/pretrain.py --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER --batch_norm split \
+--output_dir runs/mine
+  accelerate launch --quiet scripts/pretrain.py --help"""
 
 
 def main(argv: list[str]) -> None:
     logging.disable_progress_bar()
     with one_line_errors():
-        run = parse_linear_probe(argv)
+        run = lp.parse_linear_probe(argv)
         splits = load_images(run.data, labelled=True)
-        model = load_classifier(run.encoder, splits, run.training.seed)
-        official = run.training.mode == "official"
-        trainer = build_trainer(model, run.training, run.data, splits) if official else None
+        model = lp.load_classifier(run.encoder, splits, run.training.seed)
+        trainer = None
+        probes: Iterable[lp.Probe] = []
+        if run.training.mode == "official":
+            trainer = lp.build_trainer(model, run.training, run.data, splits)
+        else:
+            probes = lp.build_cached(model, run.training, run.data, splits, run.encoder.home / "features")
         division = None if trainer is None else trainer.division
         checkpoint = claim_output_dir(run.training, division, run.settings, {"title": run.title})
-    folder = Path(str(run.training.output_dir))
-    if run.training.process_index == 0:
+    folder, main_process = Path(str(run.training.output_dir)), run.training.process_index == 0
+    if main_process:
         print(f"{run.title}\n{len(splits.train):,} images, {len(splits.class_names)} classes, to {folder}")
-    probes: Iterable[Probe]
-    if trainer is None:
-        probes = run_cached(model, run.training, run.data, splits, run.encoder.home / "features")
-    else:
+    if trainer is not None:
         with one_line_errors((TrainingError,)):
             trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.terminated:
             raise SystemExit(REQUEUE)
-        probes = [finish(trainer, model)]
+        probes = [lp.finish(trainer, model)]
     top1 = {}
     for probe in probes:
-        if run.training.process_index == 0:
-            save_probe(probe, run, splits, model.moco)
+        if main_process:
+            lp.save_probe(probe, run, splits, model.moco)
             print(probe.table())
             top1[f"linear probe, {probe.name}"] = probe.scores.top1
-    if run.training.process_index == 0:
-        if official:
-            classify_some(folder, splits)
+    if main_process:
         print_table(run.encoder.home, top1)
+    if main_process and trainer is not None:
+        classify_some(folder, splits)
+        print(NEXT.format(folder))
 
 
 def classify_some(folder: Path, splits: ImageSplits) -> None:

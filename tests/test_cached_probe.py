@@ -16,7 +16,7 @@ from training.cached_probe import Heads, class_logits, converged, regularisation
 from training.data import DataArguments, ImageSplits, load_images
 from training.features import cached_features
 from training.images import MapImages
-from training.linear_probe import LinearProbeArguments, hold_out, run_cached
+from training.linear_probe import LinearProbeArguments, build_cached, hold_out
 
 WIDTH, CLASSES = 8, 4
 
@@ -109,7 +109,7 @@ def arguments(folder, **kwargs) -> LinearProbeArguments:
 
 def test_accuracies_are_those_of_the_kept_features(digits, tmp_path):
     model, data, splits = digits
-    sgd, lbfgs = run_cached(model, arguments(tmp_path), data, splits, tmp_path / "features")
+    sgd, lbfgs = build_cached(model, arguments(tmp_path), data, splits, tmp_path / "features")
     parts = (MapImages(split, data.evaluation_view()) for split in (splits.train, splits.eval))
     (x, y), (q, truth) = (cached_features(model.moco, images, tmp_path / "features") for images in parts)
     kept, held = hold_out(y, seed=0)
@@ -145,7 +145,7 @@ def test_accuracies_are_those_of_the_kept_features(digits, tmp_path):
 
 def test_features_are_found_again_and_one_rate_needs_no_choice(digits, tmp_path, monkeypatch):
     model, data, splits = digits
-    first, _ = run_cached(model, arguments(tmp_path, learning_rates=[1.0]), data, splits, tmp_path / "features")
+    first, _ = build_cached(model, arguments(tmp_path, learning_rates=[1.0]), data, splits, tmp_path / "features")
     assert first.heads == []
     assert first.final.setting == "rate 1"
     assert "held-out" not in first.protocol
@@ -154,7 +154,7 @@ def test_features_are_found_again_and_one_rate_needs_no_choice(digits, tmp_path,
         raise AssertionError("extracted again")
 
     monkeypatch.setattr("training.features.extract_features", fail)
-    again, _ = run_cached(model, arguments(tmp_path, learning_rates=[1.0]), data, splits, tmp_path / "features")
+    again, _ = build_cached(model, arguments(tmp_path, learning_rates=[1.0]), data, splits, tmp_path / "features")
     assert again.final == first.final
 
 
@@ -165,7 +165,7 @@ def test_the_evaluated_images_do_not_choose(digits, tmp_path):
     wrong = ImageSplits(splits.train, datasets.Dataset.from_list(rows.to_list(), rows.features), splits.class_names)
     rates = [1e-9, 1.0]
     right, deceived = (
-        list(run_cached(model, arguments(tmp_path, learning_rates=rates), data, x, tmp_path / "features"))
+        list(build_cached(model, arguments(tmp_path, learning_rates=rates), data, x, tmp_path / "features"))
         for x in (splits, wrong)
     )
     for honest, probe in zip(right, deceived, strict=True):

@@ -197,7 +197,7 @@ def hold_out(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tenso
     """Indices of the images to train on and of those to choose by: a tenth of every class, at least one of two or more.
 
     Raises:
-        ValueError: no class has two images.
+        ValueError: no class has two images, or all are of one class.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[labels[order].argsort(stable=True)]  # class by class, shuffled within
@@ -205,10 +205,10 @@ def hold_out(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tenso
     place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]  # within its class
     share = torch.where(counts > 1, (counts // HELD_OUT).clamp(min=1), 0)
     held = place < share[labels[order]]
-    if not held.any():
+    if not held.any() or counts.count_nonzero() < 2:
         raise ValueError(
-            f"the train split ({len(labels)} images) has no class of two, so that none can be held out to choose by: use "
-            "more images, or in official mode a single --learning_rate"
+            f"the train split ({len(labels)} images of {counts.count_nonzero()} classes) has no two classes or no class of "
+            "two images, so that there is nothing to choose by: use more images, or in official mode a single --learning_rate"
         )
     return order[~held].sort().values, order[held].sort().values
 
@@ -445,29 +445,34 @@ def finish(trainer: LinearProbeTrainer, model: MoCoForImageClassification) -> Pr
 # Cached
 
 
-def run_cached(
+def build_cached(
     model: MoCoForImageClassification, args: LinearProbeArguments, data: DataArguments, splits: ImageSplits, cache: Path
 ) -> Iterator[Probe]:
-    """SGD at every rate, then L-BFGS at every regularisation, on features kept in `cache`.
+    """SGD at every rate, then L-BFGS at every regularisation, on features kept in `cache`: nothing runs before the first.
 
     The processes share the extraction; the first alone fits and yields. Settings are compared on the held-out part, and
     the best one is fitted anew to the whole train split.
+
+    Raises:
+        ValueError: there are too few images to hold some out.
     """
-    loading: dict[str, Any] = {
-        "batch_size": args.per_device_eval_batch_size,
-        "num_workers": args.dataloader_num_workers,
-    }
-    encoder = model.moco.to(args.device)
-    parts = [MapImages(split, data.evaluation_view()) for split in (splits.train, splits.eval)]
-    train, evaluated = (cached_features(encoder, images, cache, **loading) for images in parts)
-    if rank() > 0:
-        return
-    kept, held = hold_out(train[1], args.seed)
-    chosen_by = [(x[kept], x[held]) for x in train]
-    fitted, held_out = zip(*chosen_by, strict=True)
-    classes = len(splits.class_names)
-    yield _probe_sgd(args, classes, train, fitted, held_out, evaluated)
-    yield _probe_lbfgs(classes, train, fitted, held_out, evaluated)
+    kept, held = hold_out(torch.tensor(splits.train["label"][:]), args.seed)
+
+    def probes() -> Iterator[Probe]:
+        parts = [MapImages(split, data.evaluation_view()) for split in (splits.train, splits.eval)]
+        loading: dict[str, Any] = {
+            "batch_size": args.per_device_eval_batch_size,
+            "num_workers": args.dataloader_num_workers,
+        }
+        encoder = model.moco.to(args.device)
+        train, evaluated = (cached_features(encoder, images, cache, **loading) for images in parts)
+        if rank() > 0:
+            return
+        fitted, held_out = ((train[0][rows], train[1][rows]) for rows in (kept, held))
+        yield _probe_sgd(args, len(splits.class_names), train, fitted, held_out, evaluated)
+        yield _probe_lbfgs(len(splits.class_names), train, fitted, held_out, evaluated)
+
+    return probes()
 
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # features and labels
