@@ -26,6 +26,7 @@ setup(
         "huggingface-hub>=2.4",
         "safetensors>=0.8",
         "scikit-learn>=1.7",
+        "threadpoolctl>=3.5",
         "matplotlib>=3.10",
         "pyyaml>=6.0",
         "pillow>=11",

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
-from training.data import load_digits
+from training.data import load_digits, load_images
 from training.features import encoder_digest
 from training.linear_probe import parse_linear_probe
 from training.pretrain import announce, build_trainer
@@ -34,7 +34,7 @@ TINY = [
 def test_every_recipe_trains_two_steps(name, tmp_path):
     args = parse_pretrain(["--recipe", name, *TINY, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
     args.training.save_strategy = "no"
-    trainer = build_trainer(args)
+    trainer = build_trainer(args, load_images(args.data))
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     assert trainer.state.global_step == 2
@@ -94,7 +94,7 @@ def test_a_run_leaves_checkpoint_model_numbers_and_pictures(quickstart):
     assert metrics["knn_top1_before"] > 50
     assert metrics["knn_top1_after"] != metrics["knn_top1_before"]
     assert metrics["images_per_second"] > 0
-    for picture in ("training_curve.png", "neighbours.png"):
+    for picture in ("training_curves.png", "neighbours.png", "tsne.png"):
         with Image.open(folder / picture) as image:
             assert min(image.size) > 300
     model, report = MoCoModel.from_pretrained(folder, output_loading_info=True)
@@ -215,7 +215,7 @@ WARNED = {
 def test_what_decides_the_result_is_said_at_the_start(case, tmp_path, capsys):
     flags, warning = WARNED[case]
     args = parse_pretrain([*TINY, *flags, "--output_dir", str(tmp_path / "run")])
-    announce(args, build_trainer(args), default_recipe=True)
+    announce(args, build_trainer(args, load_images(args.data)), default_recipe=True)
     out = capsys.readouterr().out
     assert out.count(warning) == 1
     assert "global batch 16 (1 x 16 x 1 accumulated)" in out

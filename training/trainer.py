@@ -118,7 +118,6 @@ class MoCoTrainer(SGDTrainer):
             callbacks=[MoCoCallback()],
         )
         self.knn_bank = knn_bank
-        self.class_names: list[str] = []
         self._hits, self._queries, self._images = torch.zeros(2, device=args.device), 0, 0  # since the last log
         self._logged_at = time.perf_counter()
 
