@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 from modeling_moco import MoCoForImageClassification, MoCoModel
 from training.data import load_digits, load_images
 from training.features import encoder_digest
+from training.images import decode_image
 from training.linear_probe import parse_linear_probe
-from training.pretrain import announce, build_trainer
+from training.pretrain import announce, build_trainer, drawn_images
 from training.recipe import parse_pretrain, recipe_names
 from training.results import read_results
 
@@ -170,7 +172,56 @@ def test_a_random_encoder_is_probed_into_a_folder_of_its_own(quickstart, script,
     assert not torch.equal(saved.moco.encoder_q.conv1[0].weight, trained.encoder_q.conv1[0].weight)
 
 
+@pytest.mark.parametrize("policy", ["v1", "v2"])
+def test_the_preview_shows_the_views_of_epoch_0(policy, tmp_path):
+    args = parse_pretrain([*TINY, "--augmentation", policy, "--seed", "7", "--output_dir", str(tmp_path / "run")])
+    splits = load_images(args.data)
+    drawn = list(drawn_images(args, splits))
+    assert len(drawn) == 8
+    images = build_trainer(args, splits).train_dataset
+    for i, (image, _, views) in enumerate(drawn):
+        trained = images[8 * i]
+        assert torch.equal(views[0], trained["pixel_values"])
+        assert torch.equal(views[1], trained["key_pixel_values"])
+        assert np.array_equal(np.array(image), np.array(decode_image(splits.train[8 * i]["image"])))
+    images.set_epoch(1)
+    assert not torch.equal(drawn[0].views[0], images[0]["pixel_values"])
+
+
+def test_the_preview_of_a_stream_shows_the_views_of_its_images(tmp_path):
+    args = parse_pretrain([*TINY, "--streaming", "--output_dir", str(tmp_path / "run")])
+    splits = load_images(args.data)
+    trained = {sample["pixel_values"].numpy().tobytes() for sample in build_trainer(args, splits).train_dataset}
+    drawn = list(islice(drawn_images(args, splits), 8))
+    assert len({example.views[0].numpy().tobytes() for example in drawn} & trained) == 8
+
+
+def test_a_preview_writes_two_pictures_and_nothing_else(tmp_path, script, capsys):
+    path = tmp_path / "views.png"
+    path.write_text("an older picture")
+    script("pretrain").main([*TINY, "--output_dir", str(tmp_path / "run"), "--preview_views", str(path)])
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["views.png", "views.svg"]
+    with Image.open(path) as image:
+        assert image.width == 1600
+    assert "epoch 0" in capsys.readouterr().out
+
+
+def test_broken_images_are_left_out_of_the_preview(tmp_path):
+    folder = tmp_path / "images" / "train" / "a"
+    folder.mkdir(parents=True)
+    for i in range(16):
+        Image.new("RGB", (40, 40), (i, i, i)).save(folder / f"{i:02}.png")
+    (folder / "02.png").write_bytes(b"not a picture")
+    flags = ["--dataset_name", str(tmp_path / "images"), "--output_dir", str(tmp_path / "run")]
+    args = parse_pretrain([*TINY, *flags])
+    drawn = list(drawn_images(args, load_images(args.data)))
+    assert [example.image.getpixel((0, 0))[0] for example in drawn] == [0, 4, 6, 8, 10, 12, 14]
+
+
 REFUSED = {
+    "preview of another kind": (["--preview_views", "views.jpg"], "must end in .png or .svg"),
+    "preview without a folder": (["--preview_views", "/no/such/views.png"], "/no/such, which is no folder"),
+    "preview in place of a folder": (["--preview_views", str(ROOT / "tests")], "needs the name of the folder"),
     "missing dataset": (["--dataset_name", "/no/such/folder"], "/no/such/folder"),
     "missing column": (["--image_column", "picture"], "image_column ('picture')"),
     "unknown recipe": (["--recipe", "quikstart"], "did you mean 'quickstart'"),

@@ -88,12 +88,14 @@ class Run:
         source: where its newest model is, the folder itself or a checkpoint.
         recipe: sections of its `recipe.yaml`.
         state: of the trainer, with the history.
+        results: of all evaluations so far.
     """
 
     folder: Path
     source: Path
     recipe: dict[str, dict[str, Any]]
     state: dict[str, Any]
+    results: list[dict[str, Any]]
 
     @property
     def data(self) -> DataArguments:
@@ -104,7 +106,7 @@ def read_run(folder: Path) -> Run:
     """The run that wrote to a folder, which may have ended or not.
 
     Raises:
-        ValueError: there is no pretraining run, or it has no complete checkpoint yet.
+        ValueError: there is no pretraining run, it has no complete checkpoint yet, or its results cannot be read.
     """
     saved = folder / SAVED_RECIPE
     recipe = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else None
@@ -118,7 +120,8 @@ def read_run(folder: Path) -> Run:
         source, _ = newest_complete(folder)
     if source is None:
         raise ValueError(f"{folder} has no complete checkpoint yet: wait for the first one")
-    return Run(folder, source, recipe, json.loads((source / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
+    state = json.loads((source / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return Run(folder, source, recipe, state, read_results(folder))
 
 
 def chance_loss(config: MoCoConfig) -> float:
@@ -177,7 +180,8 @@ def write_report(run: Run, missing: str | None = None) -> Path:
     """
     chance = chance_loss(MoCoConfig(**run.recipe["model"]))
     ks = run.recipe.get("training", {}).get("knn_k")
-    plots.training_curves(run.state["log_history"], chance, run.folder / "training_curves", ks)
+    if run.state["log_history"]:
+        plots.training_curves(run.state["log_history"], chance, run.folder / "training_curves", ks)
     path = run.folder / REPORT
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(_page(run, missing), encoding="utf-8")
@@ -193,7 +197,8 @@ def _page(run: Run, missing: str | None) -> str:
         "Ended" if run.source == run.folder else f"Not ended: this is {run.source.name}, the newest complete checkpoint"
     )
     metrics = run.folder / METRICS
-    figures = [_figure(run, name, *words) for name, words in CURVES.items()]
+    unlogged = None if run.state["log_history"] else "nothing has been logged yet"
+    figures = [_figure(run, name, *words, unlogged) for name, words in CURVES.items()]
     figures += [_figure(run, name, *words, missing) for name, words in OF_FEATURES.items()]
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -201,7 +206,7 @@ def _page(run: Run, missing: str | None) -> str:
         f"<p>{escape(ended)}. Step {step:,} of {steps:,}, epoch {run.state['epoch'] or 0:.4g} of "
         f"{run.state['num_train_epochs']:,}. Folder: {escape(str(run.folder))}</p>",
         "<h2>Results</h2>",
-        *_results(read_results(run.folder)),
+        *_results(run.results),
         *figures,
     ]
     if metrics.is_file():
@@ -223,7 +228,7 @@ def _page(run: Run, missing: str | None) -> str:
     )
 
 
-def _figure(run: Run, name: str, title: str, reading: str, missing: str | None = None) -> str:
+def _figure(run: Run, name: str, title: str, reading: str, missing: str | None) -> str:
     path = run.folder / f"{name}.svg"
     heading = f"<h2>{title}</h2>"
     if not path.is_file():
