@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers.utils import logging
 
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> None:
     folder = parser.parse_args(argv).run_dir
     with one_line_errors():
         run = read_run(folder)
-        state = PartialState()
+        state = PartialState(cpu=not torch.cuda.is_available())
         model = Encoder(str(run.source)).load(MoCoModel, seed=0).to(state.device)
         missing = None
         try:

@@ -43,7 +43,7 @@ CURVES = {
 OF_FEATURES = {
     "neighbours": (
         "Nearest neighbours",
-        "Each row begins with an image that was not trained on; a vermilion frame with ≠ marks a neighbour of another class.",
+        "Each row is a query and the training images nearest to it; a vermilion frame with ≠ marks another class.",
     ),
     "tsne": (
         "The space of features",
@@ -71,7 +71,8 @@ table { border-collapse: collapse; font-size: .9rem; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
 td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.results td { overflow-wrap: normal; white-space: nowrap; }
+.results { font-size: .85rem; }
+.results th, .results td { overflow-wrap: normal; white-space: nowrap; }
 .pairs th { width: 14rem; font-weight: 400; color: var(--soft); }
 .missing { background: var(--card); border-radius: 6px; padding: .6rem .9rem; overflow-wrap: anywhere; }
 details { margin: .4rem 0; font-size: .9rem; }
