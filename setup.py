@@ -26,12 +26,22 @@ setup(
         "huggingface-hub>=2.4",
         "safetensors>=0.8",
         "scikit-learn>=1.7",
+        "threadpoolctl>=3.5",
         "matplotlib>=3.10",
         "pyyaml>=6.0",
         "pillow>=11",
     ],
     extras_require={
-        "dev": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
+        "trackio": ["trackio>=0.40"],
+        "dev": [
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "ruff>=0.14",
+            "mypy>=1.18",
+            "types-PyYAML",
+            "trackio>=0.40",
+            "tensorboard>=2.20",
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: MIT License",

@@ -2,6 +2,7 @@
 
 import sys
 
+import torch
 from accelerate import PartialState
 from transformers.utils import logging
 
@@ -17,7 +18,7 @@ def main(argv: list[str]) -> None:
     logging.disable_progress_bar()
     with one_line_errors():
         encoder, data, args = parse_knn(argv)
-        state = PartialState(cpu=args.use_cpu)
+        state = PartialState(cpu=args.use_cpu or not torch.cuda.is_available())  # unasked it forms no group on CPUs
         splits = load_images(data, labelled=True)
         if max(args.k) > len(splits.train):
             raise ValueError(f"k ({max(args.k)}) is larger than the train split ({len(splits.train)} images): lower it")

@@ -5,7 +5,8 @@ import sys
 from transformers.utils.logging import disable_progress_bar
 
 from training.cli import REQUEUE, claim_output_dir, one_line_errors
-from training.pretrain import announce, build_trainer, finish
+from training.data import load_images
+from training.pretrain import announce, build_trainer, finish, preview_views
 from training.recipe import parse_pretrain
 from training.sgd_trainer import TrainingError
 
@@ -14,7 +15,13 @@ def main(argv: list[str]) -> None:
     disable_progress_bar()  # transformers' bars for loading and saving weights
     with one_line_errors():
         args = parse_pretrain(argv)
-        trainer = build_trainer(args)
+        splits = load_images(args.data)
+        if args.preview_views is not None:
+            if args.training.process_index == 0:
+                preview_views(args, splits)
+                print(f"Wrote {args.preview_views}.png and .svg: what epoch 0 of this run sees.")
+            return
+        trainer = build_trainer(args, splits)
         checkpoint = claim_output_dir(args.training, trainer.division, args.settings, args.recipe.about)
     if trainer.is_world_process_zero():
         announce(args, trainer, default_recipe=not any(word.startswith("--recipe") for word in argv))
@@ -27,14 +34,15 @@ def main(argv: list[str]) -> None:
         if trainer.is_world_process_zero():
             print(f"Stopped by SIGTERM at step {trainer.state.global_step}, saved. The same command continues.")
         raise SystemExit(REQUEUE)
-    metrics = finish(args, trainer)
+    metrics = finish(args, trainer, splits)
     if trainer.is_world_process_zero():
         folder = args.training.output_dir
         rows = {"kNN before training": metrics["knn_top1_before"], "kNN after": metrics["knn_top1_after"]}
         for name, value in rows.items():
             print(f"{name:>20}: " + (f"{value:.1f} %" if value is not None else "not measured"))
         print(f"{'skipped images':>20}: {metrics['skipped_images']}")
-        print(f"Saved to {folder}. Next: accelerate launch --quiet scripts/linear_probe.py {folder}")
+        print(f"Saved to {folder}; its pictures and numbers are in {folder}/report.html")
+        print(f"Next: accelerate launch --quiet scripts/linear_probe.py {folder}")
 
 
 if __name__ == "__main__":

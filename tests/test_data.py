@@ -347,8 +347,9 @@ def test_pretraining_goes_on_without_its_monitor_where_labels_are_unusable(tmp_p
     source = write_labelled(tmp_path / "source", [0, 1, 2] * 4, [0, -1])
     flags = ["--architecture", "test_resnet", "--queue_size", "16", "--global_batch_size", "4", "--image_size", "16"]
     flags += ["--eval_resize", "16", "--dataset_name", source, "--output_dir", str(tmp_path / "run"), "--use_cpu"]
-    trainer = build_trainer(parse_pretrain(flags))
-    assert trainer.knn_bank is None
-    assert trainer.args.eval_strategy == "no"
+    args = parse_pretrain(flags)
+    trainer = build_trainer(args, load_images(args.data))
+    assert trainer.knn_queries is None
+    assert set(trainer.evaluate()) == {"eval_rankme"}
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("The kNN monitor is off: 1 of 2 images of split 'test' have no label")

@@ -1,66 +1,252 @@
-"""Pictures are files that open, at a size that fits what they show."""
+"""Pictures show what they are given: read back from the SVG, whose lines, frames and words can be counted."""
 
 import io
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from training.augment import EvaluationView
+from training.augment import EvaluationView, ViewDraw
 from training.images import MapImages
-from training.plots import neighbour_grid, training_curve
+from training.plots import (
+    BLUE,
+    COLOURS,
+    VERMILION,
+    DrawnImage,
+    confusion_matrix,
+    describe_draw,
+    embedding,
+    neighbour_grid,
+    training_curves,
+    view_pairs,
+)
 
+NS = {"svg": "http://www.w3.org/2000/svg"}
 HISTORY = [
     {"epoch": 0.0, "eval_knn_top1": 20.0},
-    {"epoch": 0.5, "loss": 4.1, "contrast_top1": 3.0, "learning_rate": 0.03},
-    {"epoch": 1.0, "loss": 3.2, "contrast_top1": 30.0, "learning_rate": 0.01},
+    {"epoch": 0.5, "loss": 4.1, "contrast_top1": 3.0, "contrast_top5": 9.0, "learning_rate": 0.03},
+    {"epoch": 1.0, "loss": 3.2, "contrast_top1": 30.0, "contrast_top5": 50.0, "learning_rate": 0.01},
     {"epoch": 1.0, "eval_knn_top1": 60.0},
     {"epoch": 1.0, "train_runtime": 3.0},
 ]
 
 
-def opened(path) -> Image.Image:
-    image = Image.open(path)
-    image.load()
-    assert image.format == "PNG"
-    return image.convert("RGB")
+def png(path: Path) -> Image.Image:
+    with Image.open(path.with_suffix(".png")) as image:
+        image.load()
+        assert image.format == "PNG"
+        assert image.width == 1600  # twice the width of a README
+        return image.convert("RGB")
 
 
-@pytest.mark.parametrize("history", [HISTORY, HISTORY[1:3]], ids=["with kNN", "without"])
-def test_the_training_curve_is_three_panels_wide(history, tmp_path):
-    path = training_curve(history, chance=4.17, path=tmp_path / "curve.png")
-    image = opened(path)
-    assert path == tmp_path / "curve.png"
-    assert image.width > 1000
-    assert 2 < image.width / image.height < 5
-    assert len(image.getcolors(maxcolors=1_000_000)) > 50  # lines and letters, not an empty page
+def svg(path: Path) -> ElementTree.Element:
+    root = ElementTree.parse(path.with_suffix(".svg")).getroot()
+    assert root.tag == f"{{{NS['svg']}}}svg"
+    return root
 
 
-def images_of(colours, labels) -> MapImages:
+def words(path: Path) -> list[str]:
+    """All texts of a picture: matplotlib leaves them as comments beside their outlines."""
+    return re.findall(r"<!-- (.*?) -->", path.with_suffix(".svg").read_text())
+
+
+def frames(path: Path, colour: str) -> int:
+    return len(re.findall(rf'<path d="[^"]*z\s*"[^>]*stroke: {colour}', path.with_suffix(".svg").read_text()))
+
+
+def points(root: ElementTree.Element, series: str) -> np.ndarray:
+    """Corners of a line, in points of the page."""
+    line = root.find(f".//svg:g[@id='{series}']/svg:path", NS)
+    assert line is not None, series
+    return np.array(re.findall(r"[ML] (\S+) (\S+)", line.get("d")), dtype=float)
+
+
+def test_the_dashed_line_lies_at_the_chance_loss(tmp_path):
+    path = tmp_path / "curves"
+    training_curves(HISTORY, chance=4.7, path=path)
+    root = svg(path)
+    (_, high), (_, low) = points(root, "loss")
+    expected = low + (4.7 - 3.2) / (4.1 - 3.2) * (high - low)
+    assert points(root, "chance")[:, 1] == pytest.approx([expected] * 2, abs=1e-3)
+    assert "all keys alike 4.70" in words(path)
+    assert png(path).height < 1200
+
+
+HEALTH = {
+    **{"positive_similarity": 0.9, "hardest_negative_similarity": 0.6, "alignment": 0.2, "uniformity": -3.0},
+    **{
+        "queue_age": 16.0,
+        "key_drift": 0.7,
+        "eval_rankme": 12.0,
+        "eval_contrast_top1_shuffled": 20.0,
+        "eval_knn_top1_k20": 61.0,
+    },
+}
+
+
+def test_what_was_logged_is_drawn_and_nothing_else(tmp_path):
+    training_curves(HISTORY[1:3], chance=4.17, path=tmp_path / "short")
+    training_curves([*HISTORY, {"epoch": 1.0} | HEALTH], chance=4.17, path=tmp_path / "long", knn_k=[200, 20])
+    short, long = svg(tmp_path / "short"), svg(tmp_path / "long")
+    for series in ("loss", "contrast_top1", "contrast_top5", "learning_rate"):
+        assert len(points(short, series)) == len(points(long, series)) == 2
+    for series in HEALTH:
+        assert short.find(f".//*[@id='{series}']") is None
+        assert len(points(long, series)) == 1
+    assert short.find(".//*[@id='eval_knn_top1']") is None
+    assert {"k 200: 60", "k 20: 61", "its key: 0.9", "hardest negative: 0.6"} <= set(words(tmp_path / "long"))
+    up = points(long, "eval_knn_top1")
+    assert up[0, 0] < up[1, 0]  # later to the right
+    assert up[0, 1] > up[1, 1]  # better above
+
+
+def test_the_same_data_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        training_curves(HISTORY, chance=4.17, path=tmp_path / name)
+    for suffix in (".png", ".svg"):
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+def images_of(colours, labels=None) -> MapImages:
     rows = []
     for colour in colours:
         file = io.BytesIO()
         Image.new("RGB", (8, 8), colour).save(file, "PNG")
         rows.append({"bytes": file.getvalue(), "path": None})
-    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
-    return MapImages(
-        datasets.Dataset.from_dict({"image": rows, "label": labels}, features=features), EvaluationView(8, 8)
-    )
+    columns, features = {"image": rows}, {"image": datasets.Image(decode=False)}
+    if labels is not None:
+        columns, features = columns | {"label": labels}, features | {"label": datasets.Value("int64")}
+    source = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return MapImages(source, EvaluationView(8, 8))
 
 
-def test_the_neighbour_grid_shows_queries_and_their_neighbours_only(tmp_path):
-    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
-    bank, queries = images_of(colours, [0, 1, 0, 1, 0]), images_of([(20, 20, 20), (90, 90, 90)], [0, 1])
-    bank_features = F.normalize(torch.tensor([[1.0, 0], [1, 1], [0, 1], [-1, 1], [-1, 0]]), dim=1)
-    path = neighbour_grid(
-        queries, bank, bank_features[:2], bank_features, ["cat", "dog"], tmp_path / "grid.png", neighbours=3
+RED, GREEN, SKY, YELLOW, CYAN = (250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)
+BANK_FEATURES = F.normalize(torch.tensor([[1.0, 0], [1, 1], [0, 1], [-1, 1], [-1, 0]]), dim=1)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 0, 1, 0], None], ids=["labels", "no labels"])
+def test_the_grid_shows_queries_and_their_neighbours_and_marks_other_classes(labels, tmp_path):
+    path, colours = tmp_path / "grid", [RED, GREEN, SKY, YELLOW, CYAN]
+    bank = images_of(colours, labels)
+    queries = images_of([(20, 20, 20), (90, 90, 90)], labels and [0, 1])
+    neighbour_grid(
+        queries, bank, BANK_FEATURES[:2], BANK_FEATURES, ["cat", "dog, hound"] if labels else [], path, neighbours=3
     )
-    image = opened(path)
-    assert image.width > 300
-    assert 1 < image.width / image.height < 3  # two rows of four
-    shown = {colour for _, colour in image.getcolors(maxcolors=1_000_000)}
+    shown = {colour for _, colour in png(path).getcolors(maxcolors=1_000_000)}
     # Both queries are nearer to the first three than to the others.
     assert {(20, 20, 20), (90, 90, 90), *colours[:3]} <= shown
     assert not shown & set(colours[3:])
+    # Neighbours of the first: cat, dog, cat; of the second: dog and two cats.
+    names = [word for word in words(path) if word in ("cat", "dog", "≠")]
+    if labels is None:
+        assert frames(path, VERMILION) == len(names) == 0
+    else:
+        first, second = ["cat", "cat", "dog", "≠", "cat"], ["dog", "dog", "cat", "≠", "cat", "≠"]
+        assert names == first + second
+        assert frames(path, VERMILION) == 3
+
+
+def test_a_bank_with_fewer_images_than_columns_is_shown_once(tmp_path):
+    bank = images_of([RED, GREEN], [0, 0])
+    neighbour_grid(bank, bank, BANK_FEATURES[:2], BANK_FEATURES[:2], ["cat"], tmp_path / "grid")
+    assert len(svg(tmp_path / "grid").findall(".//svg:image", NS)) == 2 * (1 + 2)
+
+
+DRAW = ViewDraw((2, 4, 10, 20), (("hue", -0.0512), ("contrast", 1.25)), gray=True, blur=1.25, flip=True)
+
+
+def test_a_draw_is_described_with_its_jitter_in_order():
+    assert describe_draw(DRAW, width=40, height=20).splitlines() == [
+        *("crop 25 %: 20 × 10 px", "at 4, 2", "hue −0.05 turns", "contrast × 1.25", "gray, blur σ 1.2 px, flipped"),
+    ]
+    assert describe_draw(ViewDraw((0, 0, 20, 40), (), False, 0.0, False), 40, 20) == "crop 100 %: 40 × 20 px\nat 0, 0"
+
+
+def test_pairs_of_views_are_drawn_beside_the_image_with_its_crops(tmp_path):
+    path = tmp_path / "views"
+    views = [torch.full((3, 8, 8), value, dtype=torch.uint8) for value in (30, 200)]
+    view_pairs([DrawnImage(Image.new("RGB", (40, 20), RED), [DRAW, DRAW], views)] * 2, path)
+    assert {RED, (30, 30, 30), (200, 200, 200)} <= {c for _, c in png(path).getcolors(maxcolors=1_000_000)}
+    assert len(svg(path).findall(".//svg:image", NS)) == 2 * 3
+    assert frames(path, BLUE) == frames(path, VERMILION) == 2 * 2  # a crop and a view
+    # The crop is half as wide as the image, half as high, and begins a tenth from its corner.
+    boxes = {}
+    for d, colour in re.findall(r'<path d="([^"]*z)\s*"[^>]*stroke: (#\w+)', path.with_suffix(".svg").read_text()):
+        corners = np.array(re.findall(r"[ML] (\S+) (\S+)", d), dtype=float)
+        boxes.setdefault(colour, []).append((*corners.min(axis=0), *np.ptp(corners, axis=0)))
+    (x, y, width, height), (left, top, w, h) = (
+        next(b for c, b in boxes.items() if c not in (BLUE, VERMILION))[0],
+        boxes[BLUE][0],
+    )
+    assert (w / width, h / height, (left - x) / width, (top - y) / height) == pytest.approx(
+        (0.5, 0.5, 0.1, 0.1), abs=1e-3
+    )
+
+
+def clusters(n: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.arange(n) % classes
+    noise = torch.randn(n, 32, generator=torch.Generator().manual_seed(0))
+    return F.normalize(10 * F.one_hot(labels, 32) + noise, dim=1), labels
+
+
+def dots(path: Path) -> list[tuple[str, float, float]]:
+    """Colour and place of every dot."""
+    groups = svg(path).findall(".//svg:g", NS)
+    uses = [use for group in groups if group.get("id", "").startswith("PathCollection") for use in group.iter()]
+    found = [(use.get("style"), use.get("x"), use.get("y")) for use in uses if use.get("x")]
+    return [(re.search(r"fill: (#\w+)", style)[1], float(x), float(y)) for style, x, y in found]
+
+
+def test_images_of_a_class_lie_together_in_its_colour_and_are_named(tmp_path):
+    features, labels = clusters(60, 3)
+    embedding(features, labels, ["cat", "dog, hound", "fox"], tmp_path / "tsne")
+    shown = [dot for dot in dots(tmp_path / "tsne")]
+    places = np.array([dot[1:] for dot in shown if dot[0] in [to_hex(c) for c in COLOURS[:3]]])
+    assert len(places) >= 60
+    assert {"cat", "dog", "fox", "t-SNE of the features of 60 images, 3 classes"} <= set(words(tmp_path / "tsne"))
+    colours = np.array([dot[0] for dot in shown])
+    distance = np.linalg.norm(places[:, None] - places[None], axis=2) + 1e6 * np.eye(len(places))
+    assert (colours[distance.argmin(axis=1)] == colours).mean() > 0.95
+    png(tmp_path / "tsne")
+
+
+def to_hex(colour: tuple[float, float, float]) -> str:
+    return "#" + "".join(f"{round(255 * c):02x}" for c in colour)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_few_images_have_a_tsne_too(n, tmp_path):
+    features, labels = clusters(n, 2)
+    embedding(features, labels, ["cat", "dog"], tmp_path / "tsne")
+    assert len(dots(tmp_path / "tsne")) >= n
+
+
+def test_collapsed_features_have_one(tmp_path):
+    embedding(clusters(1, 1)[0].expand(12, -1), torch.zeros(12, dtype=torch.long), [], tmp_path / "tsne")
+    assert len(dots(tmp_path / "tsne")) == 12
+
+
+def test_many_classes_are_counted_not_named(tmp_path):
+    features, labels = clusters(63, 21)
+    embedding(features, labels, [f"class {i}" for i in range(30)], tmp_path / "tsne")
+    assert words(tmp_path / "tsne") == ["t-SNE of the features of 63 images, 21 classes"]
+    assert len({colour for colour, _, _ in dots(tmp_path / "tsne")}) == 21
+
+
+@pytest.mark.parametrize("classes", [3, 30, 300])
+def test_the_confusion_matrix_names_and_counts_what_can_be_read(classes, tmp_path):
+    confusion = 9 * torch.eye(classes, dtype=torch.long)
+    confusion[1, 0] = 7
+    path = tmp_path / "confusion"
+    confusion_matrix(confusion, [f"class {i}" for i in range(classes)], path)
+    shown = words(path)
+    assert shown.count("7") == (classes == 3)
+    assert shown.count("class 1") == (2 if classes <= 40 else 0)  # as a row and as a column
+    assert 1000 < png(path).height < 1600
+    svg(path)

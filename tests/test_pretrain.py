@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
-from training.data import load_digits
+from training.data import load_digits, load_images
 from training.features import encoder_digest
+from training.images import decode_image
 from training.linear_probe import parse_linear_probe
-from training.pretrain import announce, build_trainer
+from training.pretrain import announce, build_trainer, drawn_images
 from training.recipe import parse_pretrain, recipe_names
 from training.results import read_results
 
@@ -34,7 +36,7 @@ TINY = [
 def test_every_recipe_trains_two_steps(name, tmp_path):
     args = parse_pretrain(["--recipe", name, *TINY, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
     args.training.save_strategy = "no"
-    trainer = build_trainer(args)
+    trainer = build_trainer(args, load_images(args.data))
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     assert trainer.state.global_step == 2
@@ -94,7 +96,7 @@ def test_a_run_leaves_checkpoint_model_numbers_and_pictures(quickstart):
     assert metrics["knn_top1_before"] > 50
     assert metrics["knn_top1_after"] != metrics["knn_top1_before"]
     assert metrics["images_per_second"] > 0
-    for picture in ("training_curve.png", "neighbours.png"):
+    for picture in ("training_curves.png", "neighbours.png", "tsne.png"):
         with Image.open(folder / picture) as image:
             assert min(image.size) > 300
     model, report = MoCoModel.from_pretrained(folder, output_loading_info=True)
@@ -162,11 +164,14 @@ def test_knn_of_a_saved_run_is_the_monitors_and_travels(quickstart, script, caps
     assert "backbone feature" in out
     assert "weighted kNN, k 5, T 0.07" in out
     monitored = json.loads((folder / "metrics.json").read_text())["knn_top1_after"]
-    last = read_results(folder)[-2:]
-    assert [entry["protocol"] for entry in last] == ["weighted kNN, k 200, T 0.07", "weighted kNN, k 5, T 0.07"]
-    assert last[0]["value"] == pytest.approx(monitored)
-    assert last[0]["data"]["dataset"] == "digits"
-    assert last[0]["model"] == encoder_digest(MoCoModel.from_pretrained(folder))
+    of_monitor, *others = (e for e in read_results(folder) if e["protocol"] == "weighted kNN, k 200, T 0.07")
+    assert of_monitor["value"] == pytest.approx(monitored)
+    assert of_monitor["data"]["dataset"] == "digits"
+    assert of_monitor["model"] == encoder_digest(MoCoModel.from_pretrained(folder))
+    of_script = read_results(folder)[-1]
+    assert of_script["protocol"] == "weighted kNN, k 5, T 0.07"
+    assert of_script["model"] == of_monitor["model"]
+    assert all(entry["value"] == pytest.approx(monitored) for entry in others)
     with pytest.raises(SystemExit):
         script("knn").main([str(folder), "--k", "2000", "--use_cpu"])
     assert "k (2000) is larger than the train split (1437 images)" in capsys.readouterr().err
@@ -194,7 +199,56 @@ def test_a_random_encoder_is_probed_into_a_folder_of_its_own(quickstart, script,
     assert not torch.equal(saved.moco.encoder_q.conv1[0].weight, trained.encoder_q.conv1[0].weight)
 
 
+@pytest.mark.parametrize("policy", ["v1", "v2"])
+def test_the_preview_shows_the_views_of_epoch_0(policy, tmp_path):
+    args = parse_pretrain([*TINY, "--augmentation", policy, "--seed", "7", "--output_dir", str(tmp_path / "run")])
+    splits = load_images(args.data)
+    drawn = list(drawn_images(args, splits))
+    assert len(drawn) == 8
+    images = build_trainer(args, splits).train_dataset
+    for i, (image, _, views) in enumerate(drawn):
+        trained = images[8 * i]
+        assert torch.equal(views[0], trained["pixel_values"])
+        assert torch.equal(views[1], trained["key_pixel_values"])
+        assert np.array_equal(np.array(image), np.array(decode_image(splits.train[8 * i]["image"])))
+    images.set_epoch(1)
+    assert not torch.equal(drawn[0].views[0], images[0]["pixel_values"])
+
+
+def test_the_preview_of_a_stream_shows_the_views_of_its_images(tmp_path):
+    args = parse_pretrain([*TINY, "--streaming", "--output_dir", str(tmp_path / "run")])
+    splits = load_images(args.data)
+    trained = {sample["pixel_values"].numpy().tobytes() for sample in build_trainer(args, splits).train_dataset}
+    drawn = list(islice(drawn_images(args, splits), 8))
+    assert len({example.views[0].numpy().tobytes() for example in drawn} & trained) == 8
+
+
+def test_a_preview_writes_two_pictures_and_nothing_else(tmp_path, script, capsys):
+    path = tmp_path / "views.png"
+    path.write_text("an older picture")
+    script("pretrain").main([*TINY, "--output_dir", str(tmp_path / "run"), "--preview_views", str(path)])
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["views.png", "views.svg"]
+    with Image.open(path) as image:
+        assert image.width == 1600
+    assert "epoch 0" in capsys.readouterr().out
+
+
+def test_broken_images_are_left_out_of_the_preview(tmp_path):
+    folder = tmp_path / "images" / "train" / "a"
+    folder.mkdir(parents=True)
+    for i in range(16):
+        Image.new("RGB", (40, 40), (i, i, i)).save(folder / f"{i:02}.png")
+    (folder / "02.png").write_bytes(b"not a picture")
+    flags = ["--dataset_name", str(tmp_path / "images"), "--output_dir", str(tmp_path / "run")]
+    args = parse_pretrain([*TINY, *flags])
+    drawn = list(drawn_images(args, load_images(args.data)))
+    assert [example.image.getpixel((0, 0))[0] for example in drawn] == [0, 4, 6, 8, 10, 12, 14]
+
+
 REFUSED = {
+    "preview of another kind": (["--preview_views", "views.jpg"], "must end in .png or .svg"),
+    "preview without a folder": (["--preview_views", "/no/such/views.png"], "/no/such, which is no folder"),
+    "preview in place of a folder": (["--preview_views", str(ROOT / "tests")], "needs the name of the folder"),
     "missing dataset": (["--dataset_name", "/no/such/folder"], "/no/such/folder"),
     "missing column": (["--image_column", "picture"], "image_column ('picture')"),
     "unknown recipe": (["--recipe", "quikstart"], "did you mean 'quickstart'"),
@@ -239,7 +293,7 @@ WARNED = {
 def test_what_decides_the_result_is_said_at_the_start(case, tmp_path, capsys):
     flags, warning = WARNED[case]
     args = parse_pretrain([*TINY, *flags, "--output_dir", str(tmp_path / "run")])
-    announce(args, build_trainer(args), default_recipe=True)
+    announce(args, build_trainer(args, load_images(args.data)), default_recipe=True)
     out = capsys.readouterr().out
     assert out.count(warning) == 1
     assert "global batch 16 (1 x 16 x 1 accumulated)" in out

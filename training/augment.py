@@ -171,9 +171,12 @@ class TwoViews:
     size: int
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        draws = [draw_view(self.policy, image.width, image.height, generator) for _ in range(2)]
-        query, key = (render_view(image, draw, self.size, self.policy) for draw in draws)
+        query, key = (render_view(image, draw, self.size, self.policy) for draw in self.draws(image, generator))
         return {"pixel_values": query, "key_pixel_values": key}
+
+    def draws(self, image: Image.Image, generator: torch.Generator) -> list[ViewDraw]:
+        """The random numbers of the query's view and of the key's."""
+        return [draw_view(self.policy, image.width, image.height, generator) for _ in range(2)]
 
 
 @dataclass(frozen=True)

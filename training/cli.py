@@ -29,6 +29,8 @@ FREE_TO_CHANGE = {
     "dataloader_persistent_workers",
     "logging_steps",
     "report_to",
+    "project",
+    "run_name",
     "disable_tqdm",
     "save_total_limit",
 }

@@ -26,6 +26,7 @@ from transformers import EvalPrediction
 from modeling_moco import MoCoForImageClassification
 from modeling_moco.distributed_moco import world_size
 
+from . import plots
 from .augment import OneView, build_policy
 from .data import DataArguments, ImageSplits
 from .evaluation import Encoder, parse_evaluation
@@ -312,6 +313,7 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> S
             "global_batch": args.images_per_step,
             "weight_decay": args.weight_decay,
         }
+        plots.confusion_matrix(scores.confusion, splits.class_names, folder / "confusion")
         results = scores.results(protocol, settings=settings, seed=args.seed)
         append_results(run.encoder.home, results, model=trainer.encoder, data=splits.about)
     return trainer.scores

@@ -68,10 +68,12 @@ class _Images:
         """Images passed over so far because they could not be read."""
         return int(self._skipped)
 
+    def generator(self, index: int) -> torch.Generator:
+        """What the views of an image are drawn from in this epoch."""
+        return seeded_generator(self.seed, int(self._epoch), index)
+
     def _views(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        views: dict[str, Any] = self.transform(
-            decode_image(row["image"]), seeded_generator(self.seed, int(self._epoch), index)
-        )
+        views: dict[str, Any] = self.transform(decode_image(row["image"]), self.generator(index))
         if "label" in row and "key_pixel_values" not in views:
             views["labels"] = row["label"]
         return views

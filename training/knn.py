@@ -141,7 +141,15 @@ def evaluate_knn(
     voting: dict[str, Any] = {"ks": args.k, "temperature": args.temperature, "device": model.device}
     accuracies = knn_accuracy(features, labels, bank_features, bank_labels, **voting)
     return [
-        Result(protocol(k, args.temperature), "top1", top1, len(queries), args.features, seed=args.seed)
+        Result(
+            protocol(k, args.temperature),
+            "top1",
+            top1,
+            len(queries),
+            args.features,
+            settings={"bank": len(bank)},
+            seed=args.seed,
+        )
         for k, top1 in accuracies.items()
     ]
 

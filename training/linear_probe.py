@@ -222,7 +222,7 @@ def save_probe(probe: Probe, run: "ProbeRun", splits: ImageSplits, encoder: MoCo
     metrics = {"mode": run.training.mode, "encoder": str(run.encoder), "probes": probes}
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     name = {"official": "confusion", "cached SGD": "confusion_sgd", "cached L-BFGS": "confusion_lbfgs"}[probe.name]
-    plots.confusion_matrix(probe.scores.confusion, splits.class_names, folder / f"{name}.png")
+    plots.confusion_matrix(probe.scores.confusion, splits.class_names, folder / name)
     append_results(run.encoder.home, probe.results(run.training.seed), model=encoder_digest(encoder), data=splits.about)
 
 

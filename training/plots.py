@@ -1,43 +1,179 @@
-"""Pictures of a run. Every function writes a PNG and returns its path."""
+"""Pictures of a run, each as PNG and SVG: legible at 800 px, safe for colour-blind eyes, the same bytes for the same data.
 
+Every function takes data and a path without suffix.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
+from .augment import ViewDraw
 from .images import MapImages
 from .knn import nearest
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+# Of the palette of Okabe and Ito. The first colour of each is for queries, the second for keys and for what is wrong.
+BLUE, VERMILION, GREEN = "#0072b2", "#d55e00", "#009e73"
+INK, GRAY, PALE = "#1f2933", "#6b7280", "#d5dae1"
+WIDTH = 8  # inches, 800 px of a README: a point is 1.4 px there
+COLOURS = matplotlib.color_sequences["petroff10"]  # arXiv:2107.02270
+MOST_NAMED_CLASSES = 2 * len(COLOURS)
+PERPLEXITY = 30
+BADGE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+HALO = withStroke(linewidth=2.5, foreground="white", alpha=0.85)
+STYLE = {
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": GRAY,
+    "axes.labelcolor": GRAY,
+    "xtick.color": GRAY,
+    "ytick.color": GRAY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": PALE,
+    "grid.linewidth": 0.5,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.6,
+    "legend.fontsize": 8,
+    "legend.edgecolor": "none",
+    "figure.facecolor": "white",
+    "image.composite_image": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "moco",
+}
 
-BLUE, ORANGE, GREEN, GRAY = "#2563eb", "#d97706", "#059669", "#6b7280"
+
+@contextmanager
+def picture(path: Path, height: float, **kwargs: Any) -> Iterator[Figure]:
+    """A figure of the README's width and so many inches, which is saved as `path.png` and `path.svg` in the end."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height), **kwargs)
+        yield figure
+        figure.savefig(path.with_name(f"{path.name}.png"), dpi=200)
+        figure.savefig(path.with_name(f"{path.name}.svg"), dpi=200, metadata={"Date": None})
 
 
-def _series(history: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    rows = [(entry["epoch"], entry[key]) for entry in history if key in entry]
-    return [epoch for epoch, _ in rows], [value for _, value in rows]
+class Panel(NamedTuple):
+    """Some of the numbers that a run logs, over its epochs: their keys and what the legend calls them."""
+
+    title: str
+    series: dict[str, str]
+    from_zero: bool = True
 
 
-def training_curve(history: list[dict[str, Any]], chance: float, path: Path) -> Path:
-    """Loss against its chance level, contrast accuracy with kNN accuracy, and the learning rate, by epoch."""
-    figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    loss.plot(*_series(history, "loss"), color=BLUE)
-    loss.axhline(chance, color=GRAY, linestyle=":", label=f"all keys alike: {chance:.2f}")
-    loss.set(title="InfoNCE loss", xlabel="epoch", ylim=(0, None))
-    loss.legend(frameon=False)
-    accuracy.plot(*_series(history, "contrast_top1"), color=ORANGE, label="contrast top-1")
-    accuracy.plot(*_series(history, "eval_knn_top1"), color=GREEN, marker="o", markersize=4, label="kNN top-1")
-    accuracy.set(title="accuracy, %", xlabel="epoch", ylim=(0, 100))
-    accuracy.legend(frameon=False)
-    rate.plot(*_series(history, "learning_rate"), color=BLUE)
-    rate.set(title="learning rate", xlabel="epoch", ylim=(0, None))
-    for axis in (loss, accuracy, rate):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+PANELS = (
+    Panel("InfoNCE loss", {"loss": "loss"}, from_zero=False),
+    Panel("Contrast accuracy, %", {"contrast_top1": "top-1", "contrast_top5": "top-5"}),
+    Panel("kNN accuracy, %", {}, from_zero=False),  # its series hang on the run
+    Panel("Learning rate", {"learning_rate": "rate"}),
+    Panel(
+        "Similarity to a query",
+        {"positive_similarity": "its key", "hardest_negative_similarity": "hardest negative"},
+        from_zero=False,
+    ),
+    Panel("Alignment", {"alignment": "alignment"}),
+    Panel("Uniformity", {"uniformity": "uniformity"}),
+    Panel("RankMe", {"eval_rankme": "RankMe"}),
+    Panel(
+        "Keys in other company, %",
+        {"eval_contrast_top1": "as trained", "eval_contrast_top1_shuffled": "dealt out anew"},
+    ),
+    Panel("Queue age, steps", {"queue_age": "age"}),
+    Panel("Key drift, %", {"key_drift": "lag"}),
+)
+
+
+def training_curves(history: list[dict[str, Any]], chance: float, path: Path, knn_k: list[int] | None = None) -> None:
+    """What a run has logged, by epoch: a panel for every kind of number that is there.
+
+    Args:
+        history: of the trainer, entries with an "epoch".
+        chance: loss of a model for which all keys are equally similar.
+        knn_k: neighbours of the monitor, where it compares several: `eval_knn_top1` is that of the first.
+    """
+    ks = {f"eval_knn_top1_k{k}": f"k {k}" for k in (knn_k or [])[1:]}
+    knn = {"eval_knn_top1": f"k {knn_k[0]}" if knn_k else "top-1"} | ks
+    logged = {key for entry in history for key in entry}
+    panels = [panel if panel.series else panel._replace(series=knn) for panel in PANELS]
+    panels = [panel for panel in panels if logged & panel.series.keys()]
+    columns, height = (2, 2.35) if len(panels) <= 4 else (3, 1.9)
+    rows, width = -(-len(panels) // columns), WIDTH / columns
+    with picture(path, rows * height) as figure:
+        for i, panel in enumerate(panels):
+            row, column = divmod(i, columns)
+            # Placed by hand: matplotlib's own layout takes seconds for eleven panels.
+            place = (column * width + 0.5, (rows - 1 - row) * height + 0.42, width - 0.62, height - 0.7)
+            axis = figure.add_axes(np.divide(place, (WIDTH, rows * height) * 2).tolist())
+            if "loss" in panel.series:
+                axis.axhline(chance, color=GRAY, linestyle=(0, (4, 2)), linewidth=1, gid="chance")
+                beside: Any = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
+                axis.annotate(f"all keys alike {chance:.2f}", (1, chance), (0, 3), color=GRAY, fontsize=8, **beside)
+            _draw_panel(axis, panel, history)
+            axis.set_xlim(0, 1.02 * max(entry["epoch"] for entry in history))
+            if i >= len(panels) - columns:
+                axis.set_xlabel("epoch", labelpad=2)
+
+
+def _draw_panel(axis: Axes, panel: Panel, history: list[dict[str, Any]]) -> None:
+    shown = [(key, name) for key, name in panel.series.items() if any(key in entry for entry in history)]
+    for (key, name), colour in zip(shown, (BLUE, VERMILION, GREEN, *COLOURS), strict=False):
+        epochs, values = zip(*((entry["epoch"], entry[key]) for entry in history if key in entry), strict=True)
+        marker = "o" if len(values) < 30 else None
+        last = f"{values[-1]:,.0f}" if abs(values[-1]) >= 1000 else f"{values[-1]:.3g}"
+        axis.plot(epochs, values, color=colour, marker=marker, markersize=3, label=f"{name}: {last}", gid=key)
+    axis.set_title(panel.title)
+    if len(shown) > 1:
+        axis.legend()
+    else:
+        axis.set_title(last, loc="right", color=BLUE, fontweight="normal")
+    axis.margins(y=0.15)
+    if panel.from_zero:
+        low, high = axis.dataLim.intervaly
+        axis.set_ylim(min(0, 1.1 * low), max(0, 1.1 * high) or None)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.yaxis.set_major_locator(MaxNLocator(4))
+
+
+class Sheet:
+    """A page on which images are placed in inches from its top left corner."""
+
+    def __init__(self, figure: Figure):
+        self.axis = figure.add_axes((0, 0, 1, 1))
+        self.axis.axis("off")
+        self.width, self.height = figure.get_size_inches()
+
+    def image(
+        self, pixels: np.ndarray, x: float, y: float, width: float, height: float, frame: str, line: float = 1
+    ) -> None:
+        self.axis.imshow(pixels, extent=(x, x + width, y + height, y), aspect="auto")
+        self.frame(x, y, width, height, frame, line)
+
+    def frame(self, x: float, y: float, width: float, height: float, colour: str, line: float) -> None:
+        self.axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line, zorder=3))
+
+    def text(self, x: float, y: float, words: str, **kwargs: Any) -> None:
+        self.axis.text(x, y, words, **({"va": "top"} | kwargs))
+
+    def finish(self) -> None:
+        self.axis.set(xlim=(0, self.width), ylim=(self.height, 0))  # images have changed them
 
 
 def neighbour_grid(
@@ -47,42 +183,142 @@ def neighbour_grid(
     bank_features: torch.Tensor,
     class_names: list[str],
     path: Path,
-    neighbours: int = 5,
-) -> Path:
+    neighbours: int = 7,
+) -> None:
     """Queries in the first column and their nearest bank images beside them, by cosine similarity.
 
-    A neighbour of another class has an orange frame.
+    A neighbour of another class has a vermilion frame and ≠ in its corner.
 
     Args:
         query_features, bank_features: unit length, one row per image of `queries` and `bank`.
+        class_names: empty where the images have no labels.
     """
-    similarity, index = nearest(query_features, bank_features, neighbours)
-    figure, axes = plt.subplots(
-        len(queries), neighbours + 1, figsize=(1.1 * (neighbours + 1), 1.25 * len(queries)), layout="constrained"
-    )
-    for i, row in enumerate(axes):
-        query = queries[i]
-        _show(row[0], query, f"query: {class_names[query['labels']]}", BLUE)
-        for j, axis in enumerate(row[1:]):
-            found = bank[int(index[i, j])]
-            colour = GRAY if found["labels"] == query["labels"] else ORANGE
-            _show(axis, found, f"{class_names[found['labels']]}  {similarity[i, j]:.2f}", colour)
-    figure.suptitle("first column: query; others: nearest neighbours, orange where the class differs", fontsize=8)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
+    similarity, index = nearest(query_features, bank_features, min(neighbours, len(bank)))
+    gap, space = 0.1, 0.15
+    tile = (WIDTH - 2 * gap - space - (neighbours - 1) * gap) / (neighbours + 1)
+    row = tile + 0.28
+    with picture(path, 0.42 + row * len(queries)) as figure:
+        sheet = Sheet(figure)
+        sheet.text(gap, 0.1, "query", weight="bold", color=BLUE)
+        sheet.text(
+            gap + tile + space, 0.1, f"nearest of {len(bank):,} training images, with cosine similarity", weight="bold"
+        )
+        for i in range(len(queries)):
+            y = 0.34 + i * row
+            query = queries[i]
+            sheet.image(_pixels(query["pixel_values"]), gap, y, tile, tile, BLUE, 2)
+            sheet.text(gap, y + tile + 0.04, _name(query, class_names), color=BLUE, fontsize=7.5)
+            for j, place in enumerate(index[i].tolist()):
+                x, found = gap + tile + space + j * (tile + gap), bank[place]
+                other = bool(class_names) and found["labels"] != query["labels"]
+                colour = VERMILION if other else PALE
+                sheet.image(_pixels(found["pixel_values"]), x, y, tile, tile, colour, 2 if other else 0.8)
+                sheet.text(
+                    x, y + tile + 0.04, _name(found, class_names), color=VERMILION if other else INK, fontsize=7.5
+                )
+                if other:
+                    sheet.text(x + tile - 0.05, y + 0.06, "≠", color=VERMILION, ha="right", weight="bold", bbox=BADGE)
+                sheet.text(x + tile, y + tile + 0.04, f"{similarity[i, j]:.2f}", color=GRAY, fontsize=7.5, ha="right")
+        sheet.finish()
 
 
-def _show(axis, sample: dict[str, Any], title: str, colour: str) -> None:
-    axis.imshow(sample["pixel_values"].permute(1, 2, 0).numpy())
-    axis.set_title(title, fontsize=8, color=colour)
-    axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set(color=colour, linewidth=2)
+def _pixels(image: torch.Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy()
 
 
-def confusion_matrix(confusion: torch.Tensor, class_names: list[str], path: Path) -> Path:
-    """Images of each class (rows) by the class that they are called (columns), as shares of the row; also as SVG.
+def _name(sample: dict[str, Any], class_names: list[str]) -> str:
+    return _short(class_names[sample["labels"]], 11) if class_names else ""
+
+
+def _short(name: str, length: int) -> str:
+    name = name.split(",")[0]  # ImageNet's are lists of synonyms
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+class DrawnImage(NamedTuple):
+    """An image and its two views: uint8 (3, S, S), as training would get them, and how they were drawn."""
+
+    image: Image.Image
+    draws: list[ViewDraw]
+    views: list[torch.Tensor]
+
+
+def view_pairs(images: list[DrawnImage], path: Path) -> None:
+    """Images with the two crops drawn on them, and beside each the views of the query and the key with their draws."""
+    tile, row, gap = 1.25, 1.42, 0.12
+    starts = (1.6, 4.85)
+    with picture(path, 0.34 + row * len(images)) as figure:
+        sheet = Sheet(figure)
+        sheet.text(gap, 0.1, "image and crops", weight="bold")
+        for x, words, colour in zip(starts, ("query view", "key view"), (BLUE, VERMILION), strict=True):
+            sheet.text(x, 0.1, words, weight="bold", color=colour)
+        for i, (image, draws, views) in enumerate(images):
+            y = 0.34 + i * row
+            scale = tile / max(image.size)
+            width, height = scale * image.width, scale * image.height
+            left, top = gap + (tile - width) / 2, y + (tile - height) / 2
+            sheet.image(np.asarray(image), left, top, width, height, PALE, 0.8)
+            for x, draw, view, colour in zip(starts, draws, views, (BLUE, VERMILION), strict=True):
+                down, right, h, w = (scale * pixels for pixels in draw.box)
+                sheet.frame(left + right, top + down, w, h, colour, 2)
+                sheet.image(_pixels(view), x, y, tile, tile, colour, 2)
+                sheet.text(x + tile + 0.1, y - 0.02, describe_draw(draw, *image.size), fontsize=8, linespacing=1.3)
+        sheet.finish()
+
+
+def describe_draw(draw: ViewDraw, width: int, height: int) -> str:
+    """A draw in a few short lines, the colour jitter in its order, for an image of that size in pixels."""
+    top, left, h, w = draw.box
+    lines = [f"crop {100 * h * w / (height * width):.0f} %: {w} × {h} px", f"at {left}, {top}"]
+    for name, factor in draw.jitter:
+        change = f"{factor:+.2f} turns".replace("-", "−") if name == "hue" else f"× {factor:.2f}"
+        lines.append(f"{name} {change}")
+    others = ["gray"] * draw.gray + [f"blur σ {draw.blur:.1f} px"] * (draw.blur > 0) + ["flipped"] * draw.flip
+    return "\n".join(lines + [", ".join(others)] * bool(others))
+
+
+def embedding(features: torch.Tensor, labels: torch.Tensor, class_names: list[str], path: Path) -> None:
+    """A t-SNE of features, coloured by class; up to 20 classes are named.
+
+    Args:
+        features: unit length (n, D).
+        labels: (n,); what they are does not matter where there are no `class_names`.
+    """
+    places = _tsne(features.double().numpy())
+    present = labels.unique().tolist() if class_names else []
+    title = f"t-SNE of the features of {len(places):,} images" + (f", {len(present)} classes" if present else "")
+    with picture(path, 5.6, layout="constrained") as figure:
+        axis = figure.add_subplot()
+        axis.set(title=title, xticks=[], yticks=[])
+        axis.spines[:].set(visible=True, color=PALE)
+        dots: dict[str, Any] = {"s": 14 if len(places) > 500 else 22, "linewidth": 0.2, "edgecolor": "white"}
+        if not present:
+            axis.scatter(places[:, 0], places[:, 1], color=BLUE, **dots)
+        elif len(present) > MOST_NAMED_CLASSES:
+            axis.scatter(places[:, 0], places[:, 1], c=labels.numpy(), cmap="viridis", **dots)
+        else:
+            for i, label in enumerate(present):
+                x, y = places[labels.numpy() == label].T
+                colour, marker = COLOURS[i % len(COLOURS)], "o^"[i // len(COLOURS)]
+                name = _short(class_names[label], 16)
+                axis.scatter(x, y, color=colour, marker=marker, label=name, **dots)
+                axis.annotate(
+                    name, (np.median(x), np.median(y)), ha="center", va="center", path_effects=[HALO], weight="bold"
+                )
+            figure.legend(loc="outside right center", markerscale=1.6, handletextpad=0.1)
+
+
+def _tsne(x: np.ndarray) -> np.ndarray:
+    if len(x) < 2:
+        return np.zeros((len(x), 2))
+    alike = x.std(axis=0).max() < 1e-6  # collapsed: there are no principal components to begin with
+    tsne = TSNE(init="random" if alike else "pca", perplexity=min(PERPLEXITY, (len(x) - 1) / 3), random_state=0)
+    with threadpool_limits(1):  # its threads spin: with two on two busy cores it takes four times as long
+        return tsne.fit_transform(x)
+
+
+def confusion_matrix(confusion: torch.Tensor, class_names: list[str], path: Path) -> None:
+    """Images of each class (rows) by the class that they are called (columns), as shares of the row.
 
     Names are shown for up to 40 classes and numbers for up to 20.
 
@@ -91,19 +327,17 @@ def confusion_matrix(confusion: torch.Tensor, class_names: list[str], path: Path
     """
     classes = len(class_names)
     shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    size = min(max(4.0, 0.5 * classes), 12.0)
-    figure, axis = plt.subplots(figsize=(size + 1.2, size), layout="constrained")
-    image = axis.imshow((100 * shares).numpy(), cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, ax=axis, shrink=0.8, label="% of the class")
-    axis.set(xlabel="called", ylabel="class")
-    if classes <= 40:
-        axis.set_xticks(range(classes), class_names, rotation=90 if max(map(len, class_names)) > 2 else 0)
-        axis.set_yticks(range(classes), class_names)
-    if classes <= 20:
-        for i, j in confusion.nonzero().tolist():
-            colour = "white" if shares[i, j] > 0.5 else "black"
-            axis.text(j, i, f"{confusion[i, j]:,}", ha="center", va="center", fontsize=8, color=colour)
-    for kind in (".png", ".svg"):
-        figure.savefig(path.with_suffix(kind), dpi=120)
-    plt.close(figure)
-    return path
+    with picture(path, WIDTH - 1.4, layout="constrained") as figure:
+        axis = figure.add_subplot()
+        axis.grid(False)
+        image = axis.imshow((100 * shares).numpy(), cmap="Blues", vmin=0, vmax=100)
+        figure.colorbar(image, ax=axis, shrink=0.8, label="% of the class")
+        axis.set(xlabel="called", ylabel="class")
+        if classes <= 40:
+            names = [_short(name, 16) for name in class_names]
+            axis.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 2 else 0)
+            axis.set_yticks(range(classes), names)
+        if classes <= MOST_NAMED_CLASSES:
+            for i, j in confusion.nonzero().tolist():
+                colour = "white" if shares[i, j] > 0.5 else INK
+                axis.text(j, i, f"{confusion[i, j]:,}", ha="center", va="center", fontsize=8, color=colour)

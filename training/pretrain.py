@@ -1,8 +1,9 @@
-"""A pretraining run from its arguments: build it, run it, leave its results behind."""
+"""A pretraining run from its arguments: preview its views, build it, run it, leave its results behind."""
 
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,27 +12,30 @@ import torch
 from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy
 
-from modeling_moco import MoCoConfig, MoCoModel
+from modeling_moco import MoCoModel
 
 from . import plots
-from .augment import TwoViews, build_policy
-from .data import ImageSplits, load_images
-from .features import extract_features, unit
-from .images import MapImages, StreamedImages
+from .augment import TwoViews, build_policy, render_view
+from .data import DataArguments, ImageSplits
+from .features import encoder_digest
+from .images import MapImages, StreamedImages, decode_image
+from .knn import protocol
 from .recipe import PretrainArguments
+from .report import METRICS, STREAMED, chance_loss, draw_features, read_run, write_report
+from .results import Result, append_results, read_results
 from .trainer import MoCoTrainer
 
-PICTURED_QUERIES, PICTURED_BANK = 8, 10_000  # rows of the neighbour picture, and images that it searches
+PREVIEWED = 8  # images
 
 
-def build_trainer(args: PretrainArguments) -> MoCoTrainer:
-    """Data, model and trainer. Everything that the user's input can break breaks here, before any time is spent.
+def build_trainer(args: PretrainArguments, splits: ImageSplits) -> MoCoTrainer:
+    """Model and trainer. Everything that the user's input can break breaks here, before any time is spent.
 
     Raises:
         ValueError: with the value, the rule and the remedy.
     """
     data, training = args.data, args.training
-    splits = load_images(data)
+    read_results(Path(str(training.output_dir)))  # what is there can be added to
     train = _training_images(args, splits)
     bank = queries = None
     if training.eval_strategy != IntervalStrategy.NO:
@@ -50,14 +54,12 @@ def build_trainer(args: PretrainArguments) -> MoCoTrainer:
     set_seed(training.seed)
     model = MoCoModel(args.config)
     check_image_size(model, data.image_size)
-    trainer = MoCoTrainer(model, training, train, data.image_processor(args.config), bank, queries)
-    trainer.class_names = splits.class_names
-    return trainer
+    return MoCoTrainer(model, training, train, data.image_processor(args.config), bank, queries)
 
 
 def _training_images(args: PretrainArguments, splits: ImageSplits) -> MapImages | StreamedImages:
     data, training = args.data, args.training
-    views = TwoViews(build_policy(data.augmentation, data.horizontal_flip, data.crop_min_scale), data.image_size)
+    views = _two_views(data)
     if not data.streaming:
         return MapImages(splits.train, views, training.seed)
     return StreamedImages(
@@ -69,6 +71,10 @@ def _training_images(args: PretrainArguments, splits: ImageSplits) -> MapImages 
         world_size=training.world_size,
         buffer_size=data.shuffle_buffer,
     )
+
+
+def _two_views(data: DataArguments) -> TwoViews:
+    return TwoViews(build_policy(data.augmentation, data.horizontal_flip, data.crop_min_scale), data.image_size)
 
 
 def _missing_for_knn(args: PretrainArguments, splits: ImageSplits) -> str | None:
@@ -118,11 +124,6 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer, default_recipe: bool
         print(f"warning: {warning}")
 
 
-def chance_loss(config: MoCoConfig) -> float:
-    """The loss of a model for which all keys are equally similar to every query."""
-    return (2 if config.symmetric_loss else 1) * math.log(1 + config.queue_size)
-
-
 def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
     training, config = args.training, args.config
     batch, rate = training.images_per_step, training.learning_rate
@@ -151,10 +152,11 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
         )
 
 
-def finish(args: PretrainArguments, trainer: MoCoTrainer) -> dict[str, Any]:
-    """Save the model, `metrics.json`, the curves and the nearest neighbours to the output directory."""
+def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -> dict[str, Any]:
+    """Leave the model, its history, `metrics.json`, `results.json`, the pictures and `report.html` in the output directory."""
     folder = Path(str(args.training.output_dir))
     trainer.save_model(str(folder))
+    trainer.save_state()
     history = trainer.state.log_history
     knn = [entry["eval_knn_top1"] for entry in history if "eval_knn_top1" in entry]
     steps = [entry for entry in history if "loss" in entry]
@@ -167,15 +169,53 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "skipped_images": trainer.train_dataset.skipped,
     }
-    if trainer.knn_bank is not None and trainer.knn_queries is not None:
-        bank, queries = trainer.knn_bank.spread(PICTURED_BANK), trainer.knn_queries.spread(PICTURED_QUERIES)
-        query_features, _ = extract_features(trainer.model, queries)
-        bank_features, _ = extract_features(trainer.model, bank)
     if trainer.is_world_process_zero():
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        plots.training_curve(history, chance_loss(args.config), folder / "training_curve.png")
-        if trainer.knn_queries is not None:
-            plots.neighbour_grid(
-                queries, bank, unit(query_features), unit(bank_features), trainer.class_names, folder / "neighbours.png"
-            )
+        (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        if results := list(_last_knn(trainer)):
+            digest = encoder_digest(trainer.model, args.training.knn_features)
+            append_results(folder, results, model=digest, data=splits.about)
+    if not args.data.streaming:
+        draw_features(trainer.model, splits, args.data, folder)
+    if trainer.is_world_process_zero():
+        write_report(read_run(folder), STREAMED if args.data.streaming else None)
     return metrics
+
+
+def _last_knn(trainer: MoCoTrainer) -> Iterator[Result]:
+    args, state = trainer.args, trainer.state
+    names = ["eval_knn_top1", *(f"eval_knn_top1_k{k}" for k in args.knn_k[1:])]
+    last = [entry for entry in state.log_history if names[0] in entry and entry["step"] == state.global_step][-1:]
+    for k, name in zip(args.knn_k, names, strict=True):
+        for entry in last:
+            conditions: dict[str, Any] = {"settings": {"bank": len(trainer.knn_bank or [])}, "seed": args.seed}
+            n = len(trainer.knn_queries or [])
+            yield Result(protocol(k, args.knn_temperature), "top1", entry[name], n, args.knn_features, **conditions)
+
+
+def preview_views(args: PretrainArguments, splits: ImageSplits) -> None:
+    """Draw the views that epoch 0 will make of eight training images, as a picture at `args.preview_views`.
+
+    Raises:
+        ValueError: no image can be read.
+    """
+    assert args.preview_views is not None
+    drawn = list(islice(drawn_images(args, splits), PREVIEWED))
+    if not drawn:
+        raise ValueError(f"none of these images of {args.data.dataset_name} can be read: is this an image dataset?")
+    plots.view_pairs(drawn, args.preview_views)
+
+
+def drawn_images(args: PretrainArguments, splits: ImageSplits) -> Iterator[plots.DrawnImage]:
+    """Training images, spread over the dataset (of a stream the first), with the views that epoch 0 makes of them.
+
+    One that cannot be read is left out.
+    """
+    views, images = _two_views(args.data), _training_images(args, splits)
+    rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(islice(splits.train, 10 * PREVIEWED))
+    if isinstance(images, MapImages):  # from the whole dataset: folders are sorted by class
+        rows = ((i, splits.train[i]) for i in range(0, len(images), max(1, len(images) // PREVIEWED)))
+    for index, row in rows:
+        with suppress(OSError):
+            image = decode_image(row["image"])
+            draws = views.draws(image, images.generator(index))
+            yield plots.DrawnImage(image, draws, [render_view(image, draw, views.size, views.policy) for draw in draws])

@@ -58,13 +58,19 @@ class Recipe:
 
 @dataclasses.dataclass
 class PretrainArguments:
-    """A recipe with the command line applied. `settings` are the values that either of them gave."""
+    """A recipe with the command line applied.
+
+    Args:
+        settings: the values that either of them gave.
+        preview_views: a picture to draw instead of training, without its suffix.
+    """
 
     recipe: Recipe
     data: DataArguments
     config: MoCoConfig
     training: MoCoTrainingArguments
     settings: dict[str, dict[str, Any]]
+    preview_views: Path | None = None
 
 
 def recipe_names() -> list[str]:
@@ -121,9 +127,26 @@ def parse_pretrain(argv: list[str]) -> PretrainArguments:
         description="Pretrain an encoder with MoCo. A recipe sets every value; any flag overrides it.",
     )
     parser.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"a YAML file, or one of: {', '.join(recipe_names())}")
+    parser.add_argument(
+        "--preview_views",
+        metavar="FILE",
+        help="draw the two views of eight images to FILE, as PNG and SVG, and do not train",
+    )
     recipe = load_recipe(parser.parse_args(argv).recipe)
-    _, (data, model, training), settings = parse_flags(
+    namespace, (data, model, training), settings = parse_flags(
         parser, PARTS, argv, {"output_dir": f"runs/{recipe.name}"} | recipe.values
     )
     settings["probe"] = recipe.probe
-    return PretrainArguments(recipe, data, MoCoConfig(**dataclasses.asdict(model)), training, settings)
+    preview = None if namespace.preview_views is None else _picture_path(namespace.preview_views)
+    return PretrainArguments(recipe, data, MoCoConfig(**dataclasses.asdict(model)), training, settings, preview)
+
+
+def _picture_path(name: str) -> Path:
+    path = Path(name)
+    if path.suffix not in ("", ".png", ".svg"):
+        raise ValueError(f"preview_views ({name}) must end in .png or .svg: both are written")
+    if not path.parent.is_dir():
+        raise ValueError(f"preview_views ({name}) is to lie in {path.parent}, which is no folder: make it first")
+    if taken := [p for p in (path, path.with_suffix(".png"), path.with_suffix(".svg")) if p.is_dir()]:
+        raise ValueError(f"preview_views ({name}) needs the name of the folder {taken[0]}: choose another")
+    return path.with_suffix("")

@@ -54,11 +54,15 @@ class SGDTrainingArguments(TrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay off: views have no columns"})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "every parameter is used"})
+    project: str = field(default="moco", metadata={"help": "trackers: under which runs are compared"})
+    run_name: str | None = field(default=None, metadata={"help": "trackers: by default the path of output_dir"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "off: a NaN loss is shown"})
 
     def __post_init__(self):
         super().__post_init__()
         self._check_processes()
+        if self.run_name is None:  # or trackio would give a continued run another name
+            self.run_name = str(self.output_dir)
         if self.save_total_limit is not None and self.save_total_limit < 2:
             raise ValueError(
                 f"save_total_limit ({self.save_total_limit}) must be at least 2: where the newest checkpoint is damaged, the "

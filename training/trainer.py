@@ -132,7 +132,6 @@ class MoCoTrainer(SGDTrainer):
         )
         self.knn_bank = knn_bank
         self.knn_queries = knn_queries
-        self.class_names: list[str] = []
         # Since the last log, per micro-batch; its mean of similarities is that of all queries, for batches are equal.
         self._sums = torch.zeros(len(STATISTICS), device=args.device, dtype=torch.float64)
         self._batches = self._images = 0

@@ -1,0 +1,291 @@
+"""The report is one file that tells all of a run, whatever state the run is in."""
+
+import base64
+import html
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+
+from modeling_moco import MoCoConfig, MoCoModel
+from training.data import DataArguments, ImageSplits, load_digits
+from training.features import encoder_digest, extract_features, unit
+from training.images import MapImages
+from training.report import draw_features, read_run, spread_over_classes, write_report
+from training.results import Result, append_results, read_results
+
+PICTURES = ("training_curves", "neighbours", "tsne")
+FLAGS = [
+    *("--dataset_name", "digits", "--max_train_samples", "64", "--max_eval_samples", "24", "--image_size", "32"),
+    *("--eval_resize", "32", "--queue_size", "64", "--global_batch_size", "16", "--knn_k", "5", "3", "--use_cpu"),
+    *("--dataloader_num_workers", "0", "--dataloader_persistent_workers", "False", "--disable_tqdm", "True"),
+    *("--num_train_epochs", "2", "--eval_every_n_epochs", "1", "--logging_steps", "2"),
+]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, script) -> Path:
+    """A run that has ended; tests copy it."""
+    folder = tmp_path_factory.mktemp("runs") / "ended"
+    script("pretrain").main([*FLAGS, "--output_dir", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def run(ended, tmp_path) -> Path:
+    return Path(shutil.copytree(ended, tmp_path / "run"))
+
+
+@pytest.fixture
+def killed(run) -> Path:
+    for path in run.iterdir():
+        if path.is_file() and path.name != "recipe.yaml":
+            path.unlink()
+    (run / "checkpoint-8" / "manifest.json").unlink()  # killed while it was written
+    return run
+
+
+class Page(HTMLParser):
+    """Tags, their attributes and all text of a report."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict]] = []
+        self.text, self.open = "", []
+        self.feed(self.source)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text += data + "\n"
+
+    @property
+    def images(self) -> dict[str, bytes]:
+        found = [attrs for tag, attrs in self.tags if tag == "img"]
+        return {attrs["alt"]: base64.b64decode(attrs["src"].partition("svg+xml;base64,")[2]) for attrs in found}
+
+
+def test_a_run_leaves_its_history_its_last_knn_and_its_pictures(ended):
+    history = json.loads((ended / "trainer_state.json").read_text())["log_history"]
+    last = [entry for entry in history if "eval_knn_top1" in entry][-1]
+    results = read_results(ended)
+    assert [(r["protocol"], r["value"], r["n"]) for r in results] == [
+        ("weighted kNN, k 5, T 0.07", last["eval_knn_top1"], 24),
+        ("weighted kNN, k 3, T 0.07", last["eval_knn_top1_k3"], 24),
+    ]
+    assert {r["model"] for r in results} == {encoder_digest(MoCoModel.from_pretrained(ended))}
+    assert results[0]["data"]["dataset"] == "digits"
+    for name in PICTURES:
+        assert (ended / f"{name}.png").stat().st_size > 10_000
+        ElementTree.parse(ended / f"{name}.svg")
+
+
+def test_the_report_needs_no_other_file(ended):
+    page = Page(ended / "report.html")
+    assert "://" not in page.source
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "base"})
+    assert all(re.fullmatch(r"data:image/svg\+xml;base64,[\w+/=]+", a["src"]) for _, a in page.tags if "src" in a)
+    assert not any(name in attrs for _, attrs in page.tags for name in ("href", "srcset", "style", "onload"))
+    assert "url(" not in page.source
+    assert "@import" not in page.source
+    for name, content in zip(PICTURES, page.images.values(), strict=True):
+        assert content == (ended / f"{name}.svg").read_bytes()
+    assert "prefers-color-scheme: dark" in page.source
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+
+
+def test_it_tells_all_settings_numbers_results_and_versions(run):
+    about = {"dataset": "digits", "split": "test"}
+    append_results(
+        run, [Result("some probe", "top5", 98.76, 360, feature="head")], model="0123456789abcdef", data=about
+    )
+    write_report(read_run(run))
+    text = Page(run / "report.html").text
+    lines = text.splitlines()
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    for section, values in recipe.items():
+        assert section in lines
+        for key, value in values.items():
+            shown = lines[lines.index(section) :][lines[lines.index(section) :].index(key) + 1 :][0:2]
+            value = ", ".join(map(str, value)) if isinstance(value, list) else value
+            assert (f"{value:.6g}" if isinstance(value, float) else str(value)) in shown, key
+    for key in json.loads((run / "metrics.json").read_text()):
+        assert key in lines
+    entries = read_results(run)
+    assert len(entries) == 3
+    for entry in entries:
+        low, high = entry["interval"]
+        for shown in (
+            entry["protocol"],
+            f"{entry['value']:.2f} %",
+            f"{low:.2f} to {high:.2f}",
+            entry["date"],
+            entry["model"],
+        ):
+            assert shown in lines, shown
+    assert f"transformers\n{__import__('transformers').__version__}" in text
+    assert "Ended. Step 8 of 8, epoch 2 of 2." in text
+    assert recipe["about"]["title"] in lines
+
+
+def test_what_comes_from_files_is_escaped(run):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["about"] |= {"title": "<script>alert(1)</script>", "source": '"><img src=x>'}
+    recipe["probe"]["<i>key</i>"] = "<b>value</b>"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    attack = Result("<u>protocol</u>", "<s>metric</s>", 50.0, 4, settings={"<em>": "<hr>"})
+    append_results(run, [attack], model="<a>", data={"dataset": "<q>"})
+    write_report(read_run(run), missing="<form>why")
+    page = Page(run / "report.html")
+    names = {tag for tag, _ in page.tags}
+    assert names.isdisjoint({"script", "i", "b", "u", "s", "em", "hr", "a", "q", "form"})
+    assert page.source.count("<img") == 3
+    for words in ("<script>alert(1)</script>", '"><img src=x>', "<i>key</i>", "<u>protocol</u>", "<form>why"):
+        assert html.escape(words) in page.source
+
+
+def test_the_report_of_a_killed_run_shows_its_newest_complete_checkpoint(killed, script, capsys):
+    before = {path.name for path in killed.iterdir()}
+    script("report").main([str(killed)])
+    assert "Wrote" in capsys.readouterr().out
+    page = Page(killed / "report.html")
+    assert "Not ended: this is checkpoint-4, the newest complete checkpoint. Step 4 of 8, epoch 1 of 2." in page.text
+    assert len(page.images) == 3
+    written = {path.name for path in killed.iterdir()} - before
+    assert written == {"report.html", *(f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg"))}
+    curve = (killed / "training_curves.svg").read_text()
+    assert 'id="loss"' in curve
+    assert "<!-- k 5: " in curve  # of the two k of the monitor
+
+
+def test_a_run_that_has_logged_nothing_has_a_report(killed):
+    run = read_run(killed)
+    write_report(replace(run, state=run.state | {"log_history": []}), missing="no images")
+    page = Page(killed / "report.html")
+    assert "training_curves is missing: nothing has been logged yet" in page.text
+    assert page.images == {}
+
+
+def test_an_ended_run_is_drawn_again_with_the_same_bytes(run, ended, script):
+    for name in PICTURES:
+        (run / f"{name}.svg").unlink()
+    script("report").main([str(run)])
+    for name in PICTURES:
+        assert (run / f"{name}.svg").read_bytes() == (ended / f"{name}.svg").read_bytes()
+
+
+def test_lost_images_cost_their_pictures_only(killed, script, capsys):
+    recipe = yaml.safe_load((killed / "recipe.yaml").read_text())
+    recipe["data"]["dataset_name"] = "/lost/images"
+    (killed / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    script("report").main([str(killed)])
+    assert "no neighbours and no t-SNE: dataset_name (/lost/images) does not exist" in capsys.readouterr().err
+    page = Page(killed / "report.html")
+    assert list(page.images) == ["Training"]
+    for name in ("neighbours", "tsne"):
+        assert f"{name} is missing: dataset_name (/lost/images) does not exist" in page.text
+    shutil.copy(killed / "training_curves.svg", killed / "tsne.svg")  # one drawn earlier
+    script("report").main([str(killed)])
+    page = Page(killed / "report.html")
+    assert "Drawn earlier; not anew, because dataset_name (/lost/images) does not exist" in page.text
+    assert "tsne is missing" not in page.text
+
+
+def test_a_stream_has_curves_and_says_what_is_missing(tmp_path, script, capsys):
+    flags = ["--streaming", "--shuffle_buffer", "32", "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
+    script("pretrain").main([*FLAGS, *flags])
+    assert list(Page(tmp_path / "run" / "report.html").images) == ["Training"]
+    assert read_results(tmp_path / "run") == []
+    script("report").main([str(tmp_path / "run")])
+    assert "the images were streamed" in capsys.readouterr().err
+    assert "neighbours is missing: the images were streamed" in Page(tmp_path / "run" / "report.html").text
+
+
+def no_recipe(folder: Path) -> None:
+    (folder / "recipe.yaml").unlink()
+
+
+def recipe_of_a_probe(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"about": {}, "data": {}, "training": {}, "encoder": {}}))
+
+
+def no_checkpoint(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoint-4")
+
+
+def damaged_results(folder: Path) -> None:
+    (folder / "results.json").write_text("{")
+
+
+REFUSED = {
+    no_recipe: "is not the folder of a pretraining run",
+    recipe_of_a_probe: "is not the folder of a pretraining run",
+    no_checkpoint: "has no complete checkpoint yet",
+    damaged_results: "is no list of results",
+}
+
+
+@pytest.mark.parametrize("damage", REFUSED)
+def test_a_folder_without_a_run_is_refused_in_one_line(damage, killed, script, capsys):
+    damage(killed)
+    with pytest.raises(SystemExit) as end:
+        script("report").main([str(killed)])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert REFUSED[damage] in line
+    assert not (killed / "report.html").exists()
+
+
+def test_a_run_whose_results_are_damaged_is_not_continued(run, script, capsys):
+    damaged_results(run)
+    with pytest.raises(SystemExit):
+        script("pretrain").main([*FLAGS, "--output_dir", str(run)])
+    assert "results.json is no list of results" in capsys.readouterr().err
+    assert (run / "results.json").read_text() == "{"
+
+
+def test_without_labels_or_an_evaluation_split_neighbours_are_other_training_images(tmp_path):
+    torch.manual_seed(0)
+    model = MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=64)).eval()
+    train = load_digits()["train"].cast_column("image", datasets.Image(decode=False)).select(range(40))
+    data = DataArguments(image_size=32, eval_resize=32)
+    draw_features(model, ImageSplits(train.remove_columns("label"), None, []), data, tmp_path)
+    drawn = re.findall(r"<!-- (.*?) -->", (tmp_path / "neighbours.svg").read_text())
+    assert drawn[:2] == ["query", "nearest of 32 training images, with cosine similarity"]
+    features = unit(extract_features(model, MapImages(train, data.evaluation_view()))[0])
+    queries = [40 * i // 8 for i in range(8)]
+    others = [i for i in range(40) if i not in queries]
+    expected = (features[queries] @ features[others].T).sort(descending=True).values[:, :7]
+    assert [float(word) for word in drawn[2:]] == pytest.approx(expected.flatten().tolist(), abs=0.0051)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (list("aabbccddeeffgghh"), list("abcdefgh")),
+        (list("hgfedcbahgfedcba"), list("abcdefgh")),
+        (list("aaaabbbb"), list("aaaabbbb")),
+        (list("ab"), list("ab")),
+    ],
+)
+def test_queries_are_spread_over_the_classes(labels, classes):
+    chosen = spread_over_classes(labels, 8)
+    assert [labels[i] for i in chosen] == classes
+    assert len(set(chosen)) == len(chosen)
