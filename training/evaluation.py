@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
 from transformers import set_seed
 from transformers.utils import logging
@@ -42,7 +43,7 @@ class Encoder:
         return f"a random encoder like {self.source}" if self.random else self.source
 
     def load(self, kind: type[Model], seed: int, **config: Any) -> Model:
-        """The model as `kind`, in evaluation mode; `config` overrides values of its configuration.
+        """The model as `kind`, in evaluation mode, a classifier always new; `config` overrides its configuration.
 
         Raises:
             ValueError: there is no model, or it lacks what `kind` needs.
@@ -65,12 +66,15 @@ class Encoder:
             ) from error
         finally:
             logging.set_verbosity(verbosity)
-        missing = [key for key in report["missing_keys"] if not key.startswith("classifier.")]
+        missing = sorted(key for key in report["missing_keys"] if not key.startswith("classifier."))
         if missing:
             raise ValueError(
                 f"{self.source} holds a model without {missing[0]}: pass the folder that a pretraining run saved to, e.g. "
                 "runs/quickstart"
             )
+        if isinstance(model, MoCoForImageClassification):  # that of an earlier probe has seen labels
+            torch.nn.init.normal_(model.classifier.weight, std=0.01)
+            torch.nn.init.zeros_(model.classifier.bias)
         return model
 
 
