@@ -63,7 +63,7 @@ def test_neighbours_are_the_best_of_all_chunks_nearest_first(clusters, bank_chun
     bank, _, queries, _ = clusters
     monkeypatch.setattr(knn, "BANK_CHUNK", bank_chunk)
     monkeypatch.setattr(knn, "QUERY_CHUNK", query_chunk)
-    similarity, index = nearest(queries, bank, 10)
+    similarity, index = nearest(3 * queries, bank * torch.rand(500, 1).add(0.1), 10)  # lengths do not matter
     ordered = (queries @ bank.T).sort(dim=1, descending=True)
     torch.testing.assert_close(similarity, ordered.values[:, :10])
     assert torch.equal(index, ordered.indices[:, :10])
@@ -234,6 +234,7 @@ RANKS = 3
 def evaluate_a_share(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    features_module.ROWS_PER_FILE = 10  # shares do not begin at the first row of every file
     inputs = torch.load(folder / "inputs.pt", weights_only=False)
     model, bank, queries = inputs["model"], inputs["bank"], inputs["queries"]
     if rank > 0:  # other statistics than those that rank 0 will save
@@ -241,9 +242,11 @@ def evaluate_a_share(rank, folder):
     all_rows, labels = extract_features(model, bank, batch_size=7)
     mine, my_labels = extract_features(model, bank, batch_size=7, everywhere=False)
     kept, _ = cached_features(model, queries, folder / "kept")
+    my_kept, my_kept_labels = cached_features(model, bank, folder / "kept", everywhere=False)
     accuracies = [r.value for r in evaluate_knn(model, bank, queries, KNNArguments(k=[40, 3]))]
     accuracies += [r.value for r in evaluate_knn(model, bank, queries, KNNArguments(k=[40, 3]), folder / "kept")]
     outputs = {"all": all_rows, "labels": labels, "mine": mine, "my_labels": my_labels, "kept": kept, "knn": accuracies}
+    outputs |= {"my_kept": my_kept, "my_kept_labels": my_kept_labels}
     torch.save(outputs, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -261,6 +264,8 @@ def test_processes_share_the_images_and_the_bank_without_duplicates_or_omissions
         torch.testing.assert_close(outputs["all"], expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(outputs["mine"], expected[rank::RANKS], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(outputs["kept"], expected_queries, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(outputs["my_kept"], expected[rank::RANKS], atol=1e-5, rtol=1e-5)
+        assert torch.equal(outputs["my_kept_labels"], labels[rank::RANKS])
         assert torch.equal(outputs["labels"], labels)
         assert torch.equal(outputs["my_labels"], labels[rank::RANKS])
         assert outputs["knn"] == pytest.approx(accuracies)

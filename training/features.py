@@ -59,16 +59,21 @@ def extract_features(
             dist.broadcast(buffer, src=0)
     training = model.training
     model.eval()
-    features, labels = [], []
-    quiet = rank() > 0 or len(loader) < 20
+    rows = len(mine) * (ranks if everywhere else 1)  # the padding included
+    features, labels = torch.empty(0), torch.empty(rows, dtype=torch.long)
+    done, quiet = 0, rank() > 0 or len(loader) < 20
     for batch in tqdm(loader, desc="features", leave=False, disable=quiet, dynamic_ncols=True):
         x = encode(model, batch["pixel_values"].to(model.device), feature)
         y = batch.get("labels", torch.full((len(x),), -1)).to(model.device)
-        features.append((_in_order(x) if everywhere else x).cpu())
-        labels.append((_in_order(y) if everywhere else y).cpu())
+        if everywhere:
+            x, y = _in_order(x), _in_order(y)
+        if done == 0:
+            features = torch.empty(rows, x.shape[1])  # once, and not as pieces that are joined: it may be gigabytes
+        features[done : done + len(x)], labels[done : done + len(x)] = x.cpu(), y.cpu()
+        done += len(x)
     model.train(training)
     count = n if everywhere else len(range(rank(), n, ranks))
-    return torch.cat(features)[:count], torch.cat(labels)[:count]
+    return features[:count], labels[:count]
 
 
 def encode(model: MoCoModel, pixel_values: torch.Tensor, feature: Feature) -> torch.Tensor:
@@ -107,6 +112,7 @@ def cached_features(
     feature: Feature = "backbone",
     batch_size: int = 256,
     num_workers: int = 0,
+    everywhere: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`extract_features`, kept as Arrow files in a folder named after the model, the images and their view.
 
@@ -134,8 +140,17 @@ def cached_features(
             _write(path, *rows)
     if world_size() > 1:
         dist.barrier()
-    features, labels = zip(*map(_read, files.values()), strict=True)
-    return torch.cat(features), torch.cat(labels)
+    first, step = (0, 1) if everywhere else (rank(), world_size())
+    count, done = len(range(first, len(images), step)), 0
+    features, labels = torch.empty(0), torch.empty(count, dtype=torch.long)
+    for start, path in files.items():
+        with pa.memory_map(str(path)) as file:
+            x, y = _rows_of(file, slice((first - start) % step, None, step))
+            if done == 0:
+                features = torch.empty(count, x.shape[1])
+            features[done : done + len(x)], labels[done : done + len(x)] = x, y
+            done += len(x)
+    return features, labels
 
 
 def _write(path: Path, features: torch.Tensor, labels: torch.Tensor) -> None:
@@ -147,9 +162,8 @@ def _write(path: Path, features: torch.Tensor, labels: torch.Tensor) -> None:
     unfinished.replace(path)
 
 
-def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    with pa.memory_map(str(path)) as file:
-        table = pa.ipc.open_stream(file).read_all().combine_chunks()
-        features = table["features"].chunk(0)
-        values = torch.tensor(features.values.to_numpy()).view(len(table), features.type.list_size)
-        return values, torch.tensor(table["label"].to_numpy())
+def _rows_of(file: pa.MemoryMappedFile, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    table = pa.ipc.open_stream(file).read_all()
+    features = table["features"].combine_chunks()
+    values = features.values.to_numpy().reshape(len(table), features.type.list_size)[rows]
+    return torch.tensor(values), torch.tensor(table["label"].to_numpy()[rows])

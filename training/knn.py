@@ -5,13 +5,14 @@ chunk on its device, and the best of all parts vote. Shapes: `B` bank, `Q` queri
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from modeling_moco import MoCoModel
-from modeling_moco.distributed_moco import gather, rank, world_size
+from modeling_moco.distributed_moco import gather, world_size
 
 from .data import DataArguments
 from .evaluation import Encoder, MoCoQueryModel, parse_evaluation
@@ -49,20 +50,20 @@ class KNNArguments:
 def nearest(
     queries: torch.Tensor, bank: torch.Tensor, k: int, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Similarity and bank index of the k nearest neighbours, nearest first: (Q, k), (Q, k) on `device`.
+    """Cosine similarity and bank index of the k nearest neighbours, nearest first: (Q, k), (Q, k) on `device`.
 
-    Where the bank has fewer, similarity -inf fills up. Working memory is half a gigabyte beside the queries and their
-    neighbours, whatever the size of the bank.
+    Where the bank has fewer, similarity -inf fills up. Working memory grows with the queries and their neighbours, and not
+    with the bank.
 
     Args:
-        queries, bank: rows to compare by inner product (Q, D), (B, D); unit length for the cosine.
+        queries, bank: features of any length (Q, D), (B, D).
         device: where to compute; chunks are moved there.
     """
-    queries = queries.to(device)
+    queries = unit(queries.to(device))
     similarity = torch.full((len(queries), k), -torch.inf, device=device)
     index = torch.zeros((len(queries), k), dtype=torch.long, device=device)
     for start in range(0, len(bank), BANK_CHUNK):
-        keys = bank[start : start + BANK_CHUNK].to(device)
+        keys = unit(bank[start : start + BANK_CHUNK].to(device))
         for first in range(0, len(queries), QUERY_CHUNK):
             part = slice(first, first + QUERY_CHUNK)
             found, where = torch.topk(queries[part] @ keys.T, min(k, len(keys)), dim=1, sorted=False)
@@ -85,7 +86,7 @@ def knn_predict(
     """Class of each query (Q,) for every k in `ks`: the k nearest neighbours vote with weight exp(similarity / temperature).
 
     Args:
-        queries: unit-length features, the same on all processes (Q, D).
+        queries: features, the same on all processes (Q, D).
         bank, bank_labels: features and classes of this process's part of the bank (B, D), (B,).
 
     Raises:
@@ -113,7 +114,7 @@ def knn_accuracy(
     queries: torch.Tensor, labels: torch.Tensor, bank: torch.Tensor, bank_labels: torch.Tensor, **voting
 ) -> dict[int, float]:
     """Share of the queries with labels (Q,) that `knn_predict` classifies correctly, in per cent, for every k."""
-    predictions = knn_predict(unit(queries), unit(bank), bank_labels, **voting)
+    predictions = knn_predict(queries, bank, bank_labels, **voting)
     return {k: 100 * (predicted == labels).double().mean().item() for k, predicted in predictions.items()}
 
 
@@ -131,13 +132,9 @@ def evaluate_knn(
         cache: a folder to keep features in, or to find them.
     """
     loading: dict[str, Any] = {"feature": args.features, "batch_size": args.batch_size, "num_workers": args.num_workers}
-    if cache is None:
-        bank_features, bank_labels = extract_features(model, bank, everywhere=False, **loading)
-        features, labels = extract_features(model, queries, **loading)
-    else:
-        mine = slice(rank(), None, world_size())
-        bank_features, bank_labels = (rows[mine] for rows in cached_features(model, bank, cache, **loading))
-        features, labels = cached_features(model, queries, cache, **loading)
+    extract = extract_features if cache is None else partial(cached_features, folder=cache)
+    bank_features, bank_labels = extract(model, bank, everywhere=False, **loading)
+    features, labels = extract(model, queries, **loading)
     voting: dict[str, Any] = {"ks": args.k, "temperature": args.temperature, "device": model.device}
     accuracies = knn_accuracy(features, labels, bank_features, bank_labels, **voting)
     return [
