@@ -25,6 +25,7 @@ setup(
         "timm>=1.0.31",
         "huggingface-hub>=2.4",
         "safetensors>=0.8",
+        "filelock>=3.16",
         "scikit-learn>=1.7",
         "threadpoolctl>=3.5",
         "matplotlib>=3.10",

@@ -71,7 +71,8 @@ def print_table(home: Path, top1: dict[str, float]) -> None:
     rows: dict[str, float | None] = {}
     if pretraining.is_file():
         numbers = json.loads(pretraining.read_text(encoding="utf-8"))
-        rows = {"kNN before training": numbers["knn_top1_before"], "kNN after": numbers["knn_top1_after"]}
+        names = {"kNN before training": "knn_top1_before", "kNN after": "knn_top1_after"}
+        rows = {name: numbers[key] for name, key in names.items() if key in numbers}
     rows |= top1
     width = max(map(len, rows))
     for name, value in rows.items():

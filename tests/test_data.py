@@ -17,6 +17,7 @@ from training.images import decode_image
 from training.labels import SplitLabels, find_flaw, number_classes
 from training.pretrain import build_trainer
 from training.recipe import parse_pretrain
+from training.report import draw_features
 
 
 def write_source(kind: str, folder: Path) -> Path:
@@ -343,13 +344,20 @@ def test_one_readable_image_among_the_first_is_enough(tmp_path):
     assert len(load_images(DataArguments(dataset_name=str(tmp_path))).train) == 9
 
 
-def test_pretraining_goes_on_without_its_monitor_where_labels_are_unusable(tmp_path, capsys):
-    source = write_labelled(tmp_path / "source", [0, 1, 2] * 4, [0, -1])
+@pytest.mark.parametrize("test_labels", [[0, -1], [0, None], [0, 5]])
+def test_pretraining_goes_on_without_its_monitor_where_labels_are_unusable(test_labels, tmp_path, capsys):
+    kind = datasets.Value("int64") if 5 in test_labels else CAT_DOG_FOX  # `datasets` refuses to write a sixth of three
+    source = write_labelled(tmp_path / "source", [0, 1, 2] * 4, test_labels, kind)
     flags = ["--architecture", "test_resnet", "--queue_size", "16", "--global_batch_size", "4", "--image_size", "16"]
     flags += ["--eval_resize", "16", "--dataset_name", source, "--output_dir", str(tmp_path / "run"), "--use_cpu"]
     args = parse_pretrain(flags)
-    trainer = build_trainer(args, load_images(args.data))
+    splits = load_images(args.data)
+    trainer = build_trainer(args, splits)
     assert trainer.knn_queries is None
     assert set(trainer.evaluate()) == {"eval_rankme"}
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("The kNN monitor is off: 1 of 2 images of split 'test' have no label")
+    assert line.startswith("The kNN monitor is off: ")
+    assert ("label 5 of split 'test'" if 5 in test_labels else "1 of 2 images of split 'test' have no label") in line
+    draw_features(trainer.model, splits, args.data, tmp_path)
+    names = re.findall(r"<!-- (.*?) -->", (tmp_path / "tsne.svg").read_text())
+    assert not {*CLASSES, "0", "1", "2"} & set(names)

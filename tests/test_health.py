@@ -15,6 +15,7 @@ from modeling_moco.dictionary_moco import QueueDictionary
 from training.augment import EvaluationView
 from training.health import diagnose, key_drift, leak, queue_age, rankme, uniformity_kernel
 from training.images import MapImages
+from training.sgd_trainer import TrainingError
 from training.trainer import MoCoTrainer, MoCoTrainingArguments
 
 SIZE, IMAGES, BATCH = 16, 128, 16
@@ -89,7 +90,7 @@ def rows():
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
-def train(rows, folder, epochs=3, prepare=lambda model: None, **config) -> MoCoTrainer:
+def build(rows, folder, epochs=3, prepare=lambda model: None, **config) -> MoCoTrainer:
     torch.manual_seed(0)
     model = MoCoModel(
         MoCoConfig(
@@ -114,8 +115,13 @@ def train(rows, folder, epochs=3, prepare=lambda model: None, **config) -> MoCoT
         per_device_train_batch_size=BATCH,
         learning_rate=0.05,
     )
+    args.eval_on_start = True  # as scripts/pretrain.py does
     bank = MapImages(rows, EvaluationView(SIZE, SIZE))
-    trainer = MoCoTrainer(model, args, MapImages(rows, PlainViews()), None, bank)
+    return MoCoTrainer(model, args, MapImages(rows, PlainViews()), None, bank)
+
+
+def train(*args, **kwargs) -> MoCoTrainer:
+    trainer = build(*args, **kwargs)
     trainer.train()
     return trainer
 
@@ -153,8 +159,15 @@ def test_constant_features_are_called_a_collapse(rows, tmp_path, caplog):
 
     trainer = train(rows, tmp_path, prepare=collapse, batch_norm="plain", epochs=1)
     assert evaluations(trainer)[-1]["eval_rankme"] == pytest.approx(1, abs=1e-3)
-    assert "the encoder has collapsed" in caplog.text
+    assert caplog.text.count("the encoder has collapsed") == 1
     assert "--learning_rate" in caplog.text
+
+
+def test_weights_that_are_not_finite_end_the_run_in_words_and_not_in_a_decomposition(rows, tmp_path):
+    trainer = build(rows, tmp_path, batch_norm="plain")
+    trainer.model.encoder_q.conv1[0].weight.data.fill_(math.nan)
+    with pytest.raises(TrainingError, match="no longer finite"):
+        trainer.evaluate()
 
 
 def test_the_leak_test_changes_nothing(rows):

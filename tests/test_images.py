@@ -149,6 +149,16 @@ def test_one_view_comes_with_its_label():
     assert len(images.rows(0, 99)) == 8
 
 
+@pytest.mark.parametrize("count", [1, 3, 5, 7, 8, 99])
+def test_spread_images_have_equal_distances_up_to_the_end(count):
+    images = MapImages(table(range(8)), EvaluationView(16, 16))
+    everything = [row["image"]["bytes"] for row in images.source]
+    chosen = [everything.index(row["image"]["bytes"]) for row in images.spread(count).source]
+    assert len(set(chosen)) == min(count, 8)
+    gaps = [after - before for before, after in zip(chosen, [*chosen[1:], 8], strict=True)]
+    assert max(gaps) - min(gaps) <= 1
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 def test_a_new_epoch_reaches_workers_that_are_running(streaming):
     rows = table(range(8))

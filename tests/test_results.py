@@ -1,6 +1,7 @@
 """Results travel: what is appended, and that nothing is lost. Scores against scikit-learn."""
 
 import json
+import multiprocessing as mp
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,23 @@ def test_results_are_appended_and_the_same_one_is_not_repeated(tmp_path):
     entries = read_results(tmp_path)
     assert [(e["model"][0], e["metric"]) for e in entries] == [("0", "top1"), ("f", "top1"), ("0", "top5")]
     assert entries[:1] == json.loads(first)
+
+
+def add_results(folder: Path, metric: str) -> None:
+    for n in range(1, 21):
+        append_results(folder, [Result("p", metric, 50.0, n)], **CONDITIONS)
+
+
+def test_two_evaluations_that_end_together_lose_nothing(tmp_path):
+    processes = [mp.get_context("spawn").Process(target=add_results, args=(tmp_path, m)) for m in ("top1", "top5")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    entries = read_results(tmp_path)
+    assert {(entry["metric"], entry["n"]) for entry in entries} == {
+        (m, n) for m in ("top1", "top5") for n in range(1, 21)
+    }
 
 
 @pytest.mark.parametrize("content", ["{", "{}x", '[{"value": 1}]', "3"])

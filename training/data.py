@@ -100,7 +100,7 @@ class ImageSplits:
     Args:
         train: a `datasets.Dataset`, or with `--streaming` a [`ShardedRows`].
         eval: a `datasets.Dataset`, or with `--streaming` an IterableDataset; None without such a split.
-        about: what results say of their data: dataset, config, revision, train_split, train_images, split.
+        about: what results say of their data: names and revisions of dataset and splits, classes, evaluation view.
         label_flaw: why no evaluation can use the labels; None if it can.
     """
 
@@ -153,6 +153,10 @@ def load_images(args: DataArguments, labelled: bool = False) -> ImageSplits:
         "train_split": args.train_split,
         "train_images": len(train),
         "split": eval_split,
+        "split_revision": None if eval_split is None else _revision(splits[eval_split]),
+        "label_column": next((column for column, name in columns.items() if name == "label"), None),
+        "classes": len(class_names),
+        "view": f"short side {args.evaluation_view().resize} px, centre {args.image_size} px",
     }
     return ImageSplits(train, evaluation, class_names, about, flaw)
 

@@ -14,6 +14,7 @@ from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProce
 
 from .cli import SAVED_RECIPE, build_parser, parse_flags
 from .data import DataArguments
+from .results import read_results
 
 # Of the data settings of a pretraining run: its views are not an evaluation's, and its images may be a stream.
 ONLY_FOR_PRETRAINING = ("augmentation", "crop_min_scale", "streaming", "shuffle_buffer")
@@ -133,6 +134,7 @@ def parse_evaluation(
     if known.model is None:
         raise ValueError("no model given: pass the folder that a run saved to, e.g. runs/quickstart")
     encoder = Encoder(known.model, known.random_encoder)
+    read_results(encoder.home)  # what is there can be added to
     recipe = pretraining_recipe(known.model)
     if "dataset_name" not in recipe["data"] and not any(word.startswith("--dataset") for word in argv):
         raise ValueError(f"{known.model} does not say what it was trained on: pass --dataset_name")

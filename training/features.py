@@ -5,6 +5,7 @@ Shapes: `n` images, `D` feature width, `R` processes.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,8 +129,10 @@ def cached_features(
     folder = folder / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     files = {start: folder / f"{start:09}.arrow" for start in range(0, len(images), ROWS_PER_FILE)}
     missing = {start: path for start, path in files.items() if not path.is_file()}
-    if world_size() > 1:
-        dist.barrier()  # before anyone writes, all have looked
+    if world_size() > 1:  # one process looks for all: another job may be writing the same files
+        seen = [missing]
+        dist.broadcast_object_list(seen, src=0)
+        missing = seen[0]
     if rank() == 0 and missing:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -156,7 +159,7 @@ def cached_features(
 def _write(path: Path, features: torch.Tensor, labels: torch.Tensor) -> None:
     values = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1).numpy()), features.shape[1])
     table = pa.table({"features": values, "label": labels.numpy()})
-    unfinished = path.with_suffix(".tmp")
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
     unfinished.replace(path)

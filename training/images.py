@@ -7,7 +7,7 @@ import copy
 import io
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice, repeat
 from typing import Any, Self
@@ -75,7 +75,7 @@ class _Images:
     def _views(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         views: dict[str, Any] = self.transform(decode_image(row["image"]), self.generator(index))
         if "label" in row and "key_pixel_values" not in views:
-            views["labels"] = row["label"]
+            views["labels"] = -1 if row["label"] is None else row["label"]
         return views
 
     def _pass_over(self, row: dict[str, Any], index: int, error: OSError) -> None:
@@ -108,8 +108,9 @@ class MapImages(_Images, torch.utils.data.Dataset):
 
     def spread(self, count: int) -> "MapImages":
         """So many images at equal distances (folders are sorted by class), or all where there are fewer."""
-        count = min(count, len(self))
-        return self._select(range(0, count * (len(self) // count), len(self) // count))
+        if count >= len(self):
+            return self
+        return self._select([i * len(self) // count for i in range(count)])
 
     def draw(self, count: int, epoch: int, rank: int, world_size: int) -> list[dict[str, Any]]:
         """So many random images of this process's part, with the views that `epoch` has for them; fewer if there are fewer."""
@@ -117,8 +118,10 @@ class MapImages(_Images, torch.utils.data.Dataset):
         images = self.at_epoch(epoch)
         return [images[i] for i in order[: count * world_size][rank::world_size]]
 
-    def _select(self, indices: range) -> "MapImages":
-        return MapImages(self.source.select(indices), self.transform, self.seed)
+    def _select(self, indices: Iterable[int]) -> "MapImages":
+        other = copy.copy(self)  # which shares the count of skipped images
+        other.source = self.source.select(indices)
+        return other
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for i in range(index, index + len(self)):

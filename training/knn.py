@@ -95,18 +95,18 @@ def knn_predict(
     size = torch.tensor([len(bank)], device=device)
     if max(ks) > (total := int(gather(size).sum())):
         raise ValueError(f"k ({max(ks)}) is larger than the bank ({total} images): lower it")
-    similarity, index = nearest(queries, bank, max(ks), device)
-    labels = bank_labels.to(device)[index]
-    if world_size() > 1:  # the best of all parts
-        parts, owners = (gather(x).unflatten(0, (world_size(), -1)) for x in (similarity, labels))
-        similarity, kept = torch.topk(torch.cat(list(parts), dim=1), max(ks), dim=1)
-        labels = torch.cat(list(owners), dim=1).gather(1, kept)
-    weights = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest 1: a small T does not overflow
+    all_similarities, all_indices = nearest(queries, bank, max(ks), device)
     predictions: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
-    for rows, votes in zip(labels.split(QUERY_CHUNK), weights.split(QUERY_CHUNK), strict=True):
+    for similarity, index in zip(all_similarities.split(QUERY_CHUNK), all_indices.split(QUERY_CHUNK), strict=True):
+        labels = bank_labels.to(device)[index]
+        if world_size() > 1:  # the best of all parts
+            parts, owners = (gather(x).unflatten(0, (world_size(), -1)) for x in (similarity, labels))
+            similarity, kept = torch.topk(torch.cat(list(parts), dim=1), max(ks), dim=1)
+            labels = torch.cat(list(owners), dim=1).gather(1, kept)
+        votes = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest 1: a small T does not overflow
         for k in ks:
-            ballot = votes.new_zeros(len(rows), int(labels.max()) + 1)
-            predictions[k].append(ballot.scatter_add_(1, rows[:, :k], votes[:, :k]).argmax(dim=1))
+            ballot = votes.new_zeros(len(labels), int(labels.max()) + 1)
+            predictions[k].append(ballot.scatter_add_(1, labels[:, :k], votes[:, :k]).argmax(dim=1))
     return {k: torch.cat(parts).cpu() for k, parts in predictions.items()}
 
 

@@ -21,6 +21,7 @@ from sklearn.pipeline import Pipeline
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerControl
+from transformers.training_args import OptimizerNames
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
 from modeling_moco.distributed_moco import rank
@@ -93,7 +94,12 @@ class LinearProbeArguments(SGDTrainingArguments):
         """The words that stand for training by SGD with these settings in results."""
         rates = f"rate {_listed(self.rates)}" + (" by a held-out tenth" if len(self.rates) > 1 else "")
         drops = f"a tenth at {_listed(self.lr_milestones)}" if self.lr_milestones else "cosine"
-        return f"{rates}, {self.num_train_epochs:g} epochs, {drops}, batch {self.images_per_step}"
+        length = f"{self.max_steps} steps of " if self.max_steps > 0 else ""
+        words = f"{rates}, {length}{self.num_train_epochs:g} epochs, {drops}, batch {self.images_per_step}"
+        optimizer = OptimizerNames(self.optim)
+        if (optimizer, self.optim_args, self.weight_decay) != (OptimizerNames.SGD, "momentum=0.9", 0):
+            words += f", {optimizer.value} {self.optim_args}, weight decay {self.weight_decay:g}"
+        return words
 
 
 def _listed(numbers: list[Any]) -> str:
@@ -465,6 +471,7 @@ def build_cached(
             "num_workers": args.dataloader_num_workers,
         }
         encoder = model.moco.to(args.device)
+        loading["everywhere"] = rank() == 0  # the others only take part in the extraction
         train, evaluated = (cached_features(encoder, images, cache, **loading) for images in parts)
         if rank() > 0:
             return

@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -26,6 +28,7 @@ from .cli import SAVED_RECIPE
 from .data import DataArguments, ImageSplits, load_images
 from .features import extract_features, unit
 from .images import MapImages
+from .labels import read_labels
 from .results import PACKAGES, read_results
 
 REPORT, METRICS = "report.html", "metrics.json"
@@ -151,8 +154,8 @@ def draw_features(model: MoCoModel, splits: ImageSplits, data: DataArguments, fo
     """
     view = data.evaluation_view()
     shown = splits.train if splits.eval is None else splits.eval
-    labels = shown["label"] if splits.class_names else [0] * len(shown)
-    chosen = spread_over_classes(list(labels), min(PICTURED_QUERIES, -(-len(shown) // 2)))
+    labels, names = read_labels(shown), _names(splits.class_names, shown, splits.train)
+    chosen = spread_over_classes(labels.tolist(), min(PICTURED_QUERIES, -(-len(shown) // 2)))
     bank = MapImages(splits.train, view).spread(PICTURED_BANK)
     if splits.eval is None:  # a query is not its own neighbour
         bank = MapImages(shown.select([i for i in range(len(shown)) if i not in chosen]), view).spread(PICTURED_BANK)
@@ -162,8 +165,13 @@ def draw_features(model: MoCoModel, splits: ImageSplits, data: DataArguments, fo
     features, classes = extract_features(model, embedded)
     if rank() == 0:
         compared = unit(query_features), unit(bank_features)
-        plots.neighbour_grid(queries, bank, *compared, splits.class_names, folder / "neighbours")
-        plots.embedding(unit(features), classes, splits.class_names, folder / "tsne")
+        plots.neighbour_grid(queries, bank, *compared, names, folder / "neighbours")
+        plots.embedding(unit(features), classes, names, folder / "tsne")
+
+
+def _names(class_names: list[str], *parts: datasets.Dataset) -> list[str]:
+    labels = np.concatenate([read_labels(part) for part in parts])
+    return class_names if labels.min() >= 0 and labels.max() < len(class_names) else []
 
 
 def spread_over_classes(labels: list[int], count: int) -> list[int]:

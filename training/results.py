@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from modeling_moco.distributed_moco import world_size
 
@@ -73,8 +74,6 @@ def append_results(folder: Path, results: list[Result], *, model: str, data: dic
     Raises:
         ValueError: the file is there and is no list of results; it is left as it is.
     """
-    known = read_results(folder)
-    seen = [_without_date(entry) for entry in known]
     conditions = {
         "model": model,
         "data": data,
@@ -84,14 +83,17 @@ def append_results(folder: Path, results: list[Result], *, model: str, data: dic
         "processes": world_size(),
         "commit": _commit(),
     }
-    for result in results:
-        entry = json.loads(json.dumps(asdict(result) | {"interval": interval(result.value, result.n)} | conditions))
-        if entry not in seen:
-            known.append(entry | {"date": datetime.now(UTC).isoformat(timespec="seconds")})
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{RESULTS}.tmp"
-    unfinished.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(folder / RESULTS)
+    with FileLock(folder / f".{RESULTS}.lock"):  # two evaluations may end together
+        known = read_results(folder)
+        seen = [_without_date(entry) for entry in known]
+        for result in results:
+            entry = json.loads(json.dumps(asdict(result) | {"interval": interval(result.value, result.n)} | conditions))
+            if entry not in seen:
+                known.append(entry | {"date": datetime.now(UTC).isoformat(timespec="seconds")})
+        unfinished = folder / f"{RESULTS}.tmp"
+        unfinished.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(folder / RESULTS)
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

@@ -222,6 +222,7 @@ class MoCoTrainer(SGDTrainer):
         """
         assert eval_dataset is None, "the monitor looks at knn_bank and knn_queries"
         started = time.perf_counter()
+        self._check_finite(weights=True)
         metrics = self._monitor_features() | self._monitor_leak()
         self._warn(metrics)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -260,8 +261,10 @@ class MoCoTrainer(SGDTrainer):
         return {"contrast_top1": trained, "contrast_top1_shuffled": other, "leaks": float(leaks)}
 
     def _warn(self, metrics: dict[str, float]) -> None:
+        if self.state.global_step == 0:  # a random encoder may look ill
+            return
         for illness, sentence in diagnose(metrics, self.model.config.batch_norm).items():
-            if illness not in self._told and self.state.global_step > 0 and self.is_world_process_zero():
+            if illness not in self._told and self.is_world_process_zero():
                 logger.warning("step %d: %s", self.state.global_step, sentence)
             self._told.add(illness)
 
