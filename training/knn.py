@@ -20,7 +20,7 @@ from .features import Feature, cached_features, extract_features, unit
 from .images import MapImages
 from .results import Result
 
-BANK_CHUNK, QUERY_CHUNK = 32_768, 4_096  # rows on the device at once: half a gigabyte of similarities
+BANK_CHUNK, QUERY_CHUNK = 65_536, 1_024  # rows at once: a quarter of a gigabyte of similarities
 
 
 @dataclass
