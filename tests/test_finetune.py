@@ -322,5 +322,6 @@ def test_two_processes_train_on_one_split_and_evaluate_the_model_that_they_save(
     (labels, loss), (other_labels, other_loss) = (torch.load(folder / f"rank{rank}.pt") for rank in range(2))
     assert labels == other_labels
     saved = build(folder, tmp_path / "again", "--label_fraction", "0.5")
+    saved.model.load_state_dict(MoCoForImageClassification.from_pretrained(folder).state_dict())  # its classifier too
     assert saved.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
     assert loss == pytest.approx(other_loss, rel=1e-6)
