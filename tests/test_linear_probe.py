@@ -343,6 +343,8 @@ def test_each_mode_has_a_folder_and_does_not_enter_another_runs(saved, tmp_path)
     assert official.training.rates == [30]
     assert len(cached.training.rates) > 3
     folder = tmp_path / "mine"
+    rates = parse_linear_probe([*saved, "--learning_rates", "1", "3"])
+    assert rates.training.output_dir == str(tmp_path / "model" / "linear_probe_rates")
     rates = parse_linear_probe([*saved, "--learning_rates", "1", "3", "--output_dir", str(folder)])
     claim_output_dir(rates.training, None, rates.settings, {})
     (folder / "metrics.json").write_text("{}")

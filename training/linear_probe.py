@@ -273,14 +273,15 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
                 f"{', '.join(sorted(READ_BY_CACHED))}: leave it out"
             )
         settings["training"] = {key: value for key, value in settings["training"].items() if key in READ_BY_CACHED}
-        if not any(word.startswith(("--output_dir", "--output-dir")) for word in argv):
-            training.output_dir = str(encoder.home / "linear_probe_cached")
     elif training.learning_rates is not None and "learning_rate" in given:
         raise ValueError(
             f"learning_rate ({training.learning_rate:g}) and learning_rates ({_listed(training.rates)}) were both given: "
             "pass one of them"
         )
     settings["training"]["mode"] = training.mode
+    if not any(word.startswith(("--output_dir", "--output-dir")) for word in argv):  # a folder for each kind of probe
+        kind = "_cached" if training.mode == "cached" else "" if training.learning_rates is None else "_rates"
+        training.output_dir = f"{training.output_dir}{kind}"
     return ProbeRun(encoder, data, training, settings)
 
 

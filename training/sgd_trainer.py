@@ -61,8 +61,6 @@ class SGDTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self._check_processes()
-        if self.run_name is None:  # or trackio would give a continued run another name
-            self.run_name = str(self.output_dir)
         if self.save_total_limit is not None and self.save_total_limit < 2:
             raise ValueError(
                 f"save_total_limit ({self.save_total_limit}) must be at least 2: where the newest checkpoint is damaged, the "
@@ -187,6 +185,8 @@ class SGDTrainer(Trainer):
             os.makedirs(str(args.output_dir), exist_ok=True)
         except OSError as error:
             raise ValueError(f"output_dir ({args.output_dir}) cannot be made ({error}): pass another") from error
+        if args.run_name is None:  # or trackio would give a continued run another name
+            args.run_name = str(args.output_dir)
         super().__init__(args=args, **kwargs)
         # Convolutions are faster in this layout: 1.4 times on a CPU (test_resnet, 32 px), and tensor cores want it.
         self.model.to(memory_format=torch.channels_last)
