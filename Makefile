@@ -24,7 +24,7 @@ demo: setup  ## pretrain on scikit-learn's digits, probe, classify: three minute
 test: setup lint  ## lint, types and tests
 	$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile
 
-test-slow: setup  ## the tests that take minutes: a run killed twenty times, a requeued job, memory
+test-slow: setup  ## what takes minutes: a run killed twenty times, a requeued job, memory, pairs of processes
 	$(BIN)/pytest --quiet -m slow -rP
 
 lint: setup  ## lint and types alone

@@ -313,6 +313,7 @@ def _rank(rank: int, encoder: str, folder: str, port: int) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_one_split_and_evaluate_the_model_that_they_save(encoder, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

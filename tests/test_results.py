@@ -1,9 +1,9 @@
 """Results travel: what is appended, and that nothing is lost. Scores against scikit-learn."""
 
 import json
-import multiprocessing as mp
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +60,8 @@ def add_results(folder: Path, metric: str) -> None:
 
 
 def test_two_evaluations_that_end_together_lose_nothing(tmp_path):
-    processes = [mp.get_context("spawn").Process(target=add_results, args=(tmp_path, m)) for m in ("top1", "top5")]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(add_results, [tmp_path] * 2, ["top1", "top5"]))
     entries = read_results(tmp_path)
     assert {(entry["metric"], entry["n"]) for entry in entries} == {
         (m, n) for m in ("top1", "top5") for n in range(1, 21)
