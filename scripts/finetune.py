@@ -4,10 +4,9 @@ import sys
 
 from transformers.utils.logging import disable_progress_bar
 
-from training.cli import REQUEUE, claim_output_dir, one_line_errors
+from training.cli import claim_output_dir, one_line_errors, train
 from training.data import load_images
 from training.finetune import announce, build_trainer, choose_labelled, finish, parse_finetune, save_split
-from training.sgd_trainer import TrainingError
 
 
 def main(argv: list[str]) -> None:
@@ -24,12 +23,7 @@ def main(argv: list[str]) -> None:
         announce(run, trainer)
         if checkpoint:
             print(f"Continuing from {checkpoint}.")
-    with one_line_errors((TrainingError,)):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.terminated:
-        if trainer.is_world_process_zero():
-            print(f"Stopped by SIGTERM at step {trainer.state.global_step}, saved. The same command continues.")
-        raise SystemExit(REQUEUE)
+    train(trainer, checkpoint)
     scores = finish(run, trainer, splits)
     if trainer.is_world_process_zero():
         low, high = scores.interval

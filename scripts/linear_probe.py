@@ -9,10 +9,9 @@ from transformers import pipeline
 from transformers.utils import logging
 
 from training import linear_probe as lp
-from training.cli import REQUEUE, claim_output_dir, one_line_errors
+from training.cli import claim_output_dir, one_line_errors, train
 from training.data import ImageSplits, load_images
 from training.images import decode_image
-from training.sgd_trainer import TrainingError
 
 SHOWN_IMAGES = 4
 NEXT = """Next:
@@ -40,10 +39,7 @@ def main(argv: list[str]) -> None:
     if main_process:
         print(f"{run.title}\n{len(splits.train):,} images, {len(splits.class_names)} classes, to {folder}")
     if trainer is not None:
-        with one_line_errors((TrainingError,)):
-            trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.terminated:
-            raise SystemExit(REQUEUE)
+        train(trainer, checkpoint)
         probes = [lp.finish(trainer, model)]
     top1 = {}
     for probe in probes:

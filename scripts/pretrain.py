@@ -4,11 +4,10 @@ import sys
 
 from transformers.utils.logging import disable_progress_bar
 
-from training.cli import REQUEUE, claim_output_dir, one_line_errors
+from training.cli import claim_output_dir, one_line_errors, train
 from training.data import load_images
 from training.pretrain import announce, build_trainer, finish, preview_views
 from training.recipe import parse_pretrain
-from training.sgd_trainer import TrainingError
 
 
 def main(argv: list[str]) -> None:
@@ -28,12 +27,7 @@ def main(argv: list[str]) -> None:
         if checkpoint:
             print(f" continue: from {checkpoint}")
     args.training.eval_on_start = args.training.eval_strategy != "no" and checkpoint is None
-    with one_line_errors((TrainingError,)):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.terminated:
-        if trainer.is_world_process_zero():
-            print(f"Stopped by SIGTERM at step {trainer.state.global_step}, saved. The same command continues.")
-        raise SystemExit(REQUEUE)
+    train(trainer, checkpoint)
     metrics = finish(args, trainer, splits)
     if trainer.is_world_process_zero():
         folder = args.training.output_dir

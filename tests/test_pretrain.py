@@ -258,6 +258,7 @@ REFUSED = {
     "dataset below a batch": (["--max_train_samples", "10"], "the dataset (10 images) is smaller"),
     "image size": (["--architecture", "vit_tiny_patch16_224"], "image_size (32) is refused by vit_tiny_patch16_224"),
     "neighbours above the bank": (["--knn_k", "65"], "knn_k (65) is larger"),
+    "no bank": (["--knn_bank_size", "-5"], "knn_bank_size (-5) must be at least 1 image"),
     "output below a file": (["--output_dir", __file__ + "/run"], "cannot be made"),
     "one checkpoint": (["--save_total_limit", "1"], "save_total_limit (1) must be at least 2"),
     "not a number": (["--learning_rate", "fast"], "invalid float value: 'fast'"),

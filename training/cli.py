@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 from modeling_moco.distributed_moco import world_size
 
 from .checkpoints import Division, check_division, newest_complete
-from .sgd_trainer import SGDTrainingArguments, TrainingError
+from .sgd_trainer import SGDTrainer, SGDTrainingArguments, TrainingError
 
 REQUEUE = 75  # exit status after a SIGTERM: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
 SAVED_RECIPE = "recipe.yaml"  # the settings of a run, in its output directory
@@ -197,6 +197,16 @@ def _check_same_run(folder: Path, there: dict[str, Any], here: dict[str, Any]) -
                     f"output_dir ({folder}) already holds another run: {key} is {then.get(key)} there and {now.get(key)} "
                     "here. Pass another --output_dir, or the same settings to continue it"
                 )
+
+
+def train(trainer: SGDTrainer, checkpoint: str | None) -> None:
+    """Train to the end, or end the program: with one line for a `TrainingError`, with status 75 after a SIGTERM."""
+    with one_line_errors((TrainingError,)):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.terminated:
+        if trainer.is_world_process_zero():
+            print(f"Stopped by SIGTERM at step {trainer.state.global_step}, saved. The same command continues.")
+        raise SystemExit(REQUEUE)
 
 
 @contextmanager

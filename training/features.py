@@ -111,11 +111,12 @@ def cached_features(
     folder: Path,
     *,
     feature: Feature = "backbone",
-    batch_size: int = 256,
-    num_workers: int = 0,
     everywhere: bool = True,
+    **loading: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`extract_features`, kept as Arrow files in a folder named after the model, the images and their view.
+
+    Arguments and returns are those of `extract_features`.
 
     An interrupted extraction goes on where it was; `datasets.Dataset.from_file` opens a file.
     """
@@ -136,9 +137,8 @@ def cached_features(
     if rank() == 0 and missing:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    loading: dict[str, Any] = {"feature": feature, "batch_size": batch_size, "num_workers": num_workers}
     for start, path in tqdm(missing.items(), desc="features", disable=rank() > 0 or len(missing) < 2):
-        rows = extract_features(model, images.rows(start, start + ROWS_PER_FILE), **loading)
+        rows = extract_features(model, images.rows(start, start + ROWS_PER_FILE), feature=feature, **loading)
         if rank() == 0:
             _write(path, *rows)
     if world_size() > 1:

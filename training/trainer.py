@@ -61,6 +61,10 @@ class MoCoTrainingArguments(SGDTrainingArguments):
         super().__post_init__()
         if self.eval_every_n_epochs < 1:
             raise ValueError(f"eval_every_n_epochs ({self.eval_every_n_epochs}) must be at least 1")
+        if self.knn_bank_size is not None and self.knn_bank_size < 1:
+            raise ValueError(
+                f"knn_bank_size ({self.knn_bank_size}) must be at least 1 image; leave it out for all of them"
+            )
         _ = self.knn  # checks its values
 
     @property
@@ -287,8 +291,8 @@ class MoCoTrainer(SGDTrainer):
         keys_per_step = self.args.images_per_step * (2 if config.symmetric_loss else 1)
         return metrics | {
             "uniformity": math.log(metrics["uniformity"]) if metrics["uniformity"] > 0 else math.nan,
-            "alignment": 2
-            - 2 * metrics["positive_similarity"],  # |q - k|² of unit vectors (Wang and Isola, equation 3)
+            # |q - k|² of unit vectors: Wang and Isola, equation 3
+            "alignment": 2 - 2 * metrics["positive_similarity"],
             "queue_age": queue_age(config.queue_size, keys_per_step, self.state.global_step),
             "key_drift": key_drift(self.model),
             "images_per_second": images / seconds,
