@@ -12,6 +12,7 @@ from training.features import encoder_digest
 from training.images import MapImages
 from training.knn import evaluate_knn, load_model, parse_knn
 from training.results import append_results, table
+from training.trackers import Trackers, run_name
 
 
 def main(argv: list[str]) -> None:
@@ -23,6 +24,8 @@ def main(argv: list[str]) -> None:
         if max(args.k) > len(splits.train):
             raise ValueError(f"k ({max(args.k)}) is larger than the train split ({len(splits.train)} images): lower it")
         model = load_model(encoder, args).to(state.device)
+        trackers = Trackers(args.report_to, args.project, run_name(encoder.home))
+        trackers.check()
     bank, queries = (MapImages(split, data.evaluation_view()) for split in (splits.train, splits.eval))
     if state.is_main_process:
         print(f"kNN of {encoder}: {args.features} feature, bank {len(bank):,} images, {len(queries):,} queries")
@@ -30,6 +33,7 @@ def main(argv: list[str]) -> None:
     if state.is_main_process:
         digest = encoder_digest(model, args.features)
         append_results(encoder.home, results, model=digest, data=splits.about)
+        trackers.send(encoder.home, results)
         print(table(results))
 
 

@@ -316,4 +316,5 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> S
         plots.confusion_matrix(scores.confusion, splits.class_names, folder / "confusion")
         results = scores.results(protocol, settings=settings, seed=args.seed)
         append_results(run.encoder.home, results, model=trainer.encoder, data=splits.about)
+        args.trackers.send(folder, results, [folder / "confusion.png"], trainer.state.global_step)
     return trainer.scores

@@ -19,6 +19,7 @@ from .evaluation import Encoder, MoCoQueryModel, parse_evaluation
 from .features import Feature, cached_features, extract_features, unit
 from .images import MapImages
 from .results import Result
+from .trackers import TRACKERS
 
 BANK_CHUNK, QUERY_CHUNK = 65_536, 1_024  # rows at once: a quarter of a gigabyte of similarities
 
@@ -38,8 +39,16 @@ class KNNArguments:
     num_workers: int = field(default=0, metadata={"help": "processes that read images, per device"})
     seed: int = field(default=0, metadata={"help": "of the weights of --random_encoder"})
     use_cpu: bool = field(default=False, metadata={"help": "leave the GPUs alone"})
+    report_to: list[str] = field(
+        default_factory=list, metadata={"help": f"trackers that get the results: {', '.join(TRACKERS)}"}
+    )
+    project: str = field(
+        default="moco", metadata={"help": "trackers: that of the pretraining run, whose name is MODEL"}
+    )
 
     def __post_init__(self):
+        if unknown := set(self.report_to) - set(TRACKERS):
+            raise ValueError(f"report_to ({', '.join(unknown)}) must be of {', '.join(TRACKERS)}")
         if not self.k or min(self.k) < 1:
             raise ValueError(f"k ({self.k}) must be at least 1")
         if self.temperature <= 0:

@@ -43,7 +43,7 @@ STRENGTHS = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]  # C of L-BFGS
 HELD_OUT = 10  # one of so many training images
 READ_BY_CACHED = {
     *("mode", "learning_rates", "num_train_epochs", "lr_milestones", "global_batch_size", "seed", "use_cpu"),
-    *("per_device_eval_batch_size", "dataloader_num_workers"),
+    *("per_device_eval_batch_size", "dataloader_num_workers", "report_to", "project", "run_name"),
 }
 
 
@@ -229,7 +229,9 @@ def save_probe(probe: Probe, run: "ProbeRun", splits: ImageSplits, encoder: MoCo
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     name = {"official": "confusion", "cached SGD": "confusion_sgd", "cached L-BFGS": "confusion_lbfgs"}[probe.name]
     plots.confusion_matrix(probe.scores.confusion, splits.class_names, folder / name)
-    append_results(run.encoder.home, probe.results(run.training.seed), model=encoder_digest(encoder), data=splits.about)
+    results = probe.results(run.training.seed)
+    append_results(run.encoder.home, results, model=encoder_digest(encoder), data=splits.about)
+    run.training.trackers.send(folder, results, [folder / f"{name}.png"])
 
 
 # The command line

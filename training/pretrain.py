@@ -21,7 +21,7 @@ from .features import encoder_digest
 from .images import MapImages, StreamedImages, decode_image
 from .knn import protocol
 from .recipe import PretrainArguments
-from .report import METRICS, STREAMED, chance_loss, draw_features, read_run, write_report
+from .report import METRICS, PICTURES, STREAMED, chance_loss, draw_features, read_run, write_report
 from .results import Result, append_results, read_results
 from .trainer import MoCoTrainer
 
@@ -171,13 +171,16 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
     }
     if trainer.is_world_process_zero():
         (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        if results := list(_last_knn(trainer)):
+        results = list(_last_knn(trainer))
+        if results:
             digest = encoder_digest(trainer.model, args.training.knn_features)
             append_results(folder, results, model=digest, data=splits.about)
     if not args.data.streaming:
         draw_features(trainer.model, splits, args.data, folder)
     if trainer.is_world_process_zero():
         write_report(read_run(folder), STREAMED if args.data.streaming else None)
+        pictures = [path for name in PICTURES if (path := folder / f"{name}.png").is_file()]
+        args.training.trackers.send(folder, results, pictures, trainer.state.global_step)
     return metrics
 
 

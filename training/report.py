@@ -54,6 +54,7 @@ OF_FEATURES = {
         "between far groups mean nothing.",
     ),
 }
+PICTURES = (*CURVES, *OF_FEATURES)
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2933; --soft: #5f6b7a; --line: #d5dae1; --page: #ffffff; --card: #f6f7f9; }
 @media (prefers-color-scheme: dark) {

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 from modeling_moco.distributed_moco import world_size
 
 from .checkpoints import Division, SaveOnSigterm, newest_complete, outlive_sigterm, rotate, seal
+from .trackers import Trackers, run_name
 
 NEVER = torch.iinfo(torch.int64).max
 
@@ -81,6 +82,7 @@ class SGDTrainingArguments(TrainingArguments):
             self.per_device_train_batch_size = self.global_batch_size // parts
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to copy to, and torch would warn every epoch
+        self.trackers.check()
         # One process, one device: with more, Trainer would wrap the model in nn.DataParallel and multiply the batch.
         self._n_gpu = min(self.n_gpu, 1)
         self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
@@ -94,6 +96,11 @@ class SGDTrainingArguments(TrainingArguments):
                 "--multi_gpu to accelerate launch, on CPUs use configs/accelerate/two_cpus.yaml and --use_cpu (or unset "
                 "WORLD_SIZE and MASTER_PORT)"
             )
+
+    @property
+    def trackers(self) -> Trackers:
+        """Where results and pictures go when training is over."""
+        return Trackers(self.report_to, self.project, self.run_name or run_name(Path(str(self.output_dir))))
 
     @property
     def images_per_step(self) -> int:
@@ -185,8 +192,7 @@ class SGDTrainer(Trainer):
             os.makedirs(str(args.output_dir), exist_ok=True)
         except OSError as error:
             raise ValueError(f"output_dir ({args.output_dir}) cannot be made ({error}): pass another") from error
-        if args.run_name is None:  # or trackio would give a continued run another name
-            args.run_name = str(args.output_dir)
+        args.run_name = args.trackers.run_name  # or trackio would give a continued run another name
         super().__init__(args=args, **kwargs)
         # Convolutions are faster in this layout: 1.4 times on a CPU (test_resnet, 32 px), and tensor cores want it.
         self.model.to(memory_format=torch.channels_last)
