@@ -31,6 +31,7 @@ setup(
         "matplotlib>=3.10",
         "pyyaml>=6.0",
         "pillow>=11",
+        "opencv-python-headless>=4.10",
     ],
     extras_require={
         "trackio": ["trackio>=0.40"],

@@ -6,7 +6,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from training.cli import claim_output_dir, one_line_errors, train
 from training.data import load_images
-from training.pretrain import announce, build_trainer, finish, preview_views
+from training.pretrain import announce, bound, build_trainer, finish, preview_views
 from training.recipe import parse_pretrain
 
 
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
         for name, value in rows.items():
             print(f"{name:>20}: " + (f"{value:.1f} %" if value is not None else "not measured"))
         print(f"{'skipped images':>20}: {metrics['skipped_images']}")
+        print(f"{'images/s':>20}: {metrics['images_per_second']:.0f}; {bound(metrics)}")
         print(f"Saved to {folder}; its pictures and numbers are in {folder}/report.html")
         print(f"Next: accelerate launch --quiet scripts/linear_probe.py {folder}")
 

@@ -84,6 +84,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(rows, tmp_path, stre
         assert not any(p.requires_grad for p in resumed.model.encoder_k.parameters())
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_on_images_in_memory_is_the_uninterrupted_one(rows, tmp_path, workers):
+    options = SAVING | {"memory": True, "dataloader_num_workers": workers}
+    whole = build(rows, tmp_path / "whole", **options)
+    whole.train()
+    build(rows, tmp_path / "parts", callback=StopAt(8), **options).train()
+    resumed = build(rows, tmp_path / "parts", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_end(resumed, whole)
+    epochs = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert len(set(epochs)) == len(epochs)  # views of their own in every epoch
+
+
 def watch_images(trainer) -> list[torch.Tensor]:
     """Both views of every batch that the trainer's model is going to see."""
     seen = []

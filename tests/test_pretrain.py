@@ -67,6 +67,29 @@ def quickstart(tmp_path_factory):
     return folder, short, result
 
 
+@pytest.mark.parametrize("augment", ["cv2", "device"])
+@pytest.mark.parametrize(
+    "size", [32, 80], ids=["small", "large"]
+)  # of the files: those of up to 64 px are kept in memory
+def test_views_can_be_made_by_every_backend(script, tmp_path, augment, size):
+    for part, count in (("train", 24), ("test", 8)):
+        for i in range(count):
+            path = tmp_path / "images" / part / f"class{i % 2}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((size, size), 50 + 20 * (i % 2)).convert("RGB").save(path)
+    flags = ["--recipe", "quickstart", "--dataset_name", str(tmp_path / "images"), "--queue_size", "32", "--use_cpu"]
+    flags += ["--global_batch_size", "8", "--num_train_epochs", "2", "--eval_every_n_epochs", "1", "--knn_k", "3"]
+    flags += ["--dataloader_num_workers", "0", "--disable_tqdm", "True", "--augment", augment]
+    script("pretrain").main([*flags, "--output_dir", str(tmp_path / "run")])
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
+    assert any("eval_contrast_top1_shuffled" in entry for entry in state["log_history"])
+    assert 0 <= json.loads((tmp_path / "run" / "metrics.json").read_text())["waiting_for_data"] <= 100
+    script("pretrain").main([*flags, "--preview_views", str(tmp_path / "views.png")])
+    with Image.open(tmp_path / "views.png") as image:
+        assert min(image.size) > 300
+
+
 def test_two_processes_train_one_model_with_shuffling_batch_norm(tmp_path):
     folder = tmp_path / "run"
     flags = ["--batch_norm", "shuffle", "--queue_size", "256", "--max_steps", "3", "--max_train_samples", "512"]

@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 
 from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
 from training.augment import POLICIES, EvaluationView, TwoViews
-from training.images import MapImages, StreamedImages
+from training.augment_device import DeviceViews
+from training.images import MapImages, MemoryImages, StreamedImages
 from training.shards import ShardedRows
 from training.trainer import MoCoTrainer, MoCoTrainingArguments
 
@@ -36,7 +37,7 @@ def tiny_model(seed: int = 0, **kwargs) -> MoCoModel:
     return MoCoModel(MoCoConfig(**{"architecture": "test_resnet", "queue_size": 16, "batch_norm": "plain"} | kwargs))
 
 
-def build(rows, folder, model=None, callback=None, stream=False, **kwargs) -> MoCoTrainer:
+def build(rows, folder, model=None, callback=None, stream=False, memory=False, **kwargs) -> MoCoTrainer:
     defaults = {"num_train_epochs": 2, "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
     args = MoCoTrainingArguments(
         output_dir=str(folder),
@@ -45,13 +46,16 @@ def build(rows, folder, model=None, callback=None, stream=False, **kwargs) -> Mo
         **({"per_device_train_batch_size": BATCH} | defaults | kwargs),
     )
     views = TwoViews(POLICIES["v2"], 24)
-    images: MapImages | StreamedImages = MapImages(rows, views, args.seed)
+    images: MapImages | MemoryImages | StreamedImages = MapImages(rows, views, args.seed)
+    render = None
+    if memory:
+        images, render = MemoryImages(rows, views.policy, args.seed), DeviceViews(views.policy, views.size)
     if stream:
         names = {"image": "image", "label": "label"}
         shards = ShardedRows(rows.to_iterable_dataset(num_shards=2), names, [IMAGES // 2] * 2)
         place = {"rank": args.process_index, "world_size": args.world_size}
         images = StreamedImages(shards, views, batch_size=BATCH, buffer_size=8, **place)
-    trainer = MoCoTrainer(model or tiny_model(), args, images, MoCoImageProcessor())
+    trainer = MoCoTrainer(model or tiny_model(), args, images, MoCoImageProcessor(), render=render)
     if callback:
         trainer.add_callback(callback)
     return trainer

@@ -7,7 +7,9 @@ quarter of the bytes. Sizes are pixels, probabilities lie in [0, 1].
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,18 +167,24 @@ def _to_uint8(image: Image.Image) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TwoViews:
-    """Pretraining: two independent random views of one image."""
+    """Pretraining: two independent random views of one image.
+
+    Args:
+        render: `render_view` for PIL images, or `augment_cv2.render_view_cv2` for tensors.
+    """
 
     policy: ViewPolicy
     size: int
+    render: Callable[[Any, ViewDraw, int, ViewPolicy], torch.Tensor] = render_view
 
-    def __call__(self, image: Image.Image, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        query, key = (render_view(image, draw, self.size, self.policy) for draw in self.draws(image, generator))
+    def __call__(self, image: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        query, key = (self.render(image, draw, self.size, self.policy) for draw in self.draws(image, generator))
         return {"pixel_values": query, "key_pixel_values": key}
 
-    def draws(self, image: Image.Image, generator: torch.Generator) -> list[ViewDraw]:
+    def draws(self, image: Any, generator: torch.Generator) -> list[ViewDraw]:
         """The random numbers of the query's view and of the key's."""
-        return [draw_view(self.policy, image.width, image.height, generator) for _ in range(2)]
+        height, width = image.shape[1:] if isinstance(image, torch.Tensor) else (image.height, image.width)
+        return [draw_view(self.policy, width, height, generator) for _ in range(2)]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from modeling_moco import MoCoConfig, MoCoImageProcessor
 from modeling_moco.distributed_moco import rank
 
 from .augment import EvaluationView
-from .images import decode_image
+from .images import SMALL, decode_image
 from .labels import SplitLabels, find_flaw, find_renamed_class, number_classes, read_labels, subset_warnings
 from .shards import ShardedRows, are_parquet, count_rows
 
@@ -56,6 +56,13 @@ class DataArguments:
         default=None, metadata={"help": "short side before the evaluation crop; by default image_size * 256 / 224"}
     )
     augmentation: Literal["v1", "v2", "cifar"] = field(default="v2", metadata={"help": "random views of pretraining"})
+    augment: Literal["pil", "cv2", "device"] = field(
+        default="pil",
+        metadata={
+            "help": "what makes the views: pil, the reference; cv2, the same three times as fast; device, in batches on the "
+            f"GPU, and images of up to {SMALL} px from memory"
+        },
+    )
     horizontal_flip: bool = field(
         default=True, metadata={"help": "switch off where a mirror image means another thing"}
     )

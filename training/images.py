@@ -7,23 +7,32 @@ import copy
 import io
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice, repeat
 from typing import Any, Self
 
 import datasets
+import numpy as np
 import torch
 from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import get_worker_info
+from torchvision.io import ImageReadMode
+from torchvision.io import decode_image as tv_decode
+from tqdm import tqdm
+from transformers import default_data_collator
 
-from .augment import seeded_generator
+from .augment import ViewDraw, ViewPolicy, seeded_generator
+from .augment_device import draw_views, unpack_draw
 from .shards import ShardedRows, batches_per_epoch, plan_epoch
 
 logger = logging.getLogger(__name__)
 
-Transform = Callable[[Image.Image, torch.Generator], dict[str, torch.Tensor]]
+Transform = Callable[[Any, torch.Generator], dict[str, torch.Tensor]]
+Decode = Callable[[dict[str, Any]], Any]  # from a row's image to what the transform takes
+SMALL = 64  # pixels a side: images of one such size are kept in memory, where their views are made in batches
 
 
 def decode_image(image: dict[str, Any]) -> Image.Image:
@@ -41,11 +50,36 @@ def decode_image(image: dict[str, Any]) -> Image.Image:
         raise UnidentifiedImageError(str(error)) from error
 
 
+def decode_tensor(image: dict[str, Any]) -> torch.Tensor:
+    """The same as uint8 (3, H, W), the same pixels: JPEG files by torchvision's decoder, others by PIL.
+
+    Raises:
+        OSError: as `decode_image`.
+    """
+    content = image["bytes"]
+    if content is None:
+        with xopen(image["path"], "rb") as file:
+            content = file.read()
+    if content.startswith(b"\xff\xd8"):
+        # torchvision announces that its decoders will move to torchcodec, at every image.
+        with suppress(RuntimeError), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            pixels: torch.Tensor = tv_decode(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+            return pixels
+        # Damaged, or of a kind that only PIL reads: PIL decides.
+    return torch.from_numpy(np.array(decode_image({"bytes": content, "path": None}))).permute(2, 0, 1)
+
+
+def _name_skipped(row: dict[str, Any], index: int, error: OSError) -> None:
+    logger.warning("skipped an image that cannot be read: %s (%s)", row["image"]["path"] or f"row {index}", error)
+
+
 class _Images:
     # The epoch and the count live in shared memory: worker processes read the one and write the other.
-    def __init__(self, transform: Transform, seed: int):
+    def __init__(self, transform: Transform, seed: int, decode: Decode = decode_image):
         self.transform = transform
         self.seed = seed
+        self.decode = decode
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._skipped = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -73,14 +107,14 @@ class _Images:
         return seeded_generator(self.seed, int(self._epoch), index)
 
     def _views(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        views: dict[str, Any] = self.transform(decode_image(row["image"]), self.generator(index))
+        views: dict[str, Any] = self.transform(self.decode(row["image"]), self.generator(index))
         if "label" in row and "key_pixel_values" not in views:
             views["labels"] = -1 if row["label"] is None else row["label"]
         return views
 
     def _pass_over(self, row: dict[str, Any], index: int, error: OSError) -> None:
         self._skipped += 1
-        logger.warning("skipped an image that cannot be read: %s (%s)", row["image"]["path"] or f"row {index}", error)
+        _name_skipped(row, index, error)
 
 
 class MapImages(_Images, torch.utils.data.Dataset):
@@ -90,8 +124,8 @@ class MapImages(_Images, torch.utils.data.Dataset):
     size, which the queue and the other processes rely on.
     """
 
-    def __init__(self, source: datasets.Dataset, transform: Transform, seed: int = 0):
-        super().__init__(transform, seed)
+    def __init__(self, source: datasets.Dataset, transform: Transform, seed: int = 0, decode: Decode = decode_image):
+        super().__init__(transform, seed, decode)
         self.source = source
 
     def __len__(self) -> int:
@@ -133,6 +167,86 @@ class MapImages(_Images, torch.utils.data.Dataset):
         raise ValueError(f"none of the {len(self)} images can be read: is this an image dataset?")
 
 
+class MemoryImages(torch.utils.data.Dataset):
+    """Small images of one size, decoded once: a batch is a selection of them and draws for `DeviceViews`.
+
+    The views of one image depend on (seed, epoch, index) alone. One that cannot be read is named and counted, and the
+    one before it (for the first ones, the next readable) takes its place.
+
+    Args:
+        source: rows of `load_images`.
+
+    Raises:
+        ValueError: no image can be read, or they are not of one size.
+    """
+
+    def __init__(self, source: datasets.Dataset, policy: ViewPolicy, seed: int = 0):
+        self.policy = policy
+        self.seed = seed
+        self.skipped = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.images = self._decode(source).share_memory_()  # (images, 3, H, W), uint8
+
+    def _decode(self, source: datasets.Dataset) -> torch.Tensor:
+        found: list[torch.Tensor | None] = []
+        for index, row in enumerate(tqdm(source, desc="decoding", leave=False, disable=len(source) < 10_000)):
+            try:
+                found.append(decode_tensor(row["image"]))
+            except OSError as error:
+                self.skipped += 1
+                _name_skipped(row, index, error)
+                found.append(None)
+        readable = [pixels for pixels in found if pixels is not None]
+        if not readable:
+            raise ValueError(f"none of the {len(source)} images can be read: is this an image dataset?")
+        if len(sizes := sorted({tuple(pixels.shape[1:]) for pixels in readable})) > 1:
+            (height, width), *_, other = sizes
+            raise ValueError(
+                f"images are of {width} x {height} and {other[1]} x {other[0]} pixels: with --augment device images of up to "
+                f"{SMALL} px must all be of one size; choose another --augment"
+            )
+        last = readable[0]
+        return torch.stack([last := last if pixels is None else pixels for pixels in found])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Over all processes."""
+        return len(self)
+
+    def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
+        """Other epochs have other views. `skip_batches` is for streams."""
+        self._epoch.fill_(epoch)
+
+    def batch(self, indices: Sequence[int], epoch: int) -> dict[str, torch.Tensor]:
+        """Images (N, 3, H, W), uint8, and the draws of their two views in that epoch (N, 2, DRAW)."""
+        height, width = self.images.shape[2:]
+        draws = draw_views(
+            self.policy, width, height, views=2, seed=self.seed, epoch=epoch, indices=np.asarray(indices)
+        )
+        return {"images": self.images[torch.as_tensor(indices)], "draws": draws}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        return self.batch(indices, int(self._epoch))
+
+    def draw(self, count: int, epoch: int, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+        """A batch of so many random images of this process's part, as `epoch` draws them; fewer if there are fewer."""
+        order = torch.randperm(len(self), generator=seeded_generator(self.seed, epoch)).tolist()
+        return self.batch(order[: count * world_size][rank::world_size], epoch)
+
+    def view_draws(self, index: int) -> list[ViewDraw]:
+        """The random numbers of both views of an image in this epoch."""
+        return [unpack_draw(row) for row in self.batch([index], int(self._epoch))["draws"][0]]
+
+
+def collate(rows: Any) -> dict[str, torch.Tensor]:
+    """Images to a batch; what `MemoryImages` gives is one."""
+    batch: dict[str, torch.Tensor] = rows if isinstance(rows, dict) else default_data_collator(rows)
+    return batch
+
+
 class StreamedImages(_Images, torch.utils.data.IterableDataset):
     """Transformed images of a stream, divided over processes and workers.
 
@@ -157,8 +271,9 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         buffer_size: int = 10_000,
+        decode: Decode = decode_image,
     ):
-        super().__init__(transform, seed)
+        super().__init__(transform, seed, decode)
         self.rows = rows
         self.batch_size = batch_size
         self.rank = rank

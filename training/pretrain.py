@@ -16,9 +16,11 @@ from modeling_moco import MoCoModel
 
 from . import plots
 from .augment import TwoViews, build_policy, render_view
+from .augment_cv2 import render_view_cv2
+from .augment_device import DeviceViews, TwoCrops
 from .data import DataArguments, ImageSplits
 from .features import encoder_digest
-from .images import MapImages, StreamedImages, decode_image
+from .images import SMALL, MapImages, MemoryImages, StreamedImages, decode_image, decode_tensor
 from .knn import protocol
 from .recipe import PretrainArguments
 from .report import METRICS, PICTURES, STREAMED, chance_loss, draw_features, read_run, write_report
@@ -26,6 +28,7 @@ from .results import Result, append_results, read_results
 from .trainer import MoCoTrainer
 
 PREVIEWED = 8  # images
+BOUND_BY_DATA = 10  # per cent of the time
 
 
 def build_trainer(args: PretrainArguments, splits: ImageSplits) -> MoCoTrainer:
@@ -54,27 +57,42 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits) -> MoCoTrainer:
     set_seed(training.seed)
     model = MoCoModel(args.config)
     check_image_size(model, data.image_size)
-    return MoCoTrainer(model, training, train, data.image_processor(args.config), bank, queries)
+    views = _two_views(data)
+    render = DeviceViews(views.policy, views.size) if data.augment == "device" else None
+    return MoCoTrainer(model, training, train, data.image_processor(args.config), bank, queries, render)
 
 
-def _training_images(args: PretrainArguments, splits: ImageSplits) -> MapImages | StreamedImages:
+def _training_images(args: PretrainArguments, splits: ImageSplits) -> MapImages | MemoryImages | StreamedImages:
     data, training = args.data, args.training
     views = _two_views(data)
+    transform = TwoCrops(views) if data.augment == "device" else views
+    decode = decode_image if data.augment == "pil" else decode_tensor
     if not data.streaming:
-        return MapImages(splits.train, views, training.seed)
+        if data.augment == "device" and _are_small(splits):
+            return MemoryImages(splits.train, views.policy, training.seed)
+        return MapImages(splits.train, transform, training.seed, decode)
     return StreamedImages(
         splits.train,
-        views,
+        transform,
         batch_size=training.per_device_train_batch_size,
         seed=training.seed,
         rank=training.process_index,
         world_size=training.world_size,
         buffer_size=data.shuffle_buffer,
+        decode=decode,
     )
 
 
 def _two_views(data: DataArguments) -> TwoViews:
-    return TwoViews(build_policy(data.augmentation, data.horizontal_flip, data.crop_min_scale), data.image_size)
+    policy = build_policy(data.augmentation, data.horizontal_flip, data.crop_min_scale)
+    return TwoViews(policy, data.image_size, render_view_cv2 if data.augment == "cv2" else render_view)
+
+
+def _are_small(splits: ImageSplits) -> bool:
+    for row in splits.train:
+        with suppress(OSError):
+            return max(decode_image(row["image"]).size) <= SMALL
+    return False
 
 
 def _missing_for_knn(args: PretrainArguments, splits: ImageSplits) -> str | None:
@@ -166,6 +184,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
         "loss": steps[-1]["loss"],
         "contrast_top1": steps[-1]["contrast_top1"],
         "images_per_second": median(entry["images_per_second"] for entry in steps),
+        "waiting_for_data": median(entry["waiting_for_data"] for entry in steps),
         "steps": trainer.state.global_step,
         "skipped_images": trainer.train_dataset.skipped,
     }
@@ -182,6 +201,17 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
         pictures = [path for name in PICTURES if (path := folder / f"{name}.png").is_file()]
         args.training.trackers.send(folder, results, pictures, trainer.state.global_step)
     return metrics
+
+
+def bound(metrics: dict[str, Any]) -> str:
+    """A sentence: whether data or compute bounded the run that left these metrics."""
+    share = metrics["waiting_for_data"]
+    if share < BOUND_BY_DATA:
+        return f"compute bounded it: {share:.0f} % of the time was waiting for images"
+    return (
+        f"data bounded it: {share:.0f} % of the time was waiting for images. More --dataloader_num_workers, or a faster "
+        "--augment (cv2, device)"
+    )
 
 
 def _last_knn(trainer: MoCoTrainer) -> Iterator[Result]:
@@ -215,10 +245,13 @@ def drawn_images(args: PretrainArguments, splits: ImageSplits) -> Iterator[plots
     """
     views, images = _two_views(args.data), _training_images(args, splits)
     rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(islice(splits.train, 10 * PREVIEWED))
-    if isinstance(images, MapImages):  # from the whole dataset: folders are sorted by class
+    if not isinstance(images, StreamedImages):  # from the whole dataset: folders are sorted by class
         rows = ((i, splits.train[i]) for i in range(0, len(images), max(1, len(images) // PREVIEWED)))
     for index, row in rows:
         with suppress(OSError):
             image = decode_image(row["image"])
-            draws = views.draws(image, images.generator(index))
+            if isinstance(images, MemoryImages):
+                draws = images.view_draws(index)
+            else:
+                draws = views.draws(image, images.generator(index))
             yield plots.DrawnImage(image, draws, [render_view(image, draw, views.size, views.policy) for draw in draws])

@@ -18,10 +18,11 @@ from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
 
 from .augment import seeded_generator
+from .augment_device import DeviceViews
 from .checkpoints import outlive_sigterm
 from .features import Feature, extract_features
 from .health import diagnose, key_drift, leak, queue_age, rankme, uniformity_kernel
-from .images import MapImages, StreamedImages
+from .images import MapImages, MemoryImages, StreamedImages, collate
 from .knn import KNNArguments, knn_accuracy
 from .sgd_trainer import SGDTrainer, SGDTrainingArguments
 
@@ -108,6 +109,7 @@ class MoCoTrainer(SGDTrainer):
         train_dataset: images with the `TwoViews` transform.
         processing_class: the image processor, saved beside every checkpoint.
         knn_bank: images with the `EvaluationView` transform, whose features the monitor looks at.
+        render: makes the views of a batch on the device, where the images come with draws instead of as views.
         knn_queries: the same of another split; with labels in both the monitor is kNN.
 
     Raises:
@@ -120,10 +122,11 @@ class MoCoTrainer(SGDTrainer):
         self,
         model: MoCoModel,
         args: MoCoTrainingArguments,
-        train_dataset: MapImages | StreamedImages,
+        train_dataset: MapImages | MemoryImages | StreamedImages,
         processing_class,
         knn_bank: MapImages | None = None,
         knn_queries: MapImages | None = None,
+        render: DeviceViews | None = None,
     ):
         _check_sizes(model, args, train_dataset)
         super().__init__(
@@ -132,8 +135,10 @@ class MoCoTrainer(SGDTrainer):
             train_dataset=train_dataset,
             eval_dataset=knn_queries or knn_bank or train_dataset,  # Trainer wants one, or it would not evaluate
             processing_class=processing_class,
+            data_collator=collate,
             callbacks=[MoCoCallback()],
         )
+        self.render = render
         self.knn_bank = knn_bank
         self.knn_queries = knn_queries
         # Since the last log, per micro-batch; its mean of similarities is that of all queries, for batches are equal.
@@ -141,6 +146,7 @@ class MoCoTrainer(SGDTrainer):
         self._batches = self._images = 0
         self._told: set[str] = set()
         self._logged_at = time.perf_counter()
+        self._waited = 0.0  # seconds for images, since the last log
 
     def train(self, *args, **kwargs):
         if world_size() > 1:  # ranks may have drawn different queues; from here on they stay equal
@@ -180,12 +186,23 @@ class MoCoTrainer(SGDTrainer):
         return DataLoader(
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
+            collate_fn=collate,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             drop_last=True,
             worker_init_fn=outlive_sigterm,
         )
+
+    def get_batch_samples(self, *args, **kwargs):
+        started = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self._waited += time.perf_counter() - started
+        return batches
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if self.render is None else self.render(inputs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
@@ -259,8 +276,9 @@ class MoCoTrainer(SGDTrainer):
         if batches < 2:
             return {}
         epoch = int(self.state.epoch or 0) + 1  # views that are not in the queue yet
-        rows = self.train_dataset.draw(batches * batch, epoch, self.args.process_index, ranks)
-        views = [torch.stack([row[name] for row in rows]).to(self.args.device) for name in VIEWS]
+        images = collate(self.train_dataset.draw(batches * batch, epoch, self.args.process_index, ranks))
+        rendered = self._prepare_inputs(images)
+        views = [rendered[name] for name in VIEWS]
         trained, other, leaks = leak(self.model, list(zip(*(view.split(batch) for view in views), strict=True)))
         return {"contrast_top1": trained, "contrast_top1_shuffled": other, "leaks": float(leaks)}
 
@@ -286,6 +304,7 @@ class MoCoTrainer(SGDTrainer):
         images = self._images * world_size()
         self._sums, self._batches, self._images = torch.zeros_like(self._sums), 0, 0
         seconds, self._logged_at = time.perf_counter() - self._logged_at, time.perf_counter()
+        waited, self._waited = self._waited, 0.0
         metrics = dict(zip(STATISTICS, means, strict=True))
         config = self.model.config
         keys_per_step = self.args.images_per_step * (2 if config.symmetric_loss else 1)
@@ -296,10 +315,13 @@ class MoCoTrainer(SGDTrainer):
             "queue_age": queue_age(config.queue_size, keys_per_step, self.state.global_step),
             "key_drift": key_drift(self.model),
             "images_per_second": images / seconds,
+            "waiting_for_data": 100 * waited / seconds,
         }
 
 
-def _check_sizes(model: MoCoModel, args: MoCoTrainingArguments, images: MapImages | StreamedImages) -> None:
+def _check_sizes(
+    model: MoCoModel, args: MoCoTrainingArguments, images: MapImages | MemoryImages | StreamedImages
+) -> None:
     if model.dtype != torch.float32:
         raise ValueError(
             f"the model is in {model.dtype}: load it in float32, the momentum update needs it, and pass --bf16"
@@ -319,7 +341,7 @@ def _check_sizes(model: MoCoModel, args: MoCoTrainingArguments, images: MapImage
             f"queue_size ({model.config.queue_size}) is smaller than the keys of a global batch ({keys}): raise it or lower "
             "the batch"
         )
-    if len(images) == 0 or (isinstance(images, MapImages) and len(images) < micro_batch):
+    if len(images) == 0 or (not isinstance(images, StreamedImages) and len(images) < micro_batch):
         raise ValueError(
             f"the dataset ({images.images_per_epoch} images) is smaller than the global batch ({micro_batch}): lower the "
             "batch or use more images"

@@ -1,0 +1,301 @@
+"""Views by OpenCV and on the device against the reference, PIL: the same draws give the same picture."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import ks_2samp
+
+import training.augment_device
+from training.augment import POLICIES, TwoViews, ViewDraw, draw_view, render_view, seeded_generator
+from training.augment_cv2 import crop_and_resize, render_view_cv2
+from training.augment_device import (
+    BLUR,
+    BOX,
+    FACTORS,
+    FLIP,
+    GRAY,
+    JITTER,
+    ORDER,
+    DeviceViews,
+    TwoCrops,
+    crop_views,
+    draw_views,
+    pack_draw,
+    unpack_draw,
+)
+from training.images import MemoryImages, collate, decode_image, decode_tensor
+
+SIZE, DRAWS = 48, 4000
+LEVELS = 2  # of 255: how far the mean pixel of a view may be from the reference
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    """Soft shapes with some grain, all hues: like a photograph in what matters to filters."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    grain = random.normal(0, 6, (height, width, 1))
+    return Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.dtype == b.dtype == torch.uint8
+    return (a.float() - b.float()).abs().mean().item()
+
+
+def on_device(images: torch.Tensor, draws: list[ViewDraw], policy, size: int) -> torch.Tensor:
+    """The first views of whole images, all in one batch."""
+    packed = torch.stack([pack_draw(draw) for draw in draws])[:, None].expand(-1, 2, -1)
+    return DeviceViews(policy, size)({"images": images, "draws": packed})["pixel_values"]
+
+
+@pytest.fixture(params=["by order", "all at once"])
+def way(request, monkeypatch):
+    """Both ways of `DeviceViews`: that of a CPU, and that of a GPU on this CPU."""
+    if request.param == "all at once":
+        monkeypatch.setattr(training.augment_device, "_all_at_once", lambda x: True)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_same_draws_give_the_same_views(name, way):
+    policy, generator = POLICIES[name], torch.Generator().manual_seed(3)
+    images = [picture(seed, 96, 72) for seed in range(120)]
+    draws = [draw_view(policy, 96, 72, generator) for _ in images]
+    expected = [render_view(image, draw, SIZE, policy) for image, draw in zip(images, draws, strict=True)]
+    tensors = [to_tensor(image) for image in images]
+    by_cv2 = [render_view_cv2(image, draw, SIZE, policy) for image, draw in zip(tensors, draws, strict=True)]
+    by_device = on_device(torch.stack(tensors), draws, policy, SIZE)
+    for views in (by_cv2, by_device):
+        distances = [distance(view, reference) for view, reference in zip(views, expected, strict=True)]
+        assert max(distances) < LEVELS, draws[int(np.argmax(distances))]
+        assert np.mean(distances) < 1
+
+
+WHOLE = ViewDraw((0, 0, SIZE, SIZE), jitter=(), gray=False, blur=0.0, flip=False)
+SINGLE = {
+    **{f"{name} {factor}": replace(WHOLE, jitter=((name, factor),)) for name in JITTER[:3] for factor in (0.6, 1.4)},
+    **{f"hue {shift}": replace(WHOLE, jitter=(("hue", shift),)) for shift in (-0.4, -0.05, 0.05, 0.4)},
+    "gray": replace(WHOLE, gray=True),
+    "flip": replace(WHOLE, flip=True),
+    **{f"blur {sigma}": replace(WHOLE, blur=sigma) for sigma in (0.2, 1.0, 2.0)},
+    "crop": replace(WHOLE, box=(3, 7, 20, 31)),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_every_operation_is_the_references(name, way):
+    image, draw, policy = picture(0, SIZE, SIZE), SINGLE[name], POLICIES["v2"]
+    expected = render_view(image, draw, SIZE, policy)
+    assert name == "crop" or distance(expected, to_tensor(image)) > LEVELS or name == "blur 0.2"
+    assert distance(render_view_cv2(to_tensor(image), draw, SIZE, policy), expected) < 1
+    whole_order = replace(draw, jitter=draw.jitter and (*draw.jitter, *NEUTRAL[draw.jitter[0][0]]))
+    assert distance(on_device(to_tensor(image)[None], [whole_order], policy, SIZE)[0], expected) < 1
+
+
+# Jitter always has all four operations; these change nothing.
+NEUTRAL = {name: tuple((other, 0.0 if other == "hue" else 1.0) for other in JITTER if other != name) for name in JITTER}
+
+
+@pytest.mark.parametrize("width", [20, 48, 200])
+def test_crops_are_resized_with_the_filter_of_pil(width):
+    image, box = picture(1, width, 3 * width // 4), (2, 3, width // 2, 2 * width // 3)
+    top, left, h, w = box
+    expected = torch.from_numpy(
+        np.array(image.crop((left, top, left + w, top + h)).resize((SIZE, SIZE), Image.BILINEAR))
+    ).permute(2, 0, 1)
+    batch, boxes = to_tensor(image)[None].float(), torch.tensor([box], dtype=torch.float32)
+    for flip in (False, True):
+        crop = crop_views(batch, boxes, torch.tensor([flip]), SIZE)[0]
+        assert_close(crop.flip(-1) if flip else crop, expected)
+    assert_close(crop_and_resize(to_tensor(image), box, SIZE).float(), expected)
+
+
+def assert_close(crop: torch.Tensor, expected: torch.Tensor) -> None:
+    difference = (crop - expected).abs()  # PIL's weights are whole numbers
+    assert difference.max() <= 2
+    assert difference.mean() < 0.3
+
+
+def test_crops_of_the_cpu_become_the_references_views():
+    image, policy = picture(4, 90, 120), POLICIES["v2"]
+    views = TwoViews(policy, SIZE)
+    for seed in range(8):
+        expected = views(image, torch.Generator().manual_seed(seed))
+        crops = TwoCrops(views)(to_tensor(image), torch.Generator().manual_seed(seed))
+        views_made = DeviceViews(policy, SIZE)(collate([crops]))
+        for name, reference in expected.items():
+            assert distance(views_made[name][0], reference) < LEVELS
+
+
+# Draws
+
+
+def test_a_packed_draw_is_the_draw():
+    generator = torch.Generator().manual_seed(0)
+    for policy in POLICIES.values():
+        for _ in range(50):
+            draw = draw_view(policy, 64, 48, generator)
+            copy = unpack_draw(pack_draw(draw))
+            assert (copy.box, copy.gray, copy.flip) == (draw.box, draw.gray, draw.flip)
+            assert copy.blur == pytest.approx(draw.blur)
+            assert [name for name, _ in copy.jitter] == [name for name, _ in draw.jitter]
+            assert [f for _, f in copy.jitter] == pytest.approx([f for _, f in draw.jitter])
+
+
+def batch_draws(policy, count: int, width: int = 400, height: int = 300, **key) -> torch.Tensor:
+    key = {"seed": 1, "epoch": 2} | key
+    return draw_views(policy, width, height, views=1, indices=np.arange(count), **key)[:, 0]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_draws_of_a_batch_are_distributed_as_those_of_single_images(name):
+    policy, generator = POLICIES[name], torch.Generator().manual_seed(0)
+    batch = batch_draws(policy, DRAWS)
+    single = torch.stack([pack_draw(draw_view(policy, 400, 300, generator)) for _ in range(DRAWS)])
+    for column in (GRAY, FLIP, ORDER.start):
+        shares = [(draws[:, column] > 0).float().mean().item() for draws in (batch, single)]
+        assert shares[0] == pytest.approx(shares[1], abs=0.04)  # more than three standard errors
+    jittered = [draws[draws[:, ORDER.start] >= 0] for draws in (batch, single)]
+    assert len(jittered[0]) / DRAWS == pytest.approx(policy.jitter_p, abs=0.03)
+    if policy.jitter_p:
+        orders = [
+            (draws[:, ORDER] @ torch.tensor([64.0, 16.0, 4.0, 1.0])).unique(return_counts=True) for draws in jittered
+        ]
+        assert torch.equal(orders[0][0], orders[1][0])  # all 24
+        assert orders[0][1].min() > 0.6 * len(jittered[0]) / 24
+        for column in range(FACTORS.start, FACTORS.stop):
+            assert same_distribution(*(draws[:, column] for draws in jittered))
+    if policy.blur_p:
+        assert same_distribution(*(draws[draws[:, BLUR] > 0, BLUR] for draws in (batch, single)))
+        assert (batch[:, BLUR] > 0).float().mean().item() == pytest.approx(policy.blur_p, abs=0.03)
+    for measure in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 2] / b[:, 3], lambda b: b[:, 0], lambda b: b[:, 1]):
+        assert same_distribution(measure(batch[:, BOX]), measure(single[:, BOX]))
+
+
+def same_distribution(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return ks_2samp(a.numpy(), b.numpy()).pvalue > 1e-3
+
+
+def test_boxes_of_a_batch_lie_within_the_image_and_have_its_fallback():
+    for width, height in ((32, 32), (500, 20), (20, 500), (1, 1)):
+        top, left, h, w = batch_draws(POLICIES["v2"], 500, width, height)[:, BOX].T
+        assert ((top >= 0) & (left >= 0) & (h > 0) & (w > 0) & (top + h <= height) & (left + w <= width)).all()
+    box = batch_draws(POLICIES["v2"], 500, 500, 20)[:, BOX]
+    assert (box == torch.tensor([0.0, (500 - 27) // 2, 20, 27])).all(dim=1).any()  # 27 = 20 * 4 / 3
+
+
+def test_draws_depend_on_seed_epoch_and_index_alone():
+    draws = batch_draws(POLICIES["v2"], 64)
+    assert len(draws.unique(dim=0)) == 64
+    some = draw_views(POLICIES["v2"], 400, 300, views=1, seed=1, epoch=2, indices=np.array([40, 3]))[:, 0]
+    assert torch.equal(some, draws[[40, 3]])
+    for other in ({"seed": 2}, {"epoch": 3}):
+        assert not (batch_draws(POLICIES["v2"], 64, **other) == draws).all(dim=1).any()
+    both = draw_views(POLICIES["v2"], 400, 300, views=2, seed=1, epoch=2, indices=np.arange(64))
+    assert not (both[:, 0] == both[:, 1]).all(dim=1).any()
+
+
+# Decoding
+
+
+def encoded(image: Image.Image, format: str, **options) -> dict:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+def test_jpeg_files_decode_to_the_pixels_of_pil(mode, options):
+    row = encoded(picture(5, 61, 43).convert(mode), "JPEG", quality=90, **options)
+    assert torch.equal(decode_tensor(row), to_tensor(decode_image(row)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_jpeg_files_are_turned_upright(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture(6, 40, 24).save(tmp_path / "turned.jpg", exif=exif)
+    row = {"bytes": None, "path": str(tmp_path / "turned.jpg")}
+    assert torch.equal(decode_tensor(row), to_tensor(decode_image(row)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16"])
+def test_other_files_are_left_to_pil(mode):
+    image = picture(7, 20, 30).convert("L" if mode == "I;16" else mode)
+    row = encoded(image.convert("I;16") if mode == "I;16" else image, "PNG")
+    assert torch.equal(decode_tensor(row), to_tensor(decode_image(row)))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8", b"no image"])
+def test_what_is_no_image_is_refused_as_by_pil(content):
+    with pytest.raises(OSError, match=r"."):
+        decode_tensor({"bytes": content, "path": None})
+
+
+def test_a_truncated_jpeg_is_refused():
+    row = encoded(picture(8, 200, 200), "JPEG")
+    with pytest.raises(OSError, match="truncated"):
+        decode_tensor(row | {"bytes": row["bytes"][:2000]})
+
+
+# Images in memory
+
+
+def rows(images: list[Image.Image | None]) -> list[dict]:
+    broken = {"bytes": b"broken", "path": None}
+    return [{"image": broken if image is None else encoded(image, "PNG")} for image in images]
+
+
+def test_images_in_memory_give_the_same_views_in_any_company():
+    pictures = [picture(seed, 32, 32) for seed in range(12)]
+    images = MemoryImages(rows(pictures), POLICIES["cifar"], seed=5)
+    images.set_epoch(3)
+    whole, part = images.__getitems__(list(range(12))), images.__getitems__([7, 2])
+    assert torch.equal(whole["images"], torch.stack([to_tensor(image) for image in pictures]))
+    render = DeviceViews(POLICIES["cifar"], 32)
+    for name, views in render(whole).items():
+        assert torch.equal(render(part)[name], views[[7, 2]])
+    for draw, name in zip(images.view_draws(2), ("pixel_values", "key_pixel_values"), strict=True):
+        expected = render_view(pictures[2], draw, 32, POLICIES["cifar"])
+        assert distance(render(whole)[name][2], expected) < LEVELS
+    images.set_epoch(4)
+    assert not torch.equal(images.__getitems__([7, 2])["draws"], part["draws"])
+
+
+def test_processes_draw_disjoint_parts_of_the_images_in_memory():
+    images = MemoryImages(rows([picture(seed, 8, 8) for seed in range(9)]), POLICIES["cifar"])
+    parts = [images.draw(4, 1, rank, 2)["images"] for rank in range(2)]
+    assert len(torch.cat(parts).flatten(1).unique(dim=0)) == 8
+
+
+def test_an_image_that_cannot_be_read_is_counted_and_replaced(caplog):
+    good = [picture(seed, 16, 16) for seed in range(2)]
+    images = MemoryImages(rows([None, good[0], None, good[1]]), POLICIES["cifar"])
+    assert images.skipped == 2
+    assert "row 2" in caplog.text
+    expected = [good[0], good[0], good[0], good[1]]
+    assert torch.equal(images.images, torch.stack([to_tensor(image) for image in expected]))
+    with pytest.raises(ValueError, match="none of the 1 images can be read"):
+        MemoryImages(rows([None]), POLICIES["cifar"])
+
+
+def test_images_of_several_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"of 8 x 8 and 8 x 9 pixels.*choose another --augment"):
+        MemoryImages(rows([picture(0, 8, 9), picture(1, 8, 8)]), POLICIES["cifar"])
+
+
+def test_seeded_generators_serve_every_backend():
+    image, views = picture(9, 64, 64), TwoViews(POLICIES["v2"], SIZE)
+    by_cv2 = replace(views, render=render_view_cv2)
+    key = (3, 1, 4)
+    expected = views(image, seeded_generator(*key))
+    for name, view in by_cv2(to_tensor(image), seeded_generator(*key)).items():
+        assert distance(view, expected[name]) < LEVELS
