@@ -226,7 +226,7 @@ class MemoryImages(torch.utils.data.Dataset):
         draws = draw_views(
             self.policy, width, height, views=2, seed=self.seed, epoch=epoch, indices=np.asarray(indices)
         )
-        return {"images": self.images[torch.as_tensor(indices)], "draws": draws}
+        return {"images": self.images.index_select(0, torch.as_tensor(indices)), "draws": draws}
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         return self.batch(indices, int(self._epoch))
