@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["modeling_moco", "training"],
+    packages=["modeling_moco", "training", "training.benchmarks"],
     package_data={"training": ["recipes/*.yaml"]},
     # torch and torchvision are resolved together from the same index: a CPU-only torch wheel next to the index's
     # torchvision fails at import with "operator torchvision::nms does not exist".

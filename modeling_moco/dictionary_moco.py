@@ -2,17 +2,74 @@
 
 Shapes: `N` local batch, `R` processes, `C` projection_dim, `K` queue_size.
 
-A dictionary is a module with three methods: `forward(q, k)` returns the similarities and the place of the positive among
-them, `enqueue(keys)` is told the keys of all processes after the backward pass, and `after_loading()` follows every
-load. To add one, write the class and return it from `build_dictionary`.
+A dictionary is a module with three methods: `forward(q, k, temperature)` returns the loss and the logits,
+`enqueue(keys)` is told the keys of all processes after the backward pass, and `after_loading()` follows every load. To add
+one, write the class and return it from `build_dictionary`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
 from .configuration_moco import MoCoConfig
+
+COLUMNS = 8192  # of the queue that are worked on at once: 1 MB for 32 queries, which stays in a processor's cache
+
+
+class InfoNCE(torch.autograd.Function):
+    """`F.cross_entropy(torch.cat([l_pos, l_neg], dim=1) / T, zeros)`, with the logits as its only matrix of N x (1+K).
+
+    Written with torch's own operations it takes five: l_neg, the joined one, the divided one, its log-softmax, and its
+    gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, queue, temperature):
+        logits = q.new_empty(len(q), 1 + queue.shape[1])
+        torch.sum(q * k / temperature, dim=1, out=logits[:, 0])
+        torch.mm(q / temperature, queue, out=logits[:, 1:])
+        columns = logits.split(COLUMNS, dim=1)
+        parts = logits.new_empty(len(columns), len(q))
+        for part, some in zip(parts, columns, strict=True):
+            torch.logsumexp(some, dim=1, out=part)
+        normaliser = parts.logsumexp(dim=0)  # (N,)
+        ctx.save_for_backward(k, queue, logits, normaliser)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(logits)
+        ctx.set_materialize_grads(False)  # or backward would be handed a matrix of zeros for the logits
+        return (normaliser - logits[:, 0]).mean(), logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return None, None, None, None
+        k, queue, logits, normaliser = ctx.saved_tensors
+        # The expected key under the softmax minus the positive, over T: (softmax(logits) @ [k; queue] - k) / T
+        grad = ((logits[:, 0] - normaliser).exp() - 1)[:, None] * k
+        for l_neg, keys in zip(logits[:, 1:].split(COLUMNS, dim=1), queue.split(COLUMNS, dim=1), strict=True):
+            grad.addmm_((l_neg - normaliser[:, None]).exp_(), keys.T)
+        return grad * (grad_loss / (ctx.temperature * len(logits))), None, None, None
+
+
+def info_nce(
+    q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """InfoNCE (v1 paper, equation 1) of queries against their own key and a queue. Only `q` gets a gradient.
+
+    Args:
+        q: queries, unit length (N, C).
+        k: the positive of each, unit length (N, C).
+        queue: negatives of all, columns of unit length (C, K).
+        temperature: T > 0.
+
+    Returns:
+        the mean over the queries, natural logarithm (scalar); and similarities divided by T, the positive first, without
+        gradient (N, 1+K). Backward reads them, and raises a RuntimeError if they were changed.
+    """
+    return InfoNCE.apply(q, k, queue, temperature)
 
 
 class QueueDictionary(nn.Module):
@@ -43,20 +100,9 @@ class QueueDictionary(nn.Module):
         """A queue of another size than the checkpoint's is fresh, but has the checkpoint's pointer."""
         self.queue_ptr.remainder_(self.queue.shape[1])
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Similarity of every query to its own key and to the whole queue.
-
-        Args:
-            q: queries of this process, unit length, float32 (N, C).
-            k: keys of this process, unit length, float32 (N, C).
-
-        Returns:
-            similarities in [-1, 1] (N, 1+K), the positive first; and the index of the positive, all zeros (N,).
-        """
-        l_pos = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
-        l_neg = q @ self.queue  # (N, K)
-        labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
-        return torch.cat([l_pos, l_neg], dim=1), labels
+    def forward(self, q: torch.Tensor, k: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss (scalar) and logits (N, 1+K) of queries and their own keys, both float32 (N, C). See `info_nce`."""
+        return info_nce(q, k, self.queue, temperature)
 
     @torch.no_grad()
     def enqueue(self, keys: torch.Tensor) -> None:

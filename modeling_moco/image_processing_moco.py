@@ -17,9 +17,14 @@ def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     return images.div_(255).sub_(_per_channel(tuple(mean), images.device)).div_(_per_channel(tuple(std), images.device))
 
 
-@lru_cache
+@torch.compiler.assume_constant_result  # torch.compile warns of a cache that it traces into
 def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, device=device).view(-1, 1, 1)  # kept: making it anew would wait for the GPU
+    return _per_channel_kept(values, device)  # making it anew would wait for the GPU
+
+
+@lru_cache
+def _per_channel_kept(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 class _EvaluationTransform:

@@ -40,7 +40,7 @@ class MoCoOutput(ModelOutput):
 
     Args:
         loss: InfoNCE, the mean over the local batch, natural logarithm (scalar).
-        logits: similarities divided by the temperature, the positive first, float32 (N, 1+K).
+        logits: similarities divided by the temperature, the positive first, float32, without gradient (N, 1+K).
         query_embeds: queries of this process, unit length, float32 (N, C).
         key_embeds: keys of all processes in rank order, unit length, float32, without gradient (R·N, C).
 
@@ -242,18 +242,6 @@ class MoCoModel(MoCoPreTrainedModel):
     def _draw_order(self, n: int) -> torch.Tensor:
         return torch.randperm(n, generator=self.shuffle_generator, device="cpu")
 
-    def contrast(
-        self, x_q: torch.Tensor, x_k: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss, logits, queries and keys (see [`MoCoOutput`]) of views `x_q` and `x_k` of the same images."""
-        q = self.encode_queries(x_q)
-        keys = self.encode_keys(x_k)
-        with torch.autocast(q.device.type, enabled=False):  # 16 bits would round away small differences
-            logits, labels = self.dictionary(q, keys[local_slice(len(q))])
-            logits = logits / self.config.temperature
-            loss = F.cross_entropy(logits, labels)
-        return loss, logits, q, keys
-
     @can_return_tuple
     def forward(
         self,
@@ -270,14 +258,20 @@ class MoCoModel(MoCoPreTrainedModel):
         Returns:
             without `key_pixel_values` the feature map and the pooled feature, with it a [`MoCoOutput`].
         """
-        if key_pixel_values is None:
-            return self.features(pixel_values)
-        loss, logits, q, keys = self.contrast(pixel_values, key_pixel_values)
+        x_q, x_k = pixel_values, key_pixel_values
+        if x_k is None:
+            return self.features(x_q)
+        q = self.encode_queries(x_q)  # (N, C)
+        keys = self.encode_keys(x_k)  # (R·N, C)
+        k = keys[local_slice(len(x_q))]  # (N, C)
         if self.config.symmetric_loss:
-            swapped_loss, swapped_logits, swapped_q, swapped_keys = self.contrast(key_pixel_values, pixel_values)
-            loss = loss + swapped_loss
-            logits, q = torch.cat([logits, swapped_logits]), torch.cat([q, swapped_q])
+            swapped_q, swapped_keys = self.encode_queries(x_k), self.encode_keys(x_q)
+            q, k = torch.cat([q, swapped_q]), torch.cat([k, swapped_keys[local_slice(len(x_q))]])
             keys = torch.cat([swapped_keys, keys])  # the official notebook enqueues the keys of the first view first
+        with torch.autocast(q.device.type, enabled=False):  # 16 bits would round away small differences
+            loss, logits = self.dictionary(q, k, self.config.temperature)
+        if self.config.symmetric_loss:
+            loss = 2 * loss  # the mean over both views' queries, and the notebook adds the two means
         return MoCoOutput(loss=loss, logits=logits, query_embeds=q, key_embeds=keys)
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from modeling_moco import MoCoConfig, MoCoModel
-from modeling_moco.dictionary_moco import QueueDictionary
+from modeling_moco.dictionary_moco import COLUMNS, QueueDictionary, info_nce
+from training.benchmarks.measure import PeakMemory
 
 
 def unit(*shape):
@@ -68,12 +69,68 @@ def test_equal_similarities_give_the_logarithm_of_k_plus_one(model, temperature)
     assert loss.item() == pytest.approx(math.log(64 + 1), abs=1e-5)
 
 
-def test_labels_point_at_the_column_of_the_own_key():
+def joined(q, k, queue):
+    return torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue], dim=1)
+
+
+def test_logits_are_similarities_over_the_temperature_with_the_own_key_first():
     dictionary, q, k = QueueDictionary(dim=4, size=5), unit(3, 4), unit(3, 4)
-    similarities, labels = dictionary(q, k)
-    assert torch.equal(labels, torch.zeros(3, dtype=torch.long))
-    torch.testing.assert_close(similarities[torch.arange(3), labels], (q * k).sum(dim=1))
-    torch.testing.assert_close(similarities[:, 1:], torch.einsum("nc,ck->nk", q, dictionary.queue))
+    loss, logits = dictionary(q.requires_grad_(), k, 0.07)
+    torch.testing.assert_close(logits, joined(q, k, dictionary.queue).detach() / 0.07)
+    before = logits.clone()
+    loss.backward()
+    assert torch.equal(logits, before)
+    assert not logits.requires_grad
+
+
+@pytest.mark.parametrize("keys", [1, 12, COLUMNS, 2 * COLUMNS + 3])
+@pytest.mark.parametrize("temperature", [0.07, 0.2, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_and_gradient_are_those_of_cross_entropy(keys, temperature, dtype):
+    torch.manual_seed(0)
+    q, k, queue = (unit(n, 16).to(dtype) for n in (6, 6, keys))
+    losses, gradients = [], []
+    for loss_of in (
+        lambda q: info_nce(q, k, queue.T, temperature)[0],
+        lambda q: F.cross_entropy(joined(q, k, queue.T) / temperature, torch.zeros(6).long()),
+    ):
+        x = q.clone().requires_grad_()
+        losses.append(loss_of(x))
+        (3 * losses[-1]).backward()  # not 1, which would hide a forgotten factor
+        gradients.append(x.grad / 3)
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
+
+
+def test_gradient_is_that_of_finite_differences():
+    k, queue = torch.randn(3, 4).double(), torch.randn(4, 13).double()
+    q = torch.randn(3, 4).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: info_nce(q, k, queue, 0.2)[0], q)
+
+
+def test_logits_that_were_changed_before_backward_are_an_error_and_no_wrong_gradient():
+    loss, logits = info_nce(unit(3, 4).requires_grad_(), unit(3, 4), unit(5, 4).T, 0.2)
+    logits.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_step_of_the_loss_holds_one_matrix_of_logits():
+    n, size = 64, 2**18  # 67 MB, which the C library returns to the system as soon as it is free
+    k, queue = unit(n, 8), unit(size, 8).T.contiguous()
+    matrices = {}
+    for name, loss_of in {
+        "ours": lambda q, queue: info_nce(q, k, queue, 0.2)[0],
+        "cross-entropy": lambda q, queue: F.cross_entropy(joined(q, k, queue) / 0.2, torch.zeros(n).long()),
+    }.items():
+        q = unit(n, 8).requires_grad_()
+        loss_of(q, queue[:, :9]).backward()  # what is loaded at the first call is not the matrix's
+        with PeakMemory() as memory:
+            loss_of(q, queue).backward()
+        matrices[name] = memory.bytes / (4 * n * (1 + size))
+    print(matrices)
+    assert 0.9 < matrices["ours"] < 1.3
+    assert matrices["cross-entropy"] > 2.5
 
 
 def test_columns_have_unit_length_at_the_start_and_after_training_steps(model):

@@ -176,7 +176,7 @@ def test_metrics_cover_every_query_since_the_last_log(rows, tmp_path):
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for entry, part in zip(logged, (seen[:3], seen[3:]), strict=True):
-        similarity = 0.2 * torch.cat([outputs.logits.detach() for outputs in part])
+        similarity = 0.2 * torch.cat([outputs.logits for outputs in part])
         rank = (similarity[:, 1:] > similarity[:, :1]).sum(dim=1)
         assert entry["contrast_top1"] == pytest.approx(100 * (rank == 0).float().mean().item())
         assert entry["contrast_top5"] == pytest.approx(100 * (rank < 5).float().mean().item())
@@ -191,7 +191,7 @@ def test_metrics_cover_every_query_since_the_last_log(rows, tmp_path):
 @pytest.mark.parametrize("value", [1.0, float("nan")])
 def test_a_collapsed_model_has_no_contrast_accuracy(rows, tmp_path, value):
     def collapse(module, args, outputs):
-        outputs.logits.detach().fill_(value)
+        outputs.logits = torch.full_like(outputs.logits, value)
 
     trainer = build(rows, tmp_path)
     trainer.model.register_forward_hook(collapse)

@@ -95,8 +95,8 @@ def leak(model: MoCoModel, views: Views) -> tuple[float, float, bool]:
 
 
 def _share_found(model: MoCoModel, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    similarities, _ = model.dictionary(q, k)
-    return (similarities[:, 1:] < similarities[:, :1]).all(dim=1).float().mean()
+    _, logits = model.dictionary(q, k, model.config.temperature)
+    return (logits[:, 1:] < logits[:, :1]).all(dim=1).float().mean()
 
 
 def diagnose(metrics: dict[str, float], batch_norm: str) -> dict[str, str]:

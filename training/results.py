@@ -74,21 +74,13 @@ def append_results(folder: Path, results: list[Result], *, model: str, data: dic
     Raises:
         ValueError: the file is there and is no list of results; it is left as it is.
     """
-    conditions = {
-        "model": model,
-        "data": data,
-        "command": _command(),
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "hardware": _hardware(),
-        "processes": world_size(),
-        "commit": _commit(),
-    }
+    here = {"model": model, "data": data} | conditions()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{RESULTS}.lock"):  # two evaluations may end together
         known = read_results(folder)
         seen = [_without_date(entry) for entry in known]
         for result in results:
-            entry = json.loads(json.dumps(asdict(result) | {"interval": interval(result.value, result.n)} | conditions))
+            entry = json.loads(json.dumps(asdict(result) | {"interval": interval(result.value, result.n)} | here))
             if entry not in seen:
                 known.append(entry | {"date": datetime.now(UTC).isoformat(timespec="seconds")})
         unfinished = folder / f"{RESULTS}.tmp"
@@ -116,6 +108,17 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 def _without_date(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key != "date"}
+
+
+def conditions() -> dict[str, Any]:
+    """What a number was measured with: command, versions, hardware, processes, commit."""
+    return {
+        "command": _command(),
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "hardware": _hardware(),
+        "processes": world_size(),
+        "commit": _commit(),
+    }
 
 
 def _command() -> str:
