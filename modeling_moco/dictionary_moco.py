@@ -21,8 +21,7 @@ COLUMNS = 8192  # of the queue that are worked on at once: 1 MB for 32 queries, 
 class InfoNCE(torch.autograd.Function):
     """`F.cross_entropy(torch.cat([l_pos, l_neg], dim=1) / T, zeros)`, with the logits as its only matrix of N x (1+K).
 
-    Written with torch's own operations it takes five: l_neg, the joined one, the divided one, its log-softmax, and its
-    gradient.
+    With torch's own operations three are held at once. torch.compile leaves it as it is, between two graphs.
     """
 
     @staticmethod

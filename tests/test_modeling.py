@@ -456,6 +456,21 @@ def test_contrast_is_computed_in_float32_under_autocast(trained):
     torch.testing.assert_close(outputs.logits, similarities / trained.config.temperature, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, from inside torch.compile
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_compiled_model_has_the_loss_the_gradients_and_the_queue_of_the_model(symmetric):
+    model = MoCoModel(moco_config(symmetric_loss=symmetric))
+    compiled = copy.deepcopy(model)
+    x_q, x_k = torch.randint(256, (2, 8, 3, 32, 32), dtype=torch.uint8)
+    for trained, forward in ((model, model), (compiled, torch.compile(compiled, backend="aot_eager"))):
+        outputs = forward(x_q, x_k)
+        outputs.loss.backward()
+        trained.dictionary.enqueue(outputs.key_embeds)
+    assert_equal({"queue": compiled.dictionary.queue}, {"queue": model.dictionary.queue})
+    for ours, expected in zip(compiled.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["features", "keys", "backbone", "classifier"])
 def test_uint8_images_are_normalised_by_the_model(kind):
     config = moco_config(image_mean=[0.5, 0.4, 0.3], image_std=[0.1, 0.2, 0.3], num_labels=3)

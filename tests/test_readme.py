@@ -21,7 +21,7 @@ def test_the_python_example_runs():
 
 
 def test_the_file_tree_and_the_recipe_table_are_complete():
-    for folder in ("modeling_moco", "training", "scripts"):
+    for folder in ("modeling_moco", "training", "training/benchmarks", "scripts"):
         for path in (ROOT / folder).glob("*.py"):
             assert path.name == "__init__.py" or path.name in README, path
     assert set(re.findall(r"^\| `(\w+)` \|", README, re.M)) == set(recipe_names())

@@ -207,26 +207,11 @@ class MoCoTrainer(SGDTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         self._keys = outputs.key_embeds
-        self._sums += self._statistics_of(outputs.logits, outputs.query_embeds[: len(inputs["pixel_values"])])
+        q = outputs.query_embeds[: len(inputs["pixel_values"])]
+        self._sums += contrast_statistics(outputs.logits, q, self.model.config.temperature)
         self._batches += 1
         self._images += len(inputs["pixel_values"])
         return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    @torch.no_grad()
-    def _statistics_of(self, logits: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        positive, negatives = logits[:, :1], logits[:, 1:]
-        # Negatives that the positive does not beat: ties and NaN count, or a collapsed run would look perfect.
-        rank = (~(negatives < positive)).sum(dim=1)
-        temperature = self.model.config.temperature
-        statistics = {
-            "contrast_top1": 100 * (rank < 1).float().mean(),
-            "contrast_top5": 100 * (rank < 5).float().mean(),
-            "positive_similarity": temperature * positive.mean(),
-            "hardest_negative_similarity": temperature * negatives.amax(dim=1).mean(),
-            "uniformity": uniformity_kernel(q),
-        }
-        assert tuple(statistics) == STATISTICS
-        return torch.stack(list(statistics.values())).double()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -317,6 +302,23 @@ class MoCoTrainer(SGDTrainer):
             "images_per_second": images / seconds,
             "waiting_for_data": 100 * waited / seconds,
         }
+
+
+@torch.no_grad()
+def contrast_statistics(logits: torch.Tensor, q: torch.Tensor, temperature: float) -> torch.Tensor:
+    """`STATISTICS` of logits (N, 1+K) and queries (N, C), before the logarithm of the uniformity: (5,) in float64."""
+    positive, negatives = logits[:, :1], logits[:, 1:]
+    # Negatives that the positive does not beat: ties and NaN count, or a collapsed run would look perfect.
+    rank = (~(negatives < positive)).sum(dim=1)
+    statistics = {
+        "contrast_top1": 100 * (rank < 1).float().mean(),
+        "contrast_top5": 100 * (rank < 5).float().mean(),
+        "positive_similarity": temperature * positive.mean(),
+        "hardest_negative_similarity": temperature * negatives.amax(dim=1).mean(),
+        "uniformity": uniformity_kernel(q),
+    }
+    assert tuple(statistics) == STATISTICS
+    return torch.stack(list(statistics.values())).double()
 
 
 def _check_sizes(

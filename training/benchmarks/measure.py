@@ -82,7 +82,7 @@ class Benchmark:
         for variant in self.seconds:
             found = self.figures(variant)
             row = [variant, *(_digits(1000 * found[key]) for key in ("min", "median", "max"))]
-            row += [_digits(found["images_per_second"])] * bool(self.images)
+            row += [_digits(found["images_per_second"])] if self.images else []
             for reference, ratio in found["times_as_long_as"].items():
                 wins = found["rounds_faster_than"].get(reference)
                 row.append(f"{ratio:.3f}" + (f" ({wins} of {len(found['seconds'])})" if wins is not None else ""))

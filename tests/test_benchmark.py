@@ -1,0 +1,131 @@
+"""Benchmarks compare what they say they compare, and report what they measured."""
+
+import copy
+import json
+import math
+from statistics import median
+
+import pytest
+import torch
+
+from modeling_moco import MoCoConfig, MoCoModel
+from training.benchmarks.measure import Benchmark, PeakMemory, in_own_process, time_rounds
+from training.benchmarks.step import encoder_only, official_style, this_project
+from training.benchmarks.train import trainer_overhead
+
+TINY = {
+    "data": "--images 2 --image_size 40 --batch_size 4 --loader_images 4 --rounds 1",
+    "step": "--architecture test_resnet --batch_size 4 --image_size 32 --queue_size 64 --rounds 2",
+    "train": "--batch_size 64 --max_steps 12 --logging_steps 2",
+    "stream": "--dataset_name digits --image_size 16 --shuffle_buffer 50 --batches 2 --rounds 1",
+    "exchange": "--batch_size 2 --image_size 16 --rounds 2",
+    "knn": "--bank 2000 --queries 50 --dim 16 --k 20 --rounds 2",
+}
+SLOW = ("step", "train", "knn")  # every variant in a process of its own, which takes seconds to start
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TINY])
+def test_a_command_reports_finite_figures_of_every_variant(name, script, tmp_path, capsys):
+    files = ["--json", str(tmp_path / "figures.json"), "--picture", str(tmp_path / "picture.png")]
+    script("benchmark").main([name, *TINY[name].split(), *files])
+    printed = capsys.readouterr().out
+    content = json.loads((tmp_path / "figures.json").read_text())
+    assert torch.__version__.startswith(content["versions"]["torch"])
+    assert content["threads"] == torch.get_num_threads()
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    for benchmark in content["benchmarks"]:
+        assert benchmark["title"] in printed
+        assert len(benchmark["variants"]) > 1
+        for variant, figures in benchmark["variants"].items():
+            assert variant in printed
+            assert figures["min"] <= figures["median"] <= figures["max"]
+            numbers = [value for value in figures.values() if isinstance(value, float)]
+            assert all(map(math.isfinite, figures["seconds"] + numbers))
+            for reference in benchmark["references"]:
+                expected = median(figures["seconds"]) / median(benchmark["variants"][reference]["seconds"])
+                assert figures["times_as_long_as"][reference] == pytest.approx(expected)
+                assert f"{expected:.3f}" in printed
+    if name == "step":
+        assert all(figures["peak GB"] > 0 for figures in content["benchmarks"][0]["variants"].values())
+
+
+def test_a_table_holds_ratios_of_medians_and_rounds_won():
+    seconds = {"ours": [0.1, 0.3, 0.2], "limit": [0.1, 0.1, 0.1], "peer": [0.2, 0.2, 0.5]}
+    benchmark = Benchmark("work", seconds, ("limit", "peer"), images=8, columns={"GB": {"ours": 1.5}}, remarks=["end"])
+    title, _, ours, limit, peer, end = benchmark.table().splitlines()
+    assert (title, end) == ("work", "end")
+    assert ours.split() == [
+        "ours",
+        "100",
+        "200",
+        "300",
+        "40",
+        "2.000",
+        "(0",
+        "of",
+        "3)",
+        "1.000",
+        "(2",
+        "of",
+        "3)",
+        "1.5",
+    ]
+    assert limit.split()[4:] == ["80", "1.000", "0.500", "(3", "of", "3)"]
+    assert peer.split()[4:6] == ["40", "2.000"]
+
+
+def test_rounds_begin_with_another_variant_each_after_one_call_that_is_not_counted():
+    calls = []
+    seconds = time_rounds({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=4)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def held_by_a_tensor(megabytes: int) -> tuple[int, int]:
+    with PeakMemory() as memory:
+        torch.zeros(megabytes * 250_000).add_(1)
+    with PeakMemory() as nothing:
+        pass
+    return memory.bytes, nothing.bytes
+
+
+def test_peak_memory_is_what_was_held_in_between_even_if_it_is_free_again():
+    for held, nothing in (held_by_a_tensor(200), in_own_process(held_by_a_tensor, 200)):
+        assert held == pytest.approx(200e6, rel=0.05)
+        assert nothing < 2e6
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = MoCoConfig(architecture="test_resnet", queue_size=64, batch_norm="plain", key_momentum=0.9)
+    return MoCoModel(config).train()
+
+
+def test_our_step_and_the_official_style_train_the_same_weights_and_queue(model):
+    views = torch.randint(256, (2, 16, 3, 32, 32), dtype=torch.uint8)
+    models, steps = [copy.deepcopy(model) for _ in range(2)], []
+    for variant, trained in zip((this_project, official_style), models, strict=True):
+        steps.append(variant(trained, views, "fp32", False))
+    for step in steps:
+        for _ in range(3):
+            step()
+    ours, official = (trained.state_dict() for trained in models)
+    assert not torch.allclose(ours["encoder_q.conv1.0.weight"], model.encoder_q.conv1[0].weight, atol=1e-3)
+    for name, tensor in official.items():
+        torch.testing.assert_close(ours[name], tensor, atol=2e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_limit_runs_both_encoders_and_changes_no_weight(model):
+    views = torch.randint(256, (2, 4, 3, 32, 32), dtype=torch.uint8)
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    encoder_only(model, views, "bf16", False)()
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+    assert model.encoder_q.bn1.num_batches_tracked == model.encoder_k.bn1.num_batches_tracked == 1
+
+
+def test_the_cost_of_the_trainer_is_the_difference_of_its_medians():
+    benchmark = trainer_overhead(rounds=1)
+    more = 1000 * (benchmark.median("Trainer") - benchmark.median("plain loop"))
+    assert benchmark.remarks == [f"overhead {more:.2f} ms per step"]
+    assert {len(values) for values in benchmark.seconds.values()} == {4}

@@ -1,0 +1,228 @@
+"""Views: milliseconds of one core for an image and its two views, and images a second of a DataLoader.
+
+Limit: decoding the files and nothing else. Baselines: the transforms of the official loader (torchvision on PIL images, each
+view ending as a normalised float tensor), and lightly's where it is installed. Ours end as uint8, which the model normalises
+on its device.
+"""
+
+import argparse
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from itertools import islice
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch.utils.data import DataLoader
+from torchvision import transforms as T
+
+from ..augment import TwoViews, build_policy
+from ..augment_cv2 import render_view_cv2
+from ..augment_device import DeviceViews, TwoCrops
+from ..data import DataArguments, load_images
+from ..images import MapImages, MemoryImages, collate, decode_image, decode_tensor
+from .measure import Benchmark, time_rounds
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL = 32  # pixels of the images in memory
+OFFICIAL = "official transforms"
+
+
+class PILBlur:
+    """Gaussian blur as the official loader has it."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(radius=np.random.uniform(0.1, 2.0)))
+
+
+class OfficialViews:
+    """Two views of a PIL image by torchvision's transforms: v2 for photographs, those of the notebook for small images."""
+
+    def __init__(self, size: int):
+        blur = [T.RandomApply([PILBlur()], p=0.5)] if size > SMALL else []
+        self.view = T.Compose(
+            [
+                T.RandomResizedCrop(size, scale=(0.2, 1.0)),
+                T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                T.RandomGrayscale(p=0.2),
+                *blur,
+                T.RandomHorizontalFlip(),
+                T.ToTensor(),
+                T.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.view(image), "key_pixel_values": self.view(image)}
+
+
+class LightlyViews:
+    """lightly's transform for MoCo v2 (an extra: `pip install lightly`)."""
+
+    def __init__(self, size: int):
+        from lightly.transforms import MoCoV2Transform
+
+        self.views = MoCoV2Transform(input_size=size)
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        query, key = self.views(image)
+        return {"pixel_values": query, "key_pixel_values": key}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dataset_name", help="photographs: folder or Hub dataset; by default drawn ones of 500 x 375 px"
+    )
+    parser.add_argument("--images", type=int, default=100, help="photographs of one round")
+    parser.add_argument("--image_size", type=int, default=224, help="pixels of a view of them")
+    parser.add_argument("--batch_size", type=int, default=512, help="small images of one round")
+    parser.add_argument("--loader_images", type=int, default=400, help="photographs of one round of a DataLoader")
+    parser.add_argument("--rounds", type=int, default=5, help="of all variants in turns")
+
+
+def run(args: argparse.Namespace) -> list[Benchmark]:
+    rows = photographs(args)
+    with one_thread():
+        benchmarks = [photograph_views(rows, args), small_views(args)]
+    benchmarks.append(loaders(rows, args))
+    if torch.cuda.is_available():
+        benchmarks.append(device_views(args))
+    return benchmarks
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def photographs(args: argparse.Namespace) -> datasets.Dataset:
+    """Rows with encoded images."""
+    count = max(args.images, args.loader_images)
+    if args.dataset_name:
+        rows = load_images(DataArguments(dataset_name=args.dataset_name)).train
+        return rows.select(range(min(count, len(rows))))
+    random = np.random.default_rng(0)
+    rows = []
+    for _ in range(min(count, 100)):
+        coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+            (500, 375), Image.Resampling.BICUBIC
+        )
+        grain = random.normal(0, 8, (375, 500, 3))
+        picture = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
+        rows.append(encoded(picture, "JPEG"))
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    return datasets.Dataset.from_dict({"image": rows}, features=features)
+
+
+def encoded(picture: Image.Image, format: str) -> dict[str, Any]:
+    file = io.BytesIO()
+    picture.save(file, format)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def transforms(size: int, policy: str) -> dict[str, tuple[Any, Callable]]:
+    """Transform of an image and what decodes it, by name of the variant."""
+    views = TwoViews(build_policy(policy, min_scale=0.2), size)
+    found: dict[str, tuple[Any, Callable]] = {
+        OFFICIAL: (OfficialViews(size), decode_image),
+        "pil": (views, decode_image),
+        "cv2": (TwoViews(views.policy, size, render_view_cv2), decode_tensor),
+    }
+    if size > SMALL:
+        found["device, the CPU's share"] = (TwoCrops(views), decode_tensor)
+        if find_spec("lightly"):
+            found["lightly"] = (LightlyViews(size), decode_image)
+    return found
+
+
+def photograph_views(rows: datasets.Dataset, args: argparse.Namespace) -> Benchmark:
+    """From encoded photographs in memory to two views of each, on one core."""
+    images = [row["image"] for row in rows.select(range(min(args.images, len(rows))))]
+    generator = torch.Generator().manual_seed(0)
+
+    def make(transform: Any, decode: Callable) -> None:
+        for image in images:
+            transform(decode(image), generator)
+
+    def decode_alone() -> None:
+        for image in images:
+            decode_tensor(image)
+
+    variants: dict[str, Callable] = {"decode alone": decode_alone}
+    variants |= {name: partial(make, *both) for name, both in transforms(args.image_size, "v2").items()}
+    title = f"{len(images)} photographs, decoded, two v2 views of {args.image_size} px each, one core"
+    return _per_image(title, time_rounds(variants, args.rounds), len(images), ("decode alone", OFFICIAL))
+
+
+def small_views(args: argparse.Namespace) -> Benchmark:
+    """Small images in memory, decoded, to two views of each, on one core."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (args.batch_size, 8, 8, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(x).resize((SMALL, SMALL), Image.Resampling.BICUBIC) for x in pixels]
+    tensors = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
+    generator = torch.Generator().manual_seed(0)
+    policy = build_policy("cifar", min_scale=0.2)
+    source: Any = [{"image": encoded(picture, "PNG")} for picture in pictures]
+    memory, render = MemoryImages(source, policy), DeviceViews(policy, SMALL)
+
+    def make(transform: Any, images: list) -> None:
+        for image in images:
+            transform(image, generator)
+
+    def in_batches() -> None:
+        render(memory.__getitems__(list(range(len(memory)))))
+
+    variants: dict[str, Callable] = {
+        name: partial(make, transform, pictures if decode is decode_image else tensors)
+        for name, (transform, decode) in transforms(SMALL, "cifar").items()
+    }
+    variants["device, in one batch"] = in_batches
+    title = f"{len(memory)} images of {SMALL} px from memory, two views each, one core"
+    return _per_image(title, time_rounds(variants, args.rounds), len(memory), (OFFICIAL,))
+
+
+def loaders(rows: datasets.Dataset, args: argparse.Namespace) -> Benchmark:
+    """The same photographs through a DataLoader with one and two worker processes."""
+    batches = max(1, min(args.loader_images, len(rows)) // 32)
+    variants: dict[str, Callable] = {}
+    for name, (transform, decode) in transforms(args.image_size, "v2").items():
+        for workers in (1, 2):
+            images = MapImages(rows, transform, decode=decode)
+            loader = DataLoader(
+                images, 32, num_workers=workers, persistent_workers=True, collate_fn=collate, drop_last=len(rows) >= 32
+            )
+            variants[f"{name}, {workers} workers"] = partial(_read, loader, batches)
+    title = f"DataLoader, {32 * batches} photographs, two v2 views of {args.image_size} px each"
+    reference = f"{OFFICIAL}, 1 workers"
+    return Benchmark(title, time_rounds(variants, args.rounds), (reference,), images=32 * batches)
+
+
+def _read(loader: DataLoader, batches: int) -> None:
+    for _ in islice(loader, batches):
+        pass
+
+
+def device_views(args: argparse.Namespace) -> Benchmark:
+    """The GPU's share of the device views: everything after the crop."""
+    policy, size, n = build_policy("v2"), args.image_size, 256
+    image = torch.zeros(3, size, size, dtype=torch.uint8)
+    crops = TwoCrops(TwoViews(policy, size))
+    rows = [crops(image, torch.Generator().manual_seed(seed)) for seed in range(n)]
+    batch = {name: tensor.cuda() for name, tensor in collate(rows).items()}
+    views = DeviceViews(policy, size)
+    variants: dict[str, Callable] = {"eager": partial(views, batch), "compiled": partial(torch.compile(views), batch)}
+    seconds = time_rounds(variants, args.rounds)
+    return _per_image(f"jitter, gray, blur and flip of {n} x 2 crops on {torch.cuda.get_device_name()}", seconds, n, ())
+
+
+def _per_image(title: str, seconds: dict[str, list[float]], images: int, references: tuple[str, ...]) -> Benchmark:
+    each = {name: 1000 * sorted(times)[len(times) // 2] / images for name, times in seconds.items()}
+    return Benchmark(title, seconds, references, images=images, columns={"ms an image": each})

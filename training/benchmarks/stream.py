@@ -1,0 +1,77 @@
+"""Images a second of a stream, and what it costs to resume one."""
+
+import argparse
+import os
+import time
+from itertools import islice
+from statistics import median
+
+from torch.utils.data import DataLoader
+
+from ..augment import TwoViews, build_policy
+from ..data import DataArguments, load_images
+from ..images import StreamedImages
+from .measure import Benchmark
+
+WORKERS = (0, 1, 2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset_name", required=True, help="folder of parquet or tar files, or a Hub dataset")
+    parser.add_argument("--batch_size", type=int, default=32, help="images")
+    parser.add_argument("--image_size", type=int, default=224, help="pixels")
+    parser.add_argument("--shuffle_buffer", type=int, default=500, help="images")
+    parser.add_argument("--batches", type=int, default=8, help="batches timed for the speed")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds")
+
+
+def seconds_to_first_batch(images: StreamedImages, batch_size: int, workers: int, epoch: int, skip: int) -> float:
+    """How long a resumed epoch takes to begin after so many batches."""
+    images.set_epoch(epoch, skip_batches=skip)
+    start = time.perf_counter()
+    loader = DataLoader(images, batch_size, num_workers=workers)
+    next(islice(loader, skip, None))
+    return time.perf_counter() - start
+
+
+def run(args: argparse.Namespace) -> list[Benchmark]:
+    data = DataArguments(dataset_name=args.dataset_name, streaming=True, image_size=args.image_size)
+    views = TwoViews(build_policy("v2"), args.image_size)
+    images = StreamedImages(load_images(data).train, views, batch_size=args.batch_size, buffer_size=args.shuffle_buffer)
+    skips = [images.batches * tenths // 10 for tenths in (1, 5, 9)]
+    speed: dict[str, list[float]] = {_name(workers): [] for workers in WORKERS}
+    first: dict[str, list[float]] = {_name(workers, skip): [] for workers in WORKERS for skip in [0, *skips]}
+    timed = min(args.batches, images.batches - 1)
+    for epoch in range(args.rounds):
+        for workers in WORKERS:
+            for skip in [0, *skips]:
+                first[_name(workers, skip)].append(
+                    seconds_to_first_batch(images, args.batch_size, workers, epoch, skip)
+                )
+            images.set_epoch(epoch)
+            loader = iter(DataLoader(images, args.batch_size, num_workers=workers))
+            next(loader)
+            start = time.perf_counter()
+            for _ in islice(loader, timed):
+                pass
+            speed[_name(workers)].append(time.perf_counter() - start)
+    title = (
+        f"stream of {images.images_per_epoch:,} images in {images.shards} files, buffer {args.shuffle_buffer}, two v2 views "
+        f"of {args.image_size} px, {os.cpu_count()} cores, {args.rounds} interleaved rounds"
+    )
+    costs = {}
+    for workers in WORKERS:
+        for skip in skips[1:]:  # what all skips have, opening files and filling the buffer, is not the images'
+            more = (skip - skips[0]) * args.batch_size
+            pairs = zip(first[_name(workers, skip)], first[_name(workers, skips[0])], strict=True)
+            costs[_name(workers, skip)] = median(1000 * (s - b) / more for s, b in pairs)
+    return [
+        Benchmark(f"{title}: {timed} batches of {args.batch_size}", speed, images=timed * args.batch_size),
+        Benchmark(
+            f"{title}: to the first batch after a skip", first, columns={"ms for each image more than the least": costs}
+        ),
+    ]
+
+
+def _name(workers: int, skip: int | None = None) -> str:
+    return f"{workers} workers" + ("" if skip is None else f", {skip:,} batches skipped")
