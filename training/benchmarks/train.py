@@ -69,7 +69,7 @@ def _against_limit(args: argparse.Namespace, workers: int, seconds: dict[str, li
     limit = "data alone" if data > step else "step alone"
     in_turn = args.batch_size / (data + step)
     remarks = [f"the limit is {limit}; data and step one after the other would make {in_turn:.4g} images/s"]
-    return Benchmark(title, seconds, (limit,), args.batch_size, remarks=remarks)
+    return Benchmark(title, seconds, (limit,), args.batch_size, remarks=remarks, paired=False)
 
 
 def pretrain_flags(args: argparse.Namespace, workers: int, folder: Path) -> list[str]:
@@ -171,7 +171,8 @@ def trainer_overhead(rounds: int) -> Benchmark:
     title = (
         f"Trainer's overhead: test_resnet, {TINY_BATCH} images of 32 px in memory, {TINY_STEPS} steps; time per step"
     )
-    return Benchmark(title, seconds, ("plain loop",), TINY_BATCH, remarks=[f"overhead {more:.2f} ms per step"])
+    remarks = [f"overhead {more:.2f} ms per step"]
+    return Benchmark(title, seconds, ("plain loop",), TINY_BATCH, remarks=remarks, paired=False)
 
 
 def _tiny_trainer(folder: str) -> MoCoTrainer:
