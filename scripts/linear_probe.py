@@ -9,9 +9,11 @@ from transformers import pipeline
 from transformers.utils import logging
 
 from training import linear_probe as lp
+from training.cached_probe import build_cached
 from training.cli import claim_output_dir, one_line_errors, train
 from training.data import ImageSplits, load_images
 from training.images import decode_image
+from training.probe_results import Probe
 
 SHOWN_IMAGES = 4
 NEXT = """Next:
@@ -28,11 +30,11 @@ def main(argv: list[str]) -> None:
         splits = load_images(run.data, labelled=True)
         model = lp.load_classifier(run.encoder, splits, run.training.seed)
         trainer = None
-        probes: Iterable[lp.Probe] = []
+        probes: Iterable[Probe] = []
         if run.training.mode == "official":
             trainer = lp.build_trainer(model, run.training, run.data, splits)
         else:
-            probes = lp.build_cached(model, run.training, run.data, splits, run.encoder.home / "features")
+            probes = build_cached(model, run.training, run.data, splits, run.encoder.home / "features")
         division = None if trainer is None else trainer.division
         checkpoint = claim_output_dir(run.training, division, run.settings, {"title": run.title})
     folder, main_process = Path(str(run.training.output_dir)), run.training.process_index == 0

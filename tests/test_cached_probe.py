@@ -11,12 +11,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification
-from training import cached_probe, linear_probe
-from training.cached_probe import Heads, class_logits, converged, regularisation_path, train_heads
+from training import cached_probe
+from training.cached_probe import Heads, build_cached, class_logits, converged, regularisation_path, train_heads
 from training.data import DataArguments, ImageSplits, load_images
 from training.features import cached_features
 from training.images import MapImages
-from training.linear_probe import LinearProbeArguments, build_cached, hold_out
+from training.linear_probe import LinearProbeArguments
+from training.probe_results import hold_out
 
 WIDTH, CLASSES = 8, 4
 
@@ -117,7 +118,7 @@ def test_accuracies_are_those_of_the_kept_features(digits, tmp_path):
 
     assert lbfgs.name == "cached L-BFGS"
     assert "standardised" in lbfgs.protocol
-    for head, strength in zip(lbfgs.heads, linear_probe.STRENGTHS, strict=True):
+    for head, strength in zip(lbfgs.heads, cached_probe.STRENGTHS, strict=True):
         alone = make_pipeline(StandardScaler(), LogisticRegression(C=strength, tol=1e-5, max_iter=1000))
         alone.fit(x[kept].numpy(), y[kept].numpy())
         assert head.setting == f"C {strength:g}"

@@ -25,10 +25,10 @@ from training.linear_probe import (
     ProbeRun,
     build_trainer,
     finish,
-    hold_out,
     parse_linear_probe,
     save_probe,
 )
+from training.probe_results import hold_out
 from training.results import interval, read_results
 
 NAMES = ["red", "blue"]

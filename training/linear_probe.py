@@ -1,46 +1,40 @@
-"""The linear probe of a frozen encoder, as it is published or on features that are extracted once.
+"""The linear probe of a frozen encoder: its command line, and the official protocol.
 
 `official` is facebookresearch/moco, main_lincls.py (arXiv:1911.05722, section 4.1): a linear classifier on augmented crops,
 the encoder in evaluation mode; SGD, rate 30, no weight decay, 100 epochs, a tenth of the rate at 60 and 80, batch 256. With
-several rates as many classifiers share one forward. `cached` fits them to kept features of the evaluation view. Both
-choose between settings on a held-out part of the train split. Shapes: `N` batch, `C` classes, `H` heads.
+several rates as many classifiers share one forward. `cached` is in `cached_probe.py`, what either leaves in
+`probe_results.py`. Shapes: `N` batch, `C` classes, `H` heads.
 """
 
 import copy
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from sklearn.pipeline import Pipeline
 from torch import nn
-from tqdm import tqdm
 from transformers import TrainerControl
 from transformers.training_args import OptimizerNames
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
-from modeling_moco.distributed_moco import rank
 from modeling_moco.modeling_moco import MoCoPreTrainedModel
 
 from . import plots
 from .augment import OneView, build_policy
-from .cached_probe import Heads, class_logits, converged, regularisation_path, train_heads
 from .data import DataArguments, ImageSplits
 from .evaluation import Encoder, parse_evaluation, pretraining_recipe
-from .features import cached_features, encoder_digest, extract_features
+from .features import encoder_digest, extract_features
 from .images import MapImages
-from .results import Result, append_results
+from .probe_results import HeadReport, Probe, choose, hold_out
+from .results import append_results
 from .scores import Scores, score
 from .sgd_trainer import SGDTrainer, SGDTrainingArguments
 
 CACHED_RATES = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
-STRENGTHS = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]  # C of L-BFGS
-HELD_OUT = 10  # one of so many training images
 READ_BY_CACHED = {
     *("mode", "learning_rates", "num_train_epochs", "lr_milestones", "global_batch_size", "seed", "use_cpu"),
     *("per_device_eval_batch_size", "dataloader_num_workers", "report_to", "project", "run_name"),
@@ -106,134 +100,6 @@ def _listed(numbers: list[Any]) -> str:
     return " ".join(f"{number:g}" for number in numbers)
 
 
-# What is reported
-
-
-@dataclass(frozen=True)
-class HeadReport:
-    """Top-1 accuracies of one classifier in per cent.
-
-    Args:
-        setting: what it was trained with.
-        held_out: of the held-out images, which choose; None where nothing is to be chosen.
-        last: of the evaluated images, after training.
-        best, best_epoch: of the evaluated images after the epoch at which that was highest; None without epochs.
-    """
-
-    setting: str
-    held_out: float | None
-    last: float
-    best: float | None = None
-    best_epoch: float | None = None
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What one probe found.
-
-    Args:
-        name: "official", "cached SGD" or "cached L-BFGS".
-        protocol: what was done, for results.
-        trained_on: images that `final` was trained on. Where they are all of the train split and several settings were
-            compared, `final` was trained anew, the held-out images included.
-        final: the classifier that the result is about.
-        scores: its scores after training, on the evaluated images.
-        heads: all that were compared.
-    """
-
-    name: str
-    protocol: str
-    trained_on: int
-    final: HeadReport
-    scores: Scores
-    heads: list[HeadReport]
-
-    def results(self, seed: int) -> list[Result]:
-        """Top-1 and top-5 after training, and the best epoch's top-1, which the official code reports."""
-        settings: dict[str, Any] = {"chosen": self.final.setting, "trained_on": self.trained_on}
-        results = self.scores.results(self.protocol, settings=settings, seed=seed)
-        if self.final.best is not None:
-            settings = settings | {"epoch": self.final.best_epoch}
-            protocol = f"{self.protocol}, best epoch on the evaluated images"
-            results.append(Result(protocol, "top1", self.final.best, self.scores.n, settings=settings, seed=seed))
-        return results
-
-    def about(self, class_names: list[str]) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
-        return {
-            "name": self.name,
-            "protocol": self.protocol,
-            "top1": self.scores.top1,
-            "top5": self.scores.top5,
-            "interval": self.scores.interval,
-            "n": self.scores.n,
-            "trained_on": self.trained_on,
-            "final": asdict(self.final),
-            "heads": [asdict(head) for head in self.heads],
-            "per_class": [
-                {"class": name, "top1": top1} for name, top1 in zip(class_names, self.scores.per_class, strict=True)
-            ],
-            "confusion": self.scores.confusion.tolist(),
-        }
-
-    def table(self) -> str:
-        """Lines of text: every head, and the one that the result is about with its 95 % interval."""
-        low, high = self.scores.interval
-        rows: list[tuple[str, ...]] = [("", "held out", "last", "best", "at epoch", "95 % of last")]
-        compared = self.heads if len(self.heads) > 1 else []
-        rows += [_cells(head) for head in compared]
-        rows.append((*_cells(self.final, chosen=bool(compared))[:-1], f"{low:.2f} to {high:.2f}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([self.protocol, *lines])
-
-
-def _cells(head: HeadReport, chosen: bool = False) -> tuple[str, ...]:
-    numbers = ("" if value is None else f"{value:.2f} %" for value in (head.held_out, head.last, head.best))
-    epoch = "" if head.best_epoch is None else f"{head.best_epoch:g}"
-    return (f"chosen: {head.setting}" if chosen else head.setting, *numbers, epoch, "")
-
-
-def choose(heads: list[HeadReport]) -> int:
-    """Index of the head that is best on the held-out images, the first of equals."""
-    return max(range(len(heads)), key=lambda i: heads[i].held_out or 0.0)
-
-
-def hold_out(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the images to train on and of those to choose by: a tenth of every class, at least one of two or more.
-
-    Raises:
-        ValueError: no class has two images, or all are of one class.
-    """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = order[labels[order].argsort(stable=True)]  # class by class, shuffled within
-    counts = labels.bincount()
-    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]  # within its class
-    share = torch.where(counts > 1, (counts // HELD_OUT).clamp(min=1), 0)
-    held = place < share[labels[order]]
-    if not held.any() or counts.count_nonzero() < 2:
-        raise ValueError(
-            f"the train split ({len(labels)} images of {counts.count_nonzero()} classes) has no two classes or no class of "
-            "two images, so that there is nothing to choose by: use more images, or in official mode a single --learning_rate"
-        )
-    return order[~held].sort().values, order[held].sort().values
-
-
-def save_probe(probe: Probe, run: "ProbeRun", splits: ImageSplits, encoder: MoCoModel) -> None:
-    """Write a probe to `metrics.json` and a picture in the output directory, and to the encoder's `results.json`."""
-    folder = Path(str(run.training.output_dir))
-    path = folder / "metrics.json"
-    written = json.loads(path.read_text(encoding="utf-8"))["probes"] if path.is_file() else []
-    probes = [entry for entry in written if entry["name"] != probe.name] + [probe.about(splits.class_names)]
-    metrics = {"mode": run.training.mode, "encoder": str(run.encoder), "probes": probes}
-    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    name = {"official": "confusion", "cached SGD": "confusion_sgd", "cached L-BFGS": "confusion_lbfgs"}[probe.name]
-    plots.confusion_matrix(probe.scores.confusion, splits.class_names, folder / name)
-    results = probe.results(run.training.seed)
-    append_results(run.encoder.home, results, model=encoder_digest(encoder), data=splits.about)
-    run.training.trackers.send(folder, results, [folder / f"{name}.png"])
-
-
 # The command line
 
 
@@ -285,6 +151,21 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
         kind = "_cached" if training.mode == "cached" else "" if training.learning_rates is None else "_rates"
         training.output_dir = f"{training.output_dir}{kind}"
     return ProbeRun(encoder, data, training, settings)
+
+
+def save_probe(probe: Probe, run: ProbeRun, splits: ImageSplits, encoder: MoCoModel) -> None:
+    """Write a probe to `metrics.json` and a picture in the output directory, and to the encoder's `results.json`."""
+    folder = Path(str(run.training.output_dir))
+    path = folder / "metrics.json"
+    written = json.loads(path.read_text(encoding="utf-8"))["probes"] if path.is_file() else []
+    probes = [entry for entry in written if entry["name"] != probe.name] + [probe.about(splits.class_names)]
+    metrics = {"mode": run.training.mode, "encoder": str(run.encoder), "probes": probes}
+    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    name = {"official": "confusion", "cached SGD": "confusion_sgd", "cached L-BFGS": "confusion_lbfgs"}[probe.name]
+    plots.confusion_matrix(probe.scores.confusion, splits.class_names, folder / name)
+    results = probe.results(run.training.seed)
+    append_results(run.encoder.home, results, model=encoder_digest(encoder), data=splits.about)
+    run.training.trackers.send(folder, results, [folder / f"{name}.png"])
 
 
 def load_classifier(encoder: Encoder, splits: ImageSplits, seed: int) -> MoCoForImageClassification:
@@ -449,89 +330,3 @@ def finish(trainer: LinearProbeTrainer, model: MoCoForImageClassification) -> Pr
         model.save_pretrained(trainer.args.output_dir)
         trainer.processing_class.save_pretrained(trainer.args.output_dir)
     return probe
-
-
-# Cached
-
-
-def build_cached(
-    model: MoCoForImageClassification, args: LinearProbeArguments, data: DataArguments, splits: ImageSplits, cache: Path
-) -> Iterator[Probe]:
-    """SGD at every rate, then L-BFGS at every regularisation, on features kept in `cache`: nothing runs before the first.
-
-    The processes share the extraction; the first alone fits and yields. Settings are compared on the held-out part, and
-    the best one is fitted anew to the whole train split.
-
-    Raises:
-        ValueError: there are too few images to hold some out.
-    """
-    kept, held = hold_out(torch.tensor(splits.train["label"][:]), args.seed)
-
-    def probes() -> Iterator[Probe]:
-        parts = [MapImages(split, data.evaluation_view()) for split in (splits.train, splits.eval)]
-        loading: dict[str, Any] = {
-            "batch_size": args.per_device_eval_batch_size,
-            "num_workers": args.dataloader_num_workers,
-        }
-        encoder = model.moco.to(args.device)
-        loading["everywhere"] = rank() == 0  # the others only take part in the extraction
-        train, evaluated = (cached_features(encoder, images, cache, **loading) for images in parts)
-        if rank() > 0:
-            return
-        fitted, held_out = ((train[0][rows], train[1][rows]) for rows in (kept, held))
-        yield _probe_sgd(args, len(splits.class_names), train, fitted, held_out, evaluated)
-        yield _probe_lbfgs(len(splits.class_names), train, fitted, held_out, evaluated)
-
-    return probes()
-
-
-Rows = tuple[torch.Tensor, torch.Tensor]  # features and labels
-
-
-def _probe_sgd(
-    args: LinearProbeArguments, classes: int, train: Rows, fitted: Rows, held_out: Rows, evaluated: Rows
-) -> Probe:
-    train, fitted, held_out, evaluated = (
-        (x.to(args.device), y.to(args.device)) for x, y in (train, fitted, held_out, evaluated)
-    )
-
-    def fit(rows: Rows, rates: list[float]) -> tuple[Heads, list[HeadReport]]:
-        heads = Heads(rows[0].shape[1], classes, len(rates), args.seed, args.device)
-        schedule: dict[str, Any] = {"epochs": math.ceil(args.num_train_epochs), "milestones": args.lr_milestones}
-        epochs = train_heads(heads, *rows, rates, **schedule, batch_size=args.images_per_step, seed=args.seed)
-        top1 = {epoch: heads.top1(*evaluated) for epoch in epochs}
-        reports = []
-        for i, rate in enumerate(rates):
-            best = max(top1, key=lambda epoch: top1[epoch][i])
-            last = top1[max(top1)][i]
-            reports.append(HeadReport(f"rate {rate:g}", None, last, top1[best][i], best))
-        return heads, reports
-
-    compared, chosen = [], 0
-    if len(args.rates) > 1:
-        heads, reports = fit(fitted, args.rates)
-        held = heads.top1(*held_out)
-        compared = [replace(report, held_out=top1) for report, top1 in zip(reports, held, strict=True)]
-        chosen = choose(compared)
-    heads, (final,) = fit(train, [args.rates[chosen]])
-    scores = score(heads.logits(evaluated[0], 0), evaluated[1])
-    protocol = f"linear probe, cached features, SGD, {args.protocol}"
-    return Probe("cached SGD", protocol, len(train[1]), final, scores, compared)
-
-
-def _probe_lbfgs(classes: int, train: Rows, fitted: Rows, held_out: Rows, evaluated: Rows) -> Probe:
-    def scores(fit: Pipeline, rows: Rows) -> Scores:
-        return score(class_logits(fit, rows[0].numpy(), classes), rows[1])
-
-    def report(fit: Pipeline, held: float | None) -> HeadReport:
-        setting = f"C {fit[-1].C:g}" + ("" if converged(fit) else " (not converged)")
-        return HeadReport(setting, held, scores(fit, evaluated).top1)
-
-    path = regularisation_path(fitted[0].numpy(), fitted[1].numpy(), STRENGTHS)
-    heads = [
-        report(fit, scores(fit, held_out).top1) for fit in tqdm(path, desc="L-BFGS", total=len(STRENGTHS), leave=False)
-    ]
-    best = STRENGTHS[choose(heads)]
-    (fit,) = regularisation_path(train[0].numpy(), train[1].numpy(), [best])
-    protocol = f"linear probe, cached features, L-BFGS, standardised, C {_listed(STRENGTHS)} by a held-out tenth"
-    return Probe("cached L-BFGS", protocol, len(train[1]), report(fit, None), scores(fit, evaluated), heads)
