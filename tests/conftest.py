@@ -1,4 +1,4 @@
-"""Settings of every test."""
+"""Settings of every test, and the model that several files share."""
 
 import importlib.util
 from pathlib import Path
@@ -7,6 +7,9 @@ from types import ModuleType
 import datasets
 import pytest
 import torch
+from tiny_models import moco_config, views
+
+from modeling_moco import MoCoModel
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,3 +36,16 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model whose every tensor differs from its initial value, with the pointer inside the queue."""
+    torch.manual_seed(1)
+    model = MoCoModel(moco_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    for _ in range(5):
+        model.dictionary.enqueue(model(*views()).key_embeds)
+    return model.eval()
