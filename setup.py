@@ -35,6 +35,7 @@ setup(
     ],
     extras_require={
         "trackio": ["trackio>=0.40"],
+        "benchmark": ["lightly>=1.5"],  # a baseline of scripts/benchmark.py data
         "dev": [
             "pytest>=9",
             "pytest-xdist>=3.8",

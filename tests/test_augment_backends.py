@@ -1,6 +1,7 @@
 """Views by OpenCV and on the device against the reference, PIL: the same draws give the same picture."""
 
 import io
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -132,6 +133,18 @@ def test_crops_of_the_cpu_become_the_references_views():
         views_made = DeviceViews(policy, SIZE)(collate([crops]))
         for name, reference in expected.items():
             assert distance(views_made[name][0], reference) < LEVELS
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_views_are_the_same():
+    policy, images = POLICIES["v2"], torch.stack([to_tensor(picture(seed, 40, 40)) for seed in range(16)])
+    draws = draw_views(policy, 40, 40, views=2, seed=0, epoch=0, indices=np.arange(16))
+    render, batch = DeviceViews(policy, SIZE), {"images": images, "draws": draws}
+    eager = render(batch)
+    for name, views in torch.compile(render.__call__)(batch).items():
+        assert (views.float() - eager[name].float()).abs().max() <= 2
+        assert distance(views, eager[name]) < 0.01
 
 
 # Draws

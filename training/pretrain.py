@@ -1,7 +1,7 @@
 """A pretraining run from its arguments: preview its views, build it, run it, leave its results behind."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -57,8 +57,7 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits) -> MoCoTrainer:
     set_seed(training.seed)
     model = MoCoModel(args.config)
     check_image_size(model, data.image_size)
-    views = _two_views(data)
-    render = DeviceViews(views.policy, views.size) if data.augment == "device" else None
+    render = _build_render(data, compiled=training.torch_compile) if data.augment == "device" else None
     return MoCoTrainer(model, training, train, data.image_processor(args.config), bank, queries, render)
 
 
@@ -86,6 +85,12 @@ def _training_images(args: PretrainArguments, splits: ImageSplits) -> MapImages 
 def _two_views(data: DataArguments) -> TwoViews:
     policy = build_policy(data.augmentation, data.horizontal_flip, data.crop_min_scale)
     return TwoViews(policy, data.image_size, render_view_cv2 if data.augment == "cv2" else render_view)
+
+
+def _build_render(data: DataArguments, compiled: bool) -> Callable:
+    views = _two_views(data)
+    render = DeviceViews(views.policy, views.size)
+    return torch.compile(render.__call__) if compiled else render
 
 
 def _are_small(splits: ImageSplits) -> bool:

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
 
 from .augment import seeded_generator
-from .augment_device import DeviceViews
 from .checkpoints import outlive_sigterm
 from .features import Feature, extract_features
 from .health import diagnose, key_drift, leak, queue_age, rankme, uniformity_kernel
@@ -109,7 +109,7 @@ class MoCoTrainer(SGDTrainer):
         train_dataset: images with the `TwoViews` transform.
         processing_class: the image processor, saved beside every checkpoint.
         knn_bank: images with the `EvaluationView` transform, whose features the monitor looks at.
-        render: makes the views of a batch on the device, where the images come with draws instead of as views.
+        render: makes the views of a batch on the device (`DeviceViews`), where the images come with draws instead of as views.
         knn_queries: the same of another split; with labels in both the monitor is kNN.
 
     Raises:
@@ -126,7 +126,7 @@ class MoCoTrainer(SGDTrainer):
         processing_class,
         knn_bank: MapImages | None = None,
         knn_queries: MapImages | None = None,
-        render: DeviceViews | None = None,
+        render: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
     ):
         _check_sizes(model, args, train_dataset)
         super().__init__(
