@@ -35,6 +35,7 @@ setup(
     ],
     extras_require={
         "trackio": ["trackio>=0.40"],
+        "onnx": ["onnx>=1.19", "onnxscript>=0.6", "onnxruntime>=1.23"],  # scripts/push_to_hub.py --onnx
         "benchmark": ["lightly>=1.5"],  # a baseline of scripts/benchmark.py data
         "dev": [
             "pytest>=9",
@@ -44,6 +45,9 @@ setup(
             "types-PyYAML",
             "trackio>=0.40",
             "tensorboard>=2.20",
+            "onnx>=1.19",
+            "onnxscript>=0.6",
+            "onnxruntime>=1.23",
         ],
     },
     classifiers=[

@@ -70,6 +70,12 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
         else:
             super().set_output_features_output_indices(out_features, out_indices)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        # A published model has timm's configuration, of which ours is a section: see training/hub.py.
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return config.get("moco", config), kwargs
+
     def validate_moco(self):
         for name, value, choices in (
             ("stem", self.stem, STEMS),

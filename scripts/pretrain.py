@@ -37,6 +37,9 @@ def main(argv: list[str]) -> None:
         print(f"{'skipped images':>20}: {metrics['skipped_images']}")
         print(f"{'images/s':>20}: {metrics['images_per_second']:.0f}; {bound(metrics)}")
         print(f"Saved to {folder}; its pictures and numbers are in {folder}/report.html")
+        if args.training.push_to_hub:
+            with one_line_errors():
+                print(f"Published: {trainer.push_to_hub()}")
         print(f"Next: accelerate launch --quiet scripts/linear_probe.py {folder}")
 
 

@@ -23,6 +23,7 @@ from .sgd_trainer import SGDTrainer, SGDTrainingArguments, TrainingError
 
 REQUEUE = 75  # exit status after a SIGTERM: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
 SAVED_RECIPE = "recipe.yaml"  # the settings of a run, in its output directory
+ELSEWHERE = ("output_dir", "push_to_hub", "hub_")  # first letters of settings that say where a run goes, and a token
 # What may differ between a run and its continuation.
 FREE_TO_CHANGE = {
     "dataloader_num_workers",
@@ -107,7 +108,7 @@ def parse_flags(
             raise ValueError(
                 f"model_args ({namespace.model_args}) is not JSON: write it like '{{\"img_size\": 32}}'"
             ) from error
-    chosen = (names | set(defaults)) - {"output_dir"}
+    chosen = {name for name in names | set(defaults) if not name.startswith(ELSEWHERE)}
     keys = {section: [f.name for f in dataclasses.fields(kind) if f.init] for section, kind in parts.items()}
     instances = [kind(**{key: getattr(namespace, key) for key in keys[section]}) for section, kind in parts.items()]
     settings = {section: {key: getattr(namespace, key) for key in keys[section] if key in chosen} for section in parts}

@@ -24,7 +24,7 @@ from .images import SMALL, MapImages, MemoryImages, StreamedImages, decode_image
 from .knn import protocol
 from .recipe import PretrainArguments
 from .report import METRICS, PICTURES, STREAMED, chance_loss, draw_features, read_run, write_report
-from .results import Result, append_results, read_results
+from .results import Result, append_results, conditions, read_results
 from .trainer import MoCoTrainer
 
 PREVIEWED = 8  # images
@@ -178,7 +178,7 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
 def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -> dict[str, Any]:
     """Leave the model, its history, `metrics.json`, `results.json`, the pictures and `report.html` in the output directory."""
     folder = Path(str(args.training.output_dir))
-    trainer.save_model(str(folder))
+    trainer.save_model(str(folder), _internal_call=True)  # or it would be pushed before it has results
     trainer.save_state()
     history = trainer.state.log_history
     knn = [entry["eval_knn_top1"] for entry in history if "eval_knn_top1" in entry]
@@ -193,8 +193,9 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
         "steps": trainer.state.global_step,
         "skipped_images": trainer.train_dataset.skipped,
     }
+    about = {key: value for key, value in conditions().items() if key != "command"}
     if trainer.is_world_process_zero():
-        (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        (folder / METRICS).write_text(json.dumps(metrics | about, indent=2) + "\n", encoding="utf-8")
         results = list(_last_knn(trainer))
         if results:
             digest = encoder_digest(trainer.model, args.training.knn_features)

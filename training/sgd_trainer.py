@@ -34,6 +34,7 @@ class SGDTrainingArguments(TrainingArguments):
     """TrainingArguments whose defaults are the official scripts'. Where transformers' own would train something else."""
 
     _argument_group_name = "training"
+    can_publish = False
 
     output_dir: str | None = field(default=None, metadata={"help": "where everything is written"})
     global_batch_size: int | None = field(
@@ -71,6 +72,10 @@ class SGDTrainingArguments(TrainingArguments):
             raise ValueError(
                 "save_only_model and save_on_each_node must stay off: a run continues from one whole checkpoint, in a folder "
                 "that all machines share"
+            )
+        if self.push_to_hub and not self.can_publish:
+            raise ValueError(
+                "push_to_hub (True) is for pretraining: publish the folder that this saves to with scripts/push_to_hub.py"
             )
         if self.global_batch_size is not None:
             parts = self.world_size * self.gradient_accumulation_steps

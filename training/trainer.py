@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
@@ -22,6 +22,7 @@ from .augment import seeded_generator
 from .checkpoints import outlive_sigterm
 from .features import Feature, extract_features
 from .health import diagnose, key_drift, leak, queue_age, rankme, uniformity_kernel
+from .hub import Repository, Uploads
 from .images import MapImages, MemoryImages, StreamedImages, collate
 from .knn import KNNArguments, knn_accuracy
 from .sgd_trainer import SGDTrainer, SGDTrainingArguments
@@ -38,6 +39,8 @@ LEAK_IMAGES = 512  # of all processes
 @dataclass
 class MoCoTrainingArguments(SGDTrainingArguments):
     """The training of MoCo v2: a cosine in whole epochs, 0.03 for 256 images, and a kNN monitor."""
+
+    can_publish = True
 
     num_train_epochs: float = field(default=200, metadata={"help": "passes over the images"})
     learning_rate: float = field(default=0.03, metadata={"help": "0.03 for a global batch of 256"})
@@ -62,6 +65,11 @@ class MoCoTrainingArguments(SGDTrainingArguments):
         super().__post_init__()
         if self.eval_every_n_epochs < 1:
             raise ValueError(f"eval_every_n_epochs ({self.eval_every_n_epochs}) must be at least 1")
+        if self.push_to_hub and self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ValueError(
+                f"hub_strategy ({self.hub_strategy.value!r}) would publish optimizer states, which are pickles: choose "
+                "'end' or 'every_save'"
+            )
         if self.knn_bank_size is not None and self.knn_bank_size < 1:
             raise ValueError(
                 f"knn_bank_size ({self.knn_bank_size}) must be at least 1 image; leave it out for all of them"
@@ -154,6 +162,32 @@ class MoCoTrainer(SGDTrainer):
                 dist.broadcast(buffer, src=0)
         self._logged_at = time.perf_counter()
         return super().train(*args, **kwargs)
+
+    # Publishing: Trainer would upload the folder of a run as it is, pickles and paths of this machine included.
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Before training: may one write there?"""
+        if self.is_world_process_zero():
+            args = self.args
+            name = args.hub_model_id or Path(str(args.output_dir)).name
+            repository = Repository(name, bool(args.hub_private_repo), args.hub_token, args.hub_revision).prepare()
+            self.hub_model_id = repository.name
+            self._uploads = Uploads(repository)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            self._uploads.send(Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}")
+
+    def _finish_current_push(self) -> None:
+        pass  # `push_to_hub` waits, and a run that is stopped does not
+
+    def push_to_hub(self, commit_message: str | None = "End of training", *args, **kwargs) -> str:
+        """Publish what the output directory holds now; returns the address of the commit. On the main process.
+
+        Raises:
+            ValueError: it could not be uploaded.
+        """
+        return self._uploads.send_last(Path(str(self.args.output_dir)), str(commit_message))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
