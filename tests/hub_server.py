@@ -190,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.hub.create(name, wanted.get("visibility") == "private")
                 self.answer(200, answer)
         elif path == ["validate-yaml"]:
-            errors = metadata_errors(json.loads(body)["content"])
+            errors = [{"message": message} for message in metadata_errors(json.loads(body)["content"])]
             self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
         elif path == ["whoami-v2"] and self.known:
             self.answer(200, {"name": "tester", "type": "user", "orgs": [{"name": "org"}], "auth": {}})

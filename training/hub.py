@@ -24,8 +24,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import httpx2  # the client's
 import yaml
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
@@ -216,19 +217,21 @@ def hub_errors(doing: str) -> Iterator[None]:
     """Turn what the client raises into one ValueError that says what to do."""
     try:
         yield
-    except (HfHubHTTPError, OSError, OfflineModeIsEnabled) as error:
-        status = (
-            error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-        )
+    except (httpx2.HTTPError, OSError, RuntimeError, OfflineModeIsEnabled) as error:
+        # The client puts a RuntimeError around what goes wrong with a large file. Others are not the network's.
+        cause: Any = error.__cause__ if type(error) is RuntimeError else error
+        if not isinstance(cause, httpx2.HTTPError | OSError | OfflineModeIsEnabled):
+            raise
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 0
         remedy = {
             401: "log in with `hf auth login`, or set HF_TOKEN to a token that may write",
             403: "use a token that may write there, or choose a name of your own",
             404: "check the name, and that the token may see it",
-        }.get(status or 0, "nothing has been changed there; give the same command again, it sends what is missing")
-        raise ValueError(f"{doing} failed ({_first_line(error)}): {remedy}") from error
+        }.get(status, "nothing has been changed there; give the same command again, it sends what is missing")
+        raise ValueError(f"{doing} failed ({_first_line(cause)}): {remedy}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException | None) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -287,10 +290,9 @@ class Repository:
             address of the commit.
 
         Raises:
-            ValueError: the card is refused, or the connection broke.
+            ValueError: the Hub refuses the card's metadata, or the connection broke.
         """
         with hub_errors(f"uploading to {self.name}"):
-            ModelCard.load(folder / CARD).validate()
             commit = self.api.upload_folder(
                 repo_id=self.name, folder_path=folder, commit_message=message, revision=self.revision
             )
