@@ -1,18 +1,9 @@
-"""Names of the official checkpoints and ours.
+"""From the official names to ours."""
 
-Official: `encoder_q` is a torchvision ResNet whose `fc` is the projection head. Ours keeps encoder and projector apart.
-"""
-
-import re
-
-import torch
+from .layouts import OFFICIAL, State, rename
 
 
-def from_official(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def from_official(state_dict: State) -> State:
     """State dict of [`MoCoModel`] from the official names (`[module.]encoder_q.*`, `encoder_k.*`, `queue`, `queue_ptr`)."""
-    return {_our_name(name.removeprefix("module.")): tensor for name, tensor in state_dict.items()}
-
-
-def _our_name(name: str) -> str:
-    name = re.sub(r"^encoder_([qk])\.fc\.", r"projector_\1.", name)
-    return re.sub(r"^(queue|queue_ptr)$", r"dictionary.\1", name)
+    renamed = {rename(name.removeprefix("module."), OFFICIAL): tensor for name, tensor in state_dict.items()}
+    return {name: tensor for name, tensor in renamed.items() if name is not None}
