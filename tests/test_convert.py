@@ -21,6 +21,7 @@ from transformers import AutoImageProcessor, AutoModel, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
 from training.convert import FORMATS, read
+from training.hub import PublishArguments, load_published, publish
 from training.layouts import RESNETS
 from training.recognise import recognise_resnet
 
@@ -655,3 +656,17 @@ def test_nothing_is_half_written(refuse, tmp_path, to):
     assert "cannot be written" in error
     assert not list((tmp_path / "new").iterdir())
     assert "cannot be written" in refuse(tmp_path / "there.pth.tar", tmp_path / "there.pth.tar" / "out", "--to", to)
+
+
+def test_what_was_published_is_converted_too_and_its_card_says_where_it_came_from(convert, tmp_path):
+    official(tmp_path / "moco.pth.tar", "resnet18", mlp, K, False)
+    convert(tmp_path / "moco.pth.tar", tmp_path / "model")
+    model, processor = load_published(str(tmp_path / "model"), training_state=True)
+    args = PublishArguments(include_training_state=True)
+    publish(str(tmp_path / "model"), model, processor, "org/name", args, tmp_path / "published")
+    assert (
+        "Converted from `moco.pth.tar` (official MoCo, epoch 200)" in (tmp_path / "published" / "README.md").read_text()
+    )
+    convert(tmp_path / "published", tmp_path / "back.pth.tar", "--to", "official")
+    before, after = (torch.load(tmp_path / f"{name}.pth.tar", weights_only=True) for name in ("moco", "back"))
+    assert_equal(after["state_dict"], before["state_dict"])

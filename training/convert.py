@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from modeling_moco import MoCoConfig, MoCoImageProcessor
@@ -97,11 +96,11 @@ def read(source: str) -> Checkpoint:
 
 def _read_model(source: str) -> Checkpoint:
     try:
-        kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
-        if kind != MoCoConfig.model_type:
-            raise OSError(f"model_type {kind} in config.json")
+        content, _ = MoCoConfig.get_config_dict(source)
+        if content.get("model_type") != MoCoConfig.model_type:
+            raise OSError(f"model_type {content.get('model_type')} in config.json")
         config = MoCoConfig.from_pretrained(source)
-        state = load_file(str(cached_file(source, SAFE_WEIGHTS_NAME)))
+        state = load_file(str(cached_file(source, content.get("transformers_weights", SAFE_WEIGHTS_NAME))))
     except (OSError, SafetensorError) as error:
         what = (
             "holds no MoCo model" if Path(source).is_dir() else "is no file, no folder and no Hub repository in reach"

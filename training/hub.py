@@ -37,6 +37,7 @@ from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProce
 
 from . import exports
 from .cli import SAVED_RECIPE
+from .convert import CONVERSION
 from .exports import Model, read_json, write_json
 from .features import encoder_digest
 from .model_card import Origin, render_card
@@ -188,10 +189,20 @@ def read_origin(source: Path, model: Model) -> Origin:
     encoder = model.moco if isinstance(model, MoCoForImageClassification) else model
     digest = encoder_digest(encoder)
     results = [entry for folder in folders for entry in read_results(folder) if entry["model"] == digest]
-    metrics = [folder / METRICS for folder in folders if (folder / METRICS).is_file()]
     found = [folder / f"{name}.png" for folder in folders for name in PICTURES]
     pictures = {path.name: path for path in found if path.is_file() and not path.is_symlink()}
-    return Origin(recipe, read_json(metrics[-1]) if metrics else {}, results, list(pictures.values()))
+    return Origin(
+        recipe,
+        metrics=_last_json([folder / METRICS for folder in folders]),  # of the pretraining, not of a probe below it
+        conversion=_last_json([folder / CONVERSION for folder in folders]),
+        results=results,
+        pictures=list(pictures.values()),
+    )
+
+
+def _last_json(paths: list[Path]) -> dict[str, Any]:
+    there = [path for path in paths if path.is_file()]
+    return read_json(there[-1]) if there else {}
 
 
 def list_files(folder: Path) -> list[str]:

@@ -27,12 +27,14 @@ class Origin:
     Args:
         recipe: sections of its settings, of the pretraining and of the probe that followed.
         metrics: of its `metrics.json`.
+        conversion: of the `conversion.json` of a converted checkpoint.
         results: entries of `results.json` that were measured on these weights, oldest first.
         pictures: PNG files.
     """
 
     recipe: dict[str, dict[str, Any]]
     metrics: dict[str, Any]
+    conversion: dict[str, Any]
     results: list[dict[str, Any]]
     pictures: list[Path]
 
@@ -120,6 +122,9 @@ def _training(origin: Origin) -> str:
     about, metrics = origin.recipe.get("about", {}), origin.metrics
     source = f" (source: {about['source']})" if "source" in about else ""
     sentences = [f"{about['title']}{source}." if "title" in about else "", *_ran(metrics)]
+    if converted := origin.conversion:
+        epoch = f", epoch {converted['epoch']:g}" if "epoch" in converted else ""
+        sentences.append(f"Converted from `{converted['file']}` ({converted['format']}{epoch}).")
     if origin.recipe:
         sentences.append("These are the settings that were given; all else has its default.")
     return " ".join(filter(None, sentences)) or "Nothing is recorded of how these weights were trained."
