@@ -1,6 +1,7 @@
 """One directory, many loaders: all compute the same, through the preprocessing that each finds in it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +17,15 @@ from transformers import (
     DetrConfig,
     DetrModel,
     ResNetBackbone,
+    dynamic_module_utils,
     pipeline,
 )
 
-from modeling_moco import MoCoForImageClassification, MoCoImageProcessor, MoCoImageProcessorPil, MoCoModel
+from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoImageProcessorPil, MoCoModel
 from training import exports
+from training.data import DataArguments, load_images
 from training.hub import PublishArguments, list_files, load_published, publish
+from training.images import decode_image
 
 LABELS = [f"class {i}" for i in range(7)]
 SIZE, RESIZE = 48, 55
@@ -323,3 +327,91 @@ def test_timm_resizes_to_the_same_pixel(size, resize):
     for image in images():
         enlarged = image.convert("RGB").resize((image.width * 3, image.height * 3))
         assert torch.equal(transform(enlarged), processor(enlarged, return_tensors="pt").pixel_values[0])
+
+
+# 100 photographs
+
+
+def photographs(count=100):
+    folder = Path(__file__).parents[2] / "shared" / "data" / "imagenet-500"
+    if folder.is_dir():
+        rows = load_images(DataArguments(dataset_name=str(folder))).train
+        return [decode_image(rows[i]["image"]) for i in range(count)]
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (count, 12, 16, 3), dtype=np.uint8)
+    return [Image.fromarray(x).resize((500 - i, 375 + i)) for i, x in enumerate(coarse)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # torch's own
+def test_a_resnet50_has_the_same_logits_in_every_format(tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    torch.manual_seed(0)
+    names = {i: f"class {i}" for i in range(1000)}
+    labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    model = randomised(MoCoForImageClassification(MoCoConfig(**labels)))
+    model.save_pretrained(tmp_path / "saved")
+    MoCoImageProcessor().save_pretrained(tmp_path / "saved")
+    folder = published(tmp_path / "saved", tmp_path / "published", onnx=True, torch_export=True)
+    pictures = photographs()
+    exact = MoCoImageProcessorPil.from_pretrained(folder)
+    inputs = torch.cat([exact(picture, return_tensors="pt").pixel_values for picture in pictures])
+    expected = ours(model, inputs)
+
+    def through(network, processor):
+        pixels = torch.cat([processor(picture, return_tensors="pt").pixel_values for picture in pictures])
+        with torch.no_grad():
+            return network.eval()(pixels).logits
+
+    def through_pipeline(place):
+        classify = pipeline("image-classification", model=str(place), device="cpu")
+        found = [classify(picture, top_k=1000, function_to_apply="none") for picture in pictures]
+        scores = [{entry["label"]: entry["score"] for entry in entries} for entries in found]
+        return torch.tensor([[row[f"class {i}"] for i in range(1000)] for row in scores])
+
+    def through_timm():
+        network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
+        with torch.no_grad():
+            return network(torch.stack([transform(picture) for picture in pictures]))
+
+    auto, resnet, remote = (
+        AutoModelForImageClassification.from_pretrained,
+        folder / "resnet",
+        {"trust_remote_code": True},
+    )
+    processor = AutoImageProcessor.from_pretrained(folder)
+    session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx")
+    program = torch.export.load(folder / "torch_export" / "model.pt2").module()
+    found = {
+        "ours | MoCoForImageClassification": lambda: ours(model.from_pretrained(folder).eval(), inputs),
+        "ours | Auto classes, remote code": lambda: through(auto(folder, **remote), processor),
+        "timm | timm.create_model, its transform": through_timm,
+        "timm | Auto classes (TimmWrapper)": lambda: through(auto(folder), processor),
+        "timm | pipeline": lambda: through_pipeline(folder),
+        "ResNet | Auto classes": lambda: through(auto(resnet), AutoImageProcessor.from_pretrained(resnet)),
+        "ResNet | pipeline": lambda: through_pipeline(resnet),
+        "torch.export | torch.export.load": lambda: program(inputs).detach(),
+        "ONNX | onnxruntime": lambda: torch.from_numpy(session.run(None, {"pixel_values": inputs.numpy()})[0]),
+    }
+    largest = expected.abs().max().item()
+    print(f"\nlargest logit {largest:.2f}\n| format | loader | largest difference |\n|---|---|---|")
+    differences = {name: (compute() - expected).abs().max().item() for name, compute in found.items()}
+    for name, difference in differences.items():
+        print(f"| {name} | {difference:.1e} |")
+    onnx = differences.pop("ONNX | onnxruntime")
+    assert onnx < 1e-5 * largest
+    assert max(differences.values()) <= 1e-6 * largest
+    sizes = {"a classifier, all formats": folder}
+    for words, flags in {
+        "an encoder": {},
+        "an encoder with its training state": {"include_training_state": True},
+    }.items():
+        MoCoModel(MoCoConfig()).save_pretrained(tmp_path / "encoder")
+        MoCoImageProcessor().save_pretrained(tmp_path / "encoder")
+        sizes[words] = published(tmp_path / "encoder", tmp_path / words, **flags)
+    for words, place in sizes.items():
+        parts = {name: (place / name).stat().st_size / 1e6 for name in list_files(place)}
+        large = ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if size > 1)
+        print(f"| {words} | {sum(parts.values()):.0f} MB | {large} |")
