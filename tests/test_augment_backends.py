@@ -25,7 +25,6 @@ from training.augment_device import (
     TwoCrops,
     crop_views,
     draw_views,
-    pack_draw,
     unpack_draw,
 )
 from training.images import MemoryImages, collate, decode_image, decode_tensor
@@ -49,6 +48,13 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.dtype == b.dtype == torch.uint8
     return (a.float() - b.float()).abs().mean().item()
+
+
+def pack_draw(draw: ViewDraw) -> torch.Tensor:
+    """One draw as a row (DRAW,): the inverse of `unpack_draw`."""
+    order = [JITTER.index(name) for name, _ in draw.jitter] or [-1] * 4
+    factors = [dict(draw.jitter).get(name, 0.0) for name in JITTER]
+    return torch.tensor([*draw.box, *order, *factors, draw.gray, draw.blur, draw.flip], dtype=torch.float32)
 
 
 def on_device(images: torch.Tensor, draws: list[ViewDraw], policy, size: int) -> torch.Tensor:
@@ -125,14 +131,22 @@ def assert_close(crop: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_crops_of_the_cpu_become_the_references_views():
-    image, policy = picture(4, 90, 120), POLICIES["v2"]
-    views = TwoViews(policy, SIZE)
-    for seed in range(8):
-        expected = views(image, torch.Generator().manual_seed(seed))
-        crops = TwoCrops(views)(to_tensor(image), torch.Generator().manual_seed(seed))
-        views_made = DeviceViews(policy, SIZE)(collate([crops]))
-        for name, reference in expected.items():
-            assert distance(views_made[name][0], reference) < LEVELS
+    policy, pictures = POLICIES["v2"], [picture(seed, 90 + seed, 120) for seed in range(8)]
+    crops = TwoCrops(policy, SIZE)
+    rows = [crops(to_tensor(image), seeded_generator(seed)) for seed, image in enumerate(pictures)]
+    views = DeviceViews(policy, SIZE)(collate(rows))
+    for seed, image in enumerate(pictures):
+        for draw, name in zip(crops.draws(image, seeded_generator(seed)), views, strict=True):
+            assert distance(views[name][seed], render_view(image, draw, SIZE, policy)) < LEVELS
+
+
+def test_the_two_crops_of_an_image_are_drawn_from_its_generator():
+    crops, image = TwoCrops(POLICIES["v2"], SIZE), to_tensor(picture(0, 400, 300))
+    draws = [crops(image, seeded_generator(seed))["draws"] for seed in range(200)]
+    assert torch.equal(crops(image, seeded_generator(7))["draws"], draws[7])
+    assert len(torch.cat(draws).unique(dim=0)) == 400
+    boxes = batch_draws(POLICIES["v2"], DRAWS)[:, BOX]
+    assert same_distribution(torch.cat(draws)[:, 2:4].prod(dim=1), boxes[:, 2:4].prod(dim=1))  # areas
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
+from training.augment_device import unpack_draw
 from training.data import load_digits, load_images
 from training.features import encoder_digest
 from training.images import decode_image
@@ -244,6 +245,16 @@ def test_the_preview_of_a_stream_shows_the_views_of_its_images(tmp_path):
     trained = {sample["pixel_values"].numpy().tobytes() for sample in build_trainer(args, splits).train_dataset}
     drawn = list(islice(drawn_images(args, splits), 8))
     assert len({example.views[0].numpy().tobytes() for example in drawn} & trained) == 8
+
+
+def test_the_preview_of_device_views_shows_the_draws_of_their_crops(tmp_path):
+    # A stream, for it is not kept in memory however small its images are.
+    args = parse_pretrain([*TINY, "--streaming", "--augment", "device", "--output_dir", str(tmp_path / "run")])
+    splits = load_images(args.data)
+    samples = build_trainer(args, splits).train_dataset
+    trained = {tuple(unpack_draw(row) for row in sample["draws"]) for sample in samples}
+    drawn = list(islice(drawn_images(args, splits), 8))
+    assert len({tuple(example.draws) for example in drawn} & trained) == 8
 
 
 def test_a_preview_writes_two_pictures_and_nothing_else(tmp_path, script, capsys):

@@ -165,6 +165,11 @@ def _to_uint8(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def image_size(image: Image.Image | torch.Tensor) -> tuple[int, int]:
+    """Width and height of an image of PIL's, or of a tensor (3, H, W)."""
+    return (image.shape[2], image.shape[1]) if isinstance(image, torch.Tensor) else image.size
+
+
 @dataclass(frozen=True)
 class TwoViews:
     """Pretraining: two independent random views of one image.
@@ -183,8 +188,7 @@ class TwoViews:
 
     def draws(self, image: Any, generator: torch.Generator) -> list[ViewDraw]:
         """The random numbers of the query's view and of the key's."""
-        height, width = image.shape[1:] if isinstance(image, torch.Tensor) else (image.height, image.width)
-        return [draw_view(self.policy, width, height, generator) for _ in range(2)]
+        return [draw_view(self.policy, *image_size(image), generator) for _ in range(2)]
 
 
 @dataclass(frozen=True)

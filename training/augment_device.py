@@ -4,13 +4,15 @@ The CPU decodes and crops (or, for small images in memory, does nothing at all);
 arithmetic on tensors. Shapes: `N` images, `S` view size, `H`, `W` image size. A draw is a row of `DRAW` float32 numbers.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .augment import ASPECT_RATIO, BLUR_SIGMA, TwoViews, ViewDraw, ViewPolicy
+from .augment import ASPECT_RATIO, BLUR_SIGMA, ViewDraw, ViewPolicy, image_size
 from .augment_cv2 import crop_and_resize
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
@@ -18,15 +20,9 @@ JITTER = ("brightness", "contrast", "saturation", "hue")
 # whether gray; the blur's deviation in pixels; whether flipped.
 BOX, ORDER, FACTORS = slice(0, 4), slice(4, 8), slice(8, 12)
 GRAY, BLUR, FLIP, DRAW = 12, 13, 14, 15
-AT_ONCE = 256  # images on a CPU
+AT_ONCE = 128  # images on a CPU
 TRIES = 10  # boxes tried before the largest centred one is taken, as torchvision does
-
-
-def pack_draw(draw: ViewDraw) -> torch.Tensor:
-    """One draw as a row (DRAW,)."""
-    order = [JITTER.index(name) for name, _ in draw.jitter] or [-1] * 4
-    factors = [dict(draw.jitter).get(name, 0.0) for name in JITTER]
-    return torch.tensor([*draw.box, *order, *factors, draw.gray, draw.blur, draw.flip], dtype=torch.float32)
+NUMBERS = 2 * TRIES + 2 + 13  # uniform ones that a view is drawn from
 
 
 def unpack_draw(row: torch.Tensor) -> ViewDraw:
@@ -40,6 +36,14 @@ def unpack_draw(row: torch.Tensor) -> ViewDraw:
 # Drawing
 
 
+def draw_views(
+    policy: ViewPolicy, width: int, height: int, *, views: int, seed: int, epoch: int, indices: np.ndarray
+) -> torch.Tensor:
+    """Draws (len(indices), views, DRAW) of images of one size, from the distribution of `augment.draw_view`."""
+    u = _uniforms(seed, epoch, indices, views * NUMBERS).reshape(-1, NUMBERS)
+    return _draw_from(u, policy, width, height).view(len(indices), views, DRAW)
+
+
 def _uniforms(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
     # SplitMix64 (Steele, Lea and Flood, 2014) on a counter: number j of an image depends on (seed, epoch, index, j) alone.
     start = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
@@ -51,37 +55,36 @@ def _uniforms(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndar
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
-def draw_views(
-    policy: ViewPolicy, width: int, height: int, *, views: int, seed: int, epoch: int, indices: np.ndarray
-) -> torch.Tensor:
-    """Draws (len(indices), views, DRAW) of images of one size, from the distribution of `augment.draw_view`."""
-    count = 2 * TRIES + 2 + 13
-    u = _uniforms(seed, epoch, indices, views * count).reshape(-1, count)
+def _draw_from(u: np.ndarray, policy: ViewPolicy, width: int, height: int) -> torch.Tensor:
+    # Uniform numbers (views, NUMBERS) in [0, 1) to draws (views, DRAW). For one image numpy's calls cost more than its
+    # arithmetic: hence few of them.
     draws = np.zeros((len(u), DRAW), dtype=np.float32)
-    draws[:, BOX] = _draw_boxes(u[:, : 2 * TRIES + 2], width, height, policy.min_scale)
+    draws[:, BOX] = _draw_boxes(u, width, height, policy.min_scale)
     u = u[:, 2 * TRIES + 2 :]
     draws[:, ORDER] = np.where(u[:, :1] < policy.jitter_p, u[:, 1:5].argsort(axis=1), -1)
-    strengths = np.array(policy.jitter)
-    draws[:, FACTORS] = np.array([1, 1, 1, 0]) + (2 * u[:, 5:9] - 1) * strengths
+    draws[:, FACTORS] = (2 * u[:, 5:9] - 1) * policy.jitter + (1, 1, 1, 0)
     draws[:, GRAY] = u[:, 9] < policy.gray_p
     low, high = BLUR_SIGMA
-    draws[:, BLUR] = np.where(u[:, 10] < policy.blur_p, low + (high - low) * u[:, 11], 0)
+    draws[:, BLUR] = (u[:, 10] < policy.blur_p) * (low + (high - low) * u[:, 11])
     draws[:, FLIP] = u[:, 12] < policy.flip_p
-    return torch.from_numpy(draws).view(len(indices), views, DRAW)
+    return torch.from_numpy(draws)
 
 
 def _draw_boxes(u: np.ndarray, width: int, height: int, min_scale: float) -> np.ndarray:
     area = width * height * (min_scale + (1 - min_scale) * u[:, :TRIES])
-    low, high = np.log(ASPECT_RATIO)
+    low, high = map(math.log, ASPECT_RATIO)
     ratio = np.exp(low + (high - low) * u[:, TRIES : 2 * TRIES])
-    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.argmax(axis=1)[:, None]
-    w, h = (np.take_along_axis(x, first, axis=1)[:, 0] for x in (w, h))
-    top, left = np.floor(u[:, -2] * (height - h + 1)), np.floor(u[:, -1] * (width - w + 1))
-    centred_w, centred_h = min(width, round(height * ASPECT_RATIO[1])), min(height, round(width / ASPECT_RATIO[0]))
-    centred = [(height - centred_h) // 2, (width - centred_w) // 2, centred_h, centred_w]
-    return np.where(fits.any(axis=1)[:, None], np.stack([top, left, h, w], axis=1), centred)
+    sides, limits = np.rint(np.sqrt([area / ratio, area * ratio])), np.array([[height], [width]])
+    inside = (sides > 0) & (sides <= limits[:, :, None])
+    fits = inside[0] & inside[1]
+    first = np.arange(len(u)), fits.argmax(axis=1)
+    sides = sides[:, *first]
+    corners = np.floor(u[:, 2 * TRIES : 2 * TRIES + 2].T * (limits - sides + 1))
+    boxes = np.concatenate([corners, sides]).T
+    if not fits[first].all():
+        w, h = min(width, round(height * ASPECT_RATIO[1])), min(height, round(width / ASPECT_RATIO[0]))
+        boxes[~fits[first]] = (height - h) // 2, (width - w) // 2, h, w
+    return boxes
 
 
 # Rendering
@@ -99,44 +102,56 @@ class DeviceViews:
         """`pixel_values` and `key_pixel_values`, uint8 (N, 3, S, S).
 
         Args:
-            batch: "draws" (N, 2, DRAW), and either "images" or crops as "pixel_values", "key_pixel_values"; uint8.
+            batch: "draws" (N, 2, DRAW), and either "images" or crops (N, S, S, 3) as "pixel_values", "key_pixel_values"; uint8.
         """
         draws = batch["draws"].transpose(0, 1).flatten(0, 1)  # those of the queries, then those of the keys
         if "images" in batch:
-            images, crop = batch["images"].repeat(2, 1, 1, 1), True
+            x = self._crop(batch["images"], draws)
         else:
-            images, crop = torch.cat([batch["pixel_values"], batch["key_pixel_values"]]), False
-        query, key = self._render_by_order(images, draws, crop).chunk(2)
+            x = torch.cat([batch["pixel_values"], batch["key_pixel_values"]]).movedim(3, 1)
+            x = _where(draws[:, FLIP] > 0, x, _flip)
+        query, key = self._render_by_order(x, draws).chunk(2)
         return {"pixel_values": query, "key_pixel_values": key}
 
-    def _render_by_order(self, images: torch.Tensor, draws: torch.Tensor, crop: bool) -> torch.Tensor:
-        if _all_at_once(images):
-            return self._render(images, draws, crop)
+    def _crop(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        # As many at once as a CPU's cache holds.
+        at_once = len(images) if _all_at_once(images) else AT_ONCE
+        parts = zip(images.split(at_once) * 2, (d for view in draws.chunk(2) for d in view.split(at_once)), strict=True)
+        return torch.cat([_to_uint8(crop_views(x.float(), d[:, BOX], d[:, FLIP] > 0, self.size)) for x, d in parts])
+
+    def _render_by_order(self, x: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        if _all_at_once(x):
+            return render_views(x.float(), draws, self.policy)
         # A CPU takes those with the same order of operations together: none is done in vain, and they fit into its cache.
         code = (draws[:, ORDER] @ torch.tensor([64.0, 16.0, 4.0, 1.0])).int()
         rows, counts = code.argsort(), code.unique(return_counts=True)[1]
         groups = [index for group in rows.split(counts.tolist()) for index in group.split(AT_ONCE)]
-        views = [self._render(images.index_select(0, index), draws[index], crop) for index in groups]
+        views = [render_views(x.index_select(0, index).float(), draws[index], self.policy) for index in groups]
         return torch.cat(views).index_select(0, rows.argsort())
-
-    def _render(self, images: torch.Tensor, draws: torch.Tensor, crop: bool) -> torch.Tensor:
-        x, flip = images.float(), draws[:, FLIP] > 0
-        x = crop_views(x, draws[:, BOX], flip, self.size) if crop else _where(flip, x, _flip)
-        return render_views(x, draws, self.policy)
 
 
 @dataclass(frozen=True)
 class TwoCrops:
     """What is left to the CPU: two crops of one image, and the draws for `DeviceViews`."""
 
-    views: TwoViews
+    policy: ViewPolicy
+    size: int
 
     def __call__(self, image: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Crops (3, S, S) of an image (3, H, W), both uint8, and their draws (2, DRAW)."""
-        draws = self.views.draws(image, generator)
-        query, key = (crop_and_resize(image, draw.box, self.views.size) for draw in draws)
-        packed = torch.stack([pack_draw(draw) for draw in draws])
-        return {"pixel_values": query, "key_pixel_values": key, "draws": packed}
+        """Crops (S, S, 3) of an image (3, H, W), both uint8, and their draws (2, DRAW)."""
+        draws = self._draw(image, generator)
+        boxes = draws[:, BOX].int().tolist()
+        # Colours last, as the resize leaves them: put first, collating them would take as long as a crop.
+        query, key = (crop_and_resize(image, box, self.size).permute(1, 2, 0) for box in boxes)
+        return {"pixel_values": query, "key_pixel_values": key, "draws": draws}
+
+    def draws(self, image: Any, generator: torch.Generator) -> list[ViewDraw]:
+        """The random numbers of the query's view and of the key's."""
+        return [unpack_draw(row) for row in self._draw(image, generator)]
+
+    def _draw(self, image: Any, generator: torch.Generator) -> torch.Tensor:
+        u = torch.rand(2, NUMBERS, dtype=torch.float64, generator=generator)
+        return _draw_from(u.numpy(), self.policy, *image_size(image))
 
 
 def _all_at_once(x: torch.Tensor) -> bool:
@@ -155,7 +170,7 @@ def crop_views(images: torch.Tensor, boxes: torch.Tensor, flip: torch.Tensor, si
     rows = _resize_weights(top, h, height, size)
     columns = _resize_weights(torch.where(flip, left + w, left), torch.where(flip, -w, w), width, size)
     wide = torch.bmm(images.reshape(n, channels * height, width), columns.mT).view(n, channels, height, size)
-    return torch.einsum("nsh,nchw->ncsw", rows, wide.round_()).round_()  # PIL too rounds after each direction
+    return torch.matmul(rows[:, None], wide.round_()).round_()  # PIL too rounds after each direction
 
 
 def _resize_weights(start: torch.Tensor, length: torch.Tensor, pixels: int, size: int) -> torch.Tensor:
@@ -183,7 +198,11 @@ def render_views(x: torch.Tensor, draws: torch.Tensor, policy: ViewPolicy) -> to
         x = _where(gray, x, _grayscale)
     if policy.blur_p > 0:
         x = _where(draws[:, BLUR] > 0, x, _blur, draws[:, BLUR])
-    return x.round().to(torch.uint8)
+    return _to_uint8(x.round())
+
+
+def _to_uint8(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.int16).to(torch.uint8)  # a CPU is slow at the direct way from float32
 
 
 def _jitter(x: torch.Tensor, order: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

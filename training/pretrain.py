@@ -63,12 +63,11 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits) -> MoCoTrainer:
 
 def _training_images(args: PretrainArguments, splits: ImageSplits) -> MapImages | MemoryImages | StreamedImages:
     data, training = args.data, args.training
-    views = _two_views(data)
-    transform = TwoCrops(views) if data.augment == "device" else views
+    transform = _two_views(data)
     decode = decode_image if data.augment == "pil" else decode_tensor
     if not data.streaming:
         if data.augment == "device" and _are_small(splits):
-            return MemoryImages(splits.train, views.policy, training.seed)
+            return MemoryImages(splits.train, transform.policy, training.seed)
         return MapImages(splits.train, transform, training.seed, decode)
     return StreamedImages(
         splits.train,
@@ -82,8 +81,10 @@ def _training_images(args: PretrainArguments, splits: ImageSplits) -> MapImages 
     )
 
 
-def _two_views(data: DataArguments) -> TwoViews:
+def _two_views(data: DataArguments) -> TwoViews | TwoCrops:
     policy = build_policy(data.augmentation, data.horizontal_flip, data.crop_min_scale)
+    if data.augment == "device":
+        return TwoCrops(policy, data.image_size)
     return TwoViews(policy, data.image_size, render_view_cv2 if data.augment == "cv2" else render_view)
 
 

@@ -137,7 +137,7 @@ def transforms(size: int, policy: str) -> dict[str, tuple[Any, Callable]]:
         "cv2": (TwoViews(views.policy, size, render_view_cv2), decode_tensor),
     }
     if size > SMALL:
-        found["device, the CPU's share"] = (TwoCrops(views), decode_tensor)
+        found["device, the CPU's share"] = (TwoCrops(views.policy, size), decode_tensor)
         if find_spec("lightly"):
             found["lightly"] = (LightlyViews(size), decode_image)
     return found
@@ -214,7 +214,7 @@ def device_views(args: argparse.Namespace) -> Benchmark:
     """The GPU's share of the device views: everything after the crop."""
     policy, size, n = build_policy("v2"), args.image_size, 256
     image = torch.zeros(3, size, size, dtype=torch.uint8)
-    crops = TwoCrops(TwoViews(policy, size))
+    crops = TwoCrops(policy, size)
     rows = [crops(image, torch.Generator().manual_seed(seed)) for seed in range(n)]
     batch = {name: tensor.cuda() for name, tensor in collate(rows).items()}
     views = DeviceViews(policy, size)
