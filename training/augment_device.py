@@ -188,7 +188,7 @@ def _resize_weights(start: torch.Tensor, length: torch.Tensor, pixels: int, size
 def render_views(x: torch.Tensor, draws: torch.Tensor, policy: ViewPolicy) -> torch.Tensor:
     """Everything but crop and flip: views uint8 (N, 3, S, S) of crops (N, 3, S, S) in float32, 0 to 255.
 
-    On a CPU all must have the same order of operations.
+    On a CPU all must have the same order of operations, and the crops may be overwritten.
     """
     gray = draws[:, GRAY] > 0
     if policy.gray_first:
@@ -222,7 +222,7 @@ def _where(chosen: torch.Tensor, x: torch.Tensor, operation, *numbers: torch.Ten
     index = chosen.nonzero().squeeze(1)
     if len(index) == 0:
         return x
-    return x.index_copy(0, index, operation(x[index], *(number[index] for number in numbers)))
+    return x.index_copy_(0, index, operation(x[index], *(number[index] for number in numbers)))
 
 
 def _luminance(x: torch.Tensor) -> torch.Tensor:
@@ -233,42 +233,36 @@ def _grayscale(x: torch.Tensor) -> torch.Tensor:
     return _luminance(x).round_()[:, None].expand_as(x)
 
 
-def _blend(x: torch.Tensor, other: torch.Tensor | float, factor: torch.Tensor) -> torch.Tensor:
-    # PIL's enhancers: other + factor (x - other), truncated.
-    return torch.add(x * factor, other).clamp_(0, 255).floor_()
+def _truncate(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp_(0, 255).floor_()  # as PIL's enhancers: other + factor (x - other)
 
 
 def _brightness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return _blend(x, 0.0, factor[:, None, None, None])
+    return _truncate(x * factor[:, None, None, None])
 
 
 def _contrast(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     factor = factor[:, None, None, None]
     mean = _luminance(x.mean(dim=(2, 3), keepdim=True)).add_(0.5).floor_()[:, None]
-    return _blend(x, (1 - factor) * mean, factor)
+    return _truncate((x * factor).add_((1 - factor) * mean))
 
 
 def _saturation(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    factor = factor[:, None, None, None]
-    return _blend(x, (1 - factor) * _luminance(x)[:, None], factor)
+    return _truncate(torch.lerp(_luminance(x)[:, None], x, factor[:, None, None, None]))
 
 
 def _hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    # Small images cost calls more than arithmetic, and masks of booleans are slow: 1 where a colour is the largest, else 0.
     r, g, b = x.unbind(dim=1)
-    value, least = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    value, least = x.amax(dim=1), x.amin(dim=1)
     chroma = value - least
-    # Levels are whole numbers: 1 where red, and else where green, is the largest, 0 elsewhere; without slow masks.
-    red = (r - value + 1).clamp_(min=0)
-    green = (g - value + 1).clamp_(min=0).mul_(1 - red)
-    blue = 1 - red - green
-    # The hue in sixths of a turn, red at 0, and where the shift takes it.
-    hue = red.mul_(g - b).addcmul_(green, b - r).addcmul_(blue, r - g).div_(chroma.clamp(min=1))
-    hue.add_(green, alpha=2).add_(blue, alpha=4)
-    shift = (turns * 255).trunc() * (6 / 256)  # PIL's hue is a byte
-    hue += shift[:, None, None]
-    hue -= 6 * (hue / 6).floor_()
-    parts = [(hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()]
-    return torch.stack([part.clamp_(0, 1).mul_(chroma).add_(least) for part in parts], dim=1)
+    red, green = r.clone().eq_(value), g.clone().eq_(value)
+    # The hue in sixths of a turn, red at 0, times the chroma: where blue is the largest, else green, else red.
+    hue = (r - g).add_(chroma, alpha=4).lerp_((b - r).add_(chroma, alpha=2), green).lerp_(g - b, red)
+    shift = (turns * 255).trunc() / 256 + 1  # in turns, positive; PIL's hue is a byte
+    hue = hue.div_((6 * chroma).clamp_(min=1)).add_(shift[:, None, None]).frac_().mul_(6)
+    parts = torch.stack([(hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], dim=1).clamp_(0, 1)
+    return parts.mul_(chroma[:, None]).add_(least[:, None])
 
 
 def _blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
