@@ -11,11 +11,13 @@ from training import plots
 from training.benchmarks import data, exchange, knn, step, stream, train
 from training.benchmarks.measure import write_json
 from training.cli import one_line_errors
+from training.memory import keep_freed_memory
 
 BENCHMARKS = {"data": data, "step": step, "train": train, "stream": stream, "exchange": exchange, "knn": knn}
 
 
 def main(argv: list[str]) -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     for name, benchmark in BENCHMARKS.items():

@@ -7,9 +7,11 @@ from transformers.utils.logging import disable_progress_bar
 from training.cli import claim_output_dir, one_line_errors, train
 from training.data import load_images
 from training.finetune import announce, build_trainer, choose_labelled, finish, parse_finetune, save_split
+from training.memory import keep_freed_memory
 
 
 def main(argv: list[str]) -> None:
+    keep_freed_memory()
     disable_progress_bar()  # transformers' bars for loading and saving weights
     with one_line_errors():
         run = parse_finetune(argv)

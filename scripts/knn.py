@@ -11,11 +11,13 @@ from training.data import load_images
 from training.features import encoder_digest
 from training.images import MapImages
 from training.knn import evaluate_knn, load_model, parse_knn
+from training.memory import keep_freed_memory
 from training.results import append_results, table
 from training.trackers import Trackers, run_name
 
 
 def main(argv: list[str]) -> None:
+    keep_freed_memory()
     logging.disable_progress_bar()
     with one_line_errors():
         encoder, data, args = parse_knn(argv)

@@ -13,6 +13,7 @@ from training.cached_probe import build_cached
 from training.cli import claim_output_dir, one_line_errors, train
 from training.data import ImageSplits, load_images
 from training.images import decode_image
+from training.memory import keep_freed_memory
 from training.probe_results import Probe
 
 SHOWN_IMAGES = 4
@@ -24,6 +25,7 @@ NEXT = """Next:
 
 
 def main(argv: list[str]) -> None:
+    keep_freed_memory()
     logging.disable_progress_bar()
     with one_line_errors():
         run = lp.parse_linear_probe(argv)

@@ -6,11 +6,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from training.cli import claim_output_dir, one_line_errors, train
 from training.data import load_images
+from training.memory import keep_freed_memory
 from training.pretrain import announce, bound, build_trainer, finish, preview_views
 from training.recipe import parse_pretrain
 
 
 def main(argv: list[str]) -> None:
+    keep_freed_memory()
     disable_progress_bar()  # transformers' bars for loading and saving weights
     with one_line_errors():
         args = parse_pretrain(argv)

@@ -11,10 +11,12 @@ from transformers.utils import logging
 from modeling_moco import MoCoModel
 from training.cli import one_line_errors
 from training.evaluation import Encoder
+from training.memory import keep_freed_memory
 from training.report import draw_features, open_images, read_run, write_report
 
 
 def main(argv: list[str]) -> None:
+    keep_freed_memory()
     logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path, help="output directory of a pretraining run, ended or not")

@@ -351,13 +351,15 @@ def test_a_resnet50_has_the_same_logits_in_every_format(tmp_path, monkeypatch):
     names = {i: f"class {i}" for i in range(1000)}
     labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
     model = randomised(MoCoForImageClassification(MoCoConfig(**labels)))
+    model.classifier.weight.data.div_(100)  # to logits of the usual size
     model.save_pretrained(tmp_path / "saved")
     MoCoImageProcessor().save_pretrained(tmp_path / "saved")
     folder = published(tmp_path / "saved", tmp_path / "published", onnx=True, torch_export=True)
     pictures = photographs()
     exact = MoCoImageProcessorPil.from_pretrained(folder)
     inputs = torch.cat([exact(picture, return_tensors="pt").pixel_values for picture in pictures])
-    expected = ours(model, inputs)
+    alone = torch.cat([ours(model, x[None]) for x in inputs])  # sums of a batch are added in another order
+    together = ours(model, inputs)
 
     def through(network, processor):
         pixels = torch.cat([processor(picture, return_tensors="pt").pixel_values for picture in pictures])
@@ -395,13 +397,14 @@ def test_a_resnet50_has_the_same_logits_in_every_format(tmp_path, monkeypatch):
         "torch.export | torch.export.load": lambda: program(inputs).detach(),
         "ONNX | onnxruntime": lambda: torch.from_numpy(session.run(None, {"pixel_values": inputs.numpy()})[0]),
     }
-    largest = expected.abs().max().item()
-    print(f"\nlargest logit {largest:.2f}\n| format | loader | largest difference |\n|---|---|---|")
-    differences = {name: (compute() - expected).abs().max().item() for name, compute in found.items()}
-    for name, difference in differences.items():
-        print(f"| {name} | {difference:.1e} |")
-    onnx = differences.pop("ONNX | onnxruntime")
-    assert onnx < 1e-5 * largest
+    largest = together.abs().max().item()
+    print(f"\nlargest logit {largest:.1f}\n| format | loader | largest difference |\n|---|---|---|")
+    differences = {}
+    for name, compute in found.items():
+        expected = alone if "pipeline" in name else together
+        differences[name] = (compute() - expected).abs().max().item()
+        print(f"| {name} | {differences[name]:.1e} |")
+    assert differences.pop("ONNX | onnxruntime") < 1e-5
     assert max(differences.values()) <= 1e-6 * largest
     sizes = {"a classifier, all formats": folder}
     for words, flags in {
