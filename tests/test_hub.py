@@ -15,7 +15,7 @@ from hub_server import TOKEN, Hub, metadata_errors
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 
-from modeling_moco import MoCoForImageClassification, MoCoImageProcessorPil, MoCoModel
+from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessorPil, MoCoModel
 from training.features import encoder_digest
 from training.hub import PublishArguments, list_files, load_published, publish, read_origin
 from training.model_card import public_name
@@ -109,7 +109,7 @@ def test_what_is_pushed_is_loaded_by_a_stranger_and_equals_ours(hub, run, script
     push(script, str(run), "org/run")
     push(script, str(run / "linear_probe"), "org/probe")
     push(script, str(small), "org/small")
-    push(script, str(run), "org/secret", "--private", "True")
+    push(script, str(run), "org/secret", "--private")
     assert hub.repos["org/secret"].private
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 61, 3), dtype=np.uint8))
@@ -143,7 +143,7 @@ def model_of(folder: Path) -> MoCoModel:
 
 
 def test_one_commit_holds_what_the_dry_run_showed_and_no_pickle(hub, run, script, tmp_path, capsys):
-    push(script, str(run), "org/run", "--dry_run", "True")
+    push(script, str(run), "org/run", "--dry_run")
     shown = capsys.readouterr().out
     assert not hub.requests
     push(script, str(run), "org/run")
@@ -366,3 +366,30 @@ def test_a_failed_upload_does_not_end_a_run(hub, script, tmp_path, capsys, caplo
     hub.breaks = 0
     push(script, str(folder), "org/live")
     assert hub.repos["org/live"].log == ["Publish a MoCo model"]
+
+
+# The documentation
+
+DOCTEST = """
+import doctest, sys
+flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+failed, tried = doctest.testfile(sys.argv[1], module_relative=False, optionflags=flags)
+sys.exit(f"{failed} of {tried} failed" if failed or tried < 20 else 0)
+"""
+
+
+def test_the_examples_of_the_documentation_run_as_printed(hub, script, tmp_path):
+    torch.manual_seed(0)
+    encoder = MoCoModel(MoCoConfig(queue_size=64))
+    labels = {"id2label": {0: "not teal", 1: "teal"}, "label2id": {"not teal": 0, "teal": 1}}
+    classifier = MoCoForImageClassification(MoCoConfig(**labels))
+    classifier.classifier.weight.data.zero_()
+    classifier.classifier.bias.data[1] = 3
+    for name, model in (("moco-v2-r50", encoder), ("moco-v2-r50-in1k", classifier)):
+        model.save_pretrained(tmp_path / name)
+        MoCoImageProcessorPil().save_pretrained(tmp_path / name)
+        push(script, str(tmp_path / name), f"org/{name}")
+    command = [sys.executable, "-c", DOCTEST, str(ROOT / "docs" / "hub.md")]
+    env = environment(hub, tmp_path / "home")
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
