@@ -149,8 +149,7 @@ def _finish_gpu_work() -> None:
 class PeakMemory:
     """`with PeakMemory() as memory: ...`, then `memory.bytes`: resident memory at its highest, above what it was before.
 
-    Of this process, and of Linux. Small tensors of before may be reused unseen: measure what is large, or in a process of
-    its own.
+    Of this process, and of Linux. What was freed before may be used again unseen: measure in a process of its own.
     """
 
     bytes: int
