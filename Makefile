@@ -16,7 +16,7 @@ setup: .venv/installed  ## build .venv and install the project into it (about 6 
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: setup  ## pretrain on scikit-learn's digits, probe, classify: three and a half minutes on two cores, no download
+demo: setup  ## pretrain on scikit-learn's digits, probe, classify: a minute and a half on two cores, no download
 	$(LAUNCH) scripts/pretrain.py --recipe quickstart
 	$(LAUNCH) scripts/linear_probe.py runs/quickstart
 	$(LAUNCH) scripts/linear_probe.py runs/quickstart --mode cached
