@@ -4,7 +4,6 @@ Equal to torchvision's `Resize(256)`, `CenterCrop(224)`, `ToTensor`, `Normalize`
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
@@ -14,17 +13,12 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """uint8 images (N, 3, H, W) to float32 in channels_last layout, scaled to [0, 1] and standardised per channel."""
     images = images.to(torch.float32, memory_format=torch.channels_last)
-    return images.div_(255).sub_(_per_channel(tuple(mean), images.device)).div_(_per_channel(tuple(std), images.device))
+    return images.div_(255).sub_(_per_channel(mean, images.device)).div_(_per_channel(std, images.device))
 
 
-@torch.compiler.assume_constant_result  # torch.compile warns of a cache that it traces into
-def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return _per_channel_kept(values, device)  # making it anew would wait for the GPU
-
-
-@lru_cache
-def _per_channel_kept(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, device=device).view(-1, 1, 1)
+def _per_channel(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    # Made on the device itself it would wait for a GPU to finish what it is doing.
+    return torch.tensor(values).view(-1, 1, 1).to(device, non_blocking=True)
 
 
 class _EvaluationTransform:
