@@ -3,6 +3,7 @@
 import io
 import shutil
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from training.augment import POLICIES, TwoViews, ViewDraw, draw_view, render_vie
 from training.augment_cv2 import crop_and_resize, render_view_cv2
 from training.augment_device import (
     BLUR,
-    BOX,
+    BOX_NUMBERS,
     FACTORS,
     FLIP,
     GRAY,
@@ -24,7 +25,11 @@ from training.augment_device import (
     DeviceViews,
     TwoCrops,
     crop_views,
+    draw_box,
+    draw_boxes,
+    draw_operations,
     draw_views,
+    uniform_numbers,
     unpack_draw,
 )
 from training.images import MemoryImages, collate, decode_image, decode_tensor
@@ -50,17 +55,23 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a.float() - b.float()).abs().mean().item()
 
 
-def pack_draw(draw: ViewDraw) -> torch.Tensor:
-    """One draw as a row (DRAW,): the inverse of `unpack_draw`."""
+def pack_draw(draw: ViewDraw) -> tuple[torch.Tensor, torch.Tensor]:
+    """One draw as a box (4,) and a row of operations: the inverse of `unpack_draw`."""
     order = [JITTER.index(name) for name, _ in draw.jitter] or [-1] * 4
     factors = [dict(draw.jitter).get(name, 0.0) for name in JITTER]
-    return torch.tensor([*draw.box, *order, *factors, draw.gray, draw.blur, draw.flip], dtype=torch.float32)
+    row = [*order, *factors, draw.gray, draw.blur, draw.flip]
+    return torch.tensor(draw.box, dtype=torch.float32), torch.tensor(row, dtype=torch.float32)
+
+
+def pack_draws(draws: list[ViewDraw]) -> tuple[torch.Tensor, torch.Tensor]:
+    boxes, rows = zip(*map(pack_draw, draws), strict=True)
+    return torch.stack(boxes), torch.stack(rows)
 
 
 def on_device(images: torch.Tensor, draws: list[ViewDraw], policy, size: int) -> torch.Tensor:
-    """The first views of whole images, all in one batch."""
-    packed = torch.stack([pack_draw(draw) for draw in draws])[:, None].expand(-1, 2, -1)
-    return DeviceViews(policy, size)({"images": images, "draws": packed})["pixel_values"]
+    """A drawn view of every image, all in one batch."""
+    views, (boxes, rows) = DeviceViews(policy, size), pack_draws(draws)
+    return views.render(views.crop(images, boxes, rows[:, FLIP] > 0), rows)
 
 
 @pytest.fixture(params=["by order", "all at once"])
@@ -142,19 +153,19 @@ def test_crops_of_the_cpu_become_the_references_views():
 
 def test_the_two_crops_of_an_image_are_drawn_from_its_generator():
     crops, image = TwoCrops(POLICIES["v2"], SIZE), to_tensor(picture(0, 400, 300))
-    draws = [crops(image, seeded_generator(seed))["draws"] for seed in range(200)]
-    assert torch.equal(crops(image, seeded_generator(7))["draws"], draws[7])
-    assert len(torch.cat(draws).unique(dim=0)) == 400
-    boxes = batch_draws(POLICIES["v2"], DRAWS)[:, BOX]
-    assert same_distribution(torch.cat(draws)[:, 2:4].prod(dim=1), boxes[:, 2:4].prod(dim=1))  # areas
+    draws = [crops.draws(image, seeded_generator(seed)) for seed in range(200)]
+    assert crops.draws(image, seeded_generator(7)) == draws[7]
+    assert len(set(chain(*draws))) == 400
+    boxes, _ = pack_draws(list(chain(*draws)))
+    assert same_distribution(boxes[:, 2:].prod(dim=1), batch_boxes(POLICIES["v2"], DRAWS)[:, 2:].prod(dim=1))  # areas
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_views_are_the_same():
     policy, images = POLICIES["v2"], torch.stack([to_tensor(picture(seed, 40, 40)) for seed in range(16)])
-    draws = draw_views(policy, 40, 40, views=2, seed=0, epoch=0, indices=np.arange(16))
-    render, batch = DeviceViews(policy, SIZE), {"images": images, "draws": draws}
+    boxes, numbers = draw_views(policy, 40, 40, views=2, seed=0, epoch=0, indices=np.arange(16))
+    render, batch = DeviceViews(policy, SIZE), {"images": images, "boxes": boxes, "numbers": numbers}
     eager = render(batch)
     for name, views in torch.compile(render.__call__)(batch).items():
         assert (views.float() - eager[name].float()).abs().max() <= 2
@@ -169,23 +180,29 @@ def test_a_packed_draw_is_the_draw():
     for policy in POLICIES.values():
         for _ in range(50):
             draw = draw_view(policy, 64, 48, generator)
-            copy = unpack_draw(pack_draw(draw))
+            copy = unpack_draw(*pack_draw(draw))
             assert (copy.box, copy.gray, copy.flip) == (draw.box, draw.gray, draw.flip)
             assert copy.blur == pytest.approx(draw.blur)
             assert [name for name, _ in copy.jitter] == [name for name, _ in draw.jitter]
             assert [f for _, f in copy.jitter] == pytest.approx([f for _, f in draw.jitter])
 
 
-def batch_draws(policy, count: int, width: int = 400, height: int = 300, **key) -> torch.Tensor:
-    key = {"seed": 1, "epoch": 2} | key
-    return draw_views(policy, width, height, views=1, indices=np.arange(count), **key)[:, 0]
+def batch_draws(policy, count: int, width: int = 400, height: int = 300, **key) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes (count, 4) and rows of operations of the first so many images."""
+    key = {"seed": 1, "epoch": 2, "indices": np.arange(count)} | key
+    boxes, numbers = draw_views(policy, width, height, views=1, **key)
+    return boxes[:, 0], draw_operations(numbers[:, 0], policy)
+
+
+def batch_boxes(policy, count: int, *size: int) -> torch.Tensor:
+    return batch_draws(policy, count, *size)[0]
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_draws_of_a_batch_are_distributed_as_those_of_single_images(name):
     policy, generator = POLICIES[name], torch.Generator().manual_seed(0)
-    batch = batch_draws(policy, DRAWS)
-    single = torch.stack([pack_draw(draw_view(policy, 400, 300, generator)) for _ in range(DRAWS)])
+    boxes, batch = batch_draws(policy, DRAWS)
+    single_boxes, single = pack_draws([draw_view(policy, 400, 300, generator) for _ in range(DRAWS)])
     for column in (GRAY, FLIP, ORDER.start):
         shares = [(draws[:, column] > 0).float().mean().item() for draws in (batch, single)]
         assert shares[0] == pytest.approx(shares[1], abs=0.04)  # more than three standard errors
@@ -203,32 +220,40 @@ def test_draws_of_a_batch_are_distributed_as_those_of_single_images(name):
         assert same_distribution(*(draws[draws[:, BLUR] > 0, BLUR] for draws in (batch, single)))
         assert (batch[:, BLUR] > 0).float().mean().item() == pytest.approx(policy.blur_p, abs=0.03)
     for measure in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 2] / b[:, 3], lambda b: b[:, 0], lambda b: b[:, 1]):
-        assert same_distribution(measure(batch[:, BOX]), measure(single[:, BOX]))
+        assert same_distribution(measure(boxes), measure(single_boxes))
 
 
 def same_distribution(a: torch.Tensor, b: torch.Tensor) -> bool:
     return ks_2samp(a.numpy(), b.numpy()).pvalue > 1e-3
 
 
-def test_boxes_of_a_batch_lie_within_the_image_and_have_its_fallback():
-    for width, height in ((32, 32), (500, 20), (20, 500), (1, 1)):
-        top, left, h, w = batch_draws(POLICIES["v2"], 500, width, height)[:, BOX].T
-        assert ((top >= 0) & (left >= 0) & (h > 0) & (w > 0) & (top + h <= height) & (left + w <= width)).all()
-    box = batch_draws(POLICIES["v2"], 500, 500, 20)[:, BOX]
-    assert (box == torch.tensor([0.0, (500 - 27) // 2, 20, 27])).all(dim=1).any()  # 27 = 20 * 4 / 3
+SIZES = ((400, 300), (32, 32), (500, 20), (20, 500), (1, 1))
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_boxes_lie_within_the_image_and_are_the_same_one_by_one(width, height):
+    top, left, h, w = batch_boxes(POLICIES["v2"], 500, width, height).T
+    assert ((top >= 0) & (left >= 0) & (h > 0) & (w > 0) & (top + h <= height) & (left + w <= width)).all()
+    u = uniform_numbers(0, 0, np.arange(500), BOX_NUMBERS)
+    one_by_one = [draw_box(row, width, height, 0.2) for row in u.tolist()]
+    assert np.array_equal(draw_boxes(u, width, height, 0.2), one_by_one)
+
+
+def test_where_no_box_fits_it_is_the_largest_centred_one():
+    boxes = batch_boxes(POLICIES["v2"], 500, 500, 20)
+    assert (boxes == torch.tensor([0.0, (500 - 27) // 2, 20, 27])).all(dim=1).any()  # 27 = 20 * 4 / 3
 
 
 def test_draws_depend_on_seed_epoch_and_index_alone():
-    draws = batch_draws(POLICIES["v2"], 64)
-    assert len(draws.unique(dim=0)) == 64
-    shared = batch_draws(POLICIES["v1"], 1000)[:, FACTORS][:, :3].flatten()  # no image has numbers of its neighbour
-    assert len(shared.unique()) > 0.99 * len(shared)
-    some = draw_views(POLICIES["v2"], 400, 300, views=1, seed=1, epoch=2, indices=np.array([40, 3]))[:, 0]
-    assert torch.equal(some, draws[[40, 3]])
-    for other in ({"seed": 2}, {"epoch": 3}):
-        assert not (batch_draws(POLICIES["v2"], 64, **other) == draws).all(dim=1).any()
-    both = draw_views(POLICIES["v2"], 400, 300, views=2, seed=1, epoch=2, indices=np.arange(64))
-    assert not (both[:, 0] == both[:, 1]).all(dim=1).any()
+    u = uniform_numbers(1, 2, np.arange(1000), 40)
+    assert ((u >= 0) & (u < 1)).all()
+    assert len(np.unique(u)) > 0.99 * u.size  # no image has numbers of its neighbour
+    assert np.array_equal(uniform_numbers(1, 2, np.array([40, 3]), 40), u[[40, 3]])
+    for other in ((2, 2), (1, 3)):
+        assert np.mean(uniform_numbers(*other, np.arange(1000), 40) == u) < 1e-3
+    indices = {"seed": 1, "epoch": 2, "indices": np.arange(64)}
+    boxes, numbers = draw_views(POLICIES["v2"], 400, 300, views=2, **indices)
+    assert len(boxes.flatten(0, 1).unique(dim=0)) == len(numbers.flatten(0, 1).unique(dim=0)) == 128
 
 
 # Decoding
@@ -296,7 +321,9 @@ def test_images_in_memory_give_the_same_views_in_any_company():
         expected = render_view(pictures[2], draw, 32, POLICIES["cifar"])
         assert distance(render(whole)[name][2], expected) < LEVELS
     images.set_epoch(4)
-    assert not torch.equal(images.__getitems__([7, 2])["draws"], part["draws"])
+    other = images.__getitems__([7, 2])
+    assert not torch.equal(other["boxes"], part["boxes"])
+    assert not torch.equal(other["numbers"], part["numbers"])
 
 
 def test_processes_draw_disjoint_parts_of_the_images_in_memory():

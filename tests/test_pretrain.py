@@ -16,7 +16,9 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
-from training.augment_device import unpack_draw
+from training.augment import build_policy
+from training.augment_cv2 import crop_and_resize
+from training.augment_device import draw_operations, unpack_draw
 from training.data import load_digits, load_images
 from training.features import encoder_digest
 from training.images import decode_image
@@ -251,10 +253,16 @@ def test_the_preview_of_device_views_shows_the_draws_of_their_crops(tmp_path):
     # A stream, for it is not kept in memory however small its images are.
     args = parse_pretrain([*TINY, "--streaming", "--augment", "device", "--output_dir", str(tmp_path / "run")])
     splits = load_images(args.data)
-    samples = build_trainer(args, splits).train_dataset
-    trained = {tuple(unpack_draw(row) for row in sample["draws"]) for sample in samples}
-    drawn = list(islice(drawn_images(args, splits), 8))
-    assert len({tuple(example.draws) for example in drawn} & trained) == 8
+    samples, data = build_trainer(args, splits).train_dataset, args.data
+    policy = build_policy(data.augmentation, data.horizontal_flip, data.crop_min_scale)
+    trained = {sample["pixel_values"].numpy().tobytes(): sample["numbers"] for sample in samples}
+    for example in islice(drawn_images(args, splits), 8):
+        query, key = example.draws
+        image = torch.from_numpy(np.array(example.image)).permute(2, 0, 1)
+        crop = crop_and_resize(image, query.box, data.image_size).permute(1, 2, 0)
+        rows = draw_operations(trained[crop.numpy().tobytes()], policy)
+        for draw, row in zip((query, key), rows, strict=True):
+            assert unpack_draw(torch.tensor(draw.box), row) == draw
 
 
 def test_a_preview_writes_two_pictures_and_nothing_else(tmp_path, script, capsys):

@@ -90,6 +90,13 @@ def _happens(p: float, generator: torch.Generator) -> bool:
     return p > 0 and (p == 1 or torch.rand(1, generator=generator).item() < p)
 
 
+def centred_box(width: int, height: int) -> tuple[int, int, int, int]:
+    """Of very long images, where no drawn box fits: the largest whose aspect ratio is allowed (top, left, height, width)."""
+    w = min(width, round(height * ASPECT_RATIO[1]))
+    h = min(height, round(width / ASPECT_RATIO[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
 def _draw_box(width: int, height: int, min_scale: float, generator: torch.Generator) -> tuple[int, int, int, int]:
     area = height * width
     log_ratio = torch.log(torch.tensor(ASPECT_RATIO)).tolist()
@@ -101,10 +108,7 @@ def _draw_box(width: int, height: int, min_scale: float, generator: torch.Genera
             top = int(torch.randint(0, height - h + 1, (1,), generator=generator))
             left = int(torch.randint(0, width - w + 1, (1,), generator=generator))
             return top, left, h, w
-    # Very long images: the largest centred box whose aspect ratio is allowed.
-    w = min(width, round(height * ASPECT_RATIO[1]))
-    h = min(height, round(width / ASPECT_RATIO[0]))
-    return (height - h) // 2, (width - w) // 2, h, w
+    return centred_box(width, height)
 
 
 def _draw_jitter(policy: ViewPolicy, generator: torch.Generator) -> tuple[tuple[str, float], ...]:

@@ -1,7 +1,8 @@
 """The views of `augment.py` for a whole batch at once, on the device that trains: every image has draws of its own.
 
 The CPU decodes and crops (or, for small images in memory, does nothing at all); jitter, grayscale, blur and flip are
-arithmetic on tensors. Shapes: `N` images, `S` view size, `H`, `W` image size. A draw is a row of `DRAW` float32 numbers.
+arithmetic on tensors. So are their draws: an image comes with uniform numbers, of which only its boxes have been made.
+Shapes: `N` images, `V` views, `S` view size, `H`, `W` image size.
 """
 
 import math
@@ -12,22 +13,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .augment import ASPECT_RATIO, BLUR_SIGMA, ViewDraw, ViewPolicy, image_size
+from .augment import ASPECT_RATIO, BLUR_SIGMA, ViewDraw, ViewPolicy, centred_box, image_size
 from .augment_cv2 import crop_and_resize
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
-# Columns: top, left, height, width; which operation of JITTER comes at each place (-1: none); the factor of each operation;
+# A draw is a row of float32 numbers: which operation of JITTER comes at each place (-1: none); the factor of each operation;
 # whether gray; the blur's deviation in pixels; whether flipped.
-BOX, ORDER, FACTORS = slice(0, 4), slice(4, 8), slice(8, 12)
-GRAY, BLUR, FLIP, DRAW = 12, 13, 14, 15
+ORDER, FACTORS = slice(0, 4), slice(4, 8)
+GRAY, BLUR, FLIP = 8, 9, 10
 AT_ONCE = 128  # images on a CPU
 TRIES = 10  # boxes tried before the largest centred one is taken, as torchvision does
-NUMBERS = 2 * TRIES + 2 + 13  # uniform ones that a view is drawn from
+BOX_NUMBERS = 2 * TRIES + 2  # uniform ones that a box is drawn from: areas, aspect ratios, top, left
+NUMBERS = 13  # and those of the rest, as `draw_operations` takes them
+LOG_RATIO = tuple(map(math.log, ASPECT_RATIO))
 
 
-def unpack_draw(row: torch.Tensor) -> ViewDraw:
-    """The draw of a row (DRAW,)."""
-    top, left, height, width = (int(number) for number in row[BOX])
+def unpack_draw(box: torch.Tensor, row: torch.Tensor) -> ViewDraw:
+    """The draw of a box (4,) and a row of `draw_operations`."""
+    top, left, height, width = (int(number) for number in box)
     factors = row[FACTORS].tolist()
     jitter = tuple((JITTER[int(i)], factors[int(i)]) for i in row[ORDER] if i >= 0)
     return ViewDraw((top, left, height, width), jitter, bool(row[GRAY]), float(row[BLUR]), bool(row[FLIP]))
@@ -36,55 +39,67 @@ def unpack_draw(row: torch.Tensor) -> ViewDraw:
 # Drawing
 
 
-def draw_views(
-    policy: ViewPolicy, width: int, height: int, *, views: int, seed: int, epoch: int, indices: np.ndarray
-) -> torch.Tensor:
-    """Draws (len(indices), views, DRAW) of images of one size, from the distribution of `augment.draw_view`."""
-    u = _uniforms(seed, epoch, indices, views * NUMBERS).reshape(-1, NUMBERS)
-    return _draw_from(u, policy, width, height).view(len(indices), views, DRAW)
-
-
-def _uniforms(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
-    # SplitMix64 (Steele, Lea and Flood, 2014) on a counter: number j of an image depends on (seed, epoch, index, j) alone.
+def uniform_numbers(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
+    """Numbers in [0, 1), float32 (len(indices), count): number j of an image depends on (seed, epoch, index, j) alone."""
+    # SplitMix64 (Steele, Lea and Flood, 2014) on a counter.
     start = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
     with np.errstate(over="ignore"):
         counter = indices.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(1, count + 1, dtype=np.uint64)
         z: np.ndarray = start + counter * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
-def _draw_from(u: np.ndarray, policy: ViewPolicy, width: int, height: int) -> torch.Tensor:
-    # Uniform numbers (views, NUMBERS) in [0, 1) to draws (views, DRAW). For one image numpy's calls cost more than its
-    # arithmetic: hence few of them.
-    draws = np.zeros((len(u), DRAW), dtype=np.float32)
-    draws[:, BOX] = _draw_boxes(u, width, height, policy.min_scale)
-    u = u[:, 2 * TRIES + 2 :]
-    draws[:, ORDER] = np.where(u[:, :1] < policy.jitter_p, u[:, 1:5].argsort(axis=1), -1)
-    draws[:, FACTORS] = (2 * u[:, 5:9] - 1) * policy.jitter + (1, 1, 1, 0)
-    draws[:, GRAY] = u[:, 9] < policy.gray_p
-    low, high = BLUR_SIGMA
-    draws[:, BLUR] = (u[:, 10] < policy.blur_p) * (low + (high - low) * u[:, 11])
-    draws[:, FLIP] = u[:, 12] < policy.flip_p
-    return torch.from_numpy(draws)
+def draw_views(
+    policy: ViewPolicy, width: int, height: int, *, views: int, seed: int, epoch: int, indices: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of images of one size: boxes (N, views, 4), float32, and the numbers for `draw_operations` (N, views, NUMBERS)."""
+    u = uniform_numbers(seed, epoch, indices, views * (BOX_NUMBERS + NUMBERS)).reshape(len(indices), views, -1)
+    boxes = draw_boxes(u[:, :, :BOX_NUMBERS].reshape(-1, BOX_NUMBERS), width, height, policy.min_scale)
+    numbers = np.ascontiguousarray(u[:, :, BOX_NUMBERS:])
+    return torch.from_numpy(boxes).view(len(indices), views, 4), torch.from_numpy(numbers)
 
 
-def _draw_boxes(u: np.ndarray, width: int, height: int, min_scale: float) -> np.ndarray:
+def draw_box(u: list[float], width: int, height: int, min_scale: float) -> tuple[int, int, int, int]:
+    """Top, left, height and width in pixels, of BOX_NUMBERS uniform numbers: the distribution of `augment.draw_view`."""
+    low, high = LOG_RATIO
+    for share, ratio in zip(u[:TRIES], u[TRIES : 2 * TRIES], strict=True):
+        area, ratio = width * height * (min_scale + (1 - min_scale) * share), math.exp(low + (high - low) * ratio)
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(u[-2] * (height - h + 1)), int(u[-1] * (width - w + 1)), h, w
+    return centred_box(width, height)
+
+
+def draw_boxes(u: np.ndarray, width: int, height: int, min_scale: float) -> np.ndarray:
+    """`draw_box` for each row of numbers (V, BOX_NUMBERS), float32 (V, 4). For one image numpy's calls take far longer."""
+    u = u.astype(np.float64)
     area = width * height * (min_scale + (1 - min_scale) * u[:, :TRIES])
-    low, high = map(math.log, ASPECT_RATIO)
+    low, high = LOG_RATIO
     ratio = np.exp(low + (high - low) * u[:, TRIES : 2 * TRIES])
     sides, limits = np.rint(np.sqrt([area / ratio, area * ratio])), np.array([[height], [width]])
     inside = (sides > 0) & (sides <= limits[:, :, None])
     fits = inside[0] & inside[1]
     first = np.arange(len(u)), fits.argmax(axis=1)
     sides = sides[:, *first]
-    corners = np.floor(u[:, 2 * TRIES : 2 * TRIES + 2].T * (limits - sides + 1))
-    boxes = np.concatenate([corners, sides]).T
-    if not fits[first].all():
-        w, h = min(width, round(height * ASPECT_RATIO[1])), min(height, round(width / ASPECT_RATIO[0]))
-        boxes[~fits[first]] = (height - h) // 2, (width - w) // 2, h, w
+    corners = np.floor(u[:, 2 * TRIES :].T * (limits - sides + 1))
+    boxes = np.concatenate([corners, sides]).T.astype(np.float32)
+    boxes[~fits[first]] = centred_box(width, height)
     return boxes
+
+
+def draw_operations(u: torch.Tensor, policy: ViewPolicy) -> torch.Tensor:
+    """What follows the crop, of uniform numbers (V, NUMBERS): one draw a row, the distribution of `augment.draw_view`."""
+    order = torch.where(u[:, :1] < policy.jitter_p, u[:, 1:5].argsort(dim=1), -1)
+    factors = [
+        centre + (2 * u[:, 5 + i] - 1) * strength
+        for i, (centre, strength) in enumerate(zip((1, 1, 1, 0), policy.jitter, strict=True))
+    ]
+    low, high = BLUR_SIGMA
+    gray, flip = u[:, 9] < policy.gray_p, u[:, 12] < policy.flip_p
+    blur = (u[:, 10] < policy.blur_p) * (low + (high - low) * u[:, 11])
+    return torch.cat([order, torch.stack([*factors, gray, blur, flip], dim=1)], dim=1)
 
 
 # Rendering
@@ -102,24 +117,26 @@ class DeviceViews:
         """`pixel_values` and `key_pixel_values`, uint8 (N, 3, S, S).
 
         Args:
-            batch: "draws" (N, 2, DRAW), and either "images" or crops (N, S, S, 3) as "pixel_values", "key_pixel_values"; uint8.
+            batch: "numbers" (N, 2, NUMBERS), and either crops (N, S, S, 3) as "pixel_values", "key_pixel_values", or "images"
+                and "boxes" (N, 2, 4); pixels are uint8.
         """
-        draws = batch["draws"].transpose(0, 1).flatten(0, 1)  # those of the queries, then those of the keys
+        draws = draw_operations(_queries_first(batch["numbers"]), self.policy)
         if "images" in batch:
-            x = self._crop(batch["images"], draws)
+            x = self.crop(batch["images"].repeat(2, 1, 1, 1), _queries_first(batch["boxes"]), draws[:, FLIP] > 0)
         else:
             x = torch.cat([batch["pixel_values"], batch["key_pixel_values"]]).movedim(3, 1)
             x = _where(draws[:, FLIP] > 0, x, _flip)
-        query, key = self._render_by_order(x, draws).chunk(2)
+        query, key = self.render(x, draws).chunk(2)
         return {"pixel_values": query, "key_pixel_values": key}
 
-    def _crop(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        # As many at once as a CPU's cache holds.
-        at_once = len(images) if _all_at_once(images) else AT_ONCE
-        parts = zip(images.split(at_once) * 2, (d for view in draws.chunk(2) for d in view.split(at_once)), strict=True)
-        return torch.cat([_to_uint8(crop_views(x.float(), d[:, BOX], d[:, FLIP] > 0, self.size)) for x, d in parts])
+    def crop(self, images: torch.Tensor, boxes: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+        """Crops (V, 3, S, S) of images (V, 3, H, W), both uint8, by boxes (V, 4), mirrored where `flip` (V,) is true."""
+        at_once = len(images) if _all_at_once(images) else AT_ONCE  # as many as a CPU's cache holds
+        parts = zip(*(tensor.split(at_once) for tensor in (images, boxes, flip)), strict=True)
+        return torch.cat([_to_uint8(crop_views(x.float(), box, mirror, self.size)) for x, box, mirror in parts])
 
-    def _render_by_order(self, x: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    def render(self, x: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """What follows the crop and the flip: views of crops, both uint8 (V, 3, S, S)."""
         if _all_at_once(x):
             return render_views(x.float(), draws, self.policy)
         # A CPU takes those with the same order of operations together: none is done in vain, and they fit into its cache.
@@ -132,26 +149,32 @@ class DeviceViews:
 
 @dataclass(frozen=True)
 class TwoCrops:
-    """What is left to the CPU: two crops of one image, and the draws for `DeviceViews`."""
+    """What is left to the CPU: two crops of one image, and the numbers that `DeviceViews` draws the rest from."""
 
     policy: ViewPolicy
     size: int
 
     def __call__(self, image: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Crops (S, S, 3) of an image (3, H, W), both uint8, and their draws (2, DRAW)."""
-        draws = self._draw(image, generator)
-        boxes = draws[:, BOX].int().tolist()
+        """Crops (S, S, 3) of an image (3, H, W), both uint8, and their numbers (2, NUMBERS)."""
+        boxes, numbers = self._draw(image, generator)
         # Colours last, as the resize leaves them: put first, collating them would take as long as a crop.
         query, key = (crop_and_resize(image, box, self.size).permute(1, 2, 0) for box in boxes)
-        return {"pixel_values": query, "key_pixel_values": key, "draws": draws}
+        return {"pixel_values": query, "key_pixel_values": key, "numbers": numbers}
 
     def draws(self, image: Any, generator: torch.Generator) -> list[ViewDraw]:
         """The random numbers of the query's view and of the key's."""
-        return [unpack_draw(row) for row in self._draw(image, generator)]
+        boxes, numbers = self._draw(image, generator)
+        rows = draw_operations(numbers, self.policy)
+        return [unpack_draw(torch.tensor(box), row) for box, row in zip(boxes, rows, strict=True)]
 
-    def _draw(self, image: Any, generator: torch.Generator) -> torch.Tensor:
-        u = torch.rand(2, NUMBERS, dtype=torch.float64, generator=generator)
-        return _draw_from(u.numpy(), self.policy, *image_size(image))
+    def _draw(self, image: Any, generator: torch.Generator) -> tuple[list[tuple[int, int, int, int]], torch.Tensor]:
+        u = torch.rand(2, BOX_NUMBERS + NUMBERS, generator=generator)
+        rows = u[:, :BOX_NUMBERS].tolist()
+        return [draw_box(row, *image_size(image), self.policy.min_scale) for row in rows], u[:, BOX_NUMBERS:]
+
+
+def _queries_first(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(0, 1).flatten(0, 1)  # (N, 2, ...) to (2N, ...)
 
 
 def _all_at_once(x: torch.Tensor) -> bool:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import default_data_collator
 
 from .augment import ViewDraw, ViewPolicy, seeded_generator
-from .augment_device import draw_views, unpack_draw
+from .augment_device import draw_operations, draw_views, unpack_draw
 from .shards import ShardedRows, batches_per_epoch, plan_epoch
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class MapImages(_Images, torch.utils.data.Dataset):
 
 
 class MemoryImages(torch.utils.data.Dataset):
-    """Small images of one size, decoded once: a batch is a selection of them and draws for `DeviceViews`.
+    """Small images of one size, decoded once: a batch is a selection of them and what `DeviceViews` draws from.
 
     The views of one image depend on (seed, epoch, index) alone. One that cannot be read is named and counted, and the
     one before it (for the first ones, the next readable) takes its place.
@@ -221,12 +221,12 @@ class MemoryImages(torch.utils.data.Dataset):
         self._epoch.fill_(epoch)
 
     def batch(self, indices: Sequence[int], epoch: int) -> dict[str, torch.Tensor]:
-        """Images (N, 3, H, W), uint8, and the draws of their two views in that epoch (N, 2, DRAW)."""
+        """Images (N, 3, H, W), uint8, and of their two views in that epoch the boxes (N, 2, 4) and numbers (N, 2, NUMBERS)."""
         height, width = self.images.shape[2:]
-        draws = draw_views(
+        boxes, numbers = draw_views(
             self.policy, width, height, views=2, seed=self.seed, epoch=epoch, indices=np.asarray(indices)
         )
-        return {"images": self.images.index_select(0, torch.as_tensor(indices)), "draws": draws}
+        return {"images": self.images.index_select(0, torch.as_tensor(indices)), "boxes": boxes, "numbers": numbers}
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         return self.batch(indices, int(self._epoch))
@@ -238,7 +238,9 @@ class MemoryImages(torch.utils.data.Dataset):
 
     def view_draws(self, index: int) -> list[ViewDraw]:
         """The random numbers of both views of an image in this epoch."""
-        return [unpack_draw(row) for row in self.batch([index], int(self._epoch))["draws"][0]]
+        batch = self.batch([index], int(self._epoch))
+        rows = draw_operations(batch["numbers"][0], self.policy)
+        return [unpack_draw(box, row) for box, row in zip(batch["boxes"][0], rows, strict=True)]
 
 
 def collate(rows: Any) -> dict[str, torch.Tensor]:
