@@ -2,6 +2,8 @@
 
 import copy
 import math
+import time
+from statistics import median
 
 import datasets
 import numpy as np
@@ -14,6 +16,7 @@ from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
 from training.augment import POLICIES, EvaluationView, TwoViews
 from training.augment_device import DeviceViews
 from training.images import MapImages, MemoryImages, StreamedImages
+from training.pretrain import bound
 from training.shards import ShardedRows
 from training.trainer import MoCoTrainer, MoCoTrainingArguments
 
@@ -197,6 +200,29 @@ def test_a_collapsed_model_has_no_contrast_accuracy(rows, tmp_path, value):
     trainer.model.register_forward_hook(collapse)
     trainer.train()
     assert all(entry["contrast_top5"] == 0 for entry in trainer.state.log_history if "loss" in entry)
+
+
+class SlowSteps(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        time.sleep(0.4)
+
+
+@pytest.mark.parametrize("slow", ["images", "steps"])
+def test_the_log_says_what_a_run_has_waited_for(rows, tmp_path, slow):
+    trainer = build(rows, tmp_path, callback=SlowSteps() if slow == "steps" else None, num_train_epochs=1)
+    transform = trainer.train_dataset.transform
+
+    def slowly(image, generator):
+        time.sleep(0.1 if slow == "images" else 0)
+        return transform(image, generator)
+
+    trainer.train_dataset.transform = slowly
+    trainer.train()
+    shares = [entry["waiting_for_data"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(shares) == 6
+    assert all(0 < share < 100 for share in shares)  # each of its own window
+    assert (median(shares) > 50) == (slow == "images")
+    assert bound({"waiting_for_data": median(shares)}).startswith("data" if slow == "images" else "compute")
 
 
 def test_evaluation_runs_every_n_epochs_and_at_the_end(rows, tmp_path):

@@ -87,6 +87,8 @@ class SGDTrainingArguments(TrainingArguments):
             self.per_device_train_batch_size = self.global_batch_size // parts
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to copy to, and torch would warn every epoch
+        # accelerate's loader copies; waiting for the copy is waiting for all that the GPU has been given before.
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory
         self.trackers.check()
         # One process, one device: with more, Trainer would wrap the model in nn.DataParallel and multiply the batch.
         self._n_gpu = min(self.n_gpu, 1)

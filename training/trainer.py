@@ -235,6 +235,8 @@ class MoCoTrainer(SGDTrainer):
         return batches
 
     def _prepare_inputs(self, inputs):
+        # From pinned memory the host need not wait, where Trainer's own copy would, for all that the GPU has been given.
+        inputs = {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
         inputs = super()._prepare_inputs(inputs)
         return inputs if self.render is None else self.render(inputs)
 
@@ -296,9 +298,11 @@ class MoCoTrainer(SGDTrainer):
             return {}
         epoch = int(self.state.epoch or 0) + 1  # views that are not in the queue yet
         images = collate(self.train_dataset.draw(batches * batch, epoch, self.args.process_index, ranks))
-        rendered = self._prepare_inputs(images)
-        views = [rendered[name] for name in VIEWS]
-        trained, other, leaks = leak(self.model, list(zip(*(view.split(batch) for view in views), strict=True)))
+        parts = zip(*(tensor.split(batch) for tensor in images.values()), strict=True)
+        rendered = [
+            self._prepare_inputs(dict(zip(images, part, strict=True))) for part in parts
+        ]  # as much as in training
+        trained, other, leaks = leak(self.model, [(views[VIEWS[0]], views[VIEWS[1]]) for views in rendered])
         return {"contrast_top1": trained, "contrast_top1_shuffled": other, "leaks": float(leaks)}
 
     def _warn(self, metrics: dict[str, float]) -> None:
@@ -323,7 +327,10 @@ class MoCoTrainer(SGDTrainer):
         images = self._images * world_size()
         self._sums, self._batches, self._images = torch.zeros_like(self._sums), 0, 0
         seconds, self._logged_at = time.perf_counter() - self._logged_at, time.perf_counter()
-        waited, self._waited = self._waited, 0.0
+        waited, self._waited = torch.tensor(self._waited), 0.0
+        if world_size() > 1:  # one that waits for images keeps all others waiting
+            waited = waited.to(self.args.device)
+            dist.all_reduce(waited, dist.ReduceOp.MAX)
         metrics = dict(zip(STATISTICS, means, strict=True))
         config = self.model.config
         keys_per_step = self.args.images_per_step * (2 if config.symmetric_loss else 1)
@@ -334,7 +341,7 @@ class MoCoTrainer(SGDTrainer):
             "queue_age": queue_age(config.queue_size, keys_per_step, self.state.global_step),
             "key_drift": key_drift(self.model),
             "images_per_second": images / seconds,
-            "waiting_for_data": 100 * waited / seconds,
+            "waiting_for_data": 100 * waited.item() / seconds,
         }
 
 
