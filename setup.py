@@ -24,6 +24,7 @@ setup(
         "datasets>=5.2",
         "timm>=1.0.31",
         "huggingface-hub>=2.4",
+        "httpx2>=2.0",  # whose errors huggingface-hub raises
         "safetensors>=0.8",
         "filelock>=3.16",
         "scikit-learn>=1.7",

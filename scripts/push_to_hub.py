@@ -2,12 +2,11 @@
 
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from transformers.utils.logging import disable_progress_bar
 
 from training.cli import build_parser, one_line_errors, parse_flags
-from training.hub import CARD, PublishArguments, Repository, list_files, load_published, publish
+from training.hub import CARD, PublishArguments, Repository, list_files, load_published, make_folder, publish
 
 
 def main(argv: list[str]) -> None:
@@ -25,7 +24,7 @@ def main(argv: list[str]) -> None:
         model, processor = load_published(names.source, args.include_training_state)
         if not args.dry_run:
             repository = repository.prepare()
-        with TemporaryDirectory() as name:
+        with make_folder() as name:
             folder = Path(name)
             publish(names.source, model, processor, repository.name, args, folder)
             show_files(folder)

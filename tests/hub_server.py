@@ -50,6 +50,7 @@ class Hub:
     Attributes:
         may_write: whether the token may.
         breaks: how often the connection is cut in the middle of a large file that is sent.
+        open: while it is clear, large files that are sent wait.
         requests: (method, path) of all so far.
     """
 
@@ -59,6 +60,8 @@ class Hub:
         self.requests: list[tuple[str, str]] = []
         self.may_write = True
         self.breaks = 0
+        self.open = threading.Event()
+        self.open.set()
         self.lock = threading.RLock()
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -76,6 +79,7 @@ class Hub:
         return {path: file.data for path, file in repo.commits[repo.branches[revision]].items()}
 
     def close(self) -> None:
+        self.open.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -118,6 +122,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = self.read_body()
+        if self.command == "PUT":
+            self.hub.open.wait()
         with self.hub.lock:
             self.hub.requests.append((self.command, "/".join(path)))
             if path[0] == "_large":
@@ -301,6 +307,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = File(base64.b64decode(value["content"]))
             elif operation["key"] == "lfsFile":
                 files[value["path"]] = File(self.hub.large[value["oid"]], value["oid"])
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
         state = json.dumps([parent, title, sorted((path, file.oid) for path, file in files.items())])
         commit = hashlib.sha1(state.encode()).hexdigest()
         repo.commits[commit], repo.branches[branch] = files, commit

@@ -3,8 +3,12 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -16,8 +20,9 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessorPil, MoCoModel
+from training.checkpoints import newest_complete
 from training.features import encoder_digest
-from training.hub import PublishArguments, list_files, load_published, publish, read_origin
+from training.hub import PublishArguments, Repository, Uploads, list_files, load_published, publish, read_origin
 from training.model_card import public_name
 from training.results import Result, append_results
 
@@ -89,10 +94,12 @@ def environment(hub: Hub, folder: Path, token: str | None = None) -> dict[str, s
 
 @pytest.fixture(scope="module")
 def run(script, tmp_path_factory):
-    """A pretraining run and the probe that followed it, with all that they leave."""
+    """A pretraining run, the probe and the fine-tuning that followed it, with all that they leave."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    script("pretrain").main([*TINY, "--num_train_epochs", "1", "--output_dir", str(folder)])
-    script("linear_probe").main([str(folder), "--use_cpu", "--num_train_epochs", "1", "--disable_tqdm", "True"])
+    script("pretrain").main([*TINY, "--num_train_epochs", "2", "--output_dir", str(folder)])
+    short = ["--use_cpu", "--num_train_epochs", "1", "--disable_tqdm", "True"]
+    script("linear_probe").main([str(folder), *short])
+    script("finetune").main([str(folder), *short, "--label_fraction", "1", "--global_batch_size", "16"])
     return folder
 
 
@@ -211,6 +218,102 @@ def test_the_card_says_what_was_measured_and_nothing_else(run, tmp_path):
     assert "{%" not in text
 
 
+def card_of(source: Path, folder: Path) -> tuple[str, ModelCard]:
+    model, processor = load_published(str(source), training_state=False)
+    publish(str(source), model, processor, "org/name", PublishArguments(), folder)
+    text = (folder / "README.md").read_text()
+    assert metadata_errors(text) == []
+    return text, ModelCard(text)
+
+
+def test_a_checkpoint_is_not_described_as_the_end_of_its_run(run, tmp_path):
+    checkpoint = run / "checkpoint-4"
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 8
+    text, _ = card_of(checkpoint, tmp_path / "published")
+    assert "queue_size: 64" in text
+    assert "8 steps" not in text
+    assert "](" + "neighbours.png" not in text
+    assert "Nothing has been measured on these weights" in text
+
+
+def test_the_card_of_a_fine_tuned_model_tells_it_from_a_probe(run, tmp_path):
+    text, card = card_of(run / "finetune_100pct", tmp_path / "tuned")
+    metrics = json.loads((run / "finetune_100pct" / "metrics.json").read_text())
+    assert round(metrics["top1"], 2) in [result.metric_value for result in card.data.eval_results]
+    assert all("fine-tuning" in result.metric_name for result in card.data.eval_results)
+    assert "with labels, as a classifier" in text
+    assert "It was trained without labels" not in text
+    assert "neighbours.png" not in text  # the encoder's before it was tuned
+    assert "fine-tuning:\n" in text
+    probed, card = card_of(run / "linear_probe", tmp_path / "probed")
+    assert not [result for result in card.data.eval_results if "fine-tuning" in result.metric_name]
+    assert "probe:\n" in probed
+    encoder, card = card_of(run, tmp_path / "encoder")
+    assert [result for result in card.data.eval_results if "fine-tuning" in result.metric_name]
+    assert "probe:\n" not in encoder
+
+
+def test_what_lies_around_a_model_that_is_not_its_run_stays_out(run, tmp_path):
+    shutil.copytree(run / "linear_probe", tmp_path / "stranger" / "probe")
+    (tmp_path / "stranger" / "recipe.yaml").write_text("- a list")
+    (tmp_path / "stranger" / "metrics.json").write_text("{")
+    shutil.copyfile(run / "tsne.png", tmp_path / "stranger" / "tsne.png")
+    text, _ = card_of(tmp_path / "stranger" / "probe", tmp_path / "published")
+    assert "tsne.png" not in text
+    assert not (tmp_path / "published" / "tsne.png").exists()
+
+
+def test_settings_that_say_where_something_is_stay_at_home(run, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json", "metrics.json"):
+        (source / name).write_bytes((run / name).read_bytes())
+    for name in ("config.json", "preprocessor_config.json"):
+        content = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps(content | {"my_path": "/secret/place"}))
+    metrics = json.loads((source / "metrics.json").read_text())
+    metrics["data"]["local"] = True
+    (source / "metrics.json").write_text(json.dumps(metrics))
+    training = {"learning_rate": 0.1, "optim": "sgd", "lr_milestones": [1], "accelerator_config": "/secret/site.json"}
+    training |= {"deepspeed": {"at": "/secret/zero.json"}, "resume_from_checkpoint": "/secret/runs"}
+    recipe = {"data": {"dataset_name": "secret/my birds"}, "training": training}
+    (source / "recipe.yaml").write_text(json.dumps(recipe))
+    text, card = card_of(source, tmp_path / "published")
+    for name in list_files(tmp_path / "published"):
+        assert b"secret" not in (tmp_path / "published" / name).read_bytes(), name
+    assert card.data.datasets is None
+    assert "dataset_name: my birds" in text
+    for shown in ("learning_rate: 0.1", "optim: sgd", "- 1"):
+        assert shown in text
+    metrics["data"]["local"] = False
+    (source / "metrics.json").write_text(json.dumps(metrics))
+    (source / "recipe.yaml").write_text(json.dumps(recipe | {"data": {"dataset_name": "org/birds"}}))
+    assert card_of(source, tmp_path / "again")[1].data.datasets == ["org/birds"]
+    (tmp_path / "elsewhere.yaml").write_text(json.dumps({"about": {"title": "another's"}}))
+    (source / "recipe.yaml").unlink()
+    (source / "recipe.yaml").symlink_to(tmp_path / "elsewhere.yaml")
+    assert "another's" not in card_of(source, tmp_path / "linked")[0]
+
+
+def test_a_path_of_this_machine_in_a_title_is_refused(run, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    shutil.copytree(run, source, ignore=shutil.ignore_patterns("checkpoint*", "linear_probe", "finetune*", "*.png"))
+    (source / "recipe.yaml").write_text(json.dumps({"about": {"title": f"birds of {source}/here"}}))
+    with pytest.raises(ValueError, match=r"README\.md would publish .*: take it out of the recipe"):
+        card_of(source, tmp_path / "published")
+    monkeypatch.setenv("HOME", "/name")  # no part of org/name
+    (source / "recipe.yaml").write_text(json.dumps({"about": {"title": "birds"}}))
+    card_of(source, tmp_path / "again")
+
+
+def test_a_card_names_the_version_that_its_projection_head_has(tmp_path):
+    for head, words in (("linear", "MoCo v1, [arXiv:1911.05722]"), ("mlp", "MoCo v2, [arXiv:2003.04297]")):
+        model = MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=64, projection_head=head))
+        model.save_pretrained(tmp_path / head)
+        MoCoImageProcessorPil().save_pretrained(tmp_path / head)
+        assert words in card_of(tmp_path / head, tmp_path / f"{head}_published")[0]
+
+
 def test_the_card_has_results_of_these_weights_alone(run, tmp_path):
     model, processor = load_published(str(run), training_state=False)
     source = tmp_path / "source"
@@ -263,6 +366,41 @@ def refused(script, capsys, *words: str) -> str:
     return line
 
 
+def damage(folder: Path, name: str) -> None:
+    path = folder / name
+    if name == "model.safetensors":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif name == "config.json":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"architecture": "resnet18"}))
+    elif name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+        torch.save({}, path)
+    elif name == "results.json":
+        digest = encoder_digest(MoCoModel.from_pretrained(folder))
+        path.write_text(json.dumps([{"protocol": "kNN", "model": digest}]))
+    else:
+        path.write_text({"recipe.yaml": "- a list", "metrics.json": "{", "conversion.json": "[1]"}[name])
+
+
+DAMAGED = ["model.safetensors", "config.json", "pytorch_model.bin"]
+DAMAGED += ["results.json", "recipe.yaml", "metrics.json", "conversion.json"]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_named_in_one_line(name, hub, run, script, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(run, source, ignore=shutil.ignore_patterns("checkpoint*", "linear_probe", "finetune*"))
+    damage(source, name)
+    line = refused(script, capsys, str(source), "org/run", "--dry_run")
+    assert name in line or "holds no MoCo model with its image processor" in line
+    assert "weights_only" not in line
+
+
+def test_without_room_for_a_folder_nothing_happens(hub, run, script, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    assert "set TMPDIR" in refused(script, capsys, str(run), "org/run")
+
+
 def test_without_a_token_or_a_right_nothing_happens(hub, run, script, capsys, monkeypatch):
     hub.may_write = False
     assert "use a token that may write there" in refused(script, capsys, str(run), "org/run")
@@ -279,6 +417,28 @@ def test_another_model_is_not_overwritten(hub, run, script, capsys):
     repo.commits[repo.branches["main"]]["pytorch_model.bin"] = repo.commits[repo.branches["main"]][".gitattributes"]
     assert "org/bert holds something else (pytorch_model.bin)" in refused(script, capsys, str(run), "org/bert")
     assert not repo.log
+
+
+def test_a_repository_that_was_made_on_the_website_is_filled(hub, run, script, capsys):
+    repo = hub.create("org/run")
+    files = repo.commits[repo.branches["main"]]
+    files["README.md"] = files["LICENSE"] = files[".gitattributes"]
+    push(script, str(run), "org/run")
+    assert "config.json" in hub.files("org/run")
+    hub.create("org/open")
+    assert "which is public" in refused(script, capsys, str(run), "org/open", "--private")
+
+
+def test_weights_of_the_push_before_do_not_stay_behind(hub, run, script, tmp_path):
+    push(script, str(run), "org/run", "--torch_export")
+    repo = hub.repos["org/run"]
+    files = repo.commits[repo.branches["main"]]
+    files["notes.txt"] = files["resnet/config.json"] = files[".gitattributes"]
+    push(script, str(run), "org/run")
+    names = hub.files("org/run").keys()
+    assert "notes.txt" in names
+    assert not [name for name in names if name.startswith(("torch_export/", "resnet/"))]
+    assert {"config.json", "model.safetensors", "moco.safetensors", "modeling_moco.py", "tsne.png"} <= names
 
 
 def test_a_second_push_is_a_new_revision_of_the_same_repository(hub, run, script, capsys):
@@ -336,6 +496,20 @@ def test_a_run_publishes_every_save_and_its_end(hub, script, tmp_path, capsys):
     assert encoder_digest(model_of(tmp_path / "pulled")) == encoder_digest(model_of(folder))
 
 
+def test_one_upload_at_a_time_which_nobody_waits_for_but_the_last(hub, run, caplog):
+    uploads = Uploads(Repository("org/live").prepare())
+    hub.open.clear()
+    uploads.send(run, "first")
+    uploads.send(run / "checkpoint-4", "second, while the first is under way")
+    assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+    time.sleep(1)
+    asked, let_go = [len(hub.requests)], threading.Timer(4, lambda: (asked.append(len(hub.requests)), hub.open.set()))
+    let_go.start()
+    uploads.send_last(run / "checkpoint-8", "last")
+    assert asked[0] == asked[1]  # nothing of the last was sent while the first was under way
+    assert hub.repos["org/live"].log == ["first", "last"]
+
+
 def test_a_run_that_may_not_publish_does_not_begin(hub, script, tmp_path, capsys):
     flags = [*TINY, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "run"), "--push_to_hub", "True"]
     hub.may_write = False
@@ -355,13 +529,19 @@ def test_a_run_that_may_not_publish_does_not_begin(hub, script, tmp_path, capsys
 def test_a_failed_upload_does_not_end_a_run(hub, script, tmp_path, capsys, caplog, monkeypatch):
     monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
     hub.breaks = 10**6
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")  # nor is there room
     folder = tmp_path / "run"
     flags = [*TINY, "--num_train_epochs", "1", "--output_dir", str(folder), "--push_to_hub", "True"]
     with pytest.raises(SystemExit):  # its end says so
         script("pretrain").main([*flags, "--hub_model_id", "org/live"])
-    assert "uploading to org/live failed" in caplog.text
+    assert "set TMPDIR" in caplog.text
+    assert "set TMPDIR" in capsys.readouterr().err
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with pytest.raises(SystemExit):
+        script("pretrain").main([*flags, "--hub_model_id", "org/live"])
     assert "give the same command again" in capsys.readouterr().err
     assert (folder / "results.json").is_file()
+    assert newest_complete(folder)[0] == folder / "checkpoint-4"
     assert hub.repos["org/live"].log == []
     hub.breaks = 0
     push(script, str(folder), "org/live")

@@ -155,6 +155,7 @@ def load_images(args: DataArguments, labelled: bool = False) -> ImageSplits:
         raise ValueError(flaw)
     about = {
         "dataset": args.dataset_name,
+        "local": Path(str(args.dataset_name)).exists(),
         "config": args.dataset_config_name,
         "revision": _revision(splits[args.train_split]),
         "train_split": args.train_split,

@@ -52,6 +52,34 @@ def encoder_and_classifier(model: Model) -> tuple[Any, nn.Linear | None]:
     return model.encoder_q, None
 
 
+def check_processor(processor: MoCoImageProcessor, source: str) -> None:
+    """
+    Raises:
+        ValueError: images are prepared otherwise than by resizing the short side, cutting out the central square and
+            normalising, which is what every format can say.
+    """
+    ours = MoCoImageProcessor()
+    steps = (
+        "do_resize",
+        "do_center_crop",
+        "do_rescale",
+        "do_normalize",
+        "do_convert_rgb",
+        "resample",
+        "rescale_factor",
+    )
+    wrong = {name: getattr(processor, name) for name in steps if getattr(processor, name) != getattr(ours, name)}
+    if set(dict(processor.size)) - {"shortest_edge"} or processor.size["shortest_edge"] is None:
+        wrong["size"] = dict(processor.size)
+    if processor.crop_size["height"] != processor.crop_size["width"]:
+        wrong["crop_size"] = dict(processor.crop_size)
+    for name, value in wrong.items():
+        raise ValueError(
+            f"{name} ({value}) in preprocessor_config.json of {source} is not what the other formats do: they resize the "
+            "short side bilinearly, cut out the central square and normalise. Restore it"
+        )
+
+
 def data_config(processor: MoCoImageProcessor) -> dict[str, Any]:
     """The evaluation transform in timm's terms."""
     size, resize = processor.crop_size["height"], processor.size["shortest_edge"]
@@ -164,7 +192,8 @@ def to_network(model: Model) -> nn.Module:
     config.batch_norm = "plain"  # the others have the same state and differ in training alone
     plain = build_encoder(config)
     plain.load_state_dict(encoder.state_dict())
-    return nn.Sequential(plain, nn.Identity() if classifier is None else classifier).eval()
+    head = nn.Identity() if classifier is None else copy.deepcopy(classifier)
+    return nn.Sequential(plain, head).float().eval()
 
 
 def output_name(model: Model) -> str:

@@ -236,6 +236,7 @@ def parse_finetune(argv: list[str]) -> FinetuneRun:
     )
     if Path(training.output_dir) == encoder.home / "finetune":
         training.output_dir += f"_{100 * training.label_fraction:g}pct"
+    settings["encoder"]["fine_tuned"] = True
     return FinetuneRun(encoder, data, training, settings)
 
 
@@ -289,7 +290,7 @@ def announce(run: FinetuneRun, trainer: FinetuneTrainer) -> None:
 
 
 def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> Scores:
-    """Save the classifier and `metrics.json` to the output directory, and append to the results beside the encoder."""
+    """Save the classifier and `metrics.json` to the output directory; append to the results there and beside the encoder."""
     args, folder = run.training, Path(str(run.training.output_dir))
     trainer.evaluate()
     trainer.save_model(str(folder))
@@ -316,5 +317,6 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> S
         plots.confusion_matrix(scores.confusion, splits.class_names, folder / "confusion")
         results = scores.results(protocol, settings=settings, seed=args.seed)
         append_results(run.encoder.home, results, model=trainer.encoder, data=splits.about)
+        append_results(folder, results, model=encoder_digest(trainer.model.moco), data=splits.about)
         args.trackers.send(folder, results, [folder / "confusion.png"], trainer.state.global_step)
     return trainer.scores

@@ -14,21 +14,24 @@ One with a stem for small images, which timm does not know, has our format alone
 written here or pictures of the run are in it.
 """
 
+import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any
 
 import httpx2  # the client's
 import yaml
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
@@ -36,13 +39,14 @@ import modeling_moco
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 
 from . import exports
+from .checkpoints import MANIFEST
 from .cli import SAVED_RECIPE
 from .convert import CONVERSION
 from .exports import Model, read_json, write_json
 from .features import encoder_digest
-from .model_card import Origin, render_card
+from .model_card import MEASURED, Origin, render_card
 from .report import METRICS, PICTURES
-from .results import read_results
+from .results import RESULTS, read_results
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +58,9 @@ AUTO_MAP = {
     "AutoBackbone": "modeling_moco.MoCoBackbone",
 }
 PROCESSOR = "image_processing_moco.MoCoImageProcessorPil"  # the exact one
+# What a push leaves out of a repository, if it does not bring it anew: weights of the push before would answer to its name.
+WRITTEN = ("onnx/*", "torch_export/*", "resnet/*", "*.safetensors", "*_moco.py", *(f"{name}.png" for name in PICTURES))
+MADE_BY_HAND = {".gitattributes", "README.md", "LICENSE"}  # what a repository has that was made on the website
 
 
 @dataclass
@@ -78,7 +85,8 @@ def load_published(source: str, training_state: bool) -> tuple[Model, MoCoImageP
     """The model of a folder or Hub repository, in evaluation mode, and its image processor.
 
     Raises:
-        ValueError: there is no such model, or it lacks its weights, its image processor or the training state.
+        ValueError: there is no such model, or it lacks its weights, its image processor or the training state; they are
+            damaged; or its images are prepared in a way that other libraries cannot follow.
     """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -91,22 +99,37 @@ def load_published(source: str, training_state: bool) -> tuple[Model, MoCoImageP
                 "run that it was trained on"
             )
         if classifies:
-            model, report = MoCoForImageClassification.from_pretrained(source, output_loading_info=True)
+            model, report = MoCoForImageClassification.from_pretrained(source, **SAFELY)
         else:
             kind = _WholeMoCoModel if training_state else MoCoModel
-            model, report = kind.from_pretrained(source, output_loading_info=True, momentum_encoder=training_state)
+            model, report = kind.from_pretrained(source, momentum_encoder=training_state, **SAFELY)
             model.__class__ = MoCoModel
         processor = MoCoImageProcessor.from_pretrained(source)
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last for weights of another shape
         raise ValueError(
-            f"{source} holds no MoCo model with its image processor ({error}): pass the folder that a run saved to, e.g. "
-            "runs/quickstart, or one of its checkpoints"
+            f"{source} holds no MoCo model with its image processor ({_first_line(error)}): pass the folder that a run saved "
+            "to, e.g. runs/quickstart, or one of its checkpoints"
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     if absent := sorted(report["missing_keys"]):
         raise ValueError(f"{source} lacks {absent[0]}: pass the folder that a run saved to, e.g. runs/quickstart")
+    exports.check_processor(processor, source)
+    _forget_unknown(model.config, MoCoConfig())
+    _forget_unknown(processor, MoCoImageProcessor())
     return model.eval(), processor
+
+
+SAFELY: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True}  # the other kind of weights is a pickle
+
+
+def _forget_unknown(settings: Any, known: Any) -> None:
+    # transformers keeps whatever somebody has written into a file, and would publish it.
+    for name in (
+        settings.to_dict().keys() - known.to_dict().keys() - {"id2label", "label2id", "architectures", "auto_map"}
+    ):
+        if name in vars(settings):
+            delattr(settings, name)
 
 
 class _WholeMoCoModel(MoCoModel):
@@ -124,8 +147,20 @@ def publish(
         source: folder of the model, which may have its recipe, results and pictures beside it.
 
     Raises:
-        ValueError: an export could not be made.
+        ValueError: an export could not be made, there is no room, or what lies beside the model cannot be read.
     """
+    try:
+        _publish(source, model, processor, repo_id, args, folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{source} could not be written to {folder.parent} ({_first_line(error)}): make room there, or set TMPDIR to "
+            "another folder"
+        ) from error
+
+
+def _publish(
+    source: str, model: Model, processor: MoCoImageProcessor, repo_id: str, args: PublishArguments, folder: Path
+):
     folder.mkdir(parents=True, exist_ok=True)
     _save_weights(model, processor, repo_id, args.license, folder)
     for path in Path(modeling_moco.__file__).parent.glob("*_moco.py"):
@@ -173,36 +208,99 @@ def _save_weights(model: Model, processor: MoCoImageProcessor, repo_id: str, lic
 
 
 def read_origin(source: Path, model: Model) -> Origin:
-    """What a run left beside a model, in its folder or, for a probe or a checkpoint, in the one above.
+    """What a run left beside a model: in its folder or, for a checkpoint, a probe or a fine-tuned model, in those above.
 
-    Pictures that are links are left out: they may show what lies elsewhere.
+    Raises:
+        ValueError: a file there is damaged.
     """
-    folders = [source, source.parent] if source.is_dir() else []
-    recipe: dict[str, dict[str, Any]] = {}
-    for folder in folders:
-        path = folder / SAVED_RECIPE
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if "encoder" in found:  # an evaluation's, which names the model by a path
-            recipe["probe"] = found.get("training", {})
-        else:
-            recipe |= {key: value for key, value in found.items() if key not in recipe}
+    home = source.parent if _is_checkpoint(source) else source
+    settings = _read_yaml(home / SAVED_RECIPE)
+    evaluated = settings.get("encoder", {})  # of a probe or a fine-tuning, which began with that model
+    run, final = _find_run(source)
+    recipe = {} if run is None else _read_yaml(run / SAVED_RECIPE)
     encoder = model.moco if isinstance(model, MoCoForImageClassification) else model
-    digest = encoder_digest(encoder)
-    results = [entry for folder in folders for entry in read_results(folder) if entry["model"] == digest]
-    found = [folder / f"{name}.png" for folder in folders for name in PICTURES]
-    pictures = {path.name: path for path in found if path.is_file() and not path.is_symlink()}
     return Origin(
-        recipe,
-        metrics=_last_json([folder / METRICS for folder in folders]),  # of the pretraining, not of a probe below it
-        conversion=_last_json([folder / CONVERSION for folder in folders]),
-        results=results,
-        pictures=list(pictures.values()),
+        recipe={key: value for key, value in recipe.items() if key != "probe"},  # what a probe would begin with
+        evaluation=settings.get("training", {}) if evaluated else {},
+        fine_tuned=bool(evaluated.get("fine_tuned")),
+        metrics=_read_json(run / METRICS) if run and final else {},
+        conversion=_read_json((run or source) / CONVERSION),
+        results=_read_own_results(home, run, encoder_digest(encoder), about_encoder=not evaluated),
+        pictures=_find_pictures(run) if run and final and not evaluated.get("fine_tuned") else [],
     )
 
 
-def _last_json(paths: list[Path]) -> dict[str, Any]:
-    there = [path for path in paths if path.is_file()]
-    return read_json(there[-1]) if there else {}
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def _find_run(folder: Path) -> tuple[Path | None, bool]:
+    """The folder of the pretraining run that a model came from, if it is known, and whether from its final weights."""
+    if not folder.is_dir():
+        return None, False
+    folder = folder.resolve()
+    if _is_checkpoint(folder):
+        return _find_run(folder.parent)[0], False
+    evaluated = _read_yaml(folder / SAVED_RECIPE).get("encoder")
+    if evaluated is None:
+        return folder, True
+    if evaluated.get("random_encoder") or Path(str(evaluated.get("model"))).name != folder.parent.name:
+        return None, False
+    return _find_run(folder.parent)
+
+
+def _read_own_results(home: Path, run: Path | None, digest: str, about_encoder: bool) -> list[dict[str, Any]]:
+    """Results that were measured on the weights with this digest. Of a classifier none that another classifier had."""
+    folders = {folder.resolve(): None for folder in (run, home) if folder is not None and folder.is_dir()}
+    results = [(folder, entry) for folder in folders for entry in read_results(folder) if entry.get("model") == digest]
+    for folder, entry in results:
+        if missing := [key for key in MEASURED if key not in entry]:
+            raise ValueError(f"{folder / RESULTS} has an entry without {missing[0]}: mend it, or move the file away")
+    return [
+        entry
+        for folder, entry in results
+        if about_encoder or folder == home.resolve() or not entry["protocol"].startswith("fine-tuning")
+    ]
+
+
+def _find_pictures(folder: Path) -> list[Path]:
+    # Links may show what lies elsewhere.
+    paths = [folder / f"{name}.png" for name in PICTURES]
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
+
+
+def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
+    """Sections of a file beside a model; none if it is not there or a link."""
+    if not path.is_file() or path.is_symlink():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML ({_first_line(error)}): mend it, or move it away") from error
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise ValueError(f"{path} is not made of sections of keys: mend it, or move it away")
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file() or path.is_symlink():
+        return {}
+    try:
+        return dict(exports.read_json(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON of names and values ({error}): mend it, or move it away") from error
+
+
+def make_folder() -> TemporaryDirectory:
+    """An empty folder for what is published.
+
+    Raises:
+        ValueError: there is no room for one.
+    """
+    try:
+        return TemporaryDirectory()
+    except OSError as error:
+        raise ValueError(f"no temporary folder can be made ({error}): make room, or set TMPDIR to another") from error
 
 
 def list_files(folder: Path) -> list[str]:
@@ -211,13 +309,18 @@ def list_files(folder: Path) -> list[str]:
 
 def _check_private(source: str, folder: Path) -> None:
     # The last of several guards: nothing above should have let one through.
-    secrets = [text for text in (str(Path.home()), str(Path(source).absolute()), get_token()) if text and text != "/"]
+    places = [text for text in (str(Path.home()), str(Path(source).absolute())) if text != "/"]
+    secrets = {text: rf"(?<![\w.~-]){re.escape(text)}(?![\w.-])" for text in places}  # no part of another name
+    if token := get_token():
+        secrets["your token"] = re.escape(token)
     for name in list_files(folder):
         if name.endswith((".md", ".json")):
             text = (folder / name).read_text(encoding="utf-8")
-            found = [secret for secret in secrets if secret in text]
-            if found:
-                raise ValueError(f"{name} of {source} would publish a path or a token of this machine")
+            if found := [secret for secret, pattern in secrets.items() if re.search(pattern, text)]:
+                raise ValueError(
+                    f"{name} would publish {found[0]}, which is this machine's: take it out of the recipe, the results or the "
+                    f"configuration beside {source}"
+                )
 
 
 # The Hub
@@ -228,17 +331,21 @@ def hub_errors(doing: str) -> Iterator[None]:
     """Turn what the client raises into one ValueError that says what to do."""
     try:
         yield
-    except (httpx2.HTTPError, OSError, RuntimeError, OfflineModeIsEnabled) as error:
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{doing} failed: what answered is no Hub (a proxy, a login page?); check the network"
+        ) from error
+    except (httpx2.HTTPError, OSError, RuntimeError) as error:
         # The client puts a RuntimeError around what goes wrong with a large file. Others are not the network's.
         cause: Any = error.__cause__ if type(error) is RuntimeError else error
-        if not isinstance(cause, httpx2.HTTPError | OSError | OfflineModeIsEnabled):
+        if not isinstance(cause, httpx2.HTTPError | OSError):
             raise
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 0
         remedy = {
             401: "log in with `hf auth login`, or set HF_TOKEN to a token that may write",
             403: "use a token that may write there, or choose a name of your own",
             404: "check the name, and that the token may see it",
-        }.get(status, "nothing has been changed there; give the same command again, it sends what is missing")
+        }.get(status, "all of it is there or nothing; give the same command again, it sends what is missing")
         raise ValueError(f"{doing} failed ({_first_line(cause)}): {remedy}") from error
 
 
@@ -279,7 +386,7 @@ class Repository:
             the same with its whole name.
 
         Raises:
-            ValueError: no token, no right, no network, or something else is there.
+            ValueError: no token, no right, no network; something else is there, or it is public and is not to be.
         """
         if (self.token or get_token()) is None:
             raise ValueError(
@@ -287,11 +394,14 @@ class Repository:
             )
         with hub_errors(f"opening {self.name}"):
             whole = self.api.create_repo(self.name, private=self.private or None, exist_ok=True).repo_id
-            there = [name for name in self.api.list_repo_files(whole) if name != ".gitattributes"]
+            about = self.api.repo_info(whole)
             if self.revision is not None:
                 self.api.create_branch(whole, branch=self.revision, exist_ok=True)
-        if there and "modeling_moco.py" not in there:
-            raise ValueError(f"{whole} holds something else ({', '.join(sorted(there)[:3])}): choose another name")
+        there = {file.rfilename for file in about.siblings or []}
+        if "modeling_moco.py" not in there and (others := sorted(there - MADE_BY_HAND)):
+            raise ValueError(f"{whole} holds something else ({', '.join(others[:3])}): choose another name")
+        if self.private and not about.private:
+            raise ValueError(f"private (True) comes too late for {whole}, which is public: make it private on its page")
         return replace(self, name=whole)
 
     def upload(self, folder: Path, message: str) -> str:
@@ -305,7 +415,11 @@ class Repository:
         """
         with hub_errors(f"uploading to {self.name}"):
             commit = self.api.upload_folder(
-                repo_id=self.name, folder_path=folder, commit_message=message, revision=self.revision
+                repo_id=self.name,
+                folder_path=folder,
+                commit_message=message,
+                revision=self.revision,
+                delete_patterns=list(WRITTEN),
             )
         return str(commit.commit_url)
 
@@ -315,19 +429,19 @@ class Uploads:
 
     def __init__(self, repository: Repository):
         self.repository = repository
-        self._executor = ThreadPoolExecutor(max_workers=1)
-        self._last: Future[None] | None = None
+        self._last: Thread | None = None
 
     def send(self, source: Path, message: str) -> None:
         """Publish the model of a folder, which may be deleted afterwards. While an upload is under way, leave it out.
 
-        What goes wrong is logged: a run does not end for it.
+        What goes wrong is logged: a run does not end for it. Nor does it wait, if it is stopped.
         """
-        if self._last is None or self._last.done():
-            folder = TemporaryDirectory()
+        if self._last is None or not self._last.is_alive():
             with _warn():
+                folder = make_folder()
                 self._write(source, Path(folder.name))
-                self._last = self._executor.submit(self._upload, folder, message)
+                self._last = Thread(target=self._upload, args=(folder, message), daemon=True)
+                self._last.start()
 
     def send_last(self, source: Path, message: str) -> str:
         """Publish the model of a folder after all that is under way.
@@ -336,10 +450,11 @@ class Uploads:
             address of the commit.
 
         Raises:
-            ValueError: it could not be uploaded.
+            ValueError: it could not be written or uploaded.
         """
-        self._executor.shutdown(wait=True)
-        with TemporaryDirectory() as name:
+        if self._last is not None:
+            self._last.join()
+        with make_folder() as name:
             self._write(source, Path(name))
             return self.repository.upload(Path(name), message)
 

@@ -16,8 +16,12 @@ from .exports import Model, encoder_and_classifier, output_name
 from .report import CURVES, OF_FEATURES
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
-SHOWN_SECTIONS = ("data", "model", "training", "probe")  # of a recipe; what it was expected to reach is no result
-PRIVATE = ("project", "run_name", "logging_dir", "output_dir")  # settings that say where, not what
+SHOWN_SECTIONS = ("data", "model", "training")  # of a recipe; what it was expected to reach is no result
+# Settings of training whose values are shown though they are words: others may say where on this machine something is.
+WORDS = ("optim", "optim_args", "lr_scheduler_type", "eval_strategy", "save_strategy", "knn_features", "mode")
+MEASURED = (  # what an entry of `results.json` must have
+    *("protocol", "feature", "metric", "value", "interval", "n", "seed", "settings", "data", "hardware"),
+)
 
 
 @dataclass(frozen=True)
@@ -25,24 +29,39 @@ class Origin:
     """What a run left beside its model. Each may be empty.
 
     Args:
-        recipe: sections of its settings, of the pretraining and of the probe that followed.
-        metrics: of its `metrics.json`.
+        recipe: sections of the settings of the pretraining.
+        evaluation: settings of the probe or the fine-tuning that followed.
+        fine_tuned: whether the encoder has been trained with labels since.
+        metrics: of the pretraining's `metrics.json`, if these are the weights that it ended with or began anything else from.
         conversion: of the `conversion.json` of a converted checkpoint.
         results: entries of `results.json` that were measured on these weights, oldest first.
         pictures: PNG files.
     """
 
     recipe: dict[str, dict[str, Any]]
+    evaluation: dict[str, Any]
+    fine_tuned: bool
     metrics: dict[str, Any]
     conversion: dict[str, Any]
     results: list[dict[str, Any]]
     pictures: list[Path]
 
 
-def public_name(dataset: str) -> str:
-    """A dataset's name on the Hub, or of its folder."""
+def public_name(dataset: str, local: bool | None = None) -> str:
+    """A dataset's name on the Hub, or of its folder.
+
+    Args:
+        local: whether it was a folder when it was read; None where nobody wrote it down.
+    """
     path = Path(dataset).expanduser()
-    return path.resolve().name if path.exists() or path.is_absolute() or dataset.startswith(".") else dataset
+    if local is None:
+        local = path.exists() or path.is_absolute() or dataset.startswith(".") or dataset.count("/") > 1
+    return path.resolve().name if local else dataset
+
+
+def _dataset(origin: Origin) -> str | None:
+    name = origin.recipe.get("data", {}).get("dataset_name")
+    return None if name is None else public_name(name, origin.metrics.get("data", {}).get("local"))
 
 
 def render_card(
@@ -89,6 +108,7 @@ def render_card(
         moco_class=type(model).__name__,
         outputs="logits" if classifies else f"pooler_output (1, {encoder.head_hidden_size}), last_hidden_state",
         training_state=training_state,
+        fine_tuned=origin.fine_tuned,
         onnx="onnx/model.onnx" in files,
         torch_export="torch_export/model.pt2" in files,
         output=output_name(model),
@@ -97,23 +117,27 @@ def render_card(
         mean=_listed(processor.image_mean),
         std=_listed(processor.image_std),
         training=_training(origin),
-        settings=yaml.safe_dump(_settings(origin), sort_keys=False) if origin.recipe else "",
+        settings=yaml.safe_dump(settings, sort_keys=False) if (settings := _settings(origin)) else "",
         pictures=[(path.name, *titles[path.stem]) for path in origin.pictures],
-        results=[_row(entry) for entry in results],
+        results=[[cell.replace("|", "\\|") for cell in _row(entry)] for entry in results],
     )
     return card
 
 
 def _summary(model: Model, origin: Origin) -> str:
-    config = model.config
-    version, paper = ("v2", "2003.04297") if config.projection_head == "mlp" else ("v1", "1911.05722")
-    dataset = origin.recipe.get("data", {}).get("dataset_name")
-    images = f" on {public_name(dataset)}" if dataset else ""
+    config, classifies = model.config, isinstance(model, MoCoForImageClassification)
+    version, paper = ("MoCo v2", "2003.04297") if config.projection_head == "mlp" else ("MoCo v1", "1911.05722")
+    if classifies and not origin.recipe:  # a classifier has no projection head that could tell
+        version, paper = "MoCo", "1911.05722"
+    dataset = _dataset(origin)
+    images = f" on {dataset}" if dataset else ""
     sentence = (
-        f"A {config.architecture} trained by Momentum Contrast (MoCo {version}, "
+        f"A {config.architecture} trained by Momentum Contrast ({version}, "
         f"[arXiv:{paper}](https://arxiv.org/abs/{paper})){images} without labels"
     )
-    if isinstance(model, MoCoForImageClassification):
+    if origin.fine_tuned:
+        return f"{sentence}, and then as a whole, with labels, as a classifier of {config.num_labels} classes."
+    if classifies:
         return f"{sentence}, and a classifier of {config.num_labels} classes that was trained on it with labels."
     return f"{sentence}: it turns an image into features for kNN, linear classifiers, fine-tuning and detection."
 
@@ -142,19 +166,28 @@ def _ran(metrics: dict[str, Any]) -> list[str]:
 
 
 def _settings(origin: Origin) -> dict[str, dict[str, Any]]:
-    shown = {}
-    for section in SHOWN_SECTIONS:
-        values = {key: value for key, value in origin.recipe.get(section, {}).items() if key not in PRIVATE}
-        if "dataset_name" in values:
-            values["dataset_name"] = public_name(values["dataset_name"])
-        if values:
-            shown[section] = values
-    return shown
+    sections = {name: dict(origin.recipe.get(name, {})) for name in SHOWN_SECTIONS}
+    if dataset := _dataset(origin):
+        sections["data"]["dataset_name"] = dataset
+    sections["training"] = _public(sections["training"])
+    sections["fine-tuning" if origin.fine_tuned else "probe"] = _public(origin.evaluation)
+    return {name: values for name, values in sections.items() if values}
+
+
+def _public(settings: dict[str, Any]) -> dict[str, Any]:
+    def tells_no_place(value: Any) -> bool:
+        return (
+            value is None
+            or isinstance(value, int | float)
+            or (isinstance(value, list) and all(map(tells_no_place, value)))
+        )
+
+    return {name: value for name, value in settings.items() if name in WORDS or tells_no_place(value)}
 
 
 def _hub_datasets(origin: Origin) -> list[str] | None:
-    name = origin.recipe.get("data", {}).get("dataset_name", "")
-    return [name] if "/" in name and public_name(name) == name else None
+    given, name = origin.recipe.get("data", {}).get("dataset_name"), _dataset(origin)
+    return [given] if given is not None and name == given and "/" in given else None
 
 
 def _newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -167,7 +200,7 @@ def _newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _eval_result(entry: dict[str, Any]) -> EvalResult:
     data, (low, high) = entry["data"], entry["interval"]
-    dataset = public_name(data["dataset"])
+    dataset = public_name(data["dataset"], data.get("local"))
     revision = str(data.get("split_revision") or "")
     return EvalResult(
         task_type="image-classification",
@@ -191,7 +224,7 @@ def _eval_result(entry: dict[str, Any]) -> EvalResult:
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     low, high = entry["interval"]
-    data = f"{public_name(entry['data']['dataset'])}, {entry['data']['split']}"
+    data = f"{public_name(entry['data']['dataset'], entry['data'].get('local'))}, {entry['data']['split']}"
     value, spread = f"{entry['value']:.2f} %", f"{low:.2f} to {high:.2f}"
     return (
         entry["protocol"],

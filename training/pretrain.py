@@ -194,7 +194,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
         "steps": trainer.state.global_step,
         "skipped_images": trainer.train_dataset.skipped,
     }
-    about = {key: value for key, value in conditions().items() if key != "command"}
+    about = {key: value for key, value in conditions().items() if key != "command"} | {"data": splits.about}
     if trainer.is_world_process_zero():
         (folder / METRICS).write_text(json.dumps(metrics | about, indent=2) + "\n", encoding="utf-8")
         results = list(_last_knn(trainer))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl
-from transformers.trainer_utils import HubStrategy, IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, IntervalStrategy
 
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
@@ -175,8 +175,14 @@ class MoCoTrainer(SGDTrainer):
             self._uploads = Uploads(repository)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-            self._uploads.send(Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}")
+        pass  # the checkpoint is not complete yet
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        args, step = self.args, self.state.global_step
+        if args.push_to_hub and args.hub_strategy == HubStrategy.EVERY_SAVE and self.is_world_process_zero():
+            checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            self._uploads.send(checkpoint, f"Training in progress, step {step}")
 
     def _finish_current_push(self) -> None:
         pass  # `push_to_hub` waits, and a run that is stopped does not
