@@ -32,6 +32,7 @@ from training.augment_device import (
     uniform_numbers,
     unpack_draw,
 )
+from training.benchmarks.measure import PeakMemory, in_own_process
 from training.images import MemoryImages, collate, decode_image, decode_tensor
 
 SIZE, DRAWS = 48, 4000
@@ -227,6 +228,23 @@ def same_distribution(a: torch.Tensor, b: torch.Tensor) -> bool:
     return ks_2samp(a.numpy(), b.numpy()).pvalue > 1e-3
 
 
+def correlations(columns: list[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
+    """Of columns (D,) with each other, theirs with themselves as 0, and with the numbers of the boxes (D, 4)."""
+    found = torch.corrcoef(torch.stack([*columns, *boxes.T]).double())
+    return found[: len(columns)].fill_diagonal_(0)
+
+
+def test_what_is_drawn_for_a_view_does_not_depend_on_what_else_is():
+    boxes, draws = batch_draws(POLICIES["v2"], 40_000)
+    first, blur, factors = draws[:, ORDER.start], draws[:, BLUR], list(draws[:, FACTORS].T)
+    jittered, blurred = first >= 0, blur > 0
+    columns = [jittered, draws[:, GRAY], blurred, draws[:, FLIP], *factors]
+    assert correlations(columns, boxes).abs().max() < 0.025  # five standard errors
+    both = jittered & blurred  # others have no order, or no deviation
+    columns = [column[both] for column in (first, blur, draws[:, GRAY], draws[:, FLIP], *factors)]
+    assert correlations(columns, boxes[both]).abs().max() < 0.04
+
+
 SIZES = ((400, 300), (32, 32), (500, 20), (20, 500), (1, 1))
 
 
@@ -278,6 +296,16 @@ def test_jpeg_files_are_turned_upright(orientation, tmp_path):
     exif[0x0112] = orientation
     picture(6, 40, 24).save(tmp_path / "turned.jpg", exif=exif)
     row = {"bytes": None, "path": str(tmp_path / "turned.jpg")}
+    assert torch.equal(decode_tensor(row), to_tensor(decode_image(row)))
+
+
+@pytest.mark.parametrize("place", ["alone", "after EXIF"])
+def test_jpeg_files_are_turned_upright_by_their_xmp(place):
+    exif = Image.Exif()
+    exif[0x010F] = "maker" * 2000
+    options = {"exif": exif} if place == "after EXIF" else {}
+    row = encoded(picture(6, 40, 24), "JPEG", xmp=b'<rdf:Description tiff:Orientation="6"/>', **options)
+    assert decode_tensor(row).shape == (3, 40, 24)
     assert torch.equal(decode_tensor(row), to_tensor(decode_image(row)))
 
 
@@ -343,9 +371,23 @@ def test_an_image_that_cannot_be_read_is_counted_and_replaced(caplog):
         MemoryImages(rows([None]), POLICIES["cifar"])
 
 
-def test_images_of_several_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"of 8 x 8 and 8 x 9 pixels.*choose another --augment"):
-        MemoryImages(rows([picture(0, 8, 9), picture(1, 8, 8)]), POLICIES["cifar"])
+def test_images_of_several_sizes_are_refused_at_the_first_of_another_size(caplog):
+    with pytest.raises(ValueError, match=r"of 8 x 9 and 8 x 8 pixels.*choose another --augment"):
+        MemoryImages(rows([picture(0, 8, 9), picture(1, 8, 8), None]), POLICIES["cifar"])
+    assert caplog.text == ""  # the broken one was not met
+
+
+def held_by_images(count: int) -> int:
+    source = rows([picture(0, 64, 64)]) * count
+    MemoryImages(source[:2], POLICIES["cifar"])
+    with PeakMemory() as memory:
+        MemoryImages(source, POLICIES["cifar"])
+    return memory.bytes
+
+
+def test_images_in_memory_are_held_once_even_while_they_are_decoded():
+    assert in_own_process(held_by_images, 4000) == pytest.approx(4000 * 3 * 64 * 64, rel=0.1)
+    assert not MemoryImages(rows([picture(0, 8, 8)]), POLICIES["cifar"]).images.is_shared()  # /dev/shm may be small
 
 
 def test_seeded_generators_serve_every_backend():

@@ -60,7 +60,8 @@ def decode_tensor(image: dict[str, Any]) -> torch.Tensor:
     if content is None:
         with xopen(image["path"], "rb") as file:
             content = file.read()
-    if content.startswith(b"\xff\xd8"):
+    # An orientation in XMP, which stands among the first bytes, is left to PIL: torchvision knows that of EXIF alone.
+    if content.startswith(b"\xff\xd8") and content.find(b"tiff:Orientation", 0, 1 << 16) < 0:
         # torchvision announces that its decoders will move to torchcodec, at every image.
         with suppress(RuntimeError), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -185,28 +186,32 @@ class MemoryImages(torch.utils.data.Dataset):
         self.seed = seed
         self.skipped = 0
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.images = self._decode(source).share_memory_()  # (images, 3, H, W), uint8
+        self.images = self._decode(source)  # (images, 3, H, W), uint8; workers are forked and share it
 
     def _decode(self, source: datasets.Dataset) -> torch.Tensor:
-        found: list[torch.Tensor | None] = []
+        images: torch.Tensor | None = None
         for index, row in enumerate(tqdm(source, desc="decoding", leave=False, disable=len(source) < 10_000)):
             try:
-                found.append(decode_tensor(row["image"]))
+                pixels = decode_tensor(row["image"])
             except OSError as error:
                 self.skipped += 1
                 _name_skipped(row, index, error)
-                found.append(None)
-        readable = [pixels for pixels in found if pixels is not None]
-        if not readable:
+                if images is not None:
+                    images[index] = images[index - 1]
+                continue
+            if images is None:
+                images = torch.empty(len(source), *pixels.shape, dtype=torch.uint8)
+                images[:index] = pixels
+            elif pixels.shape != images.shape[1:]:
+                (height, width), other = images.shape[2:], pixels.shape[1:]
+                raise ValueError(
+                    f"images are of {width} x {height} and {other[1]} x {other[0]} pixels: with --augment device images of up "
+                    f"to {SMALL} px must all be of one size; choose another --augment"
+                )
+            images[index] = pixels
+        if images is None:
             raise ValueError(f"none of the {len(source)} images can be read: is this an image dataset?")
-        if len(sizes := sorted({tuple(pixels.shape[1:]) for pixels in readable})) > 1:
-            (height, width), *_, other = sizes
-            raise ValueError(
-                f"images are of {width} x {height} and {other[1]} x {other[0]} pixels: with --augment device images of up to "
-                f"{SMALL} px must all be of one size; choose another --augment"
-            )
-        last = readable[0]
-        return torch.stack([last := last if pixels is None else pixels for pixels in found])
+        return images
 
     def __len__(self) -> int:
         return len(self.images)
