@@ -1,22 +1,30 @@
 """Benchmarks compare what they say they compare, and report what they measured."""
 
+import argparse
 import copy
 import json
 import math
 from statistics import median
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import RandomApply
 
 from modeling_moco import MoCoConfig, MoCoModel
+from training.benchmarks import step as step_benchmark
+from training.benchmarks import train
+from training.benchmarks.data import DECODE_ALONE, OfficialViews, PILBlur, photograph_transforms
 from training.benchmarks.measure import Benchmark, PeakMemory, in_own_process, time_rounds
-from training.benchmarks.step import encoder_only, official_style, this_project
-from training.benchmarks.train import trainer_overhead
+from training.benchmarks.step import VARIANTS, build_steps, encoder_only, official_style, this_project
+from training.benchmarks.train import pretrain_flags, trainer_overhead
+from training.recipe import parse_pretrain
 
 TINY = {
     "data": "--images 2 --image_size 40 --batch_size 4 --loader_images 4 --rounds 1",
-    "step": "--architecture test_resnet --batch_size 4 --image_size 32 --queue_size 64 --rounds 2",
-    "train": "--batch_size 64 --max_steps 12 --logging_steps 2",
+    "step": "--architecture test_resnet --batch_size 16 --image_size 32 --queue_size 64 --rounds 2 --batch_norm split",
+    "train": "--batch_size 64 --precision bf16 --max_steps 12 --logging_steps 2",
     "stream": "--dataset_name digits --image_size 16 --shuffle_buffer 50 --batches 2 --rounds 1",
     "exchange": "--batch_size 2 --image_size 16 --rounds 2",
     "knn": "--bank 2000 --queries 50 --dim 16 --k 20 --rounds 2",
@@ -46,6 +54,7 @@ def test_a_command_reports_finite_figures_of_every_variant(name, script, tmp_pat
                 assert figures["times_as_long_as"][reference] == pytest.approx(expected)
                 assert f"{expected:.3f}" in printed
     if name == "step":
+        assert "split BatchNorm" in printed
         assert all(figures["peak GB"] > 0 for figures in content["benchmarks"][0]["variants"].values())
 
 
@@ -122,6 +131,77 @@ def test_the_limit_runs_both_encoders_and_changes_no_weight(model):
     encoder_only(model, views, "bf16", False)()
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
     assert model.encoder_q.bn1.num_batches_tracked == model.encoder_k.bn1.num_batches_tracked == 1
+
+
+def test_the_limit_runs_backward_through_all_that_is_trained(model):
+    filled = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: filled.update({name: p.grad.abs().sum()}))
+    encoder_only(model, torch.randint(256, (2, 4, 3, 32, 32), dtype=torch.uint8), "fp32", False)()
+    assert set(filled) == {
+        name for name, _ in model.named_parameters() if name.startswith(("encoder_q", "projector_q"))
+    }
+    assert all(total > 0 for total in filled.values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_every_variant_computes_in_the_precision_asked_for(model, variant, precision, dtype):
+    found = []
+    for part in (model.encoder_q.layer4, model.projector_q, model.encoder_k.layer4, model.projector_k):
+        part.register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
+    VARIANTS[variant](model, torch.randint(256, (2, 4, 3, 32, 32), dtype=torch.uint8), precision, False)()
+    assert found == [dtype] * 4
+
+
+def parse(benchmark, line: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    benchmark.add_arguments(parser)
+    return parser.parse_args(line.split())
+
+
+def test_every_variant_has_the_batch_norm_asked_for():
+    for batch_norm in ("plain", "split"):
+        args = parse(step_benchmark, f"{TINY['step']} --batch_size 4 --batch_norm {batch_norm}")
+        for variant in build_steps(list(VARIANTS), args).values():
+            if batch_norm == "plain":
+                variant()
+            else:  # which has eight groups
+                with pytest.raises(ValueError, match=r"\(4\) must be a multiple of batch_norm_splits"):
+                    variant()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_runs_are_trained_in_the_precision_asked_for(precision, tmp_path):
+    flags = pretrain_flags(parse(train, f"--precision {precision}"), 1, tmp_path)
+    assert parse_pretrain(flags).training.bf16 == (precision == "bf16")
+
+
+@pytest.mark.parametrize(("slower", "faster"), [("data alone", "step alone"), ("step alone", "data alone")])
+def test_the_limit_of_a_run_is_the_slower_of_its_data_and_its_step(slower, faster):
+    seconds = {slower: [0.1, 0.3, 0.3], faster: [0.1, 0.1, 0.9], "training": [0.5]}
+    benchmark = train._against_limit(parse(train, "--batch_size 128"), 1, seconds)
+    assert benchmark.references == (slower,)
+    (remark,) = benchmark.remarks
+    assert f"limit is {slower}" in remark
+    assert "320 images/s" in remark  # 128 in 0.3 + 0.1 s
+
+
+def test_the_limit_of_the_views_decodes_as_the_fastest_variants_do():
+    decoders = {name: decode for name, (_, decode) in photograph_transforms(224).items()}
+    assert decoders[DECODE_ALONE] is decoders["cv2"] is decoders["device, the CPU's share"]
+
+
+def test_official_views_are_blurred_where_they_are_of_photographs():
+    def blurs(size: int) -> list[float]:
+        parts = OfficialViews(size).view.transforms
+        return [part.p for part in parts if isinstance(part, RandomApply) and isinstance(part.transforms[0], PILBlur)]
+
+    assert blurs(224) == [0.5]
+    assert blurs(32) == []
+    noise = Image.effect_noise((32, 32), 90)
+    assert np.std(PILBlur()(noise)) < np.std(noise)
 
 
 def test_the_cost_of_the_trainer_is_the_difference_of_its_medians():

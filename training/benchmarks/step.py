@@ -8,8 +8,8 @@ Variants, which begin with the same weights and see the same images:
 - official style: the same step by the order and the operations of the official code (NCHW, one parameter at a time, joined
   logits, a copy of the queue, numbers read from the device), from images that are normalised already. Never compiled.
 
-One process, plain BatchNorm. Memory is measured first, each variant alone: on a GPU all that is allocated, on a CPU resident
-memory above that of the process without a model.
+One process. Memory is measured first, each variant alone: on a GPU all that is allocated, on a CPU resident memory above
+that of the process without a model.
 """
 
 import argparse
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_size", type=int, default=224, help="pixels")
     parser.add_argument("--queue_size", type=int, default=65536, help="keys, a multiple of the batch")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    parser.add_argument("--batch_norm", choices=("plain", "split"), default="plain", help="split: as one GPU trains")
     parser.add_argument("--compile", action="store_true", help="torch.compile the first two variants")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each variant")
 
@@ -145,7 +146,7 @@ def build_steps(names: list[str], args: argparse.Namespace) -> dict[str, Step]:
     """A step of each of these variants, all from the same weights, on two views of random pixels."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    config = MoCoConfig(architecture=args.architecture, queue_size=args.queue_size, batch_norm="plain")
+    config = MoCoConfig(architecture=args.architecture, queue_size=args.queue_size, batch_norm=args.batch_norm)
     model = MoCoModel(config).to(device, memory_format=torch.channels_last).train()
     views = torch.randint(256, (2, args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
     views = views.to(device)
@@ -177,6 +178,7 @@ def run(args: argparse.Namespace) -> list[Benchmark]:
     seconds = time_rounds(build_steps(list(VARIANTS), args), args.rounds)
     title = (
         f"a step: {args.architecture}, {args.batch_size} images of {args.image_size} px, K {args.queue_size:,}, "
-        f"{args.precision}{', compiled' if args.compile else ''}, {args.rounds} interleaved rounds"
+        f"{args.precision}{', split BatchNorm' * (args.batch_norm == 'split')}{', compiled' * args.compile}, "
+        f"{args.rounds} interleaved rounds"
     )
     return [Benchmark(title, seconds, ("encoder only", "official style"), args.batch_size, {"peak GB": gigabytes})]

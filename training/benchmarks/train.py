@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset_name", default="digits", help="as in scripts/pretrain.py")
     parser.add_argument("--architecture", default="test_resnet", help="timm model")
     parser.add_argument("--batch_size", type=int, default=128, help="images")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     parser.add_argument("--max_steps", type=int, default=40, help="steps of a run, the first third not counted")
     parser.add_argument("--logging_steps", type=int, default=5, help="steps whose mean speed is one figure")
     parser.add_argument("--rounds", type=int, default=1, help="runs for each number of workers")
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> list[Benchmark]:
 def _against_limit(args: argparse.Namespace, workers: int, seconds: dict[str, list[float]]) -> Benchmark:
     title = (
         f"pretraining: {args.recipe} with {args.architecture} on {args.dataset_name}, batch {args.batch_size}, "
-        f"{workers} workers, {args.max_steps} steps, {args.rounds} rounds; time per step"
+        f"{args.precision}, {workers} workers, {args.max_steps} steps, {args.rounds} rounds; time per step"
     )
     data, step = median(seconds["data alone"]), median(seconds["step alone"])
     limit = "data alone" if data > step else "step alone"
@@ -78,6 +79,8 @@ def pretrain_flags(args: argparse.Namespace, workers: int, folder: Path) -> list
         "dataset_name": args.dataset_name,
         "architecture": args.architecture,
         "global_batch_size": args.batch_size,
+        "bf16": args.precision == "bf16",
+        "use_cpu": not torch.cuda.is_available(),  # or Trainer would refuse bf16 there
         "max_steps": args.max_steps,
         "logging_steps": args.logging_steps,
         "dataloader_num_workers": workers,

@@ -1,0 +1,86 @@
+"""A training step on a GPU gives it work and never waits for it. No GPU is needed: fake tensors have no values to read."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from modeling_moco import MoCoConfig, MoCoModel
+from modeling_moco.dictionary_moco import InfoNCE
+from training.augment import POLICIES
+from training.augment_device import NUMBERS, DeviceViews, draw_views
+from training.trainer import contrast_statistics
+
+BATCH, SIZE = 16, 32
+
+
+@pytest.fixture
+def gpu():
+    """Tensors without values, as a GPU's are to a host that does not wait; autocast to bfloat16 as `torch.autocast` sets it."""
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.set_autocast_enabled("cuda", True)  # `torch.autocast` refuses where there is no GPU
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        yield torch.device("cuda")
+    torch.clear_autocast_cache()
+    torch.set_autocast_enabled("cuda", enabled)
+    torch.set_autocast_dtype("cuda", dtype)
+
+
+def crops(device: torch.device) -> dict[str, torch.Tensor]:
+    views = torch.zeros(2, BATCH, SIZE, SIZE, 3, dtype=torch.uint8, device=device)
+    return {
+        "pixel_values": views[0],
+        "key_pixel_values": views[1],
+        "numbers": torch.rand(BATCH, 2, NUMBERS, device=device),
+    }
+
+
+def small_images(device: torch.device) -> dict[str, torch.Tensor]:
+    boxes, numbers = draw_views(POLICIES["v2"], 40, 40, views=2, seed=0, epoch=0, indices=np.arange(BATCH))
+    images = torch.zeros(BATCH, 3, 40, 40, dtype=torch.uint8, device=device)
+    return {"images": images, "boxes": boxes.to(device), "numbers": numbers.to(device)}
+
+
+@pytest.mark.parametrize("batch", [crops, small_images])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_views_are_made_without_a_read_by_the_host(batch, policy, gpu):
+    for views in DeviceViews(POLICIES[policy], SIZE)(batch(gpu)).values():
+        assert (views.shape, views.dtype, views.device.type) == ((BATCH, 3, SIZE, SIZE), torch.uint8, "cuda")
+
+
+class Context(SimpleNamespace):
+    """What autograd hands to a function, here kept for a backward that is called by hand: autograd's own wants a GPU."""
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: torch.Tensor) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
+@pytest.mark.parametrize("batch_norm", ["plain", "split"])
+def test_a_step_is_made_without_a_read_by_the_host(batch_norm, symmetric, gpu):
+    config = MoCoConfig(architecture="test_resnet", queue_size=64, batch_norm=batch_norm, symmetric_loss=symmetric)
+    with gpu:
+        model = MoCoModel(config).train()
+    views = DeviceViews(POLICIES["v2"], SIZE)(crops(gpu))
+    model.update_key_encoder()
+    outputs = model(**views)
+    assert outputs.loss.requires_grad
+    assert model.encoder_q(model.normalize(views["pixel_values"])).dtype == torch.bfloat16
+    contrast_statistics(outputs.logits, outputs.query_embeds[:BATCH], config.temperature)
+    with torch.no_grad():
+        context, q = Context(), outputs.query_embeds
+        loss, _ = InfoNCE.forward(context, q, torch.zeros_like(q), model.dictionary.queue, config.temperature)
+        gradient, *_ = InfoNCE.backward(context, loss, None)
+    assert gradient.shape == q.shape
+    model.dictionary.enqueue(outputs.key_embeds)
+    with pytest.raises(DataDependentOutputException):  # which a read is
+        int(model.dictionary.queue_ptr)
