@@ -1,6 +1,7 @@
 """Checkpoints of other MoCo code, built here from torchvision's ResNets in the layouts that their sources write."""
 
 import io
+import json
 import os
 import pickle
 import resource
@@ -20,7 +21,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
-from training.convert import FORMATS, read
+from training.convert import FORMATS, read, write
 from training.hub import PublishArguments, load_published, publish
 from training.layouts import RESNETS
 from training.recognise import recognise_resnet
@@ -56,10 +57,10 @@ def refuse(script, capsys):
         with pytest.raises(SystemExit) as end:
             script("convert").main([str(word) for word in words])
         assert end.value.code == 2
-        error = capsys.readouterr().err
+        error = capsys.readouterr().err.removesuffix("\n")
         assert error.startswith("error: ")
-        assert error.count("\n") == 1
-        return error.removeprefix("error: ").rstrip()
+        assert error.isprintable()
+        return error.removeprefix("error: ")
 
     return run
 
@@ -79,6 +80,12 @@ def resnet(architecture="resnet18", head=None) -> nn.Module:
             module.running_var.uniform_(0.5, 2)
             module.num_batches_tracked.fill_(1234)
     return model.eval()
+
+
+def resave(path, **changes):
+    """A file with some of its entries changed, or left out for None."""
+    content = torch.load(path, weights_only=True) | changes
+    torch.save({key: value for key, value in content.items() if value is not None}, path)
 
 
 def linear(width):
@@ -122,9 +129,10 @@ def official(path, architecture="resnet18", head=mlp, size=K, legacy=False) -> O
     return model
 
 
-def lincls(path, architecture="resnet18") -> nn.Module:
+def lincls(path, architecture="resnet18", supervised=False) -> nn.Module:
+    """As main_lincls.py writes it, or main.py of pytorch/examples, which trains the encoder too."""
     model = resnet(architecture, lambda width: nn.Linear(width, CLASSES))
-    optimizer = torch.optim.SGD(model.fc.parameters(), 30.0, momentum=0.9)
+    optimizer = torch.optim.SGD((model if supervised else model.fc).parameters(), 30.0, momentum=0.9)
     content = {
         "epoch": 100,
         "arch": architecture,
@@ -214,6 +222,7 @@ def test_linear_classifier_computes_what_torchvision_does_and_comes_back_bit_for
     there = lincls(tmp_path / "there.pth.tar")
     words = convert(tmp_path / "there.pth.tar", tmp_path / "ours")
     assert "official linear classifier, resnet18, 10 classes, epoch 100, best_acc1 67.7" in words
+    assert "cannot be told" not in words
     model = MoCoForImageClassification.from_pretrained(tmp_path / "ours").eval()
     x = pixels()
     with torch.no_grad():
@@ -225,6 +234,27 @@ def test_linear_classifier_computes_what_torchvision_does_and_comes_back_bit_for
     assert_equal(after["state_dict"], before["state_dict"])
     assert list(after) == ["epoch", "arch", "state_dict", "best_acc1"]
     assert torch.equal(after["best_acc1"], before["best_acc1"])
+
+
+@pytest.mark.parametrize("optimizer", [None, {}, {"param_groups": [{"params": []}]}, {"param_groups": 3}, [1]])
+def test_classifier_without_its_optimizer_may_be_a_supervised_one(convert, tmp_path, optimizer):
+    lincls(tmp_path / "there.pth.tar")
+    resave(tmp_path / "there.pth.tar", optimizer=optimizer)
+    words = convert(tmp_path / "there.pth.tar", tmp_path / "ours")
+    assert "whether MoCo trained the encoder cannot be told" in words
+    MoCoForImageClassification.from_pretrained(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("make", [official, lincls])
+def test_names_without_the_prefix_of_ddp_come_back_without_it(convert, tmp_path, make):
+    there = make(tmp_path / "there.pth.tar").state_dict()
+    resave(tmp_path / "there.pth.tar", state_dict=there)
+    convert(tmp_path / "there.pth.tar", tmp_path / "ours")
+    for source in ("there.pth.tar", "ours"):
+        convert(tmp_path / source, tmp_path / f"{source}.back", "--to", "official")
+        back = torch.load(tmp_path / f"{source}.back", weights_only=True)["state_dict"]
+        assert list(back) == list(there)
+        assert_equal(back, there)
 
 
 @pytest.mark.parametrize("kind", [MoCoModel, MoCoForImageClassification])
@@ -245,6 +275,28 @@ def test_model_keeps_its_precision(convert, tmp_path):
     convert(tmp_path / "there.pth.tar", tmp_path / "back")
     assert_equal(read(str(tmp_path / "back")).state, read(str(tmp_path / "ours")).state)
     assert MoCoModel.from_pretrained(tmp_path / "back").dtype == torch.bfloat16
+
+
+def test_converted_processor_normalises_as_the_model_does(tmp_path):
+    official(tmp_path / "there.pth.tar")
+    checkpoint = read(str(tmp_path / "there.pth.tar"))
+    checkpoint.config.image_mean, checkpoint.config.image_std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    write(checkpoint, tmp_path / "ours", "moco")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "ours")
+    assert (list(processor.image_mean), list(processor.image_std)) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+def test_tensors_that_share_memory_in_the_file_no_longer_do(tmp_path):
+    model = Official("resnet18", mlp)
+    state = prefixed(model, "module.")
+    shared = torch.randn(2, 512)
+    for part in ("encoder_q", "encoder_k"):  # one tensor twice, and two views of one
+        state[f"module.{part}.conv1.weight"] = model.encoder_q.conv1.weight.to(memory_format=torch.channels_last)
+        state[f"module.{part}.layer4.1.bn1.weight"], state[f"module.{part}.layer4.1.bn1.bias"] = shared
+    torch.save({"state_dict": state}, tmp_path / "there.pth.tar")
+    tensors = read(str(tmp_path / "there.pth.tar")).state.values()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
+    assert all(tensor.is_contiguous() for tensor in tensors)
 
 
 def test_converted_directory_serves_auto_classes_and_pipelines(convert, tmp_path):
@@ -276,13 +328,22 @@ def test_query_encoder_alone_gets_a_copy_and_a_fresh_queue_when_loaded(convert, 
 
 def test_tensors_win_over_the_name_that_a_file_gives_itself(convert, tmp_path):
     lincls(tmp_path / "there.pth.tar")
-    content = torch.load(tmp_path / "there.pth.tar", weights_only=True) | {"arch": "resnet50"}
-    torch.save(content, tmp_path / "there.pth.tar")
+    resave(tmp_path / "there.pth.tar", arch="resnet50")
     assert "calls itself resnet50, but its tensors are those of resnet18" in convert(
         tmp_path / "there.pth.tar", tmp_path / "ours"
     )
     convert(tmp_path / "ours", tmp_path / "back.pth.tar", "--to", "official")
     assert torch.load(tmp_path / "back.pth.tar", weights_only=True)["arch"] == "resnet18"
+
+
+def test_no_control_characters_of_a_file_are_printed_or_kept(convert, tmp_path):
+    _, _, state = solo_learn(tmp_path / "there.ckpt")
+    state["classifier.\x1b[31m\n"] = torch.ones(1)
+    torch.save({"arch": "\x1b[2Jresnet50\n", "epoch": "\x1b[2J", "state_dict": state}, tmp_path / "there.ckpt")
+    words = convert(tmp_path / "there.ckpt", tmp_path / "ours")
+    assert words.replace("\n", "").isprintable()
+    assert "\n\n" not in words
+    assert not {"arch", "epoch"} & json.loads((tmp_path / "ours" / "conversion.json").read_text()).keys()
 
 
 @pytest.mark.parametrize("architecture", RESNETS)
@@ -313,6 +374,9 @@ def test_lightly_checkpoint_computes_what_its_modules_do(convert, tmp_path, sequ
     assert "no queue" in words
     query, key = list(parts.values())[:2], list(parts.values())[2:]
     assert_computes(MoCoModel.from_pretrained(tmp_path / "ours"), nn.Sequential(*query), nn.Sequential(*key))
+    convert(tmp_path / "ours", tmp_path / "official.pth.tar", "--to", "official")
+    names = torch.load(tmp_path / "official.pth.tar", weights_only=True)["state_dict"]
+    assert all(name.startswith("module.encoder_") for name in names)  # which main_lincls.py looks for
 
 
 def test_lightly_benchmark_names_the_key_encoder_plainly(convert, tmp_path):
@@ -408,6 +472,16 @@ def test_detectron2_gets_its_own_names_and_the_same_bits(convert, tmp_path):
         assert np.array_equal(content["model"][name], array), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_detectron2_gets_single_precision(convert, tmp_path, dtype):
+    net = resnet(head=mlp).to(dtype)
+    torch.save({"state_dict": prefixed(net, "module.encoder_q.")}, tmp_path / "there.pth.tar")
+    convert(tmp_path / "there.pth.tar", tmp_path / "out.pkl", "--to", "detectron2")
+    content = ArraysOnly(io.BytesIO((tmp_path / "out.pkl").read_bytes())).load()["model"]
+    assert {str(array.dtype) for name, array in content.items() if "num_batches" not in name} == {"float32"}
+    assert np.array_equal(content["stem.conv1.weight"], net.conv1.weight.detach().float().numpy())
+
+
 def test_torchvision_loads_encoder_and_classifier_strictly(convert, tmp_path):
     there = official(tmp_path / "there.pth.tar")
     convert(tmp_path / "there.pth.tar", tmp_path / "encoder.pth", "--to", "torchvision")
@@ -480,6 +554,16 @@ def code(path):
     return {"state_dict": {"module.encoder_q.conv1.weight": RunsCode(path.parent / "canary")}}
 
 
+def quantised():
+    return torch.quantize_per_tensor(torch.ones(64, 3, 7, 7), 0.1, 0, torch.qint8)
+
+
+def half_a_key_encoder(head: bool):
+    """An official file whose keys have their head alone, or all else alone."""
+    names = [name for name in Official("resnet18", linear).state_dict() if name.startswith("encoder_k.")]
+    return with_state(**{name: None for name in names if name.startswith("encoder_k.fc.") != head})
+
+
 def v3(_):
     return {"state_dict": prefixed(resnet(), "module.base_encoder.") | prefixed(resnet(), "module.momentum_encoder.")}
 
@@ -491,6 +575,10 @@ REFUSED = {
     "code in a plain pickle": (
         lambda path: path.write_bytes(pickle.dumps(RunsCode(path.parent / "canary"), protocol=2)),
         "asks for posix.mkdir",
+    ),
+    "code of a name that terminals obey": (
+        lambda path: path.write_bytes(b"\x80\x02cos\x1b[31m\nmkdir\n)R."),
+        "asks for os, which tensors do not need",
     ),
     "cut off": (cut_official(0.6, legacy=False), UNREADABLE),
     "cut off, as torch 1.3 wrote": (cut_official(0.6, legacy=True), UNREADABLE),
@@ -521,6 +609,43 @@ REFUSED = {
         "holds nothing that is known (model): what can be converted is",
     ),
     "tensor": (saved(torch.ones(1)), "holds a Tensor, not a checkpoint"),
+    "supervised, of pytorch/examples": (
+        lambda path: lincls(path, supervised=True),
+        "holds a supervised ResNet (its optimizer has 62 parameters, a linear classifier's has fc.weight and fc.bias): timm",
+    ),
+    "with the prefix of DDP and without": (
+        lambda path: torch.save(
+            {"state_dict": prefixed(Official("resnet18", linear), "module.") | {"queue": keys()}}, path
+        ),
+        "holds queue without module. before the name, and other tensors with it: delete one",
+    ),
+    "sparse": (with_state(queue=keys().to_sparse()), "holds queue, which are no plain tensors"),
+    "without data": (with_state(queue=keys().to("meta")), "holds queue, which are no plain tensors"),
+    "quantised": (
+        lambda path: with_state(encoder_q__conv1__weight=quantised())(path),
+        "holds encoder_q.conv1.weight, which are no plain tensors",
+    ),
+    "complex queue": (
+        with_state(queue=torch.ones(C, K, dtype=torch.complex64)),
+        "dictionary.queue is torch.complex64, not floating point",
+    ),
+    "integer queue": (with_state(queue=torch.ones(C, K).long()), "dictionary.queue is torch.int64, not floating point"),
+    "integer weights": (
+        with_state(encoder_q__fc__bias=torch.ones(C, dtype=torch.int8)),
+        "projector_q.bias is torch.int8, not floating point",
+    ),
+    "pointer with a fraction": (
+        with_state(queue_ptr=torch.zeros(1)),
+        "dictionary.queue_ptr is torch.float32, not integer",
+    ),
+    "boolean pointer": (
+        with_state(queue_ptr=torch.tensor([True])),
+        "dictionary.queue_ptr is torch.bool, not integer",
+    ),
+    "batches with a fraction": (
+        with_state(encoder_k__bn1__num_batches_tracked=torch.tensor(0.5)),
+        "encoder_k.bn1.num_batches_tracked is torch.float32, not integer",
+    ),
     "no tensors": (
         with_state(encoder_q__conv1__weight="?"),
         "holds encoder_q.conv1.weight, which are no plain tensors",
@@ -533,6 +658,9 @@ REFUSED = {
         with_state(encoder_k__layer1__0__bn1__weight=None),
         "does not fit together: encoder_k.layer1.0.bn1.weight is missing",
     ),
+    "key encoder without its head": (half_a_key_encoder(head=False), "projector_k.weight is missing"),
+    "key head without its encoder": (half_a_key_encoder(head=True), "encoder_k.conv1.weight is missing"),
+    "half a key head": (with_state(encoder_k__fc__bias=None), "projector_k.bias is missing"),
     "other shape": (
         with_state(queue=torch.ones(C + 1, K)),
         f"dictionary.queue is ({C + 1}, {K}), not ({C}, {K}). It is damaged, or another model",
@@ -553,7 +681,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:.*quantize")
 @pytest.mark.parametrize(("write", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused_file_leaves_one_line_and_nothing_else(refuse, tmp_path, write, message):
     path = tmp_path / "there.pth.tar"
@@ -622,6 +750,16 @@ def test_wrong_commands_are_told_what_would_be_right(refuse, tmp_path):
         print(error.replace(str(tmp_path), ""))
         assert message in error
     assert not list(tmp_path.glob("out*"))
+
+
+def test_names_longer_than_a_file_system_takes_are_refused(refuse, tmp_path):
+    lincls(tmp_path / "there.pth.tar")
+    for to in FORMATS:
+        error = refuse(tmp_path / "there.pth.tar", tmp_path / ("n" * 300), "--to", to)
+        assert "File name too long" in error
+        assert "name another output" in error
+    assert "is no file, no folder and no Hub repository" in refuse("n" * 300, tmp_path / "out")
+    assert "does not exist" in refuse("n" * 300 + ".pth", tmp_path / "out")
 
 
 def test_what_is_there_is_never_overwritten(refuse, tmp_path):

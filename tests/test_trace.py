@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
-from training.convert import from_official
+from training.layouts import OFFICIAL, rename
 from training.trainer import MoCoTrainer, MoCoTrainingArguments
 
 TRACE = load_file(Path(__file__).parent / "data" / "official_trace.safetensors")
@@ -37,6 +37,10 @@ class TraceImages(torch.utils.data.Dataset):
 class InOrder(MoCoTrainer):
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def from_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {rename(name, OFFICIAL): tensor for name, tensor in state.items()}
 
 
 def official_model(batch_norm: str = "plain") -> MoCoModel:

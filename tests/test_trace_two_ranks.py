@@ -3,10 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_trace import STEPS, TRACE, deviation, official_model
+from test_trace import STEPS, TRACE, deviation, from_official, official_model
 from torch.nn.parallel import DistributedDataParallel
-
-from training.convert import from_official
 
 RANKS = 2
 

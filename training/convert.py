@@ -6,6 +6,7 @@ dict. An output is whole or not there. Optimizers are not converted.
 
 import io
 import json
+import os
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -21,17 +22,11 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from modeling_moco import MoCoConfig, MoCoImageProcessor
 
 from .cli import build_parser, nearest_name
-from .layouts import CLASSIFIER, DETECTRON2, OFFICIAL, RESNETS, WITH_HEAD, WITHOUT_HEAD, State, rename, rename_back
+from .layouts import CLASSIFIER, DETECTRON2, OFFICIAL, RESNETS, WITH_HEAD, WITHOUT_HEAD, WRAPPED, rename_back
 from .recognise import Checkpoint, known_values, read_file
 
 CONVERSION = "conversion.json"  # where a converted model came from, beside it
 SUFFIXES = (".tar", ".pth", ".pt", ".pkl", ".ckpt")  # of checkpoints that are files
-
-
-def from_official(state_dict: State) -> State:
-    """State dict of [`MoCoModel`] from the official names (`[module.]encoder_q.*`, `encoder_k.*`, `queue`, `queue_ptr`)."""
-    renamed = {rename(name.removeprefix("module."), OFFICIAL): tensor for name, tensor in state_dict.items()}
-    return {name: tensor for name, tensor in renamed.items() if name is not None}
 
 
 # The command line
@@ -71,11 +66,12 @@ def parse_convert(argv: list[str]) -> tuple[str, Path, str]:
     to, out = ConvertArguments(args.to).to, args.output
     if out is None:
         raise ValueError("two names are needed: python scripts/convert.py CHECKPOINT OUTPUT [--to FORMAT]")
-    if not Path(args.checkpoint).exists() and Path(args.checkpoint).suffix in SUFFIXES:  # no name of a Hub repository
+    # os.path, because a Path of too long a name raises where it is asked whether it exists.
+    if not os.path.exists(args.checkpoint) and Path(args.checkpoint).suffix in SUFFIXES:  # no name of a Hub repository
         raise ValueError(f"{args.checkpoint} does not exist: pass a checkpoint, or the folder that a run saved to")
-    if Path(out).exists() or Path(out).is_symlink():
+    if os.path.lexists(out):
         raise ValueError(f"{out} is already there and is left as it is: name another output")
-    if to == "moco" and not Path(args.checkpoint).is_file() and Path(args.checkpoint).exists():
+    if to == "moco" and os.path.isdir(args.checkpoint):
         raise ValueError(f"{args.checkpoint} is a folder already: pass --to official, detectron2 or torchvision")
     if to == "moco" and Path(out).suffix in SUFFIXES:
         raise ValueError(f"{out} would be a folder: for a file pass --to official, detectron2 or torchvision")
@@ -91,7 +87,7 @@ def read(source: str) -> Checkpoint:
     Raises:
         ValueError: there is none; it is damaged, of another kind, or asks for code; its tensors do not fit together.
     """
-    return read_file(Path(source)) if Path(source).is_file() else _read_model(source)
+    return read_file(Path(source)) if os.path.isfile(source) else _read_model(source)
 
 
 def _read_model(source: str) -> Checkpoint:
@@ -103,7 +99,7 @@ def _read_model(source: str) -> Checkpoint:
         state = load_file(str(cached_file(source, content.get("transformers_weights", SAFE_WEIGHTS_NAME))))
     except (OSError, SafetensorError) as error:
         what = (
-            "holds no MoCo model" if Path(source).is_dir() else "is no file, no folder and no Hub repository in reach"
+            "holds no MoCo model" if os.path.isdir(source) else "is no file, no folder and no Hub repository in reach"
         )
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{source} {what} ({reason}): pass a checkpoint, or the folder that a run saved to") from error
@@ -115,9 +111,10 @@ def _read_about(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return known_values(dict(json.loads(path.read_text(encoding="utf-8"))))
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no JSON of names and values ({error}): delete it, and epoch with it") from error
+    return known_values(content) | ({"prefix": ""} if content.get("prefix") == "" else {})
 
 
 # Writing
@@ -158,7 +155,8 @@ def _save_official(checkpoint: Checkpoint, path: Path) -> None:
     ordered = sorted(state, key=lambda name: not name.startswith("queue"))  # torch lists a module's own buffers first
     about = checkpoint.about | {"arch": checkpoint.config.architecture}
     content: dict[str, Any] = {key: about[key] for key in ("epoch", "arch") if key in about}
-    content["state_dict"] = {f"module.{name}": state[name] for name in ordered}
+    prefix = about.get("prefix", WRAPPED)
+    content["state_dict"] = {f"{prefix}{name}": state[name] for name in ordered}
     if isinstance(about.get("best_acc1"), int | float):
         content["best_acc1"] = torch.tensor(about["best_acc1"])
     _torch_save(content, path)

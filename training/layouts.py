@@ -12,6 +12,8 @@ import torch
 State = dict[str, torch.Tensor]
 Names = dict[str, str]  # how a name begins there: how it begins here. Of several that fit, the first counts
 
+WRAPPED = "module."  # before every name of what DistributedDataParallel wraps
+
 # torchvision's ResNets, which timm has under the same names, and whose shapes tell all of them apart.
 RESNETS = (
     *("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
@@ -47,7 +49,7 @@ class Layout(NamedTuple):
     Args:
         title: for messages.
         marks: beginnings of names that no other kind has all of.
-        names: of its tensors, a leading `module.` apart.
+        names: of its tensors, a leading `WRAPPED` apart.
         left_out: beginnings of names that have no place in a MoCo model.
     """
 

@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
 from modeling_moco.modeling_moco import build_encoder, build_projector
 
-from .layouts import FOREIGN, LAYOUTS, RESNETS, Layout, State, rename
+from .layouts import CLASSIFIER, FOREIGN, LAYOUTS, OFFICIAL, RESNETS, WRAPPED, Layout, State, rename
 
 KNOWN = ("epoch", "arch", "best_acc1")  # what official files say of themselves
 PUBLISHED = {"linear": ("v1", 0.07), "mlp": ("v2", 0.2)}  # version and temperature that belong to a projection head
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # What torch.load raises for files that were cut off, changed or are something else.
 UNREADABLE = (
     *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, LookupError, ValueError, TypeError),
@@ -40,7 +41,7 @@ class Checkpoint:
         config: of the model.
         state: tensors under the names of [`MoCoModel`], or of [`MoCoForImageClassification`], and in its order. Projectors,
             key encoder and queue may be absent.
-        about: what else is known, see `KNOWN`.
+        about: what else is known, see `KNOWN`; of official files also the `prefix` of their names, `module.` or none.
         notes: what was not taken as it is.
     """
 
@@ -68,13 +69,17 @@ class Checkpoint:
         """Itself with tensors that share no memory, if they fit together.
 
         Raises:
-            ValueError: one is missing, unexpected or of another shape.
+            ValueError: one is missing, unexpected, of another shape or of another kind of number.
         """
         parts = self.parts | ({"moco", "classifier"} if self.is_classifier else {"encoder_q"})
         if parts & {"encoder_k", "projector_k"}:
             parts |= {"encoder_k", "projector_k"}
         expected = {k: x for k, x in self.empty_model().state_dict().items() if k.split(".")[0] in parts}
-        wrong = _differences(self.state, expected)
+        wrong = _differences(self.state, expected) or [
+            f"{name} is {self.state[name].dtype}, not {_number(tensor)}"
+            for name, tensor in expected.items()
+            if _number(self.state[name]) != _number(tensor)
+        ]
         if wrong:
             raise ValueError(
                 f"{self.source} ({self}) does not fit together: {_few(wrong)}. It is damaged, or another model"
@@ -102,7 +107,7 @@ def read_file(path: Path) -> Checkpoint:
         ValueError: it is damaged, of another kind, or asks for code; its tensors do not fit together.
     """
     content = _load(path)
-    layout, there = _recognise(path, content)
+    layout, there, prefix = _recognise(path, content)
     left_out = [name for name in there if name.startswith(layout.left_out)]
     unknown = [name for name in there if name not in left_out and rename(name, layout.names) is None]
     if unknown:
@@ -115,10 +120,11 @@ def read_file(path: Path) -> Checkpoint:
     if queue is not None and queue.dim() == 3 and len(queue) == 2:
         state["dictionary.queue"] = queue[0]
         notes.append("of its two queues, one for each view, the first is kept")
-    about = known_values(content)
+    about = known_values(content) | ({"prefix": prefix} if layout.names in (OFFICIAL, CLASSIFIER) else {})
     classifier = "classifier.weight" in state
     architecture = recognise_resnet(path, _part(state, "moco.encoder_q." if classifier else "encoder_q."))
     if classifier:
+        notes += _check_linear(path, content)
         config = MoCoConfig(architecture=architecture, num_labels=_length(state["classifier.weight"]))
     else:
         config, state, remarks = _recognise_moco(architecture, state)
@@ -129,12 +135,15 @@ def read_file(path: Path) -> Checkpoint:
 
 
 def known_values(content: dict[Any, Any]) -> dict[str, Any]:
-    """Of a checkpoint, or of what was kept of it: the values that `KNOWN` names."""
+    """Of a checkpoint, or of what was kept of it: the values that `KNOWN` names, if they are numbers and `arch` a name."""
     values = {key: content[key] for key in KNOWN if key in content}
     for key, value in values.items():
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
+        if _is_plain(value) and value.numel() == 1:
             values[key] = value.item()
-    return {key: value for key, value in values.items() if isinstance(value, int | float | str)}
+    arch = values.pop("arch", None)
+    printable = isinstance(arch, str) and re.fullmatch(r"[\w.-]+", arch)  # it goes to the terminal
+    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+    return numbers | ({"arch": arch} if printable else {})
 
 
 def _load(path: Path) -> dict[Any, Any]:
@@ -147,7 +156,7 @@ def _load(path: Path) -> dict[Any, Any]:
             f"{path} cannot be read ({error}): check the disk and its permissions, or copy it again"
         ) from error
     except UNREADABLE as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if asked:
             raise ValueError(
                 f"{path} asks for {asked[1]}, which tensors do not need and which may run code: it is not loaded. Ask for a "
@@ -161,11 +170,12 @@ def _load(path: Path) -> dict[Any, Any]:
     return content
 
 
-def _recognise(path: Path, content: dict[Any, Any]) -> tuple[Layout, State]:
+def _recognise(path: Path, content: dict[Any, Any]) -> tuple[Layout, State, str]:
+    """The kind of a checkpoint, its tensors, and what stood before their names."""
     inner = content.get("state_dict", content)
     if not isinstance(inner, dict):
         raise ValueError(f"{path} holds a {type(inner).__name__} as state_dict, not tensors: {_convertible()}")
-    state = {str(name).removeprefix("module."): tensor for name, tensor in inner.items()}
+    state = {str(name).removeprefix(WRAPPED): tensor for name, tensor in inner.items()}
     names = [*state, *map(str, content)]
 
     def has(marks: Iterable[str]) -> bool:
@@ -175,12 +185,43 @@ def _recognise(path: Path, content: dict[Any, Any]) -> tuple[Layout, State]:
     if layout is None:
         what = next((what for marks, what in FOREIGN if has(marks)), f"nothing that is known ({_few(list(state))})")
         raise ValueError(f"{path} holds {what}: {_convertible()}")
-    wrong = [name for name, x in state.items() if not isinstance(x, torch.Tensor) or x.layout != torch.strided]
+    bare = [str(name) for name in inner if not str(name).startswith(WRAPPED)]
+    if 0 < len(bare) < len(inner):
+        raise ValueError(
+            f"{path} ({layout.title}) holds {_few(bare)} without {WRAPPED} before the name, and other tensors with it: delete "
+            "one of the two kinds, or rename it"
+        )
+    wrong = [name for name, tensor in state.items() if not _is_plain(tensor)]
     if wrong:
         raise ValueError(
-            f"{path} ({layout.title}) holds {_few(wrong)}, which are no plain tensors: it is another model"
+            f"{path} ({layout.title}) holds {_few(wrong)}, which are no plain tensors (but sparse, quantised, without data or "
+            "no tensors at all): ask for a file with dense ones"
         )
-    return layout, state
+    return layout, state, "" if bare else WRAPPED
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"  # and not meta
+        and not value.is_quantized
+        and not value.is_nested
+    )
+
+
+def _check_linear(path: Path, content: dict[Any, Any]) -> list[str]:
+    """Remarks on a ResNet with a classifier, if fc alone was trained: pytorch/examples writes files of the same layout."""
+    try:
+        trained = sum(len(group["params"]) for group in content["optimizer"]["param_groups"])
+    except (LookupError, TypeError):
+        trained = 0
+    if trained > 2:
+        raise ValueError(
+            f"{path} holds a supervised ResNet (its optimizer has {trained} parameters, a linear classifier's has fc.weight "
+            "and fc.bias): timm and torchvision load it themselves"
+        )
+    return [] if trained == 2 else ["it has no optimizer of fc: whether MoCo trained the encoder cannot be told"]
 
 
 def _convertible() -> str:
@@ -264,5 +305,10 @@ def _differences(state: State, expected: State) -> list[str]:
     ]
 
 
+def _number(tensor: torch.Tensor) -> str:
+    return "floating point" if tensor.is_floating_point() else "integer" if tensor.dtype in INTEGERS else "neither"
+
+
 def _few(phrases: list[str]) -> str:
-    return ", ".join(phrases[:3]) + (f" and {len(phrases) - 3:,} more" if len(phrases) > 3 else "")
+    printable = [repr(phrase)[1:-1] for phrase in phrases[:3]]  # names come from files, and go to the terminal
+    return ", ".join(printable) + (f" and {len(phrases) - 3:,} more" if len(phrases) > 3 else "")
