@@ -74,18 +74,16 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        n, c = x.shape[:2]
+        n, c, h, w = x.shape
         if n % self.splits:
             raise ValueError(
                 f"the batch per process ({n}) must be a multiple of batch_norm_splits ({self.splits}): change either"
             )
         assert self.momentum is not None, "timm has no BatchNorm with a cumulative average"
         mean, var = self.running_mean.repeat(self.splits), self.running_var.repeat(self.splits)
-        # The groups become channels. All is reshaped with the channels last: a channels_last batch and its gradient stay so, at
-        # the cost of two copies, and of others these are views.
-        parted = x.movedim(1, 3).unflatten(0, (n // self.splits, self.splits))  # (n / splits, splits, h, w, c)
         out = F.batch_norm(
-            parted.movedim(1, 3).flatten(3).movedim(3, 1),  # (n / splits, splits * c, h, w)
+            # `reshape`, because a channels_last tensor has no such view.
+            x.reshape(n // self.splits, self.splits * c, h, w),
             mean,
             var,
             self.weight.repeat(self.splits),
@@ -97,7 +95,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.running_mean.copy_(mean.view(self.splits, c).mean(dim=0))
         self.running_var.copy_(var.view(self.splits, c).mean(dim=0))
         self.num_batches_tracked += 1
-        return out.movedim(1, 3).unflatten(3, (self.splits, c)).movedim(3, 1).flatten(0, 1).movedim(3, 1)
+        return out.reshape(n, c, h, w)
 
 
 def convert_batch_norm(encoder: nn.Module, config: MoCoConfig) -> nn.Module:

@@ -82,15 +82,6 @@ def test_split_batch_norm_is_batch_norm_on_each_interleaved_group(plain, memory_
         assert norm.num_batches_tracked == plain.num_batches_tracked
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_split_batch_norm_keeps_the_memory_format_forward_and_backward(plain, memory_format):
-    x = torch.randn(8, CHANNELS, 5, 4).to(memory_format=memory_format).requires_grad_()
-    out = split(plain)(x)
-    (gradient,) = torch.autograd.grad(out, x, torch.randn_like(out))
-    assert out.is_contiguous(memory_format=memory_format)
-    assert gradient.is_contiguous(memory_format=memory_format)
-
-
 def test_split_batch_norm_evaluates_as_batch_norm_whatever_the_batch(plain):
     x = torch.randn(SPLITS + 1, CHANNELS, 5, 4)
     norm = split(plain).eval()
