@@ -219,11 +219,14 @@ def read_origin(source: Path, model: Model) -> Origin:
     run, final = _find_run(source)
     recipe = {} if run is None else _read_yaml(run / SAVED_RECIPE)
     encoder = model.moco if isinstance(model, MoCoForImageClassification) else model
+    metrics = {} if run is None else _read_json(run / METRICS)
+    if not final:  # of later weights: what was read is all that is the same
+        metrics = {key: metrics[key] for key in ("data",) if key in metrics}
     return Origin(
         recipe={key: value for key, value in recipe.items() if key != "probe"},  # what a probe would begin with
         evaluation=settings.get("training", {}) if evaluated else {},
         fine_tuned=bool(evaluated.get("fine_tuned")),
-        metrics=_read_json(run / METRICS) if run and final else {},
+        metrics=metrics,
         conversion=_read_json((run or source) / CONVERSION),
         results=_read_own_results(home, run, encoder_digest(encoder), about_encoder=not evaluated),
         pictures=_find_pictures(run) if run and final and not evaluated.get("fine_tuned") else [],
@@ -256,11 +259,10 @@ def _read_own_results(home: Path, run: Path | None, digest: str, about_encoder: 
     for folder, entry in results:
         if missing := [key for key in MEASURED if key not in entry]:
             raise ValueError(f"{folder / RESULTS} has an entry without {missing[0]}: mend it, or move the file away")
-    return [
-        entry
-        for folder, entry in results
-        if about_encoder or folder == home.resolve() or not entry["protocol"].startswith("fine-tuning")
-    ]
+    if about_encoder:
+        return [entry for _, entry in results]
+    own = ("weighted kNN", *(probe["protocol"] for probe in _read_json(home / METRICS).get("probes", [])))
+    return [entry for folder, entry in results if folder == home.resolve() or entry["protocol"].startswith(own)]
 
 
 def _find_pictures(folder: Path) -> list[Path]:
