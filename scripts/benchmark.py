@@ -7,10 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from training import plots
 from training.benchmarks import data, exchange, knn, step, stream, train
-from training.benchmarks.measure import write_json
-from training.cli import one_line_errors
+from training.benchmarks.measure import draw_timings, write_figures
+from training.errors import one_line_errors
 from training.memory import keep_freed_memory
 
 BENCHMARKS = {"data": data, "step": step, "train": train, "stream": stream, "exchange": exchange, "knn": knn}
@@ -35,9 +34,9 @@ def main(argv: list[str]) -> None:
     for result in results:
         print(result.table())
     if args.json:
-        write_json(results, args.json)
+        write_figures(results, args.json)
     if args.picture:
-        plots.timings(results, args.picture.with_suffix(""))
+        draw_timings(results, args.picture.with_suffix(""))
 
 
 if __name__ == "__main__":

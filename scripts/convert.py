@@ -4,8 +4,8 @@ import sys
 
 from transformers.utils import logging
 
-from training.cli import one_line_errors
 from training.convert import FORMATS, parse_convert, read, write
+from training.errors import one_line_errors
 
 
 def main(argv: list[str]) -> None:

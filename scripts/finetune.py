@@ -4,10 +4,13 @@ import sys
 
 from transformers.utils.logging import disable_progress_bar
 
-from training.cli import claim_output_dir, one_line_errors, train
+from training.checkpoints import claim_output_dir
 from training.data import load_images
+from training.errors import one_line_errors
 from training.finetune import announce, build_trainer, choose_labelled, finish, parse_finetune, save_split
 from training.memory import keep_freed_memory
+from training.run_folder import RESULTS
+from training.sgd_trainer import train
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +34,7 @@ def main(argv: list[str]) -> None:
         low, high = scores.interval
         print(f"top-1 {scores.top1:.1f} % ({low:.1f} to {high:.1f}), top-5 {scores.top5:.1f} %, {scores.n:,} images")
         folder = run.training.output_dir
-        print(f"Saved to {folder}, results to {run.encoder.home}/results.json. Classify:")
+        print(f"Saved to {folder}, results to {run.encoder.home}/{RESULTS}. Classify:")
         print(
             '  python -c "from transformers import pipeline; import modeling_moco; '
             f"print(pipeline('image-classification', '{folder}')('IMAGE'))\""

@@ -6,13 +6,13 @@ import torch
 from accelerate import PartialState
 from transformers.utils import logging
 
-from training.cli import one_line_errors
 from training.data import load_images
-from training.features import encoder_digest
+from training.errors import one_line_errors
 from training.images import MapImages
 from training.knn import evaluate_knn, load_model, parse_knn
 from training.memory import keep_freed_memory
-from training.results import append_results, table
+from training.results import append_results, encoder_digest, table
+from training.run_folder import FEATURES
 from training.trackers import Trackers, run_name
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     bank, queries = (MapImages(split, data.evaluation_view()) for split in (splits.train, splits.eval))
     if state.is_main_process:
         print(f"kNN of {encoder}: {args.features} feature, bank {len(bank):,} images, {len(queries):,} queries")
-    results = evaluate_knn(model, bank, queries, args, cache=encoder.home / "features")
+    results = evaluate_knn(model, bank, queries, args, cache=encoder.home / FEATURES)
     if state.is_main_process:
         digest = encoder_digest(model, args.features)
         append_results(encoder.home, results, model=digest, data=splits.about)

@@ -10,11 +10,14 @@ from transformers.utils import logging
 
 from training import linear_probe as lp
 from training.cached_probe import build_cached
-from training.cli import claim_output_dir, one_line_errors, train
+from training.checkpoints import claim_output_dir
 from training.data import ImageSplits, load_images
-from training.images import decode_image
+from training.decode import decode_image
+from training.errors import one_line_errors
 from training.memory import keep_freed_memory
 from training.probe_results import Probe
+from training.run_folder import FEATURES, METRICS
+from training.sgd_trainer import train
 
 SHOWN_IMAGES = 4
 NEXT = """Next:
@@ -36,7 +39,7 @@ def main(argv: list[str]) -> None:
         if run.training.mode == "official":
             trainer = lp.build_trainer(model, run.training, run.data, splits)
         else:
-            probes = build_cached(model, run.training, run.data, splits, run.encoder.home / "features")
+            probes = build_cached(model, run.training, run.data, splits, run.encoder.home / FEATURES)
         division = None if trainer is None else trainer.division
         checkpoint = claim_output_dir(run.training, division, run.settings, {"title": run.title})
     folder, main_process = Path(str(run.training.output_dir)), run.training.process_index == 0
@@ -67,7 +70,7 @@ def classify_some(folder: Path, splits: ImageSplits) -> None:
 
 
 def print_table(home: Path, top1: dict[str, float]) -> None:
-    pretraining = home / "metrics.json"
+    pretraining = home / METRICS
     rows: dict[str, float | None] = {}
     if pretraining.is_file():
         numbers = json.loads(pretraining.read_text(encoding="utf-8"))

@@ -4,11 +4,14 @@ import sys
 
 from transformers.utils.logging import disable_progress_bar
 
-from training.cli import claim_output_dir, one_line_errors, train
+from training.checkpoints import claim_output_dir
 from training.data import load_images
+from training.errors import one_line_errors
 from training.memory import keep_freed_memory
 from training.pretrain import announce, bound, build_trainer, finish, preview_views
 from training.recipe import parse_pretrain
+from training.run_folder import REPORT
+from training.sgd_trainer import train
 
 
 def main(argv: list[str]) -> None:
@@ -38,7 +41,7 @@ def main(argv: list[str]) -> None:
             print(f"{name:>20}: " + (f"{value:.1f} %" if value is not None else "not measured"))
         print(f"{'skipped images':>20}: {metrics['skipped_images']}")
         print(f"{'images/s':>20}: {metrics['images_per_second']:.0f}; {bound(metrics)}")
-        print(f"Saved to {folder}; its pictures and numbers are in {folder}/report.html")
+        print(f"Saved to {folder}; its pictures and numbers are in {folder}/{REPORT}")
         if args.training.push_to_hub:
             with one_line_errors():
                 print(f"Published: {trainer.push_to_hub()}")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from training.cli import build_parser, one_line_errors, parse_flags
+from training.cli import build_parser, parse_flags
+from training.errors import one_line_errors
 from training.hub import CARD, PublishArguments, Repository, list_files, load_published, make_folder, publish
 
 

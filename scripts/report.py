@@ -9,7 +9,7 @@ from accelerate import PartialState
 from transformers.utils import logging
 
 from modeling_moco import MoCoModel
-from training.cli import one_line_errors
+from training.errors import one_line_errors
 from training.evaluation import Encoder
 from training.memory import keep_freed_memory
 from training.report import draw_features, open_images, read_run, write_report

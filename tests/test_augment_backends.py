@@ -33,7 +33,9 @@ from training.augment_device import (
     unpack_draw,
 )
 from training.benchmarks.measure import PeakMemory, in_own_process
-from training.images import MemoryImages, collate, decode_image, decode_tensor
+from training.decode import decode_image, decode_tensor
+from training.images import collate
+from training.memory_images import MemoryImages
 
 SIZE, DRAWS = 48, 4000
 LEVELS = 2  # of 255: how far the mean pixel of a view may be from the reference

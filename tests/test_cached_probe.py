@@ -16,7 +16,7 @@ from training.cached_probe import Heads, build_cached, class_logits, converged, 
 from training.data import DataArguments, ImageSplits, load_images
 from training.features import cached_features
 from training.images import MapImages
-from training.linear_probe import LinearProbeArguments
+from training.probe_arguments import LinearProbeArguments
 from training.probe_results import hold_out
 
 WIDTH, CLASSES = 8, 4

@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from training.augment import EvaluationView
-from training.checkpoints import Division, check_division, flaw, newest_complete, outlive_sigterm, rotate, seal
+from training.checkpoints import Division, check_division, flaw, newest_complete, rotate, seal
+from training.errors import TrainingError
+from training.features import extract_features
 from training.images import MapImages
-from training.knn import extract_features
-from training.sgd_trainer import TrainingError
+from training.preemption import outlive_sigterm
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
 

@@ -13,7 +13,7 @@ from numbered_images import CLASSES, ROWS, encoded, number, table, write_folders
 
 from training.augment import EvaluationView
 from training.data import DataArguments, load_digits, load_images
-from training.images import decode_image
+from training.decode import decode_image
 from training.labels import SplitLabels, find_flaw, number_classes
 from training.pretrain import build_trainer
 from training.recipe import parse_pretrain

@@ -25,8 +25,8 @@ from transformers import (
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoImageProcessorPil, MoCoModel
 from training import exports
 from training.data import DataArguments, load_images
+from training.decode import decode_image
 from training.hub import PublishArguments, list_files, load_published, publish
-from training.images import decode_image
 
 LABELS = [f"class {i}" for i in range(7)]
 SIZE, RESIZE = 48, 55

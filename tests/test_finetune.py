@@ -16,8 +16,8 @@ from transformers import TrainerCallback, pipeline
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
 from training.data import load_digits, load_images
 from training.evaluation import Encoder
-from training.features import encoder_digest
 from training.finetune import FinetuneArguments, build_trainer, choose_labelled, draw_split, parse_finetune, save_split
+from training.results import encoder_digest
 
 TINY = [
     *("--dataset_name", "digits", "--max_train_samples", "120", "--max_eval_samples", "40", "--image_size", "32"),

@@ -21,10 +21,10 @@ from PIL import Image
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessorPil, MoCoModel
 from training.checkpoints import newest_complete
-from training.features import encoder_digest
-from training.hub import PublishArguments, Repository, Uploads, list_files, load_published, publish, read_origin
+from training.hub import PublishArguments, Repository, Uploads, list_files, load_published, publish
 from training.model_card import public_name
-from training.results import Result, append_results
+from training.origin import read_origin
+from training.results import Result, append_results, encoder_digest
 
 ROOT = Path(__file__).parents[1]
 TINY = [

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 
 from training.augment import EvaluationView, TwoViews, build_policy
 from training.data import DataArguments, load_images
-from training.images import MapImages, StreamedImages, decode_image
+from training.decode import decode_image
+from training.images import MapImages, StreamedImages
 
 IMAGENET = os.environ.get("MOCO_IMAGENET")  # a folder of parquet files with photographs
 
@@ -81,7 +82,7 @@ def test_a_broken_file_is_named_and_counted_and_the_next_image_takes_its_place(k
     with caplog.at_level(logging.WARNING):
         assert read(images, batch_size=4) == [[0, 2, 2, 3], [4, 5, 6, 0]]
     assert images.skipped == 2
-    named = [record.getMessage() for record in caplog.records if record.name == "training.images"]
+    named = [record.getMessage() for record in caplog.records if record.name == "training.decode"]
     assert ["photo1.jpg" in named[0], "photo7.jpg" in named[1], len(named)] == [True, True, 2]
 
 
@@ -316,7 +317,7 @@ def test_the_broken_files_of_a_stream_are_named_and_counted_once_in_every_pass(w
         assert set(chain(*batches)) == set(range(ROWS)) - {2, 9}
         assert images.skipped == 2 * (epoch + 1)
         if not workers:  # the log of a worker process is not this one's
-            named = [record.getMessage() for record in caplog.records if record.name == "training.images"]
+            named = [record.getMessage() for record in caplog.records if record.name == "training.decode"]
             assert sorted(name.split(": ")[1].split()[0] for name in named) == ["photo2.jpg", "photo9.jpg"]
 
 

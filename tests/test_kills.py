@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training.checkpoints import MANIFEST, newest_complete
+from training.checkpoints import newest_complete
+from training.run_folder import MANIFEST
 
 ROOT = Path(__file__).parents[1]
 KILLS, SAVE_STEPS = 20, 5

@@ -15,21 +15,13 @@ from sklearn.metrics import confusion_matrix, recall_score
 from transformers import TrainerCallback
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
-from training.cli import claim_output_dir
+from training.checkpoints import claim_output_dir
 from training.data import DataArguments, ImageSplits
 from training.evaluation import Encoder
-from training.features import encoder_digest
-from training.linear_probe import (
-    LinearProbeArguments,
-    LinearProbeTrainer,
-    ProbeRun,
-    build_trainer,
-    finish,
-    parse_linear_probe,
-    save_probe,
-)
+from training.linear_probe import LinearProbeTrainer, ProbeRun, build_trainer, finish, parse_linear_probe, save_probe
+from training.probe_arguments import LinearProbeArguments
 from training.probe_results import hold_out
-from training.results import interval, read_results
+from training.results import encoder_digest, interval, read_results
 
 NAMES = ["red", "blue"]
 DATA = DataArguments(image_size=24, eval_resize=24)

@@ -20,12 +20,11 @@ from training.augment import build_policy
 from training.augment_cv2 import crop_and_resize
 from training.augment_device import draw_operations, unpack_draw
 from training.data import load_digits, load_images
-from training.features import encoder_digest
-from training.images import decode_image
+from training.decode import decode_image
 from training.linear_probe import parse_linear_probe
 from training.pretrain import announce, build_trainer, drawn_images
 from training.recipe import parse_pretrain, recipe_names
-from training.results import read_results
+from training.results import encoder_digest, read_results
 
 ROOT = Path(__file__).parents[1]
 TINY = [

@@ -12,7 +12,8 @@ import torch
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
-from training.results import RESULTS, Result, append_results, interval, read_results, table
+from training.results import Result, append_results, interval, read_results, table
+from training.run_folder import RESULTS
 from training.scores import score
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from numbered_images import ROWS, number, stream, table, write_parquet, write_tars
 
 from training.data import DataArguments, load_images
-from training.images import decode_image
+from training.decode import decode_image
 from training.shards import Piece, ShardedRows, batches_per_epoch, count_rows, plan_epoch, shuffled_places
 
 LENGTHS = {

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
 from training.augment import POLICIES, EvaluationView, TwoViews
 from training.augment_device import DeviceViews
-from training.images import MapImages, MemoryImages, StreamedImages
+from training.images import MapImages, StreamedImages
+from training.memory_images import MemoryImages
 from training.pretrain import bound
 from training.shards import ShardedRows
 from training.trainer import MoCoTrainer, MoCoTrainingArguments

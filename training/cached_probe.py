@@ -23,10 +23,10 @@ from modeling_moco.distributed_moco import rank
 from .data import DataArguments, ImageSplits
 from .features import cached_features
 from .images import MapImages
-from .linear_probe import LinearProbeArguments
+from .probe_arguments import LinearProbeArguments
 from .probe_results import HeadReport, Probe, choose, hold_out
+from .schedule import epoch_schedule
 from .scores import Scores, score
-from .sgd_trainer import epoch_schedule
 
 STRENGTHS = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]  # C of L-BFGS
 ROWS_AT_ONCE = 8_192

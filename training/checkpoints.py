@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or do not count, whether a run may go on from one, and a last one on SIGTERM.
+"""Checkpoints that are whole or do not count, and which one a run continues from.
 
 A checkpoint counts from the moment that its manifest, written last, is there and the files have the sizes that it lists.
 """
@@ -7,21 +7,18 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
-import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from modeling_moco.distributed_moco import world_size
 
-MANIFEST = "manifest.json"
+from .run_folder import MANIFEST, SAVED_RECIPE, check_same_run, write_json, write_recipe
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,7 @@ def seal(checkpoint: Path, division: Division) -> None:
         os.fsync(descriptor)
         os.close(descriptor)
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
-    unfinished = checkpoint / f"{MANIFEST}.tmp"
-    with unfinished.open("w", encoding="utf-8") as file:
-        json.dump({"files": sizes, "division": asdict(division)}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(checkpoint / MANIFEST)
+    write_json(checkpoint / MANIFEST, {"files": sizes, "division": asdict(division)}, durable=True)
 
 
 def flaw(checkpoint: Path) -> str | None:
@@ -155,49 +147,55 @@ def _readers(division: Division) -> str:
     return f"{division.processes} processes x {division.workers} workers"
 
 
-class SaveOnSigterm(TrainerCallback):
-    """After the step in which any process gets a SIGTERM (preemption, end of a job's time), save and stop."""
+def claim_output_dir(
+    training: TrainingArguments,
+    division: Division | None,
+    settings: dict[str, dict[str, Any]],
+    about: dict[str, str],
+) -> str | None:
+    """Make the output directory this run's own.
 
-    def __init__(self):
-        self.stopped = False
-        self._received = False
-        self._group: Any = None
+    An empty one gets `about` and `settings` as `recipe.yaml`. One that holds the same run is continued.
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.stopped = self._received = False
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
-        if world_size() > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")  # on the CPU: the GPUs need not be waited for
+    Args:
+        division: how the run divides its images; None for one without checkpoints.
 
-    def _receive(self, number, frame):
-        self._received = True  # again and again: launchers forward what their processes get anyway
+    Returns:
+        the checkpoint to continue from, if any.
 
-    def on_step_end(self, args, state, control, **kwargs):
-        received = torch.tensor(self._received, device="cpu")
-        if self._group is not None:
-            dist.all_reduce(received, dist.ReduceOp.MAX, group=self._group)  # all stop after the same step
-        if received and state.global_step < state.max_steps:  # else the run is about to end by itself
-            self.stopped = control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopped:  # it may not be the end of an epoch, and time is short
-            control.should_evaluate = control.should_save = False
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._previous)
+    Raises:
+        ValueError: the directory holds another run, or something else.
+    """
+    folder = Path(str(training.output_dir))
+    saved = folder / SAVED_RECIPE
+    with training.main_process_first(local=False, desc="claiming the output directory"):
+        checkpoint = None
+        if saved.is_file() and len(list(folder.iterdir())) > 1:  # alone, it is what a crash at the start left
+            check_same_run(folder, settings)
+            checkpoint = None if division is None else _checkpoint_of(folder, training, division)
+        elif training.process_index == 0:
+            write_recipe(folder, {"about": about} | settings)
+    _check_same_view(folder, checkpoint)
+    return checkpoint
 
 
-def outlive_sigterm(worker: int) -> None:
-    """For the workers of a DataLoader: a job's SIGTERM reaches them too, but the step under way needs their images."""
-    if sys.platform == "linux":  # elsewhere nobody can tell who sent a signal, and such a run ends without a last save
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_when_parent_says_so, daemon=True).start()
+def _checkpoint_of(folder: Path, training: TrainingArguments, division: Division) -> str | None:
+    checkpoint, remarks = newest_complete(folder)
+    if checkpoint is not None:
+        remarks += filter(None, [check_division(checkpoint, division)])
+    if training.process_index == 0:
+        for remark in remarks:
+            print(f"warning: {remark}", file=sys.stderr)
+    return None if checkpoint is None else str(checkpoint)
 
 
-def _exit_when_parent_says_so() -> None:
-    # The parent sends SIGTERM to end a worker, and would wait for ever for one that ignored it.
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def _check_same_view(folder: Path, checkpoint: str | None) -> None:
+    if world_size() == 1:
+        return
+    seen: list[str | None] = [None] * world_size()
+    dist.all_gather_object(seen, checkpoint)
+    if len(set(seen)) > 1:
+        raise ValueError(
+            f"output_dir ({folder}) has {seen[0] or 'no checkpoint'} for the first process and not for all others: pass a "
+            "folder that all machines share"
+        )

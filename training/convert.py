@@ -24,8 +24,8 @@ from modeling_moco import MoCoConfig, MoCoImageProcessor
 from .cli import build_parser, nearest_name
 from .layouts import CLASSIFIER, DETECTRON2, OFFICIAL, RESNETS, WITH_HEAD, WITHOUT_HEAD, WRAPPED, rename_back
 from .recognise import Checkpoint, known_values, read_file
+from .run_folder import CONVERSION, write_json
 
-CONVERSION = "conversion.json"  # where a converted model came from, beside it
 SUFFIXES = (".tar", ".pth", ".pt", ".pkl", ".ckpt")  # of checkpoints that are files
 
 
@@ -147,7 +147,7 @@ def _save_model(checkpoint: Checkpoint, path: Path) -> None:
     mean, std = list(checkpoint.config.image_mean), list(checkpoint.config.image_std)
     MoCoImageProcessor(image_mean=mean, image_std=std).save_pretrained(path)
     about = {"format": checkpoint.title, "file": Path(checkpoint.source).name} | checkpoint.about
-    (path / CONVERSION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_json(path / CONVERSION, about)
 
 
 def _save_official(checkpoint: Checkpoint, path: Path) -> None:

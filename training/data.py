@@ -18,10 +18,11 @@ from modeling_moco import MoCoConfig, MoCoImageProcessor
 from modeling_moco.distributed_moco import rank
 
 from .augment import EvaluationView
-from .images import SMALL, decode_image
+from .decode import decode_image
 from .labels import SplitLabels, find_flaw, find_renamed_class, number_classes, read_labels, subset_warnings
 from .shards import ShardedRows, are_parquet, count_rows
 
+SMALL = 64  # pixels a side: images of one such size are kept in memory, where their views are made in batches
 EVAL_SPLITS = ("validation", "test", "valid", "val")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
 TRIED_IMAGES = 8  # first images of a split, one of which must be readable

@@ -12,9 +12,10 @@ from transformers.utils import logging
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 
-from .cli import SAVED_RECIPE, build_parser, parse_flags
+from .cli import build_parser, parse_flags
 from .data import DataArguments
 from .results import read_results
+from .run_folder import SAVED_RECIPE
 
 # Of the data settings of a pretraining run: its views are not an evaluation's, and its images may be a stream.
 ONLY_FOR_PRETRAINING = ("augmentation", "crop_min_scale", "streaming", "shuffle_buffer")

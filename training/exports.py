@@ -21,6 +21,8 @@ from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
 from modeling_moco import MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 from modeling_moco.modeling_moco import build_encoder
 
+from .run_folder import write_json
+
 Model = MoCoModel | MoCoForImageClassification
 
 PAPERS = ("arXiv:1911.05722", "arXiv:2003.04297")
@@ -261,7 +263,3 @@ def save_onnx(program: torch.export.ExportedProgram, size: int, output: str, fol
 def read_json(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -5,9 +5,8 @@ Shapes: `n` images, `D` feature width, `R` processes.
 
 import hashlib
 import json
-import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -19,10 +18,11 @@ from tqdm import tqdm
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import gather, rank, world_size
 
-from .checkpoints import outlive_sigterm
 from .images import MapImages
+from .preemption import outlive_sigterm
+from .results import Feature, encoder_digest
+from .run_folder import whole_file, write_json
 
-Feature = Literal["backbone", "head"]  # the pooled output (D wide), or the unit-length query (projection_dim wide)
 ROWS_PER_FILE = 16_384  # what an interrupted extraction repeats at most
 
 
@@ -94,17 +94,6 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     return F.normalize(x, dim=1)
 
 
-def encoder_digest(model: MoCoModel, feature: Feature = "backbone") -> str:
-    """Sixteen hexadecimal digits that stand for the weights and statistics behind a feature."""
-    digest = hashlib.sha256(json.dumps([model.config.image_mean, model.config.image_std]).encode())
-    modules = [model.encoder_q] + ([model.projector_q] if feature == "head" else [])
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 def cached_features(
     model: MoCoModel,
     images: MapImages,
@@ -136,7 +125,7 @@ def cached_features(
         missing = seen[0]
     if rank() == 0 and missing:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "about.json", about)
     for start, path in tqdm(missing.items(), desc="features", disable=rank() > 0 or len(missing) < 2):
         rows = extract_features(model, images.rows(start, start + ROWS_PER_FILE), feature=feature, **loading)
         if rank() == 0:
@@ -159,10 +148,12 @@ def cached_features(
 def _write(path: Path, features: torch.Tensor, labels: torch.Tensor) -> None:
     values = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1).numpy()), features.shape[1])
     table = pa.table({"features": values, "label": labels.numpy()})
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+    with (
+        whole_file(path) as unfinished,
+        pa.OSFile(str(unfinished), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as writer,
+    ):
         writer.write_table(table)
-    unfinished.replace(path)
 
 
 def _rows_of(file: pa.MemoryMappedFile, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:

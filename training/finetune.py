@@ -30,14 +30,13 @@ from . import plots
 from .augment import OneView, build_policy
 from .data import DataArguments, ImageSplits
 from .evaluation import Encoder, parse_evaluation
-from .features import encoder_digest
 from .images import MapImages
 from .labels import read_labels
-from .results import append_results
+from .results import append_results, encoder_digest
+from .run_folder import METRICS, SPLIT, write_json
 from .scores import Scores, score
 from .sgd_trainer import SGDTrainer, SGDTrainingArguments
 
-SPLIT = "split.json"
 PUBLISHED_BATCH = 256  # images per step that the rates are for
 
 
@@ -189,9 +188,7 @@ def save_split(splits: ImageSplits, args: FinetuneArguments, indices: np.ndarray
         )
     if args.process_index == 0:
         content = splits.about | {"seed": args.seed, "label_fraction": args.label_fraction, "indices": names}
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_json(path, content)
 
 
 def _split_path(args: FinetuneArguments) -> Path:
@@ -306,7 +303,7 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> S
             "labelled_images": images,
             "per_class": dict(zip(splits.class_names, scores.per_class, strict=True)),
         }
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / METRICS, metrics)
         settings = args.rates | {
             "label_fraction": args.label_fraction,
             "labelled_images": images,

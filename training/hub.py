@@ -26,8 +26,7 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
 
-import httpx2  # the client's
-import yaml
+import httpx2
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -39,14 +38,11 @@ import modeling_moco
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 
 from . import exports
-from .checkpoints import MANIFEST
-from .cli import SAVED_RECIPE
-from .convert import CONVERSION
-from .exports import Model, read_json, write_json
-from .features import encoder_digest
-from .model_card import MEASURED, Origin, render_card
-from .report import METRICS, PICTURES
-from .results import RESULTS, read_results
+from .errors import first_line
+from .exports import Model, read_json
+from .model_card import render_card
+from .origin import read_origin
+from .run_folder import PICTURES, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +103,7 @@ def load_published(source: str, training_state: bool) -> tuple[Model, MoCoImageP
         processor = MoCoImageProcessor.from_pretrained(source)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last for weights of another shape
         raise ValueError(
-            f"{source} holds no MoCo model with its image processor ({_first_line(error)}): pass the folder that a run saved "
+            f"{source} holds no MoCo model with its image processor ({first_line(error)}): pass the folder that a run saved "
             "to, e.g. runs/quickstart, or one of its checkpoints"
         ) from error
     finally:
@@ -153,7 +149,7 @@ def publish(
         _publish(source, model, processor, repo_id, args, folder)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{source} could not be written to {folder.parent} ({_first_line(error)}): make room there, or set TMPDIR to "
+            f"{source} could not be written to {folder.parent} ({first_line(error)}): make room there, or set TMPDIR to "
             "another folder"
         ) from error
 
@@ -205,92 +201,6 @@ def _save_weights(model: Model, processor: MoCoImageProcessor, repo_id: str, lic
         model.save_pretrained(folder)
         remote = {"auto_map": {"AutoImageProcessor": PROCESSOR}}
         write_json(folder / "preprocessor_config.json", processor.to_dict() | remote)
-
-
-def read_origin(source: Path, model: Model) -> Origin:
-    """What a run left beside a model: in its folder or, for a checkpoint, a probe or a fine-tuned model, in those above.
-
-    Raises:
-        ValueError: a file there is damaged.
-    """
-    home = source.parent if _is_checkpoint(source) else source
-    settings = _read_yaml(home / SAVED_RECIPE)
-    evaluated = settings.get("encoder", {})  # of a probe or a fine-tuning, which began with that model
-    run, final = _find_run(source)
-    recipe = {} if run is None else _read_yaml(run / SAVED_RECIPE)
-    encoder = model.moco if isinstance(model, MoCoForImageClassification) else model
-    metrics = {} if run is None else _read_json(run / METRICS)
-    if not final:  # of later weights: what was read is all that is the same
-        metrics = {key: metrics[key] for key in ("data",) if key in metrics}
-    return Origin(
-        recipe={key: value for key, value in recipe.items() if key != "probe"},  # what a probe would begin with
-        evaluation=settings.get("training", {}) if evaluated else {},
-        fine_tuned=bool(evaluated.get("fine_tuned")),
-        metrics=metrics,
-        conversion=_read_json((run or source) / CONVERSION),
-        results=_read_own_results(home, run, encoder_digest(encoder), about_encoder=not evaluated),
-        pictures=_find_pictures(run) if run and final and not evaluated.get("fine_tuned") else [],
-    )
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
-
-
-def _find_run(folder: Path) -> tuple[Path | None, bool]:
-    """The folder of the pretraining run that a model came from, if it is known, and whether from its final weights."""
-    if not folder.is_dir():
-        return None, False
-    folder = folder.resolve()
-    if _is_checkpoint(folder):
-        return _find_run(folder.parent)[0], False
-    evaluated = _read_yaml(folder / SAVED_RECIPE).get("encoder")
-    if evaluated is None:
-        return folder, True
-    if evaluated.get("random_encoder") or Path(str(evaluated.get("model"))).name != folder.parent.name:
-        return None, False
-    return _find_run(folder.parent)
-
-
-def _read_own_results(home: Path, run: Path | None, digest: str, about_encoder: bool) -> list[dict[str, Any]]:
-    """Results that were measured on the weights with this digest. Of a classifier none that another classifier had."""
-    folders = {folder.resolve(): None for folder in (run, home) if folder is not None and folder.is_dir()}
-    results = [(folder, entry) for folder in folders for entry in read_results(folder) if entry.get("model") == digest]
-    for folder, entry in results:
-        if missing := [key for key in MEASURED if key not in entry]:
-            raise ValueError(f"{folder / RESULTS} has an entry without {missing[0]}: mend it, or move the file away")
-    if about_encoder:
-        return [entry for _, entry in results]
-    own = ("weighted kNN", *(probe["protocol"] for probe in _read_json(home / METRICS).get("probes", [])))
-    return [entry for folder, entry in results if folder == home.resolve() or entry["protocol"].startswith(own)]
-
-
-def _find_pictures(folder: Path) -> list[Path]:
-    # Links may show what lies elsewhere.
-    paths = [folder / f"{name}.png" for name in PICTURES]
-    return [path for path in paths if path.is_file() and not path.is_symlink()]
-
-
-def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
-    """Sections of a file beside a model; none if it is not there or a link."""
-    if not path.is_file() or path.is_symlink():
-        return {}
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML ({_first_line(error)}): mend it, or move it away") from error
-    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
-        raise ValueError(f"{path} is not made of sections of keys: mend it, or move it away")
-    return content
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file() or path.is_symlink():
-        return {}
-    try:
-        return dict(exports.read_json(path))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no JSON of names and values ({error}): mend it, or move it away") from error
 
 
 def make_folder() -> TemporaryDirectory:
@@ -348,12 +258,7 @@ def hub_errors(doing: str) -> Iterator[None]:
             403: "use a token that may write there, or choose a name of your own",
             404: "check the name, and that the token may see it",
         }.get(status, "all of it is there or nothing; give the same command again, it sends what is missing")
-        raise ValueError(f"{doing} failed ({_first_line(cause)}): {remedy}") from error
-
-
-def _first_line(error: BaseException | None) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        raise ValueError(f"{doing} failed ({first_line(cause)}): {remedy}") from error
 
 
 @dataclass(frozen=True)

@@ -4,75 +4,46 @@ Images are decoded here and not by `datasets`, so that one broken file costs one
 """
 
 import copy
-import io
-import logging
 import random
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice, repeat
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import datasets
-import numpy as np
 import torch
-from datasets.utils.file_utils import xopen
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import get_worker_info
-from torchvision.io import ImageReadMode
-from torchvision.io import decode_image as tv_decode
-from tqdm import tqdm
 from transformers import default_data_collator
 
-from .augment import ViewDraw, ViewPolicy, seeded_generator
-from .augment_device import draw_operations, draw_views, unpack_draw
+from .augment import ViewDraw, seeded_generator
+from .decode import decode_image, log_skipped
 from .shards import ShardedRows, batches_per_epoch, plan_epoch
 
-logger = logging.getLogger(__name__)
-
-Transform = Callable[[Any, torch.Generator], dict[str, torch.Tensor]]
+Transform = Any  # callable: (image, torch.Generator) -> dict of tensors
 Decode = Callable[[dict[str, Any]], Any]  # from a row's image to what the transform takes
-SMALL = 64  # pixels a side: images of one such size are kept in memory, where their views are made in batches
 
 
-def decode_image(image: dict[str, Any]) -> Image.Image:
-    """RGB image of a row, turned upright by its EXIF tag as `datasets` and the pipelines do.
+class TrainingImages(Protocol):
+    """What a trainer asks of its images, whether they are indexed, kept in memory or streamed."""
 
-    Raises:
-        OSError: the bytes are not an image that PIL can read, or end too early.
-    """
-    try:
-        # `xopen` also reads inside archives, whose paths look like zip://a.png::train.zip.
-        source = xopen(image["path"], "rb") if image["bytes"] is None else io.BytesIO(image["bytes"])
-        with source, Image.open(source) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except (Image.DecompressionBombError, RuntimeError, SyntaxError, ValueError) as error:  # PIL's, for broken files
-        raise UnidentifiedImageError(str(error)) from error
+    def __len__(self) -> int: ...
 
+    @property
+    def images_per_epoch(self) -> int:
+        """Over all processes."""
 
-def decode_tensor(image: dict[str, Any]) -> torch.Tensor:
-    """The same as uint8 (3, H, W), the same pixels: JPEG files by torchvision's decoder, others by PIL.
+    @property
+    def skipped(self) -> int:
+        """Images passed over so far because they could not be read."""
 
-    Raises:
-        OSError: as `decode_image`.
-    """
-    content = image["bytes"]
-    if content is None:
-        with xopen(image["path"], "rb") as file:
-            content = file.read()
-    # An orientation in XMP, which stands among the first bytes, is left to PIL: torchvision knows that of EXIF alone.
-    if content.startswith(b"\xff\xd8") and content.find(b"tiff:Orientation", 0, 1 << 16) < 0:
-        # torchvision announces that its decoders will move to torchcodec, at every image.
-        with suppress(RuntimeError), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            pixels: torch.Tensor = tv_decode(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-            return pixels
-        # Damaged, or of a kind that only PIL reads: PIL decides.
-    return torch.from_numpy(np.array(decode_image({"bytes": content, "path": None}))).permute(2, 0, 1)
+    def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
+        """Give the images the order and the views of an epoch."""
 
+    def view_draws(self, index: int, image: Any) -> list[ViewDraw]:
+        """The random numbers of both views of a decoded image in this epoch."""
 
-def _name_skipped(row: dict[str, Any], index: int, error: OSError) -> None:
-    logger.warning("skipped an image that cannot be read: %s (%s)", row["image"]["path"] or f"row {index}", error)
+    def draw(self, count: int, epoch: int, rank: int, world_size: int) -> Any:
+        """A part of `count` images for each process with the views of `epoch`, as `collate` takes them."""
 
 
 class _Images:
@@ -107,6 +78,11 @@ class _Images:
         """What the views of an image are drawn from in this epoch."""
         return seeded_generator(self.seed, int(self._epoch), index)
 
+    def view_draws(self, index: int, image: Any) -> list[ViewDraw]:
+        """The random numbers of all views of a decoded image in this epoch."""
+        draws: list[ViewDraw] = self.transform.draws(image, self.generator(index))
+        return draws
+
     def _views(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         views: dict[str, Any] = self.transform(self.decode(row["image"]), self.generator(index))
         if "label" in row and "key_pixel_values" not in views:
@@ -115,7 +91,7 @@ class _Images:
 
     def _pass_over(self, row: dict[str, Any], index: int, error: OSError) -> None:
         self._skipped += 1
-        _name_skipped(row, index, error)
+        log_skipped(row, index, error)
 
 
 class MapImages(_Images, torch.utils.data.Dataset):
@@ -166,86 +142,6 @@ class MapImages(_Images, torch.utils.data.Dataset):
             except OSError as error:
                 self._pass_over(row, i % len(self), error)
         raise ValueError(f"none of the {len(self)} images can be read: is this an image dataset?")
-
-
-class MemoryImages(torch.utils.data.Dataset):
-    """Small images of one size, decoded once: a batch is a selection of them and what `DeviceViews` draws from.
-
-    The views of one image depend on (seed, epoch, index) alone. One that cannot be read is named and counted, and the
-    one before it (for the first ones, the next readable) takes its place.
-
-    Args:
-        source: rows of `load_images`.
-
-    Raises:
-        ValueError: no image can be read, or they are not of one size.
-    """
-
-    def __init__(self, source: datasets.Dataset, policy: ViewPolicy, seed: int = 0):
-        self.policy = policy
-        self.seed = seed
-        self.skipped = 0
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.images = self._decode(source)  # (images, 3, H, W), uint8; workers are forked and share it
-
-    def _decode(self, source: datasets.Dataset) -> torch.Tensor:
-        images: torch.Tensor | None = None
-        for index, row in enumerate(tqdm(source, desc="decoding", leave=False, disable=len(source) < 10_000)):
-            try:
-                pixels = decode_tensor(row["image"])
-            except OSError as error:
-                self.skipped += 1
-                _name_skipped(row, index, error)
-                if images is not None:
-                    images[index] = images[index - 1]
-                continue
-            if images is None:
-                images = torch.empty(len(source), *pixels.shape, dtype=torch.uint8)
-                images[:index] = pixels
-            elif pixels.shape != images.shape[1:]:
-                (height, width), other = images.shape[2:], pixels.shape[1:]
-                raise ValueError(
-                    f"images are of {width} x {height} and {other[1]} x {other[0]} pixels: with --augment device images of up "
-                    f"to {SMALL} px must all be of one size; choose another --augment"
-                )
-            images[index] = pixels
-        if images is None:
-            raise ValueError(f"none of the {len(source)} images can be read: is this an image dataset?")
-        return images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def images_per_epoch(self) -> int:
-        """Over all processes."""
-        return len(self)
-
-    def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
-        """Other epochs have other views. `skip_batches` is for streams."""
-        self._epoch.fill_(epoch)
-
-    def batch(self, indices: Sequence[int], epoch: int) -> dict[str, torch.Tensor]:
-        """Images (N, 3, H, W), uint8, and of their two views in that epoch the boxes (N, 2, 4) and numbers (N, 2, NUMBERS)."""
-        height, width = self.images.shape[2:]
-        boxes, numbers = draw_views(
-            self.policy, width, height, views=2, seed=self.seed, epoch=epoch, indices=np.asarray(indices)
-        )
-        return {"images": self.images.index_select(0, torch.as_tensor(indices)), "boxes": boxes, "numbers": numbers}
-
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        return self.batch(indices, int(self._epoch))
-
-    def draw(self, count: int, epoch: int, rank: int, world_size: int) -> dict[str, torch.Tensor]:
-        """A batch of so many random images of this process's part, as `epoch` draws them; fewer if there are fewer."""
-        order = torch.randperm(len(self), generator=seeded_generator(self.seed, epoch)).tolist()
-        return self.batch(order[: count * world_size][rank::world_size], epoch)
-
-    def view_draws(self, index: int) -> list[ViewDraw]:
-        """The random numbers of both views of an image in this epoch."""
-        batch = self.batch([index], int(self._epoch))
-        rows = draw_operations(batch["numbers"][0], self.policy)
-        return [unpack_draw(box, row) for box, row in zip(batch["boxes"][0], rows, strict=True)]
 
 
 def collate(rows: Any) -> dict[str, torch.Tensor]:

@@ -16,9 +16,9 @@ from modeling_moco.distributed_moco import gather, world_size
 
 from .data import DataArguments
 from .evaluation import Encoder, MoCoQueryModel, parse_evaluation
-from .features import Feature, cached_features, extract_features, unit
+from .features import cached_features, extract_features, unit
 from .images import MapImages
-from .results import Result
+from .results import Feature, Result
 from .trackers import TRACKERS
 
 BANK_CHUNK, QUERY_CHUNK = 65_536, 1_024  # rows at once: a quarter of a gigabyte of similarities

@@ -3,7 +3,6 @@
 Names of files on this machine do not appear: a local dataset is called by the name of its folder.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +12,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from modeling_moco import MoCoForImageClassification, MoCoImageProcessor
 
 from .exports import Model, encoder_and_classifier, output_name
-from .report import CURVES, OF_FEATURES
+from .origin import Origin
+from .run_folder import CURVES, OF_FEATURES
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 SHOWN_SECTIONS = ("data", "model", "training")  # of a recipe; what it was expected to reach is no result
 # Settings of training whose values are shown though they are words: others may say where on this machine something is.
 WORDS = ("optim", "optim_args", "lr_scheduler_type", "eval_strategy", "save_strategy", "knn_features", "mode")
-MEASURED = (  # what an entry of `results.json` must have
-    *("protocol", "feature", "metric", "value", "interval", "n", "seed", "settings", "data", "hardware"),
-)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a run left beside its model. Each may be empty.
-
-    Args:
-        recipe: sections of the settings of the pretraining.
-        evaluation: settings of the probe or the fine-tuning that followed.
-        fine_tuned: whether the encoder has been trained with labels since.
-        metrics: of the pretraining's `metrics.json`, if these are the weights that it ended with or began anything else from.
-        conversion: of the `conversion.json` of a converted checkpoint.
-        results: entries of `results.json` that were measured on these weights, oldest first.
-        pictures: PNG files.
-    """
-
-    recipe: dict[str, dict[str, Any]]
-    evaluation: dict[str, Any]
-    fine_tuned: bool
-    metrics: dict[str, Any]
-    conversion: dict[str, Any]
-    results: list[dict[str, Any]]
-    pictures: list[Path]
 
 
 def public_name(dataset: str, local: bool | None = None) -> str:

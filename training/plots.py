@@ -3,7 +3,6 @@
 Every function takes data and a path without suffix.
 """
 
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,6 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from .augment import ViewDraw
-from .benchmarks.measure import Benchmark
 from .images import MapImages
 from .knn import nearest
 
@@ -343,31 +341,3 @@ def confusion_matrix(confusion: torch.Tensor, class_names: list[str], path: Path
             for i, j in confusion.nonzero().tolist():
                 colour = "white" if shares[i, j] > 0.5 else INK
                 axis.text(j, i, f"{confusion[i, j]:,}", ha="center", va="center", fontsize=8, color=colour)
-
-
-def timings(benchmarks: list[Benchmark], path: Path) -> None:
-    """Medians as bars from the fastest to the slowest round, a panel for each benchmark; the first reference is dashed."""
-    heights = [0.75 + 0.3 * len(benchmark.seconds) for benchmark in benchmarks]
-    with picture(path, sum(heights), layout="constrained") as figure:
-        rows = figure.subplots(len(benchmarks), squeeze=False, height_ratios=heights)[:, 0]
-        for axis, benchmark in zip(rows, benchmarks, strict=True):
-            _draw_timings(axis, benchmark)
-
-
-def _draw_timings(axis: Axes, benchmark: Benchmark) -> None:
-    names, reference = list(benchmark.seconds), benchmark.references[:1]
-    milliseconds = [1000 * np.array(benchmark.seconds[name]) for name in names]
-    medians = [1000 * benchmark.median(name) for name in names]
-    spread = [[m - x.min() for m, x in zip(medians, milliseconds, strict=True)]]
-    spread += [[x.max() - m for m, x in zip(medians, milliseconds, strict=True)]]
-    colours = [GRAY if name in benchmark.references else BLUE for name in names]
-    axis.barh(names, medians, color=colours, height=0.6, xerr=spread, error_kw={"ecolor": INK, "elinewidth": 1})
-    for name, median, values in zip(names, medians, milliseconds, strict=True):
-        ratio = "".join(f"  ({benchmark.ratio(name, r):.2f} x {r})" for r in reference if r != name)
-        axis.annotate(f"{median:,.4g}{ratio}", (values.max(), name), (4, 0), textcoords="offset points", va="center")
-    for name in reference:
-        axis.axvline(1000 * benchmark.median(name), color=INK, linestyle=(0, (4, 2)), linewidth=1)
-    axis.invert_yaxis()
-    axis.grid(False, axis="y")
-    axis.set_xlim(0, 1.45 * max(x.max() for x in milliseconds))
-    axis.set_title("\n".join(textwrap.wrap(f"{benchmark.title}, ms", 100)), fontsize=8)

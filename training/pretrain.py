@@ -1,7 +1,6 @@
 """A pretraining run from its arguments: preview its views, build it, run it, leave its results behind."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -15,16 +14,16 @@ from transformers.trainer_utils import IntervalStrategy
 from modeling_moco import MoCoModel
 
 from . import plots
-from .augment import TwoViews, build_policy, render_view
-from .augment_cv2 import render_view_cv2
-from .augment_device import DeviceViews, TwoCrops
-from .data import DataArguments, ImageSplits
-from .features import encoder_digest
-from .images import SMALL, MapImages, MemoryImages, StreamedImages, decode_image, decode_tensor
+from .augment import render_view
+from .data import ImageSplits
+from .decode import decode_image
+from .images import MapImages, StreamedImages
 from .knn import protocol
+from .pipeline import build_render, training_images, two_views
 from .recipe import PretrainArguments
-from .report import METRICS, PICTURES, STREAMED, chance_loss, draw_features, read_run, write_report
-from .results import Result, append_results, conditions, read_results
+from .report import STREAMED, chance_loss, draw_features, read_run, write_report
+from .results import Result, append_results, conditions, encoder_digest, read_results
+from .run_folder import METRICS, PICTURES, write_json
 from .trainer import MoCoTrainer
 
 PREVIEWED = 8  # images
@@ -39,7 +38,7 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits) -> MoCoTrainer:
     """
     data, training = args.data, args.training
     read_results(Path(str(training.output_dir)))  # what is there can be added to
-    train = _training_images(args, splits)
+    train = training_images(data, splits.train, training)
     bank = queries = None
     if training.eval_strategy != IntervalStrategy.NO:
         view = data.evaluation_view()
@@ -57,48 +56,8 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits) -> MoCoTrainer:
     set_seed(training.seed)
     model = MoCoModel(args.config)
     check_image_size(model, data.image_size)
-    render = _build_render(data, compiled=training.torch_compile) if data.augment == "device" else None
+    render = build_render(data, compiled=training.torch_compile)
     return MoCoTrainer(model, training, train, data.image_processor(args.config), bank, queries, render)
-
-
-def _training_images(args: PretrainArguments, splits: ImageSplits) -> MapImages | MemoryImages | StreamedImages:
-    data, training = args.data, args.training
-    transform = _two_views(data)
-    decode = decode_image if data.augment == "pil" else decode_tensor
-    if not data.streaming:
-        if data.augment == "device" and _are_small(splits):
-            return MemoryImages(splits.train, transform.policy, training.seed)
-        return MapImages(splits.train, transform, training.seed, decode)
-    return StreamedImages(
-        splits.train,
-        transform,
-        batch_size=training.per_device_train_batch_size,
-        seed=training.seed,
-        rank=training.process_index,
-        world_size=training.world_size,
-        buffer_size=data.shuffle_buffer,
-        decode=decode,
-    )
-
-
-def _two_views(data: DataArguments) -> TwoViews | TwoCrops:
-    policy = build_policy(data.augmentation, data.horizontal_flip, data.crop_min_scale)
-    if data.augment == "device":
-        return TwoCrops(policy, data.image_size)
-    return TwoViews(policy, data.image_size, render_view_cv2 if data.augment == "cv2" else render_view)
-
-
-def _build_render(data: DataArguments, compiled: bool) -> Callable:
-    views = _two_views(data)
-    render = DeviceViews(views.policy, views.size)
-    return torch.compile(render.__call__) if compiled else render
-
-
-def _are_small(splits: ImageSplits) -> bool:
-    for row in splits.train:
-        with suppress(OSError):
-            return max(decode_image(row["image"]).size) <= SMALL
-    return False
 
 
 def _missing_for_knn(args: PretrainArguments, splits: ImageSplits) -> str | None:
@@ -196,7 +155,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
     }
     about = {key: value for key, value in conditions().items() if key != "command"} | {"data": splits.about}
     if trainer.is_world_process_zero():
-        (folder / METRICS).write_text(json.dumps(metrics | about, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / METRICS, metrics | about)
         results = list(_last_knn(trainer))
         if results:
             digest = encoder_digest(trainer.model, args.training.knn_features)
@@ -250,15 +209,12 @@ def drawn_images(args: PretrainArguments, splits: ImageSplits) -> Iterator[plots
 
     One that cannot be read is left out.
     """
-    views, images = _two_views(args.data), _training_images(args, splits)
+    views, images = two_views(args.data), training_images(args.data, splits.train, args.training)
     rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(islice(splits.train, 10 * PREVIEWED))
     if not isinstance(images, StreamedImages):  # from the whole dataset: folders are sorted by class
         rows = ((i, splits.train[i]) for i in range(0, len(images), max(1, len(images) // PREVIEWED)))
     for index, row in rows:
         with suppress(OSError):
             image = decode_image(row["image"])
-            if isinstance(images, MemoryImages):
-                draws = images.view_draws(index)
-            else:
-                draws = views.draws(image, images.generator(index))
+            draws = images.view_draws(index, image)
             yield plots.DrawnImage(image, draws, [render_view(image, draw, views.size, views.policy) for draw in draws])

@@ -13,7 +13,7 @@ from modeling_moco import MoCoConfig
 
 from .cli import build_parser, nearest_name, parse_flags
 from .data import DataArguments
-from .linear_probe import LinearProbeArguments
+from .probe_arguments import LinearProbeArguments
 from .trainer import MoCoTrainingArguments
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -24,37 +24,16 @@ from modeling_moco.distributed_moco import rank
 
 from . import plots
 from .checkpoints import newest_complete
-from .cli import SAVED_RECIPE
 from .data import DataArguments, ImageSplits, load_images
 from .features import extract_features, unit
 from .images import MapImages
 from .labels import read_labels
 from .results import PACKAGES, read_results
+from .run_folder import CURVES, METRICS, OF_FEATURES, REPORT, SAVED_RECIPE, write_whole
 
-REPORT, METRICS = "report.html", "metrics.json"
 PICTURED_QUERIES, PICTURED_BANK = 8, 10_000  # rows of the neighbour picture, and images that it searches
 EMBEDDED = 2_000  # images of the t-SNE
 STREAMED = "the images were streamed, and these pictures need them by index"
-# Name of the file: title, and how to read it.
-CURVES = {
-    "training_curves": (
-        "Training",
-        "The loss falls below the dashed line once queries find their keys; contrast accuracy says how often, kNN accuracy "
-        "what the features are worth.",
-    )
-}
-OF_FEATURES = {
-    "neighbours": (
-        "Nearest neighbours",
-        "Each row is a query and the training images nearest to it; a vermilion frame with ≠ marks another class.",
-    ),
-    "tsne": (
-        "The space of features",
-        "Images with similar features lie close together: good features give each class a place of its own. Distances "
-        "between far groups mean nothing.",
-    ),
-}
-PICTURES = (*CURVES, *OF_FEATURES)
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2933; --soft: #5f6b7a; --line: #d5dae1; --page: #ffffff; --card: #f6f7f9; }
 @media (prefers-color-scheme: dark) {
@@ -193,9 +172,7 @@ def write_report(run: Run, missing: str | None = None) -> Path:
     if run.state["log_history"]:
         plots.training_curves(run.state["log_history"], chance, run.folder / "training_curves", ks)
     path = run.folder / REPORT
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(_page(run, missing), encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, _page(run, missing))
     return path
 
 

@@ -1,5 +1,6 @@
 """Results that travel: every evaluation appends what it measured, and under which conditions, to a model's results.json."""
 
+import hashlib
 import json
 import os
 import platform
@@ -10,14 +11,30 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock
 
+from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
 
-RESULTS = "results.json"
+from .run_folder import RESULTS, write_json
+
+Feature = Literal["backbone", "head"]  # the pooled output (D wide), or the unit-length query (projection_dim wide)
+
+
+def encoder_digest(model: MoCoModel, feature: Feature = "backbone") -> str:
+    """Sixteen hexadecimal digits that stand for the weights and statistics behind a feature."""
+    digest = hashlib.sha256(json.dumps([model.config.image_mean, model.config.image_std]).encode())
+    modules = [model.encoder_q] + ([model.projector_q] if feature == "head" else [])
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "scikit-learn")
 
 
@@ -83,9 +100,7 @@ def append_results(folder: Path, results: list[Result], *, model: str, data: dic
             entry = json.loads(json.dumps(asdict(result) | {"interval": interval(result.value, result.n)} | here))
             if entry not in seen:
                 known.append(entry | {"date": datetime.now(UTC).isoformat(timespec="seconds")})
-        unfinished = folder / f"{RESULTS}.tmp"
-        unfinished.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(folder / RESULTS)
+        write_json(folder / RESULTS, known)
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

@@ -5,28 +5,29 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
 from modeling_moco.distributed_moco import world_size
 
-from .checkpoints import Division, SaveOnSigterm, newest_complete, outlive_sigterm, rotate, seal
+from .callbacks import ProgressBar, SetEpoch
+from .checkpoints import Division, newest_complete, rotate, seal
+from .errors import TrainingError, one_line_errors
+from .preemption import SaveOnSigterm, outlive_sigterm
+from .schedule import epoch_schedule
 from .trackers import Trackers, run_name
 
+REQUEUE = 75  # exit status after a SIGTERM: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
+
+
 NEVER = torch.iinfo(torch.int64).max
-
-
-class TrainingError(RuntimeError):
-    """Ends a run: says what happened at which step, and which checkpoint is left."""
 
 
 @dataclass
@@ -113,69 +114,6 @@ class SGDTrainingArguments(TrainingArguments):
     def images_per_step(self) -> int:
         """Images of one optimizer step over all processes."""
         return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
-
-
-def epoch_factor(epoch: int, epochs: int, milestones: list[int] | None) -> float:
-    """Factor of the learning rate in `epoch` (from 0): x0.1 at every milestone passed, or without them a half cosine."""
-    if milestones:
-        return math.prod(0.1 for milestone in milestones if epoch >= milestone)
-    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-
-
-def epoch_schedule(
-    optimizer: Optimizer, steps_per_epoch: int, epochs: int, milestones: list[int] | None = None
-) -> LambdaLR:
-    """A scheduler that is stepped at every optimizer step and changes the rate at the start of every epoch.
-
-    Args:
-        steps_per_epoch: optimizer steps of one epoch.
-        epochs: epochs of the run.
-        milestones: epochs at which the rate drops to a tenth; none for the cosine.
-    """
-    return LambdaLR(optimizer, lambda step: epoch_factor(step // steps_per_epoch, epochs, milestones))
-
-
-class ProgressBar(ProgressCallback):
-    """One bar with the newest numbers in it, and a line at every evaluation."""
-
-    NAMES: ClassVar = {
-        "loss": ("loss", "{:.3f}"),
-        "contrast_top1": ("contrast", "{:.1f}%"),
-        "eval_knn_top1": ("kNN", "{:.1f}%"),
-        "eval_top1": ("top-1", "{:.1f}%"),
-        "images_per_second": ("images/s", "{:.0f}"),
-    }
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.shown: dict[str, str] = {}
-        if self.training_bar is not None:
-            self.training_bar.update(state.global_step)  # of a resumed run
-            self.current_step = state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None:
-            return
-        for key, (name, form) in self.NAMES.items():
-            if key in logs:
-                self.shown[name] = form.format(logs[key])
-        self.training_bar.set_postfix(self.shown)
-        if any(key.startswith("eval_") for key in logs):
-            numbers = "  ".join(f"{name} {value}" for name, value in self.shown.items())
-            self.training_bar.write(f"epoch {logs['epoch']:g} of {args.num_train_epochs:g}: {numbers}")
-
-
-class SetEpoch(TrainerCallback):
-    """Tells the images which epoch it is: accelerate does not, with several processes or after a resume."""
-
-    def __init__(self, images: Any):
-        self.images = images
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        # A resumed epoch begins with the batches that were trained before, which Trainer draws and throws away.
-        steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-        trained = 0 if args.ignore_data_skip else state.global_step % steps * args.gradient_accumulation_steps
-        self.images.set_epoch(int(state.epoch), skip_batches=trained)
 
 
 def _outliving_sigterm(loader: Any) -> Any:
@@ -327,3 +265,13 @@ class SGDTrainer(Trainer):
     def _wait(self) -> None:
         if world_size() > 1:
             dist.barrier()
+
+
+def train(trainer: SGDTrainer, checkpoint: str | None) -> None:
+    """Train to the end, or end the program: with one line for a `TrainingError`, with status 75 after a SIGTERM."""
+    with one_line_errors((TrainingError,)):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.terminated:
+        if trainer.is_world_process_zero():
+            print(f"Stopped by SIGTERM at step {trainer.state.global_step}, saved. The same command continues.")
+        raise SystemExit(REQUEUE)

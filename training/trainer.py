@@ -19,12 +19,13 @@ from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
 
 from .augment import seeded_generator
-from .checkpoints import outlive_sigterm
-from .features import Feature, extract_features
+from .features import extract_features
 from .health import diagnose, key_drift, leak, queue_age, rankme, uniformity_kernel
 from .hub import Repository, Uploads
-from .images import MapImages, MemoryImages, StreamedImages, collate
+from .images import MapImages, StreamedImages, TrainingImages, collate
 from .knn import KNNArguments, knn_accuracy
+from .preemption import outlive_sigterm
+from .results import Feature
 from .sgd_trainer import SGDTrainer, SGDTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class MoCoTrainer(SGDTrainer):
         self,
         model: MoCoModel,
         args: MoCoTrainingArguments,
-        train_dataset: MapImages | MemoryImages | StreamedImages,
+        train_dataset: TrainingImages,
         processing_class,
         knn_bank: MapImages | None = None,
         knn_queries: MapImages | None = None,
@@ -368,9 +369,7 @@ def contrast_statistics(logits: torch.Tensor, q: torch.Tensor, temperature: floa
     return torch.stack(list(statistics.values())).double()
 
 
-def _check_sizes(
-    model: MoCoModel, args: MoCoTrainingArguments, images: MapImages | MemoryImages | StreamedImages
-) -> None:
+def _check_sizes(model: MoCoModel, args: MoCoTrainingArguments, images: TrainingImages) -> None:
     if model.dtype != torch.float32:
         raise ValueError(
             f"the model is in {model.dtype}: load it in float32, the momentum update needs it, and pass --bf16"

@@ -26,7 +26,9 @@ from ..augment import TwoViews, build_policy
 from ..augment_cv2 import render_view_cv2
 from ..augment_device import DeviceViews, TwoCrops
 from ..data import DataArguments, load_images
-from ..images import MapImages, MemoryImages, collate, decode_image, decode_tensor
+from ..decode import decode_image, decode_tensor
+from ..images import MapImages, collate
+from ..memory_images import MemoryImages
 from .measure import Benchmark, time_rounds
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -12,7 +12,7 @@ The first of `references` is the limit where there is one: a variant that does o
 timed in the same run and in turns, because a machine is not equally fast all day. Memory is measured apart from time.
 """
 
-import json
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -22,9 +22,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
 
+from ..plots import BLUE, GRAY, INK, picture
 from ..results import conditions
+from ..run_folder import write_json
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def write_json(benchmarks: list[Benchmark], path: Path) -> None:
+def write_figures(benchmarks: list[Benchmark], path: Path) -> None:
     """Every figure, with versions, hardware, threads, command and commit."""
     measured = [
         {
@@ -112,7 +116,7 @@ def write_json(benchmarks: list[Benchmark], path: Path) -> None:
         for benchmark in benchmarks
     ]
     content = conditions() | {"threads": torch.get_num_threads(), "benchmarks": measured}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def time_rounds(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -172,3 +176,31 @@ def in_own_process(call: Callable[..., Any], *args: Any) -> Any:
     """The result of a call in a new process, whose memory and threads are its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(call, *args).result()
+
+
+def draw_timings(benchmarks: list[Benchmark], path: Path) -> None:
+    """Medians as bars from the fastest to the slowest round, a panel for each benchmark; the first reference is dashed."""
+    heights = [0.75 + 0.3 * len(benchmark.seconds) for benchmark in benchmarks]
+    with picture(path, sum(heights), layout="constrained") as figure:
+        rows = figure.subplots(len(benchmarks), squeeze=False, height_ratios=heights)[:, 0]
+        for axis, benchmark in zip(rows, benchmarks, strict=True):
+            _draw_timings(axis, benchmark)
+
+
+def _draw_timings(axis: Axes, benchmark: Benchmark) -> None:
+    names, reference = list(benchmark.seconds), benchmark.references[:1]
+    milliseconds = [1000 * np.array(benchmark.seconds[name]) for name in names]
+    medians = [1000 * benchmark.median(name) for name in names]
+    spread = [[m - x.min() for m, x in zip(medians, milliseconds, strict=True)]]
+    spread += [[x.max() - m for m, x in zip(medians, milliseconds, strict=True)]]
+    colours = [GRAY if name in benchmark.references else BLUE for name in names]
+    axis.barh(names, medians, color=colours, height=0.6, xerr=spread, error_kw={"ecolor": INK, "elinewidth": 1})
+    for name, middle, values in zip(names, medians, milliseconds, strict=True):
+        ratio = "".join(f"  ({benchmark.ratio(name, r):.2f} x {r})" for r in reference if r != name)
+        axis.annotate(f"{middle:,.4g}{ratio}", (values.max(), name), (4, 0), textcoords="offset points", va="center")
+    for name in reference:
+        axis.axvline(1000 * benchmark.median(name), color=INK, linestyle=(0, (4, 2)), linewidth=1)
+    axis.invert_yaxis()
+    axis.grid(False, axis="y")
+    axis.set_xlim(0, 1.45 * max(x.max() for x in milliseconds))
+    axis.set_title("\n".join(textwrap.wrap(f"{benchmark.title}, ms", 100)), fontsize=8)

@@ -1,0 +1,50 @@
+"""What happens around the steps of every trainer: the progress bar, and the epoch that the images are told."""
+
+import math
+from typing import Any, ClassVar
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+
+class ProgressBar(ProgressCallback):
+    """One bar with the newest numbers in it, and a line at every evaluation."""
+
+    NAMES: ClassVar = {
+        "loss": ("loss", "{:.3f}"),
+        "contrast_top1": ("contrast", "{:.1f}%"),
+        "eval_knn_top1": ("kNN", "{:.1f}%"),
+        "eval_top1": ("top-1", "{:.1f}%"),
+        "images_per_second": ("images/s", "{:.0f}"),
+    }
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.shown: dict[str, str] = {}
+        if self.training_bar is not None:
+            self.training_bar.update(state.global_step)  # of a resumed run
+            self.current_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None:
+            return
+        for key, (name, form) in self.NAMES.items():
+            if key in logs:
+                self.shown[name] = form.format(logs[key])
+        self.training_bar.set_postfix(self.shown)
+        if any(key.startswith("eval_") for key in logs):
+            numbers = "  ".join(f"{name} {value}" for name, value in self.shown.items())
+            self.training_bar.write(f"epoch {logs['epoch']:g} of {args.num_train_epochs:g}: {numbers}")
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the images which epoch it is: accelerate does not, with several processes or after a resume."""
+
+    def __init__(self, images: Any):
+        self.images = images
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # A resumed epoch begins with the batches that were trained before, which Trainer draws and throws away.
+        steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        trained = 0 if args.ignore_data_skip else state.global_step % steps * args.gradient_accumulation_steps
+        self.images.set_epoch(int(state.epoch), skip_batches=trained)

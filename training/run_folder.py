@@ -1,0 +1,116 @@
+"""The folder of a run: the names of all its files, whose run it is, and files that are whole or not there.
+
+Only this module names these files, so that writers, evaluations, the report and the Hub agree on them.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SAVED_RECIPE = "recipe.yaml"  # the settings of a run, in its output directory
+MANIFEST = "manifest.json"  # of a checkpoint, written last
+METRICS = "metrics.json"  # what a run, a probe or a fine-tuning came to
+RESULTS = "results.json"  # what every evaluation of a model has measured
+SPLIT = "split.json"  # which images a fine-tuning was trained on
+CONVERSION = "conversion.json"  # where a converted model came from, beside it
+REPORT = "report.html"
+FEATURES = "features"  # folder of features that were extracted once
+# Name of a figure's files: its title, and how to read it.
+CURVES = {
+    "training_curves": (
+        "Training",
+        "The loss falls below the dashed line once queries find their keys; contrast accuracy says how often, kNN accuracy "
+        "what the features are worth.",
+    )
+}
+OF_FEATURES = {
+    "neighbours": (
+        "Nearest neighbours",
+        "Each row is a query and the training images nearest to it; a vermilion frame with ≠ marks another class.",
+    ),
+    "tsne": (
+        "The space of features",
+        "Images with similar features lie close together: good features give each class a place of its own. Distances "
+        "between far groups mean nothing.",
+    ),
+}
+PICTURES = (*CURVES, *OF_FEATURES)
+# What may differ between a run and its continuation.
+FREE_TO_CHANGE = {
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "logging_steps",
+    "report_to",
+    "project",
+    "run_name",
+    "disable_tqdm",
+    "save_total_limit",
+}
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its place at the end: readers see the old file or the new one."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)  # after an error
+
+
+def write_whole(path: Path, text: str, durable: bool = False) -> None:
+    """Write a text file that is there with all its content, or as it was before.
+
+    Args:
+        durable: wait until the disk has it, so that it outlives a loss of power.
+    """
+    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def write_json(path: Path, content: Any, durable: bool = False) -> None:
+    """`write_whole` for content that JSON knows."""
+    write_whole(path, json.dumps(content, indent=2) + "\n", durable)
+
+
+def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    """Begin a run in a folder that is empty or not there.
+
+    Raises:
+        ValueError: the folder holds something else, or cannot be written to.
+    """
+    saved = folder / SAVED_RECIPE
+    if folder.exists() and (
+        not folder.is_dir() or any(not path.name.startswith(SAVED_RECIPE) for path in folder.iterdir())
+    ):
+        raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(saved, yaml.safe_dump(recipe, sort_keys=False))
+    except OSError as error:
+        raise ValueError(f"output_dir ({folder}) cannot be written ({error}): pass another --output_dir") from error
+
+
+def check_same_run(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
+    """
+    Raises:
+        ValueError: the run in the folder has other settings.
+    """
+    saved = yaml.safe_load((folder / SAVED_RECIPE).read_text(encoding="utf-8"))
+    for section, now in settings.items():
+        then = saved.get(section, {})
+        for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE):
+            if then.get(key) != now.get(key):
+                raise ValueError(
+                    f"output_dir ({folder}) already holds another run: {key} is {then.get(key)} there and {now.get(key)} "
+                    "here. Pass another --output_dir, or the same settings to continue it"
+                )
