@@ -1,19 +1,46 @@
-"""Packaging. `pip install -e .` puts `modeling_moco` and `training` on the path; the scripts run from the checkout."""
+"""Packaging.
 
+An installation has `modeling_moco`, and the folder `training` under the name `moco_hf`: `training` would be anybody's name in
+site-packages. `pip install -e .` makes both names work, since the scripts and the tests of a checkout say `training`.
+"""
+
+import re
+import shutil
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "modeling_moco" / "__init__.py").read_text(encoding="utf-8"))[1]
+checkout = find_packages(include=["training", "training.*"])
+installed = [name.replace("training", "moco_hf", 1) for name in checkout]
+
+
+class BuildWithCard(build_py):
+    """Put the template of the model card, which lies at the top of the checkout, where publishing looks for it."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copyfile(ROOT / "model_card.md", Path(self.build_lib, "moco_hf", "hub", "model_card.md"))
+
 
 setup(
     name="moco-hf",
-    version="0.1.0",
+    version=VERSION,
     description="Momentum Contrast (MoCo v1 and v2) for PyTorch, native to transformers, accelerate, datasets and timm",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
+    project_urls={"MoCo v1": "https://arxiv.org/abs/1911.05722", "MoCo v2": "https://arxiv.org/abs/2003.04297"},
     python_requires=">=3.11",
-    packages=["modeling_moco", "training", "training.benchmarks"],
-    package_data={"training": ["recipes/*.yaml"]},
+    packages=["modeling_moco", *installed, *(checkout if "editable_wheel" in sys.argv else [])],
+    package_dir={"moco_hf": "training"},
+    package_data={"modeling_moco": ["py.typed"], "moco_hf": ["recipes/*.yaml", "py.typed"]},
+    cmdclass={"build_py": BuildWithCard},
+    entry_points={"console_scripts": ["moco = moco_hf.commands:main"]},
     # torch and torchvision are resolved together from the same index: a CPU-only torch wheel next to the index's
     # torchvision fails at import with "operator torchvision::nms does not exist".
     install_requires=[

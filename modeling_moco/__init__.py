@@ -12,6 +12,8 @@ from .configuration_moco import MoCoConfig
 from .image_processing_moco import MoCoImageProcessor, MoCoImageProcessorPil
 from .modeling_moco import MoCoBackbone, MoCoForImageClassification, MoCoModel, MoCoOutput
 
+__version__ = "0.1.0"
+
 AutoConfig.register(MoCoConfig.model_type, MoCoConfig, exist_ok=True)
 AutoModel.register(MoCoConfig, MoCoModel, exist_ok=True)
 AutoModelForImageClassification.register(MoCoConfig, MoCoForImageClassification, exist_ok=True)

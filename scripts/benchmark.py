@@ -1,43 +1,10 @@
 """Measure what this project claims: `python scripts/benchmark.py step --json step.json --picture step.png`.
 
-Every benchmark times its variants in turns in the same run, and compares them with a limit or with the way others do it.
-"""
+Every benchmark times its variants in turns in the same run, and compares them with a limit or with the way others do it."""
 
-import argparse
 import sys
-from pathlib import Path
 
-from training.benchmarks import data, exchange, knn, step, stream, train
-from training.benchmarks.measure import draw_timings, write_figures
-from training.errors import one_line_errors
-from training.memory import keep_freed_memory
-
-BENCHMARKS = {"data": data, "step": step, "train": train, "stream": stream, "exchange": exchange, "knn": knn}
-
-
-def main(argv: list[str]) -> None:
-    keep_freed_memory()
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    for name, benchmark in BENCHMARKS.items():
-        about = str(benchmark.__doc__)
-        command = commands.add_parser(
-            name, help=about.split("\n")[0], description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        benchmark.add_arguments(command)
-        command.add_argument("--json", type=Path, help="file for all figures and what they were measured with")
-        command.add_argument("--picture", type=Path, help="file for a picture, which is written as PNG and SVG")
-        command.set_defaults(run=benchmark.run)
-    args = parser.parse_args(argv)
-    with one_line_errors():
-        results = args.run(args)
-    for result in results:
-        print(result.table())
-    if args.json:
-        write_figures(results, args.json)
-    if args.picture:
-        draw_timings(results, args.picture.with_suffix(""))
-
+from training.commands.benchmark import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -2,23 +2,7 @@
 
 import sys
 
-from transformers.utils import logging
-
-from training.convert import FORMATS, parse_convert, read, write
-from training.errors import one_line_errors
-
-
-def main(argv: list[str]) -> None:
-    logging.disable_progress_bar()
-    with one_line_errors():
-        source, out, to = parse_convert(argv)
-        checkpoint = read(source)
-        print(f"{source}: {checkpoint}")
-        for note in checkpoint.notes:
-            print(f"  {note}")
-        write(checkpoint, out, to)
-    print(f"Wrote {out}: {FORMATS[to].use}")
-
+from training.commands.convert import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -2,44 +2,7 @@
 
 import sys
 
-from transformers.utils.logging import disable_progress_bar
-
-from training.checkpoints import claim_output_dir
-from training.data import load_images
-from training.errors import one_line_errors
-from training.finetune import announce, build_trainer, choose_labelled, finish, parse_finetune, save_split
-from training.memory import keep_freed_memory
-from training.run_folder import RESULTS
-from training.sgd_trainer import train
-
-
-def main(argv: list[str]) -> None:
-    keep_freed_memory()
-    disable_progress_bar()  # transformers' bars for loading and saving weights
-    with one_line_errors():
-        run = parse_finetune(argv)
-        splits = load_images(run.data, labelled=True)
-        labelled = choose_labelled(splits, run.training)
-        trainer = build_trainer(run, splits, labelled)
-        about = {"title": f"fine-tuning {run.encoder}"}
-        checkpoint = claim_output_dir(run.training, trainer.division, run.settings, about)
-        save_split(splits, run.training, labelled)
-    if trainer.is_world_process_zero():
-        announce(run, trainer)
-        if checkpoint:
-            print(f"Continuing from {checkpoint}.")
-    train(trainer, checkpoint)
-    scores = finish(run, trainer, splits)
-    if trainer.is_world_process_zero():
-        low, high = scores.interval
-        print(f"top-1 {scores.top1:.1f} % ({low:.1f} to {high:.1f}), top-5 {scores.top5:.1f} %, {scores.n:,} images")
-        folder = run.training.output_dir
-        print(f"Saved to {folder}, results to {run.encoder.home}/{RESULTS}. Classify:")
-        print(
-            '  python -c "from transformers import pipeline; import modeling_moco; '
-            f"print(pipeline('image-classification', '{folder}')('IMAGE'))\""
-        )
-
+from training.commands.finetune import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

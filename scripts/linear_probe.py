@@ -1,86 +1,8 @@
 """Train a linear classifier on a frozen encoder: `accelerate launch scripts/linear_probe.py runs/quickstart`."""
 
-import json
 import sys
-from collections.abc import Iterable
-from pathlib import Path
 
-from transformers import pipeline
-from transformers.utils import logging
-
-from training import linear_probe as lp
-from training.cached_probe import build_cached
-from training.checkpoints import claim_output_dir
-from training.data import ImageSplits, load_images
-from training.decode import decode_image
-from training.errors import one_line_errors
-from training.memory import keep_freed_memory
-from training.probe_results import Probe
-from training.run_folder import FEATURES, METRICS
-from training.sgd_trainer import train
-
-SHOWN_IMAGES = 4
-NEXT = """Next:
-  python -c "from transformers import pipeline; import modeling_moco; print(pipeline('image-classification', '{0}')('IMAGE'))"
-  accelerate launch --quiet scripts/pretrain.py --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER --batch_norm split \
---output_dir runs/mine
-  accelerate launch --quiet scripts/pretrain.py --help"""
-
-
-def main(argv: list[str]) -> None:
-    keep_freed_memory()
-    logging.disable_progress_bar()
-    with one_line_errors():
-        run = lp.parse_linear_probe(argv)
-        splits = load_images(run.data, labelled=True)
-        model = lp.load_classifier(run.encoder, splits, run.training.seed)
-        trainer = None
-        probes: Iterable[Probe] = []
-        if run.training.mode == "official":
-            trainer = lp.build_trainer(model, run.training, run.data, splits)
-        else:
-            probes = build_cached(model, run.training, run.data, splits, run.encoder.home / FEATURES)
-        division = None if trainer is None else trainer.division
-        checkpoint = claim_output_dir(run.training, division, run.settings, {"title": run.title})
-    folder, main_process = Path(str(run.training.output_dir)), run.training.process_index == 0
-    if main_process:
-        print(f"{run.title}\n{len(splits.train):,} images, {len(splits.class_names)} classes, to {folder}")
-    if trainer is not None:
-        train(trainer, checkpoint)
-        probes = [lp.finish(trainer, model)]
-    top1 = {}
-    for probe in probes:
-        if main_process:
-            lp.save_probe(probe, run, splits, model.moco)
-            print(probe.table())
-            top1[f"linear probe, {probe.name}"] = probe.scores.top1
-    if main_process:
-        print_table(run.encoder.home, top1)
-    if main_process and trainer is not None:
-        classify_some(folder, splits)
-        print(NEXT.format(folder))
-
-
-def classify_some(folder: Path, splits: ImageSplits) -> None:
-    classify = pipeline("image-classification", model=str(folder))
-    print(f"pipeline('image-classification', model='{folder}') on test images:")
-    for row in splits.eval.select(range(min(SHOWN_IMAGES, len(splits.eval)))):
-        best = classify(decode_image(row["image"]))[0]
-        print(f"  {splits.class_names[row['label']]} is called {best['label']} ({best['score']:.2f})")
-
-
-def print_table(home: Path, top1: dict[str, float]) -> None:
-    pretraining = home / METRICS
-    rows: dict[str, float | None] = {}
-    if pretraining.is_file():
-        numbers = json.loads(pretraining.read_text(encoding="utf-8"))
-        names = {"kNN before training": "knn_top1_before", "kNN after": "knn_top1_after"}
-        rows = {name: numbers[key] for name, key in names.items() if key in numbers}
-    rows |= top1
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name:<{width}} | " + (f"{value:5.1f} %" if value is not None else "not measured"))
-
+from training.commands.linear_probe import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -2,51 +2,7 @@
 
 import sys
 
-from transformers.utils.logging import disable_progress_bar
-
-from training.checkpoints import claim_output_dir
-from training.data import load_images
-from training.errors import one_line_errors
-from training.memory import keep_freed_memory
-from training.pretrain import announce, bound, build_trainer, finish, preview_views
-from training.recipe import parse_pretrain
-from training.run_folder import REPORT
-from training.sgd_trainer import train
-
-
-def main(argv: list[str]) -> None:
-    keep_freed_memory()
-    disable_progress_bar()  # transformers' bars for loading and saving weights
-    with one_line_errors():
-        args = parse_pretrain(argv)
-        splits = load_images(args.data)
-        if args.preview_views is not None:
-            if args.training.process_index == 0:
-                preview_views(args, splits)
-                print(f"Wrote {args.preview_views}.png and .svg: what epoch 0 of this run sees.")
-            return
-        trainer = build_trainer(args, splits)
-        checkpoint = claim_output_dir(args.training, trainer.division, args.settings, args.recipe.about)
-    if trainer.is_world_process_zero():
-        announce(args, trainer, default_recipe=not any(word.startswith("--recipe") for word in argv))
-        if checkpoint:
-            print(f" continue: from {checkpoint}")
-    args.training.eval_on_start = args.training.eval_strategy != "no" and checkpoint is None
-    train(trainer, checkpoint)
-    metrics = finish(args, trainer, splits)
-    if trainer.is_world_process_zero():
-        folder = args.training.output_dir
-        rows = {"kNN before training": metrics["knn_top1_before"], "kNN after": metrics["knn_top1_after"]}
-        for name, value in rows.items():
-            print(f"{name:>20}: " + (f"{value:.1f} %" if value is not None else "not measured"))
-        print(f"{'skipped images':>20}: {metrics['skipped_images']}")
-        print(f"{'images/s':>20}: {metrics['images_per_second']:.0f}; {bound(metrics)}")
-        print(f"Saved to {folder}; its pictures and numbers are in {folder}/{REPORT}")
-        if args.training.push_to_hub:
-            with one_line_errors():
-                print(f"Published: {trainer.push_to_hub()}")
-        print(f"Next: accelerate launch --quiet scripts/linear_probe.py {folder}")
-
+from training.commands.pretrain import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

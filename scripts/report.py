@@ -1,40 +1,8 @@
 """Draw the pictures of a pretraining run and write its report.html: `python scripts/report.py runs/quickstart`."""
 
-import argparse
 import sys
-from pathlib import Path
 
-import torch
-from accelerate import PartialState
-from transformers.utils import logging
-
-from modeling_moco import MoCoModel
-from training.errors import one_line_errors
-from training.evaluation import Encoder
-from training.memory import keep_freed_memory
-from training.report import draw_features, open_images, read_run, write_report
-
-
-def main(argv: list[str]) -> None:
-    keep_freed_memory()
-    logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="output directory of a pretraining run, ended or not")
-    folder = parser.parse_args(argv).run_dir
-    with one_line_errors():
-        run = read_run(folder)
-        state = PartialState(cpu=not torch.cuda.is_available())
-        model = Encoder(str(run.source)).load(MoCoModel, seed=0).to(state.device)
-        missing = None
-        try:
-            draw_features(model, open_images(run.data), run.data, folder)
-        except ValueError as error:
-            missing = str(error)
-        if state.is_main_process:
-            if missing:
-                print(f"warning: no neighbours and no t-SNE: {missing}", file=sys.stderr)
-            print(f"Wrote {write_report(run, missing)}")
-
+from training.commands.report import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.dictionary_moco import InfoNCE
-from training.augment import POLICIES
-from training.augment_device import NUMBERS, DeviceViews, draw_views
 from training.trainer import contrast_statistics
+from training.views.device import NUMBERS, DeviceViews, draw_views
+from training.views.policy import POLICIES
 
 BATCH, SIZE = 16, 32
 

@@ -12,11 +12,11 @@ from torch import nn
 
 from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.dictionary_moco import QueueDictionary
-from training.augment import EvaluationView
+from training.data.images import MapImages
 from training.errors import TrainingError
 from training.health import diagnose, key_drift, leak, queue_age, rankme, uniformity_kernel
-from training.images import MapImages
 from training.trainer import MoCoTrainer, MoCoTrainingArguments
+from training.views.pil import EvaluationView
 
 SIZE, IMAGES, BATCH = 16, 128, 16
 

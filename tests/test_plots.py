@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from training.augment import EvaluationView, ViewDraw
-from training.images import MapImages
+from training.data.images import MapImages
 from training.plots import (
     BLUE,
     COLOURS,
@@ -26,6 +25,8 @@ from training.plots import (
     training_curves,
     view_pairs,
 )
+from training.views.pil import EvaluationView
+from training.views.policy import ViewDraw
 
 NS = {"svg": "http://www.w3.org/2000/svg"}
 HISTORY = [

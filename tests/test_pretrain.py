@@ -16,15 +16,15 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
-from training.augment import build_policy
-from training.augment_cv2 import crop_and_resize
-from training.augment_device import draw_operations, unpack_draw
-from training.data import load_digits, load_images
-from training.decode import decode_image
-from training.linear_probe import parse_linear_probe
+from training.data.decode import decode_image
+from training.data.sources import load_digits, load_images
+from training.engine.results import encoder_digest, read_results
+from training.evaluation.linear_probe import parse_linear_probe
 from training.pretrain import announce, build_trainer, drawn_images
 from training.recipe import parse_pretrain, recipe_names
-from training.results import encoder_digest, read_results
+from training.views.device import draw_operations, unpack_draw
+from training.views.opencv import crop_and_resize
+from training.views.policy import build_policy
 
 ROOT = Path(__file__).parents[1]
 TINY = [

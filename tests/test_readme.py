@@ -20,8 +20,5 @@ def test_the_python_example_runs():
     assert torch.isfinite(names["outputs"].loss)
 
 
-def test_the_file_tree_and_the_recipe_table_are_complete():
-    for folder in ("modeling_moco", "training", "training/benchmarks", "scripts"):
-        for path in (ROOT / folder).glob("*.py"):
-            assert path.name == "__init__.py" or path.name in README, path
+def test_the_recipe_table_is_complete():
     assert set(re.findall(r"^\| `(\w+)` \|", README, re.M)) == set(recipe_names())

@@ -8,10 +8,10 @@ import torch
 import yaml
 
 from modeling_moco import MoCoConfig
-from training.checkpoints import Division, claim_output_dir, seal
+from training.engine.checkpoints import Division, claim_output_dir, seal
+from training.engine.schedule import epoch_schedule
 from training.errors import one_line_errors
 from training.recipe import RECIPES, load_recipe, parse_pretrain, recipe_names
-from training.schedule import epoch_schedule
 
 NAMES = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
 CPU = ["--use_cpu", "--report_to", "none"]

@@ -16,11 +16,11 @@ import torch
 import yaml
 
 from modeling_moco import MoCoConfig, MoCoModel
-from training.data import DataArguments, ImageSplits, load_digits
-from training.features import extract_features, unit
-from training.images import MapImages
+from training.data.images import MapImages
+from training.data.sources import DataArguments, ImageSplits, load_digits
+from training.engine.results import Result, append_results, encoder_digest, read_results
+from training.evaluation.features import extract_features, unit
 from training.report import draw_features, read_run, spread_over_classes, write_report
-from training.results import Result, append_results, encoder_digest, read_results
 
 PICTURES = ("training_curves", "neighbours", "tsne")
 FLAGS = [

@@ -1,0 +1,23 @@
+"""Pretraining, evaluating and publishing MoCo encoders.
+
+    pretrain    a pretraining run: build it, say what it is, leave its results
+    trainer     the training step of MoCo, and when its monitor looks
+    health      numbers that show a collapse or a leak
+    recipe      a YAML file and the command line on top of it; the files are in recipes/
+    cli         flags from dataclasses
+    errors      one line for an error of the user's
+    memory      freed memory is kept
+    plots       every figure, from data
+    report      the figures and report.html of a run
+    commands/   one module for each command: parse, build, run
+    benchmarks/ one module for each claim about speed and memory
+    evaluation/ kNN, linear probe, fine-tuning: what features are worth
+    hub/        what is published, and its way to the Hub
+    convert/    checkpoints of other code, in and out
+    engine/     the trainer that all methods share, checkpoints, the folder of a run, results, trackers
+    data/       from the name of a dataset to rows, and from rows to images
+    views/      what is drawn, and three ways to render it
+
+Imports run one way: commands, benchmarks, pretrain, recipe, then trainer and report, then evaluation, hub and convert, then
+engine, data and plots, then views, then `modeling_moco`. docs/design.md has every module.
+"""

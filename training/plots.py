@@ -20,9 +20,9 @@ from PIL import Image
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from .augment import ViewDraw
-from .images import MapImages
-from .knn import nearest
+from .data.images import MapImages
+from .evaluation.knn import nearest
+from .views.policy import ViewDraw
 
 # Of the palette of Okabe and Ito. The first colour of each is for queries, the second for keys and for what is wrong.
 BLUE, VERMILION, GREEN = "#0072b2", "#d55e00", "#009e73"

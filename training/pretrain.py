@@ -14,17 +14,17 @@ from transformers.trainer_utils import IntervalStrategy
 from modeling_moco import MoCoModel
 
 from . import plots
-from .augment import render_view
-from .data import ImageSplits
-from .decode import decode_image
-from .images import MapImages, StreamedImages
-from .knn import protocol
-from .pipeline import build_render, training_images, two_views
+from .data.decode import decode_image
+from .data.images import MapImages, StreamedImages
+from .data.pipeline import build_render, training_images, two_views
+from .data.sources import ImageSplits
+from .engine.results import Result, append_results, conditions, encoder_digest, read_results
+from .engine.run_folder import METRICS, PICTURES, write_json
+from .evaluation.knn import protocol
 from .recipe import PretrainArguments
 from .report import STREAMED, chance_loss, draw_features, read_run, write_report
-from .results import Result, append_results, conditions, encoder_digest, read_results
-from .run_folder import METRICS, PICTURES, write_json
 from .trainer import MoCoTrainer
+from .views.pil import render_view
 
 PREVIEWED = 8  # images
 BOUND_BY_DATA = 10  # per cent of the time

@@ -12,8 +12,8 @@ import yaml
 from modeling_moco import MoCoConfig
 
 from .cli import build_parser, nearest_name, parse_flags
-from .data import DataArguments
-from .probe_arguments import LinearProbeArguments
+from .data.sources import DataArguments
+from .evaluation.probe_arguments import LinearProbeArguments
 from .trainer import MoCoTrainingArguments
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -23,13 +23,13 @@ from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.distributed_moco import rank
 
 from . import plots
-from .checkpoints import newest_complete
-from .data import DataArguments, ImageSplits, load_images
-from .features import extract_features, unit
-from .images import MapImages
-from .labels import read_labels
-from .results import PACKAGES, read_results
-from .run_folder import CURVES, METRICS, OF_FEATURES, REPORT, SAVED_RECIPE, write_whole
+from .data.images import MapImages
+from .data.labels import read_labels
+from .data.sources import DataArguments, ImageSplits, load_images
+from .engine.checkpoints import newest_complete
+from .engine.results import PACKAGES, read_results
+from .engine.run_folder import CURVES, METRICS, OF_FEATURES, REPORT, SAVED_RECIPE, write_whole
+from .evaluation.features import extract_features, unit
 
 PICTURED_QUERIES, PICTURED_BANK = 8, 10_000  # rows of the neighbour picture, and images that it searches
 EMBEDDED = 2_000  # images of the t-SNE

@@ -18,15 +18,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, Inter
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
 
-from .augment import seeded_generator
-from .features import extract_features
+from .data.images import MapImages, StreamedImages, TrainingImages, collate
+from .engine.preemption import outlive_sigterm
+from .engine.results import Feature
+from .engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
+from .evaluation.features import extract_features
+from .evaluation.knn import KNNArguments, knn_accuracy
 from .health import diagnose, key_drift, leak, queue_age, rankme, uniformity_kernel
-from .hub import Repository, Uploads
-from .images import MapImages, StreamedImages, TrainingImages, collate
-from .knn import KNNArguments, knn_accuracy
-from .preemption import outlive_sigterm
-from .results import Feature
-from .sgd_trainer import SGDTrainer, SGDTrainingArguments
+from .hub.publish import Repository, Uploads
+from .views.policy import seeded_generator
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Measure what this project claims."""

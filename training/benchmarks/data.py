@@ -22,13 +22,14 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
-from ..augment import TwoViews, build_policy
-from ..augment_cv2 import render_view_cv2
-from ..augment_device import DeviceViews, TwoCrops
-from ..data import DataArguments, load_images
-from ..decode import decode_image, decode_tensor
-from ..images import MapImages, collate
-from ..memory_images import MemoryImages
+from ..data.decode import decode_image, decode_tensor
+from ..data.images import MapImages, collate
+from ..data.memory_images import MemoryImages
+from ..data.sources import DataArguments, load_images
+from ..views.device import DeviceViews, TwoCrops
+from ..views.opencv import render_view_cv2
+from ..views.pil import TwoViews
+from ..views.policy import build_policy
 from .measure import Benchmark, time_rounds
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
-from ..knn import knn_predict
+from ..evaluation.knn import knn_predict
 from .measure import Benchmark, PeakMemory, in_own_process
 
 

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
+from ..engine.results import conditions
+from ..engine.run_folder import write_json
 from ..plots import BLUE, GRAY, INK, picture
-from ..results import conditions
-from ..run_folder import write_json
 
 
 @dataclass(frozen=True)

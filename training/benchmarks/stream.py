@@ -8,9 +8,10 @@ from statistics import median
 
 from torch.utils.data import DataLoader
 
-from ..augment import TwoViews, build_policy
-from ..data import DataArguments, load_images
-from ..images import StreamedImages
+from ..data.images import StreamedImages
+from ..data.sources import DataArguments, load_images
+from ..views.pil import TwoViews
+from ..views.policy import build_policy
 from .measure import Benchmark
 
 WORKERS = (0, 1, 2)

@@ -23,14 +23,14 @@ from transformers.trainer_callback import PrinterCallback
 
 from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
 
-from ..data import load_images
+from ..data.sources import load_images
 from ..pretrain import build_trainer
 from ..recipe import parse_pretrain
 from ..trainer import VIEWS, MoCoTrainer, MoCoTrainingArguments
 from .measure import Benchmark, elapsed
 from .step import Step, this_project
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain.py"
+PRETRAIN = f"{__package__.rsplit('.', 1)[0]}.commands.pretrain"  # run as a module, in a process of its own
 WORKERS = (1, 2)
 TINY_BATCH, TINY_STEPS = 8, 60
 
@@ -99,9 +99,9 @@ def seconds_of_run(flags: list[str], batch_size: int) -> list[float]:
     Raises:
         RuntimeError: the run failed.
     """
-    done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", PRETRAIN, *flags], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{SCRIPT.name} ended with status {done.returncode}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{PRETRAIN} ended with status {done.returncode}: {done.stderr[-2000:]}")
     folder = Path(flags[flags.index("--output_dir") + 1])
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return _steady([batch_size / entry["images_per_second"] for entry in history if "loss" in entry])

@@ -1,0 +1,394 @@
+"""A run stopped anywhere goes on as if nothing had happened; damaged checkpoints, full disks and SIGTERM lose little."""
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from tiny_trainer import BATCH, IMAGES, StopAt, build, image_rows, tiny_model
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+from training.data.images import MapImages
+from training.engine.checkpoints import Division, check_division, flaw, newest_complete, rotate, seal
+from training.engine.preemption import outlive_sigterm
+from training.errors import TrainingError
+from training.evaluation.features import extract_features
+from training.views.pil import EvaluationView
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return image_rows()
+
+
+def losses(trainer) -> list[tuple[int, float]]:
+    return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same_end(ours, whole):
+    assert losses(ours) == losses(whole)
+    state = ours.model.state_dict()
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+
+
+class Terminate(TrainerCallback):
+    """Sends SIGTERM to this process and its workers in a step, twice, from another process, as a launcher does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            group = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
+            assert len(group) > args.dataloader_num_workers
+            for _ in range(2):
+                subprocess.run(["kill", "-TERM", *map(str, group)], check=True)
+
+
+# Exact resume
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(rows, tmp_path, stream, workers, accumulation):
+    options = SAVING | {
+        "stream": stream,
+        "dataloader_num_workers": workers,
+        "gradient_accumulation_steps": accumulation,
+    }
+    whole = build(rows, tmp_path / "whole", **options)
+    whole.train()
+    # Within the first epoch, at its end, within the second, and twice.
+    for stops in ((3,), (6,), (8,), (2, 9)) if accumulation == 1 else ((1,), (3,)):
+        folder = tmp_path / str(stops)
+        build(rows, folder, callback=StopAt(stops[0]), **options).train()
+        for stop in stops[1:]:
+            build(rows, folder, callback=StopAt(stop), **options).train(resume_from_checkpoint=True)
+        resumed = build(rows, folder, **options)
+        resumed.train(resume_from_checkpoint=True)
+        assert_same_end(resumed, whole)
+        assert not any(p.requires_grad for p in resumed.model.encoder_k.parameters())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_on_images_in_memory_is_the_uninterrupted_one(rows, tmp_path, workers):
+    options = SAVING | {"memory": True, "dataloader_num_workers": workers}
+    whole = build(rows, tmp_path / "whole", **options)
+    whole.train()
+    build(rows, tmp_path / "parts", callback=StopAt(8), **options).train()
+    resumed = build(rows, tmp_path / "parts", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_end(resumed, whole)
+    epochs = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert len(set(epochs)) == len(epochs)  # views of their own in every epoch
+
+
+def watch_images(trainer) -> list[torch.Tensor]:
+    """Both views of every batch that the trainer's model is going to see."""
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda model, args, inputs: seen.append(torch.cat([inputs["pixel_values"], inputs["key_pixel_values"]], dim=1)),
+        with_kwargs=True,
+    )
+    return seen
+
+
+def _rank(rank: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    rows = image_rows()
+
+    def run(name: str, seed: int, **kwargs):
+        # Each rank begins with weights and a queue of its own, part of which outlives the run: training makes them equal.
+        return build(
+            rows, f"{folder}/{name}", tiny_model(batch_norm="shuffle", queue_size=128, seed=seed), **SAVING, **kwargs
+        )
+
+    symmetric = tiny_model(batch_norm="shuffle", seed=rank, symmetric_loss=True)
+    trainer = build(rows, f"{folder}/symmetric", symmetric, eval_strategy="no")
+    trainer.train()
+    torch.save(symmetric.state_dict(), f"{folder}/symmetric{rank}.pt")
+    for name, stream in (("map", False), ("stream", True)):
+        whole = run(f"{name}_whole", rank, stream=stream)
+        seen = watch_images(whole)
+        whole.train()
+        torch.save(seen, f"{folder}/{name}_images{rank}.pt")
+        run(f"{name}_parts", rank, callback=StopAt(4), stream=stream).train()
+        resumed = run(f"{name}_parts", 10 + rank, stream=stream)
+        resumed.train(resume_from_checkpoint=f"{folder}/{name}_parts/checkpoint-4")
+        assert_same_end(resumed, whole)
+        torch.save(resumed.model.state_dict(), f"{folder}/{name}{rank}.pt")
+    # SIGTERM reaches one of them: both save after the same step.
+    killed = run("killed", rank, callback=Terminate(2) if rank == 1 else None)
+    killed.train()
+    assert killed.terminated
+    assert killed.state.global_step == 2
+    dist.destroy_process_group()
+
+
+def test_two_processes_resume_exactly_and_agree_bit_for_bit(rows, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, (str(tmp_path), port), nprocs=2)
+    for name in ("map", "stream", "symmetric"):
+        first, second = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2))
+        own = [key for key in first if not torch.equal(first[key], second[key])]
+        assert own  # each process keeps the statistics of the images that it saw
+        assert all("running" in key for key in own)
+    assert flaw(tmp_path / "killed" / "checkpoint-2") is None
+    # One process with batches of twice the size sees the same views of the same images, in the same order.
+    alone = build(rows, tmp_path / "alone", per_device_train_batch_size=2 * BATCH)
+    seen = watch_images(alone)
+    alone.train()
+    parts = [torch.load(tmp_path / f"map_images{rank}.pt") for rank in range(2)]
+    assert len(seen) == 6
+    assert all(torch.equal(whole, torch.cat(both)) for whole, *both in zip(seen, *parts, strict=True))
+
+
+# Checkpoints that do not count
+
+
+@pytest.fixture(scope="module")
+def saved(rows, tmp_path_factory):
+    """A run's folder with the checkpoints 1 to 6."""
+    folder = tmp_path_factory.mktemp("saved")
+    trainer = build(rows, folder, num_train_epochs=1, **SAVING)
+    trainer.train()
+    return folder, trainer
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "unfinished", "empty manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(saved, tmp_path, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(saved[0], folder)
+    newest = folder / "checkpoint-6"
+    if damage == "truncated":
+        os.truncate(newest / "optimizer.pt", 1000)
+    elif damage == "empty manifest":
+        os.truncate(newest / "manifest.json", 0)
+    else:
+        (newest / {"missing": "model.safetensors", "unfinished": "manifest.json"}[damage]).unlink()
+    checkpoint, remarks = newest_complete(folder)
+    assert checkpoint == folder / "checkpoint-5"
+    assert len(remarks) == 1
+    assert str(newest) in remarks[0]
+    sign = {"truncated": "optimizer.pt has 1,000 bytes", "missing": "model.safetensors is missing"}
+    sign["empty manifest"] = "its manifest.json cannot be read"
+    assert sign.get(damage, "not written to the end") in remarks[0]
+
+
+def test_a_damaged_checkpoint_is_written_anew_when_the_run_gets_there(rows, saved, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(saved[0], folder)
+    os.truncate(folder / "checkpoint-6" / "model.safetensors", 1000)
+    resumed = build(rows, folder, num_train_epochs=1, **SAVING)
+    resumed.train(resume_from_checkpoint=str(newest_complete(folder)[0]))
+    assert flaw(folder / "checkpoint-6") is None
+    assert_same_end(resumed, saved[1])
+
+
+def test_rotation_keeps_complete_checkpoints_and_the_best(tmp_path, monkeypatch):
+    for step in (1, 2, 3, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 20:
+            seal(tmp_path / f"checkpoint-{step}", division())
+    monkeypatch.chdir(tmp_path)
+    rotate(Path("./"), None, None)
+    assert len(list(tmp_path.iterdir())) == 4
+    rotate(Path("./"), 1, "./checkpoint-1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_only_the_newest_checkpoints_are_kept(rows, tmp_path):
+    build(rows, tmp_path, num_train_epochs=1, **SAVING | {"save_total_limit": 2}).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+    assert all(flaw(path) is None for path in tmp_path.glob("checkpoint-*"))
+
+
+def test_a_full_disk_is_one_error_and_earlier_checkpoints_stay(rows, tmp_path):
+    """A limit on the size of files stands for the full disk: the weights still fit, the optimizer's state does not."""
+
+    class Fill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                size = (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(
+            TrainingError, match=r"checkpoint-3 could not be written .* good checkpoint is .*checkpoint-2"
+        ):
+            build(rows, tmp_path, callback=Fill(), **SAVING).train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert newest_complete(tmp_path) == (tmp_path / "checkpoint-2", [])
+
+
+# Another division of the images
+
+
+def division(**kwargs) -> Division:
+    defaults = {
+        "processes": 8,
+        "per_device_batch": 32,
+        "accumulation": 1,
+        "images": 2560,
+        "workers": None,
+        "epoch": 1.5,
+    }
+    return Division(**defaults | kwargs)
+
+
+def test_another_division_goes_on_where_that_is_defined_and_is_refused_elsewhere(tmp_path):
+    seal(tmp_path, division())
+    assert check_division(tmp_path, division(epoch=0.0)) is None
+    remark = check_division(tmp_path, division(processes=4, per_device_batch=64))
+    assert "was trained on 8 processes x 32 images x 1 accumulated, this run on 4 processes x 64 images" in remark
+    assert "BatchNorm normalises them in other groups" in remark
+    with pytest.raises(
+        ValueError, match=r"global batch of 256 .* this run has 128 .*same global batch, or pass another"
+    ):
+        check_division(tmp_path, division(processes=4))
+    for epoch, now in ((1.5, {"workers": 4}), (1.5, {"processes": 4, "per_device_batch": 64, "workers": 2})):
+        seal(tmp_path, division(workers=2, epoch=epoch))
+        with pytest.raises(ValueError, match=r"within an epoch of a stream read by 8 processes x 2 workers"):
+            check_division(tmp_path, division(**now))
+        seal(tmp_path, division(workers=2, epoch=2.0))
+        check_division(tmp_path, division(**now))
+
+
+@pytest.mark.parametrize("now", [{"images": 1_281_168}, {"processes": 4, "accumulation": 2}])
+def test_epochs_of_another_length_are_refused(tmp_path, now):
+    # 8 x 32 images make 5,004 steps of ImageNet; 4 x 32 x 2 make one more, of a single micro-batch.
+    seal(tmp_path, division(images=1_281_167))
+    with pytest.raises(ValueError, match=r"epochs of 5,004 steps of 1,281,167 images .* its place would be another"):
+        check_division(tmp_path, division(**{"images": 1_281_167} | now))
+
+
+def test_steps_per_epoch_are_those_of_the_trainer(rows, tmp_path):
+    for batch, accumulation in ((4, 1), (4, 4), (5, 2), (3, 3)):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        trainer = build(rows, tmp_path / f"{batch}{accumulation}", num_train_epochs=1, **sizes)
+        trainer.train()
+        assert trainer.division.steps_per_epoch == trainer.state.global_step
+
+
+# Signals and numbers
+
+
+@pytest.mark.parametrize(("workers", "stream"), [(0, False), (2, False), (2, True)])
+def test_sigterm_saves_after_the_step_and_the_run_goes_on_exactly(rows, tmp_path, workers, stream):
+    options = {"dataloader_num_workers": workers, "save_strategy": "epoch", "stream": stream}
+    options["dataloader_persistent_workers"] = workers > 0
+    whole = build(rows, tmp_path / "whole", **options)
+    whole.train()
+    before = signal.getsignal(signal.SIGTERM)
+    stopped = build(rows, tmp_path / "run", callback=Terminate(8), **options)
+    stopped.train()
+    assert stopped.terminated
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+    resumed = build(rows, tmp_path / "run", **options)
+    resumed.train(resume_from_checkpoint=str(newest_complete(tmp_path / "run")[0]))
+    assert not resumed.terminated
+    assert_same_end(resumed, whole)
+
+
+def test_sigterm_within_an_epoch_does_not_spend_its_time_on_an_evaluation(rows, tmp_path):
+    trainer = build(rows, tmp_path, callback=Terminate(8), save_strategy="epoch")
+    trainer.args.eval_strategy, trainer.args.knn_k = "epoch", [3]
+    trainer.knn_bank = trainer.knn_queries = MapImages(rows, EvaluationView(24, 24))
+    trainer.train()
+    assert trainer.terminated
+    assert [entry["epoch"] for entry in trainer.state.log_history if "eval_knn_top1" in entry] == [1.0]
+
+
+def test_sigterm_in_the_last_step_lets_the_run_end(rows, tmp_path):
+    trainer = build(rows, tmp_path, callback=Terminate(12), save_strategy="epoch")
+    trainer.train()
+    assert not trainer.terminated
+    assert trainer.state.global_step == 12
+
+
+def kill_worker(image, generator):
+    """A view whose worker has just been sent SIGTERM by another process."""
+    subprocess.run(["kill", "-TERM", str(os.getpid())], check=True)
+    return EvaluationView(24, 24)(image, generator)
+
+
+def test_workers_outlive_a_sigterm_that_is_not_their_parents(rows):
+    images = MapImages(rows, kill_worker).rows(0, 6)
+    features, _ = extract_features(tiny_model(), images, batch_size=2, num_workers=1)
+    assert len(features) == 6
+    others = set(multiprocessing.active_children())
+    loader = DataLoader(images, num_workers=1, persistent_workers=True, worker_init_fn=outlive_sigterm)
+    next(iter(loader))
+    (worker,) = set(multiprocessing.active_children()) - others
+    worker.terminate()
+    worker.join(timeout=5)
+    assert worker.exitcode == 0
+
+
+class Poison(TrainerCallback):
+    """Makes a weight of the query encoder NaN before a step, or after it."""
+
+    def __init__(self, step, after=False):
+        self.step, self.after = step, after
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step and not self.after:
+            model.encoder_q.conv1[0].weight.data.fill_(float("nan"))
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step and self.after:
+            model.encoder_q.conv1[0].weight.data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("logging_steps", "after", "message"),
+    [
+        (1, False, "no longer finite since step 4; the last good checkpoint is .*checkpoint-3"),
+        (5, False, "no longer finite since step 4; the last good checkpoint is .*checkpoint-3"),
+        (100, True, "a weight is no longer finite since step 4; the last good checkpoint is .*checkpoint-3"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(rows, tmp_path, logging_steps, after, message):
+    saving = SAVING if after else SAVING | {"save_steps": 3}
+    with pytest.raises(TrainingError, match=message):
+        build(rows, tmp_path, callback=Poison(4, after), logging_steps=logging_steps, **saving).train()
+    newest, remarks = newest_complete(tmp_path)
+    assert newest == tmp_path / "checkpoint-3"
+    assert not remarks
+    assert all(t.isfinite().all() for t in load_file(newest / "model.safetensors").values())
+
+
+def test_weights_that_the_last_update_spoils_are_an_error(rows, tmp_path):
+    with pytest.raises(TrainingError, match="since step 12; there is no checkpoint yet"):
+        build(rows, tmp_path, callback=Poison(12, after=True), logging_steps=100).train()
+
+
+def test_a_manifest_lists_every_file_and_the_division(saved):
+    checkpoint = saved[0] / "checkpoint-6"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert set(manifest["files"]) == {p.name for p in checkpoint.iterdir()} - {"manifest.json"}
+    assert manifest["files"]["model.safetensors"] == (checkpoint / "model.safetensors").stat().st_size
+    assert Division(**manifest["division"]) == Division(1, BATCH, 1, IMAGES, None, 1.0)

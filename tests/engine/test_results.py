@@ -1,0 +1,116 @@
+"""Results travel: what is appended, and that nothing is lost. Scores against scikit-learn."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+from sklearn.metrics import confusion_matrix, top_k_accuracy_score
+
+from training.engine.results import Result, append_results, interval, read_results, table
+from training.engine.run_folder import RESULTS
+from training.evaluation.scores import score
+
+ROOT = Path(__file__).parents[2]
+RESULT = Result("weighted kNN, k 200, T 0.07", "top1", 92.5, 360)
+CONDITIONS = {"model": "0123456789abcdef", "data": {"dataset": "digits", "split": "test"}}
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (333, 360), (1, 50_000)])
+def test_the_interval_is_wilsons(right, n):
+    expected = binomtest(right, n).proportion_ci(0.95, "wilson")
+    low, high = interval(100 * right / n, n)
+    assert low == pytest.approx(100 * expected.low, abs=1e-4)
+    assert high == pytest.approx(100 * expected.high, abs=1e-4)
+
+
+def test_a_result_is_kept_with_everything_needed_to_repeat_it(tmp_path):
+    append_results(tmp_path / "model", [RESULT], **CONDITIONS)
+    (entry,) = read_results(tmp_path / "model")
+    for key, value in {"protocol": RESULT.protocol, "metric": "top1", "value": 92.5, "n": 360, **CONDITIONS}.items():
+        assert entry[key] == value, key
+    assert entry["feature"] == "backbone"
+    assert entry["interval"] == pytest.approx(interval(92.5, 360))
+    assert torch.__version__.startswith(entry["versions"]["torch"])
+    assert "CPU" in entry["hardware"] or torch.cuda.is_available()
+    assert entry["processes"] == 1
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert commit.startswith(entry["commit"].removesuffix("-dirty"))
+
+
+def test_results_are_appended_and_the_same_one_is_not_repeated(tmp_path):
+    append_results(tmp_path, [RESULT], **CONDITIONS)
+    first = (tmp_path / RESULTS).read_text()
+    append_results(tmp_path, [RESULT], **CONDITIONS)
+    assert (tmp_path / RESULTS).read_text() == first
+    append_results(tmp_path, [RESULT], model="fedcba9876543210", data=CONDITIONS["data"])
+    append_results(tmp_path, [Result(RESULT.protocol, "top5", 99.0, 360)], **CONDITIONS)
+    entries = read_results(tmp_path)
+    assert [(e["model"][0], e["metric"]) for e in entries] == [("0", "top1"), ("f", "top1"), ("0", "top5")]
+    assert entries[:1] == json.loads(first)
+
+
+def add_results(folder: Path, metric: str) -> None:
+    for n in range(1, 21):
+        append_results(folder, [Result("p", metric, 50.0, n)], **CONDITIONS)
+
+
+def test_two_evaluations_that_end_together_lose_nothing(tmp_path):
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(add_results, [tmp_path] * 2, ["top1", "top5"]))
+    entries = read_results(tmp_path)
+    assert {(entry["metric"], entry["n"]) for entry in entries} == {
+        (m, n) for m in ("top1", "top5") for n in range(1, 21)
+    }
+
+
+@pytest.mark.parametrize("content", ["{", "{}x", '[{"value": 1}]', "3"])
+def test_a_file_that_is_no_list_of_results_is_left_alone(content, tmp_path):
+    (tmp_path / RESULTS).write_text(content)
+    with pytest.raises(ValueError, match="is no list of results"):
+        append_results(tmp_path, [RESULT], **CONDITIONS)
+    assert (tmp_path / RESULTS).read_text() == content
+
+
+def test_tokens_are_not_written_down(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["knn.py", "--hub_token", "hf_secret", "--other_token=hf_hidden", "--k", "20"])
+    append_results(tmp_path, [RESULT], **CONDITIONS)
+    text = (tmp_path / RESULTS).read_text()
+    assert "hf_" not in text
+    assert read_results(tmp_path)[0]["command"].endswith("--k 20")
+
+
+def test_the_table_has_a_line_for_each_result_with_its_interval():
+    lines = table([RESULT, Result("linear", "top5", 100.0, 50_000, feature="head")]).splitlines()
+    assert "92.50 %" in lines[0]
+    assert "95 %: 89.3" in lines[0]
+    assert [line.index("|") for line in lines] == [len(RESULT.protocol) + 1] * 2
+
+
+def test_scores_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(7, (300,), generator=generator)
+    labels[labels == 5] = 4  # a class without images
+    logits = torch.randn(300, 8, generator=generator) + 2 * torch.eye(8)[labels]
+    scores = score(logits, labels)
+    everyone = np.arange(8)
+    assert scores.top1 == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=1, labels=everyone))
+    assert scores.top5 == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=5, labels=everyone))
+    confusion = confusion_matrix(labels, logits.argmax(dim=1), labels=everyone)
+    assert scores.confusion.tolist() == confusion.tolist()
+    assert scores.per_class[5] is None
+    assert scores.per_class[4] == pytest.approx(100 * confusion[4, 4] / confusion[4].sum())
+    assert scores.n == 300
+    assert [(r.metric, r.n, r.value) for r in scores.results("p")] == [
+        ("top1", 300, scores.top1),
+        ("top5", 300, scores.top5),
+    ]
+
+
+def test_with_fewer_than_five_classes_every_answer_is_among_the_first_five():
+    assert score(torch.randn(20, 3), torch.randint(3, (20,))).top5 == 100

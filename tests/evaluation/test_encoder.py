@@ -1,0 +1,67 @@
+"""Which encoder an evaluation looks at, and where its results go."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
+from training.evaluation.encoder import Encoder, MoCoQueryModel
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A classifier and a pretrained model with the same encoder."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(9)
+    config = MoCoConfig(architecture="test_resnet", queue_size=64, batch_norm="plain", num_labels=3)
+    model = MoCoModel(config)
+    classifier = MoCoForImageClassification(config)
+    classifier.moco.encoder_q.load_state_dict(model.encoder_q.state_dict())
+    torch.nn.init.constant_(classifier.classifier.bias, 7.0)
+    model.save_pretrained(folder / "model")
+    classifier.save_pretrained(folder / "classifier")
+    return folder
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_a_classifier_starts_anew_even_where_one_was_saved(saved):
+    labels = {"num_labels": 3}
+    first, second = (
+        Encoder(str(saved / name)).load(MoCoForImageClassification, 0, **labels) for name in ("model", "classifier")
+    )
+    assert same(first.moco, second.moco)
+    for model in (first, second):
+        assert torch.count_nonzero(model.classifier.bias) == 0
+        assert 0.005 < model.classifier.weight.std() < 0.015
+
+
+def test_a_random_encoder_is_another_for_every_seed_and_the_same_for_one(saved):
+    source = str(saved / "model")
+    trained = Encoder(source).load(MoCoModel, 0)
+    random = [Encoder(source, random=True).load(MoCoModel, seed) for seed in (0, 0, 1)]
+    assert same(random[0], random[1])
+    assert not same(random[0], random[2])
+    assert not same(random[0].encoder_q, trained.encoder_q)
+    assert not any(model.training for model in [trained, *random])
+
+
+def test_results_of_a_random_encoder_have_a_folder_of_their_own(saved):
+    folder = saved / "model"
+    assert Encoder(str(folder)).home == folder
+    assert Encoder(str(folder), random=True).home == folder / "random_encoder"
+    assert Encoder("org/moco-v2-r50").home == Path("runs/moco-v2-r50")
+
+
+def test_the_heads_output_needs_a_saved_head(saved):
+    assert Encoder(str(saved / "model")).load(MoCoQueryModel, 0).projector_q
+    with pytest.raises(ValueError, match=r"holds a model without projector_q\.0"):
+        Encoder(str(saved / "classifier")).load(MoCoQueryModel, 0)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no MoCo model"):
+        Encoder(str(tmp_path)).load(MoCoModel, 0)

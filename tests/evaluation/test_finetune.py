@@ -1,0 +1,335 @@
+"""Fine-tuning: which labels it sees, what trains at which rate, and what it leaves behind."""
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import TrainerCallback, pipeline
+
+from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
+from training.data.sources import load_digits, load_images
+from training.engine.results import encoder_digest
+from training.evaluation.encoder import Encoder
+from training.evaluation.finetune import (
+    FinetuneArguments,
+    build_trainer,
+    choose_labelled,
+    draw_split,
+    parse_finetune,
+    save_split,
+)
+
+TINY = [
+    *("--dataset_name", "digits", "--max_train_samples", "120", "--max_eval_samples", "40", "--image_size", "32"),
+    *("--eval_resize", "32", "--global_batch_size", "16", "--num_train_epochs", "2", "--use_cpu"),
+    *("--logging_steps", "1", "--disable_tqdm", "True"),
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder") / "run"
+    torch.manual_seed(7)
+    MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=64, batch_norm="split")).save_pretrained(folder)
+    return folder
+
+
+def build(encoder, folder, *flags, callback=None):
+    run = parse_finetune([str(encoder), *TINY, "--output_dir", str(folder), *flags])
+    splits = load_images(run.data, labelled=True)
+    trainer = build_trainer(run, splits, choose_labelled(splits, run.training))
+    if callback is not None:
+        trainer.add_callback(callback)
+    return trainer
+
+
+def copy_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def changed(module: torch.nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+# Which labels
+
+
+@pytest.fixture(scope="module")
+def labels() -> np.ndarray:
+    """Class 0 has 5 images, class 1 none, class 2 has 150, class 3 has 1,000, in a random order."""
+    return np.random.default_rng(1).permutation(np.repeat([0, 2, 3], [5, 150, 1000]))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "counts"),
+    [
+        (0.01, [1, 0, 2, 10]),
+        (0.1, [1, 0, 15, 100]),
+        (0.5, [2, 0, 75, 500]),
+        (1e-9, [1, 0, 1, 1]),
+        (1.0, [5, 0, 150, 1000]),
+    ],
+)
+def test_every_class_gives_its_share_and_at_least_one_image(labels, fraction, counts):
+    drawn = draw_split(labels, fraction, seed=0)
+    assert np.bincount(labels[drawn], minlength=4).tolist() == counts
+    assert len(set(drawn.tolist())) == sum(counts)
+
+
+def test_a_seed_draws_one_split_and_more_labels_hold_those_of_fewer(labels):
+    one, ten = draw_split(labels, 0.01, seed=3), draw_split(labels, 0.1, seed=3)
+    assert np.array_equal(one, draw_split(labels, 0.01, seed=3))
+    assert set(one) < set(ten) < set(draw_split(labels, 1.0, seed=3))
+    assert not np.array_equal(one, draw_split(labels, 0.01, seed=4))
+    # No place in the dataset is preferred: folders are sorted.
+    places = np.concatenate([draw_split(np.zeros(100, dtype=int), 0.1, seed) for seed in range(200)])
+    assert np.bincount(places // 50).min() > 900
+
+
+# Which rates
+
+
+def test_the_defaults_are_those_that_were_published(tmp_path):
+    # README of facebookresearch/vicreg: rates of backbone and classifier, epochs, weight decay; its evaluate.py: the rest.
+    published = {0.01: (0.03, 0.08, 20), 0.1: (0.01, 0.1, 20), 1.0: (0.05, 0.05, 30)}
+    nearest = {0.01: 0.01, 0.1: 0.1, 1.0: 1.0, 0.001: 0.01, 0.02: 0.01, 0.05: 0.1, 0.3: 0.1, 0.5: 1.0}
+    for fraction, share in nearest.items():
+        args = FinetuneArguments(output_dir=str(tmp_path), use_cpu=True, label_fraction=fraction)
+        assert (args.learning_rate, args.head_learning_rate, args.num_train_epochs) == published[share]
+        assert (args.images_per_step, args.weight_decay, args.optim.value) == (256, 0.0, "sgd")
+        assert (args.optim_args, args.lr_scheduler_type.value, args.lr_milestones) == ("momentum=0.9", "cosine", None)
+    assert FinetuneArguments(output_dir=str(tmp_path), use_cpu=True).label_fraction == 1
+    chosen = {"learning_rate": 1.0, "head_learning_rate": 2.0, "num_train_epochs": 3}
+    args = FinetuneArguments(output_dir=str(tmp_path), use_cpu=True, label_fraction=0.1, **chosen)
+    assert {name: getattr(args, name) for name in chosen} == chosen
+
+
+def test_the_first_step_moves_encoder_and_classifier_each_by_its_rate(encoder, tmp_path):
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.expected = {
+                name: p.detach() - (0.5 if name.startswith("classifier.") else 0.02) * p.grad
+                for name, p in model.named_parameters()
+            }
+
+    watch = Watch()
+    flags = ["--learning_rate", "0.02", "--head_learning_rate", "0.5", "--max_steps", "1", "--eval_strategy", "no"]
+    trainer = build(encoder, tmp_path, *flags, callback=watch)
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), watch.expected[name], msg=name)
+    assert len(watch.expected) == len(list(trainer.model.parameters()))
+
+
+def test_both_rates_follow_the_cosine_of_whole_epochs(encoder, tmp_path):
+    class Watch(TrainerCallback):
+        rates = []
+
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    watch = Watch()
+    build(encoder, tmp_path, "--label_fraction", "0.2", "--eval_strategy", "no", callback=watch).train()
+    steps = len(watch.rates) // 2
+    assert watch.rates == [[0.01, 0.1]] * steps + [pytest.approx([0.005, 0.05])] * steps
+
+
+@pytest.mark.parametrize("part", ["moco", "classifier"])
+def test_a_rate_of_zero_freezes_the_weights_of_its_part_alone(part, encoder, tmp_path):
+    flag = {"moco": "--learning_rate", "classifier": "--head_learning_rate"}[part]
+    trainer = build(encoder, tmp_path, flag, "0", "--max_steps", "2", "--eval_strategy", "no")
+    before = copy_of(trainer.model)
+    trainer.train()
+    moved = changed(trainer.model, before)
+    weights = {name for name, _ in trainer.model.named_parameters()}
+    assert moved & weights == {name for name in weights if not name.startswith(part)}
+    # BatchNorm sees the labelled images in training mode, whatever the rates.
+    statistics = {name for name, _ in trainer.model.named_buffers()}
+    assert moved - weights == statistics
+    assert any("running_mean" in name for name in statistics)
+
+
+def test_a_last_batch_of_one_image_is_left_out_as_batch_norm_could_not_normalise_it(encoder, tmp_path):
+    flags = ["--eval_strategy", "no", "--global_batch_size", "8"]
+    trainer = build(encoder, tmp_path, *flags, "--max_train_samples", "33")
+    assert len(trainer.train_dataset) % 8 == 1
+    trainer.train()
+    assert trainer.state.global_step == 2 * 4
+    whole = build(encoder, tmp_path / "two", *flags, "--max_train_samples", "34")
+    whole.train()
+    assert whole.state.global_step == 2 * 5
+
+
+# What is left behind
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(encoder, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6  # within the second epoch of four steps
+
+    flags = ["--label_fraction", "0.5", "--save_strategy", "steps", "--save_steps", "2"]
+    whole = build(encoder, tmp_path / "whole", *flags)
+    whole.train()
+    assert whole.state.max_steps == 8
+    build(encoder, tmp_path / "parts", *flags, callback=Stop()).train()
+    resumed = build(encoder, tmp_path / "parts", *flags)
+    resumed.train(resume_from_checkpoint=True)
+    assert not changed(resumed.model, copy_of(whole.model))
+    assert resumed.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
+
+
+class Terminate(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_script_can_be_stopped_continued_and_leaves_a_classifier_with_its_results(
+    encoder, tmp_path, script, capsys, monkeypatch
+):
+    folder = tmp_path / "run"
+    command = [str(encoder), *TINY, "--label_fraction", "0.3", "--output_dir", str(folder)]
+    finetune = script("finetune")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "announce", lambda run, trainer: trainer.add_callback(Terminate()))
+        with pytest.raises(SystemExit) as end:
+            finetune.main(command)
+    assert end.value.code == 75
+    assert "Stopped by SIGTERM at step 2" in capsys.readouterr().out
+    split = (folder / "split.json").read_bytes()
+    finetune.main(command)
+    out = capsys.readouterr().out
+    assert f"Continuing from {folder}/checkpoint-2" in out
+    assert "Rates of VICReg (arXiv:2105.04906), for 10% of the labels." in out
+    assert "they are for a global batch of 256; for 16 the linear rule gives --learning_rate 0.000625 " in out
+    assert (folder / "split.json").read_bytes() == split
+
+    metrics = json.loads((folder / "metrics.json").read_text())
+    images = metrics["labelled_images"]
+    protocol = f"fine-tuning on 30 % of the labels ({images} images), 2 epochs, rates 0.01 and 0.1"
+    assert metrics["protocol"] == protocol
+    results = json.loads((encoder / "results.json").read_text())
+    assert [(r["protocol"], r["metric"], r["value"], r["n"], r["seed"]) for r in results] == [
+        (protocol, name, metrics[name], 40, 0) for name in ("top1", "top5")
+    ]
+    finetune.main(command)  # finished, it evaluates again and repeats no result
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert json.loads((encoder / "results.json").read_text()) == results
+    model = MoCoModel.from_pretrained(encoder)
+    assert results[0]["model"] == encoder_digest(model)  # the encoder that was evaluated, not what it became
+    assert results[0]["settings"]["labelled_images"] == images
+
+    classify = pipeline("image-classification", model=str(folder))
+    rows = list(load_digits()["test"].select(range(40)))
+    hits = [classify(row["image"].convert("RGB"))[0]["label"] == str(row["label"]) for row in rows]
+    assert 100 * np.mean(hits) == pytest.approx(metrics["top1"])
+    for name, accuracy in metrics["per_class"].items():
+        own = [hit for hit, row in zip(hits, rows, strict=True) if str(row["label"]) == name]
+        assert accuracy == (pytest.approx(100 * np.mean(own)) if own else None)
+    saved = MoCoForImageClassification.from_pretrained(folder)
+    assert saved.config.batch_norm == "plain"
+    assert changed(saved.moco, copy_of(Encoder(str(encoder)).load(MoCoForImageClassification, 0).moco))
+
+
+def test_the_split_is_saved_reread_and_refused_once_the_data_has_changed(encoder, tmp_path):
+    run = parse_finetune([str(encoder), *TINY, "--label_fraction", "0.1", "--output_dir", str(tmp_path)])
+    splits = load_images(run.data, labelled=True)
+    drawn = choose_labelled(splits, run.training)
+    save_split(splits, run.training, drawn)
+    path = tmp_path / "split.json"
+    saved = json.loads(path.read_text())
+    assert (saved["dataset"], saved["train_images"], saved["seed"], saved["label_fraction"]) == ("digits", 120, 0, 0.1)
+    assert sorted(i for images in saved["indices"].values() for i in images) == drawn.tolist()
+    for name, images in saved["indices"].items():
+        assert {splits.class_names[label] for label in splits.train[images]["label"]} == {name}
+    # What is written counts, whatever another version of numpy would draw.
+    digits = splits.train["label"][:]
+    saved["indices"]["0"] = [digits.index(0)]
+    path.write_text(json.dumps(saved))
+    reread = choose_labelled(splits, run.training)
+    assert reread.tolist() != drawn.tolist()
+    assert digits.index(0) in reread
+    save_split(splits, run.training, reread)
+    assert json.loads(path.read_text()) == saved
+
+    saved["indices"]["0"] = [digits.index(1)]
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"split\.json names images that digits does not have .* another --output_dir"):
+        save_split(splits, run.training, choose_labelled(splits, run.training))
+    assert json.loads(path.read_text()) == saved
+
+
+def test_folders_are_named_after_the_share_of_the_labels_and_random_encoders_have_their_own(encoder):
+    for flags, folder in (
+        ([], "finetune_100pct"),
+        (["--label_fraction", "0.01"], "finetune_1pct"),
+        (["--label_fraction", "0.07", "--random_encoder"], "random_encoder/finetune_7pct"),
+    ):
+        run = parse_finetune([str(encoder), *TINY, *flags])
+        assert Path(run.training.output_dir) == encoder / folder
+
+
+def test_a_random_encoder_forgets_the_weights(encoder, tmp_path):
+    trained, random = (
+        build(encoder, tmp_path / name, *flags) for name, flags in (("a", []), ("b", ["--random_encoder"]))
+    )
+    assert trained.encoder == encoder_digest(MoCoModel.from_pretrained(encoder))
+    assert random.encoder != trained.encoder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--label_fraction", "0"], "label_fraction (0) must lie in (0, 1]: 0.01 for 1 % of the labels"),
+        (["--label_fraction", "1.5"], "label_fraction (1.5) must lie in (0, 1]"),
+        (["--label_fraction", "10"], "label_fraction (10) must lie in (0, 1]"),
+        (["--label_fraction", "nan"], "label_fraction (nan) must lie in (0, 1]"),
+        (["--head_learning_rate", "-1"], "head_learning_rate (-1) must be at least 0"),
+        (["--max_train_samples", "0"], "max_train_samples (0) must be at least 1"),
+        (["--label_fractoin", "1"], "did you mean '--label_fraction'"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(flags, message, encoder, tmp_path, script, capsys):
+    with pytest.raises(SystemExit) as end:
+        script("finetune").main([str(encoder), *TINY, "--output_dir", str(tmp_path / "run"), *flags])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def _rank(rank: int, encoder: str, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    flags = ["--label_fraction", "0.5", "--max_steps", "2", "--eval_strategy", "no"]
+    trainer = build(encoder, folder, *flags, "--per_device_eval_batch_size", "20")  # which divides the images evenly
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model(folder)
+    torch.save((trainer.train_dataset.source["label"][:], metrics["eval_loss"]), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_one_split_and_evaluate_the_model_that_they_save(encoder, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path / "run"
+    mp.spawn(_rank, (str(encoder), str(folder), port), nprocs=2)
+    (labels, loss), (other_labels, other_loss) = (torch.load(folder / f"rank{rank}.pt") for rank in range(2))
+    assert labels == other_labels
+    saved = build(folder, tmp_path / "again", "--label_fraction", "0.5")
+    saved.model.load_state_dict(MoCoForImageClassification.from_pretrained(folder).state_dict())  # its classifier too
+    assert saved.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert loss == pytest.approx(other_loss, rel=1e-6)

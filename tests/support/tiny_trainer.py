@@ -1,0 +1,62 @@
+"""A trainer of a tiny model on a few random images, which steps in milliseconds."""
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from transformers import TrainerCallback
+
+from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
+from training.data.images import MapImages, StreamedImages
+from training.data.memory_images import MemoryImages
+from training.data.shards import ShardedRows
+from training.trainer import MoCoTrainer, MoCoTrainingArguments
+from training.views.device import DeviceViews
+from training.views.pil import TwoViews
+from training.views.policy import POLICIES
+
+BATCH, IMAGES = 4, 26  # six whole batches and a remainder
+
+
+def image_rows() -> datasets.Dataset:
+    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 24, 24, 3), dtype=np.uint8)
+    table = {"image": [Image.fromarray(p) for p in pixels], "label": [i % 2 for i in range(IMAGES)]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    return datasets.Dataset.from_dict(table, features=features).cast_column("image", datasets.Image(decode=False))
+
+
+def tiny_model(seed: int = 0, **kwargs) -> MoCoModel:
+    torch.manual_seed(seed)
+    return MoCoModel(MoCoConfig(**{"architecture": "test_resnet", "queue_size": 16, "batch_norm": "plain"} | kwargs))
+
+
+def build(rows, folder, model=None, callback=None, stream=False, memory=False, **kwargs) -> MoCoTrainer:
+    defaults = {"num_train_epochs": 2, "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
+    args = MoCoTrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        disable_tqdm=True,
+        **({"per_device_train_batch_size": BATCH} | defaults | kwargs),
+    )
+    views = TwoViews(POLICIES["v2"], 24)
+    images: MapImages | MemoryImages | StreamedImages = MapImages(rows, views, args.seed)
+    render = None
+    if memory:
+        images, render = MemoryImages(rows, views.policy, args.seed), DeviceViews(views.policy, views.size)
+    if stream:
+        names = {"image": "image", "label": "label"}
+        shards = ShardedRows(rows.to_iterable_dataset(num_shards=2), names, [IMAGES // 2] * 2)
+        place = {"rank": args.process_index, "world_size": args.world_size}
+        images = StreamedImages(shards, views, batch_size=BATCH, buffer_size=8, **place)
+    trainer = MoCoTrainer(model or tiny_model(), args, images, MoCoImageProcessor(), render=render)
+    if callback:
+        trainer.add_callback(callback)
+    return trainer
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step

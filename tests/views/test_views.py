@@ -1,0 +1,200 @@
+"""Random views against torchvision's transforms, which the official code composes, and against their probabilities."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from torchvision import transforms as T
+
+from training.views.pil import EvaluationView, OneView, TwoViews, render_view
+from training.views.policy import POLICIES, build_policy, draw_view, seeded_generator
+
+SIZE, DRAWS = 32, 4000
+
+
+class GaussianBlur:
+    """The blur of the official loader: a radius drawn per image, PIL's filter."""
+
+    def __call__(self, image):
+        return image.filter(ImageFilter.GaussianBlur(radius=torch.empty(1).uniform_(0.1, 2.0).item()))
+
+
+REFERENCES = {
+    "v1": [
+        T.RandomResizedCrop(SIZE, scale=(0.2, 1.0)),
+        T.RandomGrayscale(p=0.2),
+        T.ColorJitter(0.4, 0.4, 0.4, 0.4),
+        T.RandomHorizontalFlip(),
+    ],
+    "v2": [
+        T.RandomResizedCrop(SIZE, scale=(0.2, 1.0)),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        T.RandomGrayscale(p=0.2),
+        T.RandomApply([GaussianBlur()], p=0.5),
+        T.RandomHorizontalFlip(),
+    ],
+    # The notebook flips before the jitter; a flip commutes with operations on single pixels.
+    "cifar": [
+        T.RandomResizedCrop(SIZE),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        T.RandomGrayscale(p=0.2),
+        T.RandomHorizontalFlip(),
+    ],
+    "crop": [T.RandomResizedCrop(SIZE), T.RandomHorizontalFlip()],
+}
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def image_sizes(count: int) -> list[tuple[int, int]]:
+    sizes = np.random.default_rng(0).integers(8, 200, (count, 2)).tolist()
+    # Too long, too high, or too small for any random box.
+    return [(500, 20), (20, 500), (90, 9), (1, 1), (3, 2), *map(tuple, sizes)]
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_views_equal_the_reference_transforms_with_the_same_seed(name):
+    reference, policy = T.Compose([*REFERENCES[name], T.PILToTensor()]), POLICIES[name]
+    for seed, (width, height) in enumerate(image_sizes(150)):
+        image = noise(width, height, seed)
+        torch.manual_seed(seed)
+        expected = reference(image)
+        draw = draw_view(policy, width, height, torch.Generator().manual_seed(seed))
+        view = render_view(image, draw, SIZE, policy)
+        assert torch.equal(view, expected), f"{width}x{height}, seed {seed}: {draw}"
+
+
+def test_drawing_leaves_the_generator_where_the_reference_leaves_it():
+    for name, steps in REFERENCES.items():
+        generator = torch.Generator().manual_seed(5)
+        torch.manual_seed(5)
+        for image in (noise(60, 40), noise(500, 20)):
+            T.Compose(steps)(image)
+            draw_view(POLICIES[name], *image.size, generator)
+        assert torch.equal(generator.get_state(), torch.get_rng_state()), name
+
+
+def test_very_long_images_give_the_largest_centred_box_of_an_allowed_shape():
+    generator = torch.Generator().manual_seed(0)
+    for policy in POLICIES.values():
+        assert draw_view(policy, 500, 20, generator).box == (0, (500 - 27) // 2, 20, 27)  # 27 = 20 * 4 / 3
+        assert draw_view(policy, 20, 500, generator).box == ((500 - 27) // 2, 0, 27, 20)
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def draws(request):
+    """A policy's name and its draws for an image so large that rounding does not matter."""
+    generator = torch.Generator().manual_seed(1)
+    return request.param, [draw_view(POLICIES[request.param], 1000, 1000, generator) for _ in range(DRAWS)]
+
+
+def test_operations_happen_as_often_as_published(draws):
+    name, views = draws
+    published = {
+        "v1": {"jitter": 1.0, "gray": 0.2, "blur": 0.0, "flip": 0.5},
+        "v2": {"jitter": 0.8, "gray": 0.2, "blur": 0.5, "flip": 0.5},
+        "cifar": {"jitter": 0.8, "gray": 0.2, "blur": 0.0, "flip": 0.5},
+        "crop": {"jitter": 0.0, "gray": 0.0, "blur": 0.0, "flip": 0.5},
+    }
+    for operation, p in published[name].items():
+        count = sum(bool(getattr(view, operation)) for view in views)
+        assert abs(count - DRAWS * p) <= 4 * math.sqrt(DRAWS * p * (1 - p)), operation
+
+
+def fills(values: list[float], low: float, high: float, gap: float = 0.01) -> bool:
+    """Inside the range and within `gap` of its length from both ends."""
+    gap *= high - low
+    return low <= min(values) <= low + gap and high - gap <= max(values) <= high
+
+
+def test_jitter_factors_fill_their_range_in_all_orders(draws):
+    name, views = draws
+    hue = {"v1": 0.4, "v2": 0.1, "cifar": 0.1, "crop": 0.0}[name]
+    jitters = [view.jitter for view in views if view.jitter]
+    if not hue:
+        assert not jitters
+        return
+    assert len({tuple(operation for operation, _ in jitter) for jitter in jitters}) == math.factorial(4)
+    for operation in ("brightness", "contrast", "saturation"):
+        assert fills([dict(jitter)[operation] for jitter in jitters], 1 - 0.4 - 1e-6, 1 + 0.4 + 1e-6), operation
+    assert fills([dict(jitter)["hue"] for jitter in jitters], -hue - 1e-6, hue + 1e-6)
+
+
+def test_boxes_and_blurs_fill_their_range(draws):
+    name, views = draws
+    smallest = {"v1": 0.2, "v2": 0.2, "cifar": 0.08, "crop": 0.08}[name]
+    tops, lefts, heights, widths = np.array([view.box for view in views]).T
+    # Boxes of nearly the whole image are rarer: they must be nearly square to fit.
+    assert fills((heights * widths / 1e6).tolist(), smallest - 0.002, 1.0, gap=0.05)
+    assert fills((widths / heights).tolist(), 3 / 4 - 0.005, 4 / 3 + 0.005, gap=0.02)
+    assert (tops + heights).max() <= 1000
+    assert (lefts + widths).max() <= 1000
+    blurs = [view.blur for view in views if view.blur]
+    assert fills(blurs, 0.1, 2.0) if name == "v2" else not blurs
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_without_horizontal_flip_nothing_is_flipped_and_the_rest_stays(name):
+    policy = build_policy(name, horizontal_flip=False)
+    assert replace(policy, flip_p=0.5) == build_policy(name)
+    generator = torch.Generator().manual_seed(2)
+    assert not any(draw_view(policy, 40, 30, generator).flip for _ in range(DRAWS))
+
+
+def test_another_smallest_crop_changes_the_boxes_and_nothing_else():
+    policy = build_policy("v2", min_scale=0.6)
+    assert replace(policy, min_scale=0.2) == build_policy("v2")
+    generator = torch.Generator().manual_seed(3)
+    boxes = [draw_view(policy, 1000, 1000, generator).box for _ in range(DRAWS)]
+    assert fills([height * width / 1e6 for _, _, height, width in boxes], 0.6 - 0.002, 1.0, gap=0.05)
+
+
+def test_a_flip_mirrors_the_view_and_can_be_switched_off():
+    # Dark on the left, bright on the right: mirrored views fall from left to right.
+    ramp = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8)[:, None], (100, 1, 3)))
+    falling = {}
+    for flip in (True, False):
+        view = OneView(build_policy("crop", horizontal_flip=flip), SIZE)
+        views = [view(ramp, seeded_generator(0, 0, i))["pixel_values"].float() for i in range(100)]
+        falling[flip] = sum(bool(v[..., 0].mean() > v[..., -1].mean()) for v in views)
+    assert 30 <= falling[True] <= 70  # 50 ± 4 sigma
+    assert falling[False] == 0
+
+
+def test_two_views_differ_and_depend_on_seed_epoch_and_index_alone():
+    two_views, image = TwoViews(POLICIES["v2"], SIZE), noise(60, 50)
+
+    def views(*key):
+        return two_views(image, seeded_generator(*key))
+
+    first, again = views(0, 3, 7), views(0, 3, 7)
+    assert first["pixel_values"].shape == first["key_pixel_values"].shape == (3, SIZE, SIZE)
+    assert first["pixel_values"].dtype == torch.uint8
+    assert not torch.equal(first["pixel_values"], first["key_pixel_values"])
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for key in ((1, 3, 7), (0, 4, 7), (0, 3, 8), (0, 7, 3)):
+        others = views(*key)
+        assert not any(torch.equal(first[name], others[name]) for name in first), key
+
+
+def test_the_two_views_of_a_pair_are_drawn_from_one_distribution():
+    # Each view of a bright and a dark half is about as often brighter than the other.
+    image = Image.fromarray(np.tile(np.repeat([0, 255], 50).astype(np.uint8)[:, None], (100, 1, 3)))
+    two_views = TwoViews(POLICIES["v2"], 8)
+    pairs = [two_views(image, seeded_generator(0, 0, i)) for i in range(400)]
+    brighter = sum(bool(p["pixel_values"].float().mean() > p["key_pixel_values"].float().mean()) for p in pairs)
+    assert 160 <= brighter <= 240  # 200 ± 4 sigma
+
+
+@pytest.mark.parametrize(("resize", "size"), [(37, 32), (32, 32), (256, 224)])
+def test_evaluation_view_equals_resize_and_centre_crop(resize, size):
+    reference = T.Compose([T.Resize(resize), T.CenterCrop(size), T.PILToTensor()])
+    view = EvaluationView(resize, size)
+    for seed, (width, height) in enumerate(image_sizes(20)):
+        image = noise(width, height, seed)
+        assert torch.equal(view(image, seeded_generator(seed))["pixel_values"], reference(image)), (width, height)

@@ -1,0 +1,39 @@
+"""One module for each command: it parses its flags, builds and runs.
+
+A checkout starts them as `python scripts/NAME.py`, an installation as `moco NAME`, and both under `accelerate launch` where a
+run has several processes.
+"""
+
+import sys
+from importlib import import_module
+
+# Name for `moco`: the module, which is the script's name too, and what it does.
+COMMANDS = {
+    "pretrain": ("pretrain", "pretrain an encoder without labels"),
+    "knn": ("knn", "classify by nearest neighbours on frozen features"),
+    "probe": ("linear_probe", "train a linear classifier on a frozen encoder"),
+    "finetune": ("finetune", "train a whole encoder with few labels or all"),
+    "report": ("report", "draw the figures of a run and write its report.html"),
+    "convert": ("convert", "convert a checkpoint of other MoCo code, or back"),
+    "publish": ("push_to_hub", "publish a run or a model on the Hub"),
+    "benchmark": ("benchmark", "measure speed and memory"),
+}
+
+
+def main() -> None:
+    """The console command `moco`: `moco NAME FLAGS`, `moco NAME --help`."""
+    name, *argv = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        # Imported here, since some of them take seconds to import.
+        import_module(f".{COMMANDS[name][0]}", __name__).main(argv)
+        return
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {does}" for name, (_, does) in COMMANDS.items()]
+    usage = "\n".join(
+        ["usage: moco COMMAND [--flag value ...]", "", *lines, "", "moco COMMAND --help lists its flags."]
+    )
+    if name in ("-h", "--help"):
+        print(usage)
+        return
+    print(f"error: command {name!r} is unknown: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+    raise SystemExit(2)

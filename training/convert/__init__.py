@@ -1,0 +1,1 @@
+"""Checkpoints of other MoCo code, in and out."""

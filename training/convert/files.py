@@ -1,0 +1,199 @@
+"""Checkpoints of other MoCo code in and out: the command line, and what is written.
+
+In: whatever `recognise.py` reads. Out: a model directory, the official file again, detectron2's pickle and torchvision's state
+dict. An output is whole or not there. Optimizers are not converted.
+"""
+
+import io
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+
+from modeling_moco import MoCoConfig, MoCoImageProcessor
+
+from ..cli import build_parser, nearest_name
+from ..engine.run_folder import CONVERSION, write_json
+from .detect import Checkpoint, known_values, read_file
+from .key_maps import CLASSIFIER, DETECTRON2, OFFICIAL, RESNETS, WITH_HEAD, WITHOUT_HEAD, WRAPPED, rename_back
+
+SUFFIXES = (".tar", ".pth", ".pt", ".pkl", ".ckpt")  # of checkpoints that are files
+
+
+# The command line
+
+
+@dataclass
+class ConvertArguments:
+    to: str = field(
+        default="moco",
+        metadata={
+            "help": "moco: a model directory; official: .pth.tar of the official code; detectron2: a pickle of the backbone; "
+            "torchvision: a state dict (.pth). The last three are pickles: keep them to yourself, publish the first"
+        },
+    )
+
+    def __post_init__(self):
+        if self.to not in FORMATS:
+            raise ValueError(f"to ({self.to!r}) is unknown{nearest_name(self.to, list(FORMATS))}")
+
+
+def parse_convert(argv: list[str]) -> tuple[str, Path, str]:
+    """Source, output and format of a command line.
+
+    Raises:
+        ValueError: one is missing or unknown, or the output cannot be what the format makes.
+    """
+    parser = build_parser(
+        [ConvertArguments],
+        usage="python scripts/convert.py CHECKPOINT OUTPUT [--to FORMAT]",
+        description="Convert MoCo checkpoints of other code to a model directory, and back.",
+    )
+    parser.add_argument(
+        "checkpoint", nargs="?", help="official, lightly's or solo-learn's file; or folder or Hub repository"
+    )
+    parser.add_argument("output", nargs="?", help="what to write; it must not be there yet")
+    args = parser.parse_args(argv)
+    to, out = ConvertArguments(args.to).to, args.output
+    if out is None:
+        raise ValueError("two names are needed: python scripts/convert.py CHECKPOINT OUTPUT [--to FORMAT]")
+    # os.path, because a Path of too long a name raises where it is asked whether it exists.
+    if not os.path.exists(args.checkpoint) and Path(args.checkpoint).suffix in SUFFIXES:  # no name of a Hub repository
+        raise ValueError(f"{args.checkpoint} does not exist: pass a checkpoint, or the folder that a run saved to")
+    if os.path.lexists(out):
+        raise ValueError(f"{out} is already there and is left as it is: name another output")
+    if to == "moco" and os.path.isdir(args.checkpoint):
+        raise ValueError(f"{args.checkpoint} is a folder already: pass --to official, detectron2 or torchvision")
+    if to == "moco" and Path(out).suffix in SUFFIXES:
+        raise ValueError(f"{out} would be a folder: for a file pass --to official, detectron2 or torchvision")
+    return args.checkpoint, Path(out), to
+
+
+# Reading
+
+
+def read(source: str) -> Checkpoint:
+    """A checkpoint file of any kind in `LAYOUTS`, or a model directory or Hub repository of this project.
+
+    Raises:
+        ValueError: there is none; it is damaged, of another kind, or asks for code; its tensors do not fit together.
+    """
+    return read_file(Path(source)) if os.path.isfile(source) else _read_model(source)
+
+
+def _read_model(source: str) -> Checkpoint:
+    try:
+        content, _ = MoCoConfig.get_config_dict(source)
+        if content.get("model_type") != MoCoConfig.model_type:
+            raise OSError(f"model_type {content.get('model_type')} in config.json")
+        config = MoCoConfig.from_pretrained(source)
+        state = load_file(str(cached_file(source, content.get("transformers_weights", SAFE_WEIGHTS_NAME))))
+    except (OSError, SafetensorError) as error:
+        what = (
+            "holds no MoCo model" if os.path.isdir(source) else "is no file, no folder and no Hub repository in reach"
+        )
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{source} {what} ({reason}): pass a checkpoint, or the folder that a run saved to") from error
+    title = "MoCo classifier" if "classifier.weight" in state else "MoCo"
+    return Checkpoint(source, title, config, state, _read_about(Path(source) / CONVERSION)).checked()
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON of names and values ({error}): delete it, and epoch with it") from error
+    return known_values(content) | ({"prefix": ""} if content.get("prefix") == "" else {})
+
+
+# Writing
+
+
+def write(checkpoint: Checkpoint, out: Path, to: str) -> None:
+    """Write a checkpoint as one of `FORMATS`, whole or not at all.
+
+    Raises:
+        ValueError: the format has no place for such a model, or the output cannot be written.
+    """
+    config = checkpoint.config
+    if to != "moco" and (config.architecture not in RESNETS or config.stem != "default" or config.model_args):
+        model = f"a {config.architecture} with stem={config.stem!r}, model_args={config.model_args}"
+        raise ValueError(f"{checkpoint.source} is {model}: --to {to} is for torchvision's ResNets as they are")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            unfinished = Path(folder) / out.name
+            FORMATS[to].save(checkpoint, unfinished)
+            unfinished.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{out} cannot be written ({error}): name another output, or make room") from error
+
+
+def _save_model(checkpoint: Checkpoint, path: Path) -> None:
+    model = checkpoint.empty_model()
+    model.load_state_dict(checkpoint.state, strict=False, assign=True)
+    model.save_pretrained(path, state_dict=dict(checkpoint.state))
+    mean, std = list(checkpoint.config.image_mean), list(checkpoint.config.image_std)
+    MoCoImageProcessor(image_mean=mean, image_std=std).save_pretrained(path)
+    about = {"format": checkpoint.title, "file": Path(checkpoint.source).name} | checkpoint.about
+    write_json(path / CONVERSION, about)
+
+
+def _save_official(checkpoint: Checkpoint, path: Path) -> None:
+    state = rename_back(checkpoint.state, CLASSIFIER if checkpoint.is_classifier else OFFICIAL)
+    ordered = sorted(state, key=lambda name: not name.startswith("queue"))  # torch lists a module's own buffers first
+    about = checkpoint.about | {"arch": checkpoint.config.architecture}
+    content: dict[str, Any] = {key: about[key] for key in ("epoch", "arch") if key in about}
+    prefix = about.get("prefix", WRAPPED)
+    content["state_dict"] = {f"{prefix}{name}": state[name] for name in ordered}
+    if isinstance(about.get("best_acc1"), int | float):
+        content["best_acc1"] = torch.tensor(about["best_acc1"])
+    _torch_save(content, path)
+
+
+def _save_torchvision(checkpoint: Checkpoint, path: Path) -> None:
+    _torch_save(rename_back(checkpoint.state, CLASSIFIER if checkpoint.is_classifier else WITHOUT_HEAD), path)
+
+
+def _torch_save(content: dict[str, Any], path: Path) -> None:
+    buffer = io.BytesIO()  # a full disk is an OSError below; torch.save would make something else of it
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
+def _save_detectron2(checkpoint: Checkpoint, path: Path) -> None:
+    encoder = {name.removeprefix("moco."): tensor for name, tensor in checkpoint.state.items()}
+    model = {}
+    for name, tensor in rename_back(encoder, WITH_HEAD).items():
+        for old, new in DETECTRON2.items():
+            name = name.replace(old, new)
+        stem = "" if name.startswith("res") else "stem."
+        model[stem + name] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    with path.open("wb") as file:
+        pickle.dump({"model": model, "__author__": "MOCO", "matching_heuristics": True}, file)
+
+
+class Format(NamedTuple):
+    save: Callable[[Checkpoint, Path], None]
+    use: str
+
+
+FORMATS = {
+    "moco": Format(_save_model, "a model directory, for from_pretrained, pipelines and every script"),
+    "official": Format(_save_official, "without an optimizer, which --resume of the official code would ask for"),
+    "detectron2": Format(_save_detectron2, "for MODEL.WEIGHTS of detectron2; a pickle, not to be published"),
+    "torchvision": Format(
+        _save_torchvision, "for load_state_dict of torchvision's model; a pickle, not to be published"
+    ),
+}

@@ -1,0 +1,1 @@
+"""What all trainings share: the trainer, its checkpoints, the folder of a run, results and trackers."""

@@ -1,0 +1,1 @@
+"""What features are worth: kNN, the linear probe, fine-tuning."""

@@ -1,0 +1,150 @@
+"""What all evaluations share: the encoder that is evaluated, the data it was trained on, and where results go."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from transformers import set_seed
+from transformers.utils import logging
+
+from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
+
+from ..cli import build_parser, parse_flags
+from ..data.sources import DataArguments
+from ..engine.results import read_results
+from ..engine.run_folder import SAVED_RECIPE
+
+# Of the data settings of a pretraining run: its views are not an evaluation's, and its images may be a stream.
+ONLY_FOR_PRETRAINING = ("augmentation", "crop_min_scale", "streaming", "shuffle_buffer")
+
+Model = TypeVar("Model", MoCoModel, MoCoForImageClassification)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The encoder that is evaluated.
+
+    Args:
+        source: folder or Hub repository of a MoCo model.
+        random: its architecture with random weights, the baseline of any evaluation.
+    """
+
+    source: str
+    random: bool = False
+
+    @property
+    def home(self) -> Path:
+        """Where its results are kept: the folder itself, `runs/NAME` for a Hub repository, a folder inside if random."""
+        folder = Path(self.source) if Path(self.source).is_dir() else Path("runs") / Path(self.source).name
+        return folder / "random_encoder" if self.random else folder
+
+    def __str__(self) -> str:
+        return f"a random encoder like {self.source}" if self.random else self.source
+
+    def load(self, kind: type[Model], seed: int, **config: Any) -> Model:
+        """The model as `kind`, in evaluation mode, a classifier always new; `config` overrides its configuration.
+
+        Raises:
+            ValueError: there is no model, or it lacks what `kind` needs.
+        """
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # transformers warns that a classifier is new, which is the point
+        set_seed(seed)
+        try:
+            loaded = MoCoConfig.from_pretrained(self.source)
+            for name, value in config.items():
+                setattr(loaded, name, value)
+            if self.random:
+                return kind(loaded).eval()
+            model, report = kind.from_pretrained(
+                self.source, config=loaded, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except OSError as error:
+            raise ValueError(
+                f"{self.source} holds no MoCo model ({error}): pass the folder that a run saved to, e.g. runs/quickstart"
+            ) from error
+        finally:
+            logging.set_verbosity(verbosity)
+        missing = sorted(key for key in report["missing_keys"] if not key.startswith("classifier."))
+        if missing:
+            raise ValueError(
+                f"{self.source} holds a model without {missing[0]}: pass the folder that a pretraining run saved to, e.g. "
+                "runs/quickstart"
+            )
+        if isinstance(model, MoCoForImageClassification):  # that of an earlier probe has seen labels
+            torch.nn.init.normal_(model.classifier.weight, std=0.01)
+            torch.nn.init.zeros_(model.classifier.bias)
+        return model
+
+
+class MoCoQueryModel(MoCoModel):
+    """A MoCoModel whose checkpoint must have the projector, for the output that the loss sees."""
+
+    _keys_to_ignore_on_load_missing = [r"^encoder_k\.", r"^projector_k\.", r"^dictionary\."]
+
+
+def pretraining_recipe(source: str) -> dict[str, Any]:
+    """Sections of the `recipe.yaml` of the run that a model, or its checkpoint, came from; what is known without one."""
+    for folder in (Path(source), Path(source).parent):
+        if (folder / SAVED_RECIPE).is_file():
+            recipe = yaml.safe_load((folder / SAVED_RECIPE).read_text(encoding="utf-8"))
+            data = {key: value for key, value in recipe["data"].items() if key not in ONLY_FOR_PRETRAINING}
+            return recipe | {"data": data}
+    try:
+        processor = MoCoImageProcessor.from_pretrained(source)
+    except OSError:
+        return {"data": {}}  # `Encoder.load` will say that there is no model
+    return {"data": {"image_size": processor.crop_size["height"], "eval_resize": processor.size["shortest_edge"]}}
+
+
+def parse_evaluation(
+    argv: list[str],
+    parts: dict[str, Any],
+    *,
+    script: str,
+    description: str,
+    defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda recipe: {},
+    output: str | None = None,
+) -> tuple[Encoder, list[Any], dict[str, dict[str, Any]]]:
+    """Flags over the settings of the pretraining run that the model came from.
+
+    Args:
+        parts: dataclasses of flags; `DataArguments` is among them as "data".
+        defaults: from the run's recipe to values for other flags than those of the data.
+        output: name of the folder in the encoder's home that `--output_dir` defaults to.
+
+    Returns:
+        the encoder, an instance of each part, and the settings that were given.
+
+    Raises:
+        ValueError: no model or dataset named, an unknown flag, or a value out of its range.
+    """
+    parser = build_parser(
+        parts.values(),
+        usage=f"accelerate launch scripts/{script} MODEL [--random_encoder] [--flag value ...]",
+        description=description,
+    )
+    parser.add_argument("model", nargs="?", help="folder or Hub repository of a MoCo model")
+    parser.add_argument(
+        "--random_encoder", action="store_true", help="forget the weights: the baseline of any evaluation"
+    )
+    known = parser.parse_args(argv)
+    if known.model is None:
+        raise ValueError("no model given: pass the folder that a run saved to, e.g. runs/quickstart")
+    encoder = Encoder(known.model, known.random_encoder)
+    read_results(encoder.home)  # what is there can be added to
+    recipe = pretraining_recipe(known.model)
+    if "dataset_name" not in recipe["data"] and not any(word.startswith("--dataset") for word in argv):
+        raise ValueError(f"{known.model} does not say what it was trained on: pass --dataset_name")
+    values = recipe["data"] | defaults(recipe)
+    if output is not None:
+        values = {"output_dir": str(encoder.home / output)} | values
+    _, instances, settings = parse_flags(parser, parts, argv, values)
+    for instance in instances:
+        if isinstance(instance, DataArguments) and instance.streaming:
+            raise ValueError("streaming (True) is for pretraining: an evaluation reads its images by index")
+    settings["encoder"] = {"model": encoder.source, "random_encoder": encoder.random}
+    return encoder, instances, settings

@@ -1,0 +1,163 @@
+"""Features of a frozen encoder in the evaluation view: the same for the monitor, every probe and the pictures.
+
+Shapes: `n` images, `D` feature width, `R` processes.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from modeling_moco import MoCoModel
+from modeling_moco.distributed_moco import gather, rank, world_size
+
+from ..data.images import MapImages
+from ..engine.preemption import outlive_sigterm
+from ..engine.results import Feature, encoder_digest
+from ..engine.run_folder import whole_file, write_json
+
+ROWS_PER_FILE = 16_384  # what an interrupted extraction repeats at most
+
+
+@torch.no_grad()
+def extract_features(
+    model: MoCoModel,
+    images: MapImages,
+    *,
+    feature: Feature = "backbone",
+    batch_size: int = 256,
+    num_workers: int = 0,
+    everywhere: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of all images. The processes share the work.
+
+    The model runs in evaluation mode and is left in the mode it was in. Where processes have other BatchNorm statistics,
+    those of the first, which it saves, are given to all.
+
+    Args:
+        everywhere: every process gets all rows in the order of the images; else each keeps its own, `rank::R`.
+
+    Returns:
+        on the CPU: features as the encoder gives them, float32 (n, D), and labels (n,), -1 for an image without one.
+    """
+    ranks, n = world_size(), len(images)
+    mine = range(rank(), -(-n // ranks) * ranks, ranks)
+    loader = DataLoader(
+        Subset(images, [min(i, n - 1) for i in mine]),  # the last image pads the shares to equal length
+        batch_size=batch_size,
+        num_workers=num_workers,
+        worker_init_fn=outlive_sigterm,
+    )
+    if ranks > 1:
+        for buffer in model.encoder_q.buffers():
+            dist.broadcast(buffer, src=0)
+    training = model.training
+    model.eval()
+    rows = len(mine) * (ranks if everywhere else 1)  # the padding included
+    features, labels = torch.empty(0), torch.empty(rows, dtype=torch.long)
+    done, quiet = 0, rank() > 0 or len(loader) < 20
+    for batch in tqdm(loader, desc="features", leave=False, disable=quiet, dynamic_ncols=True):
+        x = encode(model, batch["pixel_values"].to(model.device), feature)
+        y = batch.get("labels", torch.full((len(x),), -1)).to(model.device)
+        if everywhere:
+            x, y = _in_order(x), _in_order(y)
+        if done == 0:
+            features = torch.empty(rows, x.shape[1])  # once, and not as pieces that are joined: it may be gigabytes
+        features[done : done + len(x)], labels[done : done + len(x)] = x.cpu(), y.cpu()
+        done += len(x)
+    model.train(training)
+    count = n if everywhere else len(range(rank(), n, ranks))
+    return features[:count], labels[:count]
+
+
+def encode(model: MoCoModel, pixel_values: torch.Tensor, feature: Feature) -> torch.Tensor:
+    """The chosen feature of a batch, float32 (N, D)."""
+    if feature == "head":
+        return model.encode_queries(pixel_values)
+    return model.features(pixel_values).pooler_output.float()
+
+
+def _in_order(x: torch.Tensor) -> torch.Tensor:
+    # Row i of rank r is image i * R + r.
+    return gather(x).unflatten(0, (world_size(), len(x))).transpose(0, 1).flatten(0, 1)
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """Rows at unit length."""
+    return F.normalize(x, dim=1)
+
+
+def cached_features(
+    model: MoCoModel,
+    images: MapImages,
+    folder: Path,
+    *,
+    feature: Feature = "backbone",
+    everywhere: bool = True,
+    **loading: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`extract_features`, kept as Arrow files in a folder named after the model, the images and their view.
+
+    Arguments and returns are those of `extract_features`.
+
+    An interrupted extraction goes on where it was; `datasets.Dataset.from_file` opens a file.
+    """
+    about = {
+        "model": encoder_digest(model, feature),
+        "images": images.source._fingerprint,
+        "view": repr(images.transform),
+        "feature": feature,
+        "n": len(images),
+    }
+    folder = folder / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    files = {start: folder / f"{start:09}.arrow" for start in range(0, len(images), ROWS_PER_FILE)}
+    missing = {start: path for start, path in files.items() if not path.is_file()}
+    if world_size() > 1:  # one process looks for all: another job may be writing the same files
+        seen = [missing]
+        dist.broadcast_object_list(seen, src=0)
+        missing = seen[0]
+    if rank() == 0 and missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "about.json", about)
+    for start, path in tqdm(missing.items(), desc="features", disable=rank() > 0 or len(missing) < 2):
+        rows = extract_features(model, images.rows(start, start + ROWS_PER_FILE), feature=feature, **loading)
+        if rank() == 0:
+            _write(path, *rows)
+    if world_size() > 1:
+        dist.barrier()
+    first, step = (0, 1) if everywhere else (rank(), world_size())
+    count, done = len(range(first, len(images), step)), 0
+    features, labels = torch.empty(0), torch.empty(count, dtype=torch.long)
+    for start, path in files.items():
+        with pa.memory_map(str(path)) as file:
+            x, y = _rows_of(file, slice((first - start) % step, None, step))
+            if done == 0:
+                features = torch.empty(count, x.shape[1])
+            features[done : done + len(x)], labels[done : done + len(x)] = x, y
+            done += len(x)
+    return features, labels
+
+
+def _write(path: Path, features: torch.Tensor, labels: torch.Tensor) -> None:
+    values = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1).numpy()), features.shape[1])
+    table = pa.table({"features": values, "label": labels.numpy()})
+    with (
+        whole_file(path) as unfinished,
+        pa.OSFile(str(unfinished), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
+
+
+def _rows_of(file: pa.MemoryMappedFile, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    table = pa.ipc.open_stream(file).read_all()
+    features = table["features"].combine_chunks()
+    values = features.values.to_numpy().reshape(len(table), features.type.list_size)[rows]
+    return torch.tensor(values), torch.tensor(table["label"].to_numpy()[rows])

@@ -1,0 +1,320 @@
+"""Fine-tuning: all labels or a few train the encoder and a new classifier, each at a rate of its own.
+
+Sources of the defaults:
+
+- 1 % and 10 % of the labels: VICReg (arXiv:2105.04906, README and evaluate.py of facebookresearch/vicreg): SGD with momentum
+  0.9, no weight decay, batch 256, 20 epochs, a cosine in whole epochs, crops and flips. Its peers have other rates for the
+  same, e.g. SwAV (arXiv:2006.09882) 0.02 and 5 with 1 %, 0.01 and 0.2 with 10 %: rates belong to an encoder, and none of
+  these is MoCo's.
+- All labels: 0.05 for 256 images is SimCLR's (arXiv:2002.05709, appendix B.5), 30 epochs are SimCLRv2's (arXiv:2006.10029).
+  The rest is this project's choice and as above, one rate for both parts included.
+
+The peers take their few images from the lists that SimCLR published for ImageNet. Here they are drawn from a seed, and saved.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import EvalPrediction
+
+from modeling_moco import MoCoForImageClassification
+from modeling_moco.distributed_moco import world_size
+
+from .. import plots
+from ..data.images import MapImages
+from ..data.labels import read_labels
+from ..data.sources import DataArguments, ImageSplits
+from ..engine.results import append_results, encoder_digest
+from ..engine.run_folder import METRICS, SPLIT, write_json
+from ..engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
+from ..views.pil import OneView
+from ..views.policy import build_policy
+from .encoder import Encoder, parse_evaluation
+from .scores import Scores, score
+
+PUBLISHED_BATCH = 256  # images per step that the rates are for
+
+
+class Published(NamedTuple):
+    """Settings for a share of the labels: rate of the encoder, rate of the classifier, epochs."""
+
+    learning_rate: float
+    head_learning_rate: float
+    epochs: int
+    source: str
+
+
+PUBLISHED = {
+    0.01: Published(0.03, 0.08, 20, "VICReg (arXiv:2105.04906)"),
+    0.1: Published(0.01, 0.1, 20, "VICReg (arXiv:2105.04906)"),
+    1.0: Published(0.05, 0.05, 30, "SimCLR (arXiv:2002.05709)"),
+}
+
+
+def nearest_published(label_fraction: float) -> tuple[float, Published]:
+    """The published fraction that is nearest in proportion, and its settings."""
+    nearest = min(PUBLISHED, key=lambda fraction: abs(math.log(fraction / label_fraction)))
+    return nearest, PUBLISHED[nearest]
+
+
+def _per_fraction(name: str) -> str:
+    values = [f"{getattr(published, name):g} with {share:.0%}" for share, published in PUBLISHED.items()]
+    return f"by default {', '.join(values)} of the labels".replace("%", "%%")
+
+
+@dataclass
+class FinetuneArguments(SGDTrainingArguments):
+    """The published settings; rates and epochs depend on the share of the labels."""
+
+    label_fraction: float = field(
+        default=1.0, metadata={"help": "share of the labelled images of every class to train on, at least one of each"}
+    )
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": f"passes over these images; {_per_fraction('epochs')}"}
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": f"of the encoder; {_per_fraction('learning_rate')}"}
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": f"of the classifier; {_per_fraction('head_learning_rate')}"}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "of both"})
+    global_batch_size: int | None = field(
+        default=PUBLISHED_BATCH, metadata={"help": "images per optimizer step over all devices"}
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, epoch"})
+
+    def __post_init__(self):
+        if not 0 < self.label_fraction <= 1:
+            raise ValueError(
+                f"label_fraction ({self.label_fraction:g}) must lie in (0, 1]: 0.01 for 1 % of the labels, 1 for all of them"
+            )
+        _, published = nearest_published(self.label_fraction)
+        if self.num_train_epochs is None:
+            self.num_train_epochs = published.epochs
+        if self.learning_rate is None:
+            self.learning_rate = published.learning_rate
+        if self.head_learning_rate is None:
+            self.head_learning_rate = published.head_learning_rate
+        for name, rate in self.rates.items():
+            if rate < 0:
+                raise ValueError(f"{name} ({rate:g}) must be at least 0, which freezes the weights")
+        super().__post_init__()
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Of the encoder and of the classifier, by the names of their flags."""
+        return {name: getattr(self, name) for name in ("learning_rate", "head_learning_rate")}
+
+
+class FinetuneTrainer(SGDTrainer):
+    """Trains a whole [`MoCoForImageClassification`], its BatchNorm included.
+
+    Attributes: `encoder`, the digest of the encoder that it began with, and `scores`, those of the last evaluation.
+    """
+
+    args: FinetuneArguments
+    optimizer: Any
+    scores: Scores
+
+    def __init__(self, model: MoCoForImageClassification, args: FinetuneArguments, **kwargs):
+        self.encoder = encoder_digest(model.moco)
+        super().__init__(model=model, args=args, compute_metrics=self._top_accuracies, **kwargs)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            parts = (self.model.moco, self.model.classifier)  # the rate of the first is logged
+            groups = [
+                {"params": list(part.parameters()), "lr": rate}
+                for part, rate in zip(parts, self.args.rates.values(), strict=True)
+            ]
+            self.optimizer = kind(groups, **settings | {"weight_decay": self.args.weight_decay})
+        return self.optimizer
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        if world_size() > 1:  # the last step left every process its own statistics; those of the first are saved
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, src=0)
+        return super().evaluate(*args, **kwargs)
+
+    def _top_accuracies(self, prediction: EvalPrediction) -> dict[str, float]:
+        self.scores = score(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))
+        return {"top1": self.scores.top1, "top5": self.scores.top5}
+
+
+def draw_split(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Sorted indices of a random share of every class, rounded, at least one image of each.
+
+    The same seed draws more of the same: 10 % hold the images of the 1 %.
+
+    Args:
+        labels: class numbers (n,).
+        fraction: in (0, 1].
+    """
+    generator = np.random.default_rng(seed)
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
+    shuffled = [generator.permutation(images) for images in by_class if len(images)]
+    return np.sort(np.concatenate([images[: max(1, round(fraction * len(images)))] for images in shuffled]))
+
+
+def choose_labelled(splits: ImageSplits, args: FinetuneArguments) -> np.ndarray:
+    """Indices of the images to train on: those that the output directory names, if they are there; else newly drawn."""
+    labels, path = read_labels(splits.train), _split_path(args)
+    if path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))["indices"]
+        indices = np.sort(np.concatenate(list(saved.values())).astype(int))
+        if indices[-1] < len(labels) and _by_name(splits, labels, indices) == saved:
+            return indices
+    return draw_split(labels, args.label_fraction, args.seed)
+
+
+def save_split(splits: ImageSplits, args: FinetuneArguments, indices: np.ndarray) -> None:
+    """Write which images of which class are trained on to `split.json` in the output directory. For all processes.
+
+    Raises:
+        ValueError: it is there and names others, which the dataset no longer has under these classes.
+    """
+    names, path = _by_name(splits, read_labels(splits.train), indices), _split_path(args)
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["indices"] != names:
+        raise ValueError(
+            f"{path} names images that {splits.about['dataset']} does not have now under these classes: the data has changed. "
+            "Pass another --output_dir"
+        )
+    if args.process_index == 0:
+        content = splits.about | {"seed": args.seed, "label_fraction": args.label_fraction, "indices": names}
+        write_json(path, content)
+
+
+def _split_path(args: FinetuneArguments) -> Path:
+    return Path(str(args.output_dir)) / SPLIT
+
+
+def _by_name(splits: ImageSplits, labels: np.ndarray, indices: np.ndarray) -> dict[str, list[int]]:
+    return {name: indices[labels[indices] == number].tolist() for number, name in enumerate(splits.class_names)}
+
+
+@dataclass
+class FinetuneRun:
+    """A parsed command line. `settings` are the values that it, or the pretraining run, gave."""
+
+    encoder: Encoder
+    data: DataArguments
+    training: FinetuneArguments
+    settings: dict[str, dict[str, Any]]
+
+    def protocol(self, images: int) -> str:
+        """The words that stand for this evaluation in results."""
+        args = self.training
+        length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+        return (
+            f"fine-tuning on {100 * args.label_fraction:g} % of the labels ({images:,} images), {length}, rates "
+            f"{args.learning_rate:g} and {args.head_learning_rate:g}"
+        )
+
+
+def parse_finetune(argv: list[str]) -> FinetuneRun:
+    """Flags over the data settings of the pretraining run (`recipe.yaml` beside the model), if there is one.
+
+    Raises:
+        ValueError: no model there, no dataset named, an unknown flag, or a value out of its range.
+    """
+    encoder, (data, training), settings = parse_evaluation(
+        argv,
+        {"data": DataArguments, "training": FinetuneArguments},
+        script="finetune.py",
+        description="Train an encoder and a new classifier with a share of the labels, or all.",
+        output="finetune",
+    )
+    if Path(training.output_dir) == encoder.home / "finetune":
+        training.output_dir += f"_{100 * training.label_fraction:g}pct"
+    settings["encoder"]["fine_tuned"] = True
+    return FinetuneRun(encoder, data, training, settings)
+
+
+def build_trainer(run: FinetuneRun, splits: ImageSplits, indices: np.ndarray) -> FinetuneTrainer:
+    """The encoder with a new classifier, and the images of `indices` in random crops.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    args, data = run.training, run.data
+    batch = args.per_device_train_batch_size
+    if args.world_size == 1 and len(indices) > batch and len(indices) % batch == 1:
+        args.dataloader_drop_last = True  # BatchNorm has nothing to normalise one image by
+    names = dict(enumerate(splits.class_names))
+    model = run.encoder.load(
+        MoCoForImageClassification,
+        args.seed,
+        id2label=names,
+        label2id={name: number for number, name in names.items()},
+        batch_norm="plain",  # the groups of pretraining keep keys apart, and here are none
+    )
+    crop = OneView(build_policy("crop", data.horizontal_flip), data.image_size)
+    return FinetuneTrainer(
+        model,
+        args,
+        train_dataset=MapImages(splits.train.select(indices), crop, args.seed),
+        eval_dataset=MapImages(splits.eval, data.evaluation_view()),
+        processing_class=data.image_processor(model.config),
+    )
+
+
+def announce(run: FinetuneRun, trainer: FinetuneTrainer) -> None:
+    """Say what is about to run, and where its settings come from."""
+    args, images = run.training, len(trainer.train_dataset)
+    print(f"{run.encoder}: {run.protocol(images)}, global batch {args.images_per_step}, to {args.output_dir}")
+    by_default = {name: rate for name, rate in args.rates.items() if name not in run.settings["training"]}
+    share, published = nearest_published(args.label_fraction)
+    if by_default:
+        print(f"Rates of {published.source}, for {share:.0%} of the labels.")
+    if by_default and args.images_per_step != PUBLISHED_BATCH:
+        ruled = [f"--{name} {rate * args.images_per_step / PUBLISHED_BATCH:g}" for name, rate in by_default.items()]
+        print(
+            f"warning: they are for a global batch of {PUBLISHED_BATCH}; for {args.images_per_step} the linear rule gives "
+            + " ".join(ruled)
+        )
+    if images < args.images_per_step:
+        print(
+            f"warning: {images:,} images are fewer than the global batch, which leaves one step to an epoch: lower "
+            "--global_batch_size, or raise --num_train_epochs"
+        )
+
+
+def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> Scores:
+    """Save the classifier and `metrics.json` to the output directory; append to the results there and beside the encoder."""
+    args, folder = run.training, Path(str(run.training.output_dir))
+    trainer.evaluate()
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        scores, images = trainer.scores, len(trainer.train_dataset)
+        protocol = run.protocol(images)
+        metrics = {
+            "protocol": protocol,
+            "top1": scores.top1,
+            "top1_interval": scores.interval,
+            "top5": scores.top5,
+            "n": scores.n,
+            "labelled_images": images,
+            "per_class": dict(zip(splits.class_names, scores.per_class, strict=True)),
+        }
+        write_json(folder / METRICS, metrics)
+        settings = args.rates | {
+            "label_fraction": args.label_fraction,
+            "labelled_images": images,
+            "epochs": args.num_train_epochs,
+            "global_batch": args.images_per_step,
+            "weight_decay": args.weight_decay,
+        }
+        plots.confusion_matrix(scores.confusion, splits.class_names, folder / "confusion")
+        results = scores.results(protocol, settings=settings, seed=args.seed)
+        append_results(run.encoder.home, results, model=trainer.encoder, data=splits.about)
+        append_results(folder, results, model=encoder_digest(trainer.model.moco), data=splits.about)
+        args.trackers.send(folder, results, [folder / "confusion.png"], trainer.state.global_step)
+    return trainer.scores

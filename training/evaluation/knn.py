@@ -1,0 +1,188 @@
+"""Weighted kNN on frozen features (arXiv:1805.01978, section 3.4), the monitor of a pretraining run.
+
+The bank stays divided over the processes: each finds the nearest neighbours of all queries in its own part, chunk by
+chunk on its device, and the best of all parts vote. Shapes: `B` bank, `Q` queries, `D` feature width, `k` neighbours.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_moco import MoCoModel
+from modeling_moco.distributed_moco import gather, world_size
+
+from ..data.images import MapImages
+from ..data.sources import DataArguments
+from ..engine.results import Feature, Result
+from ..engine.trackers import TRACKERS
+from .encoder import Encoder, MoCoQueryModel, parse_evaluation
+from .features import cached_features, extract_features, unit
+
+BANK_CHUNK, QUERY_CHUNK = 65_536, 1_024  # rows at once: a quarter of a gigabyte of similarities
+
+
+@dataclass
+class KNNArguments:
+    """How neighbours vote."""
+
+    _argument_group_name = "kNN"
+
+    k: list[int] = field(default_factory=lambda: [200], metadata={"help": "neighbours that vote; several are compared"})
+    temperature: float = field(default=0.07, metadata={"help": "T: a vote weighs exp(cosine similarity / T)"})
+    features: Feature = field(
+        default="backbone", metadata={"help": "the pooled output, or the head's, that the loss sees"}
+    )
+    batch_size: int = field(default=256, metadata={"help": "images per device"})
+    num_workers: int = field(default=0, metadata={"help": "processes that read images, per device"})
+    seed: int = field(default=0, metadata={"help": "of the weights of --random_encoder"})
+    use_cpu: bool = field(default=False, metadata={"help": "leave the GPUs alone"})
+    report_to: list[str] = field(
+        default_factory=list, metadata={"help": f"trackers that get the results: {', '.join(TRACKERS)}"}
+    )
+    project: str = field(
+        default="moco", metadata={"help": "trackers: that of the pretraining run, whose name is MODEL"}
+    )
+
+    def __post_init__(self):
+        if unknown := set(self.report_to) - set(TRACKERS):
+            raise ValueError(f"report_to ({', '.join(unknown)}) must be of {', '.join(TRACKERS)}")
+        if not self.k or min(self.k) < 1:
+            raise ValueError(f"k ({self.k}) must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature ({self.temperature}) must be above 0: the papers' protocol has 0.07")
+
+
+@torch.no_grad()
+def nearest(
+    queries: torch.Tensor, bank: torch.Tensor, k: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine similarity and bank index of the k nearest neighbours, nearest first: (Q, k), (Q, k) on `device`.
+
+    Where the bank has fewer, similarity -inf fills up. Working memory grows with the queries and their neighbours, and not
+    with the bank.
+
+    Args:
+        queries, bank: features of any length (Q, D), (B, D).
+        device: where to compute; chunks are moved there.
+    """
+    queries = unit(queries.to(device))
+    similarity = torch.full((len(queries), k), -torch.inf, device=device)
+    index = torch.zeros((len(queries), k), dtype=torch.long, device=device)
+    for start in range(0, len(bank), BANK_CHUNK):
+        keys = unit(bank[start : start + BANK_CHUNK].to(device))
+        for first in range(0, len(queries), QUERY_CHUNK):
+            part = slice(first, first + QUERY_CHUNK)
+            found, where = torch.topk(queries[part] @ keys.T, min(k, len(keys)), dim=1, sorted=False)
+            candidates = torch.cat([index[part], where + start], dim=1)
+            similarity[part], kept = torch.topk(torch.cat([similarity[part], found], dim=1), k, dim=1)
+            index[part] = candidates.gather(1, kept)
+    return similarity, index
+
+
+@torch.no_grad()
+def knn_predict(
+    queries: torch.Tensor,
+    bank: torch.Tensor,
+    bank_labels: torch.Tensor,
+    *,
+    ks: list[int],
+    temperature: float = 0.07,
+    device: torch.device | str = "cpu",
+) -> dict[int, torch.Tensor]:
+    """Class of each query (Q,) for every k in `ks`: the k nearest neighbours vote with weight exp(similarity / temperature).
+
+    Args:
+        queries: features, the same on all processes (Q, D).
+        bank, bank_labels: features and classes of this process's part of the bank (B, D), (B,).
+
+    Raises:
+        ValueError: k is larger than the bank.
+    """
+    size = torch.tensor([len(bank)], device=device)
+    if max(ks) > (total := int(gather(size).sum())):
+        raise ValueError(f"k ({max(ks)}) is larger than the bank ({total} images): lower it")
+    all_similarities, all_indices = nearest(queries, bank, max(ks), device)
+    predictions: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
+    for similarity, index in zip(all_similarities.split(QUERY_CHUNK), all_indices.split(QUERY_CHUNK), strict=True):
+        labels = bank_labels.to(device)[index]
+        if world_size() > 1:  # the best of all parts
+            parts, owners = (gather(x).unflatten(0, (world_size(), -1)) for x in (similarity, labels))
+            similarity, kept = torch.topk(torch.cat(list(parts), dim=1), max(ks), dim=1)
+            labels = torch.cat(list(owners), dim=1).gather(1, kept)
+        votes = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest 1: a small T does not overflow
+        for k in ks:
+            ballot = votes.new_zeros(len(labels), int(labels.max()) + 1)
+            predictions[k].append(ballot.scatter_add_(1, labels[:, :k], votes[:, :k]).argmax(dim=1))
+    return {k: torch.cat(parts).cpu() for k, parts in predictions.items()}
+
+
+def knn_accuracy(
+    queries: torch.Tensor, labels: torch.Tensor, bank: torch.Tensor, bank_labels: torch.Tensor, **voting
+) -> dict[int, float]:
+    """Share of the queries with labels (Q,) that `knn_predict` classifies correctly, in per cent, for every k."""
+    predictions = knn_predict(queries, bank, bank_labels, **voting)
+    return {k: 100 * (predicted == labels).double().mean().item() for k, predicted in predictions.items()}
+
+
+def protocol(k: int, temperature: float) -> str:
+    """The words that stand for this evaluation in results."""
+    return f"weighted kNN, k {k}, T {temperature:g}"
+
+
+def evaluate_knn(
+    model: MoCoModel, bank: MapImages, queries: MapImages, args: KNNArguments, cache: Path | None = None
+) -> list[Result]:
+    """kNN of a frozen encoder, one result for every k.
+
+    Args:
+        cache: a folder to keep features in, or to find them.
+    """
+    loading: dict[str, Any] = {"feature": args.features, "batch_size": args.batch_size, "num_workers": args.num_workers}
+    extract = extract_features if cache is None else partial(cached_features, folder=cache)
+    bank_features, bank_labels = extract(model, bank, everywhere=False, **loading)
+    features, labels = extract(model, queries, **loading)
+    voting: dict[str, Any] = {"ks": args.k, "temperature": args.temperature, "device": model.device}
+    accuracies = knn_accuracy(features, labels, bank_features, bank_labels, **voting)
+    return [
+        Result(
+            protocol(k, args.temperature),
+            "top1",
+            top1,
+            len(queries),
+            args.features,
+            settings={"bank": len(bank)},
+            seed=args.seed,
+        )
+        for k, top1 in accuracies.items()
+    ]
+
+
+def parse_knn(argv: list[str]) -> tuple[Encoder, DataArguments, KNNArguments]:
+    """Flags over the data and monitor settings of the pretraining run that the model came from.
+
+    Raises:
+        ValueError: no model there, no dataset named, an unknown flag, or a value out of its range.
+    """
+
+    def of_monitor(recipe: dict[str, Any]) -> dict[str, Any]:
+        training = recipe.get("training", {})
+        return {key.removeprefix("knn_"): value for key, value in training.items() if key.startswith("knn_")}
+
+    encoder, (data, args), _ = parse_evaluation(
+        argv,
+        {"data": DataArguments, "knn": KNNArguments},
+        script="knn.py",
+        description="Classify images by their nearest neighbours among the train split's frozen features.",
+        defaults=of_monitor,
+    )
+    return encoder, data, args
+
+
+def load_model(encoder: Encoder, args: KNNArguments) -> MoCoModel:
+    """The model with what the chosen feature needs."""
+    if args.features == "head":
+        return encoder.load(MoCoQueryModel, args.seed)
+    return encoder.load(MoCoModel, args.seed)

@@ -1,0 +1,267 @@
+"""The linear probe of a frozen encoder: its command line, and the official protocol.
+
+`official` is facebookresearch/moco, main_lincls.py (arXiv:1911.05722, section 4.1): a linear classifier on augmented crops,
+the encoder in evaluation mode; SGD, rate 30, no weight decay, 100 epochs, a tenth of the rate at 60 and 80, batch 256. With
+several rates as many classifiers share one forward. `cached` is in `cached_probe.py`, what either leaves in
+`probe_results.py`. Shapes: `N` batch, `C` classes, `H` heads.
+"""
+
+import copy
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import TrainerControl
+
+from modeling_moco import MoCoForImageClassification, MoCoModel
+from modeling_moco.modeling_moco import MoCoPreTrainedModel
+
+from .. import plots
+from ..data.images import MapImages
+from ..data.sources import DataArguments, ImageSplits
+from ..engine.results import append_results, encoder_digest
+from ..engine.run_folder import METRICS, write_json
+from ..engine.sgd_trainer import SGDTrainer
+from ..views.pil import OneView
+from ..views.policy import build_policy
+from .encoder import Encoder, parse_evaluation, pretraining_recipe
+from .features import extract_features
+from .probe_arguments import READ_BY_CACHED, LinearProbeArguments, _listed
+from .probe_results import HeadReport, Probe, choose, hold_out
+from .scores import Scores, score
+
+# The command line
+
+
+@dataclass
+class ProbeRun:
+    """A parsed command line. `settings` are the values that it, or the pretraining run, gave."""
+
+    encoder: Encoder
+    data: DataArguments
+    training: LinearProbeArguments
+    settings: dict[str, dict[str, Any]]
+
+    @property
+    def title(self) -> str:
+        return f"linear probe of {self.encoder}, {self.training.mode}: {self.training.protocol}"
+
+
+def parse_linear_probe(argv: list[str]) -> ProbeRun:
+    """Flags over the data and probe settings of the pretraining run (`recipe.yaml` beside the model), if there is one.
+
+    Raises:
+        ValueError: no model there, no dataset named, an unknown flag, one that the mode has no use for, or a value out of
+            its range.
+    """
+    encoder, (data, training), settings = parse_evaluation(
+        argv,
+        {"data": DataArguments, "training": LinearProbeArguments},
+        script="linear_probe.py",
+        description="Train a linear classifier on a frozen encoder, as the papers evaluate.",
+        defaults=lambda recipe: recipe.get("probe", {}),
+        output="linear_probe",
+    )
+    of_recipe = pretraining_recipe(encoder.source).get("probe", {})
+    given = {key for key, value in settings["training"].items() if key not in of_recipe or value != of_recipe[key]}
+    if training.mode == "cached":
+        if given - READ_BY_CACHED:
+            raise ValueError(
+                f"{', '.join(sorted(given - READ_BY_CACHED))} means nothing in the cached mode, which reads "
+                f"{', '.join(sorted(READ_BY_CACHED))}: leave it out"
+            )
+        settings["training"] = {key: value for key, value in settings["training"].items() if key in READ_BY_CACHED}
+    elif training.learning_rates is not None and "learning_rate" in given:
+        raise ValueError(
+            f"learning_rate ({training.learning_rate:g}) and learning_rates ({_listed(training.rates)}) were both given: "
+            "pass one of them"
+        )
+    settings["training"]["mode"] = training.mode
+    if not any(word.startswith(("--output_dir", "--output-dir")) for word in argv):  # a folder for each kind of probe
+        kind = "_cached" if training.mode == "cached" else "" if training.learning_rates is None else "_rates"
+        training.output_dir = f"{training.output_dir}{kind}"
+    return ProbeRun(encoder, data, training, settings)
+
+
+def save_probe(probe: Probe, run: ProbeRun, splits: ImageSplits, encoder: MoCoModel) -> None:
+    """Write a probe to `metrics.json` and a picture in the output directory, and to the encoder's `results.json`."""
+    folder = Path(str(run.training.output_dir))
+    path = folder / METRICS
+    written = json.loads(path.read_text(encoding="utf-8"))["probes"] if path.is_file() else []
+    probes = [entry for entry in written if entry["name"] != probe.name] + [probe.about(splits.class_names)]
+    metrics = {"mode": run.training.mode, "encoder": str(run.encoder), "probes": probes}
+    write_json(path, metrics)
+    name = {"official": "confusion", "cached SGD": "confusion_sgd", "cached L-BFGS": "confusion_lbfgs"}[probe.name]
+    plots.confusion_matrix(probe.scores.confusion, splits.class_names, folder / name)
+    results = probe.results(run.training.seed)
+    append_results(run.encoder.home, results, model=encoder_digest(encoder), data=splits.about)
+    run.training.trackers.send(folder, results, [folder / f"{name}.png"])
+
+
+def load_classifier(encoder: Encoder, splits: ImageSplits, seed: int) -> MoCoForImageClassification:
+    """The encoder with a new classifier for the classes of the data."""
+    names = dict(enumerate(splits.class_names))
+    return encoder.load(
+        MoCoForImageClassification, seed, id2label=names, label2id={name: i for i, name in names.items()}
+    )
+
+
+# Official
+
+
+class LinearHeads(MoCoPreTrainedModel):
+    """A frozen encoder and several linear classifiers on its features, all with the weights of the given one."""
+
+    def __init__(self, classifier: MoCoForImageClassification, heads: int):
+        super().__init__(classifier.config)
+        self.post_init()
+        self.moco = classifier.moco.requires_grad_(False)
+        self.heads = nn.ModuleList(copy.deepcopy(classifier.classifier) for _ in range(heads))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Class logits of every head (H, N, C)."""
+        features = self.moco(pixel_values).pooler_output
+        return torch.stack([head(features) for head in self.heads])
+
+
+class LinearProbeTrainer(SGDTrainer):
+    """Trains the heads of [`LinearHeads`], each at its rate, and nothing else.
+
+    A head gets the gradient that it would get alone. The encoder is frozen and the view of evaluation fixed, so that an
+    evaluation is a matrix product with features that are extracted before training.
+
+    Args:
+        held_out: images in the evaluation view that choose between heads; None for a single one.
+
+    Raises:
+        RuntimeError: after training, if any weight or statistic of the encoder has changed.
+    """
+
+    control: TrainerControl
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(self, model: LinearHeads, args: LinearProbeArguments, held_out: MapImages | None, **kwargs):
+        super().__init__(model=model, args=args, **kwargs)
+        self.held_out = held_out
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            heads = zip(self.model.heads, self.args.rates, strict=True)
+            groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in heads]
+            self.optimizer = kind(groups, **settings, weight_decay=self.args.weight_decay)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        model.eval()  # in training mode BatchNorm would adapt to the labelled images
+        logits = model(inputs["pixel_values"])
+        loss = torch.stack([F.cross_entropy(x.float(), inputs["labels"]) for x in logits]).sum()
+        return (loss, logits) if return_outputs else loss
+
+    def train(self, *args, **kwargs):
+        before = {name: tensor.clone() for name, tensor in self._encoder_tensors().items()}
+        _ = self._features  # now, so that a resumed run finds the random state of its checkpoint undisturbed
+        result = super().train(*args, **kwargs)
+        after = self._encoder_tensors()
+        changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+        if changed:
+            raise RuntimeError(f"the linear probe changed the encoder: {', '.join(changed[:5])}")
+        return result
+
+    def _encoder_tensors(self) -> dict[str, torch.Tensor]:
+        encoder = self.model.moco
+        return dict(encoder.named_parameters()) | dict(encoder.named_buffers())
+
+    @cached_property
+    def _features(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        images = {"eval": self.eval_dataset} | ({} if self.held_out is None else {"held_out": self.held_out})
+        loading: dict[str, Any] = {
+            "batch_size": self.args.per_device_eval_batch_size,
+            "num_workers": self.args.dataloader_num_workers,
+        }
+        rows = {part: extract_features(self.model.moco, x, **loading) for part, x in images.items()}
+        return {part: (x.to(self.args.device), y.to(self.args.device)) for part, (x, y) in rows.items()}
+
+    @torch.no_grad()
+    def scores(self, part: Literal["eval", "held_out"] = "eval") -> list[Scores]:
+        """Scores of every head as it is now."""
+        features, labels = self._features[part]
+        return [score(head(features), labels) for head in self.model.heads]
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Top-1 and top-5 accuracy in per cent of the head chosen as of now, and the top-1 of all by their rates."""
+        scores = self.scores()
+        names = [f"{rate:g}" for rate in self.args.rates]
+        metrics = {f"top1_rate_{name}": s.top1 for name, s in zip(names, scores, strict=True)}
+        chosen = 0
+        if self.held_out is not None:
+            held_out = [s.top1 for s in self.scores("held_out")]
+            metrics |= {f"held_out_top1_rate_{name}": top1 for name, top1 in zip(names, held_out, strict=True)}
+            chosen = held_out.index(max(held_out))
+        metrics = {"top1": scores[chosen].top1, "top5": scores[chosen].top5} | metrics
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["loss"] /= len(self.args.rates)  # the mean of the heads
+        super().log(logs, start_time)
+
+    def probe(self) -> tuple[Probe, int]:
+        """What the training came to, and which head was chosen."""
+        scores = self.scores()
+        held_out = [None] * len(scores) if self.held_out is None else [s.top1 for s in self.scores("held_out")]
+        heads = []
+        for rate, s, held in zip(self.args.rates, scores, held_out, strict=True):
+            key = f"eval_top1_rate_{rate:g}"
+            epochs = {entry["epoch"]: entry[key] for entry in self.state.log_history if key in entry}
+            epochs[self.state.epoch] = s.top1
+            best = max(epochs, key=lambda epoch: epochs[epoch])
+            heads.append(HeadReport(f"rate {rate:g}", held, s.top1, epochs[best], best))
+        chosen = choose(heads)
+        protocol = f"linear probe, official, {self.args.protocol}"
+        return Probe("official", protocol, len(self.train_dataset), heads[chosen], scores[chosen], heads), chosen
+
+
+def build_trainer(
+    model: MoCoForImageClassification, args: LinearProbeArguments, data: DataArguments, splits: ImageSplits
+) -> LinearProbeTrainer:
+    """The official protocol on the given images. With several rates a part of the train split is held out.
+
+    Raises:
+        ValueError: there are several rates, and too few images to hold some out.
+    """
+    view, train, held_out = data.evaluation_view(), splits.train, None
+    if len(args.rates) > 1:
+        kept, held = hold_out(torch.tensor(train["label"][:]), args.seed)
+        train, held_out = train.select(kept.tolist()), MapImages(train.select(held.tolist()), view)
+    crop = OneView(build_policy("crop", data.horizontal_flip), data.image_size)
+    return LinearProbeTrainer(
+        LinearHeads(model, len(args.rates)),
+        args,
+        held_out,
+        train_dataset=MapImages(train, crop, args.seed),
+        eval_dataset=MapImages(splits.eval, view),
+        processing_class=data.image_processor(model.config),
+    )
+
+
+def finish(trainer: LinearProbeTrainer, model: MoCoForImageClassification) -> Probe:
+    """Save the chosen classifier as a model to the output directory.
+
+    Args:
+        model: what `build_trainer` was given.
+    """
+    probe, chosen = trainer.probe()
+    model.classifier = trainer.model.heads[chosen]
+    if trainer.is_world_process_zero():
+        model.save_pretrained(trainer.args.output_dir)
+        trainer.processing_class.save_pretrained(trainer.args.output_dir)
+    return probe

@@ -1,0 +1,218 @@
+"""The model card: `model_card.md` filled with what is known of a model, and with nothing that was not measured.
+
+Names of files on this machine do not appear: a local dataset is called by the name of its folder.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from modeling_moco import MoCoForImageClassification, MoCoImageProcessor
+
+from ..engine.run_folder import CURVES, OF_FEATURES
+from .exports import Model, encoder_and_classifier, output_name
+from .origin import Origin
+
+# Beside this file in an installation, at the top of a checkout.
+PLACES = (Path(__file__).with_name("model_card.md"), Path(__file__).parents[2] / "model_card.md")
+TEMPLATE = next(path for path in PLACES if path.is_file())
+SHOWN_SECTIONS = ("data", "model", "training")  # of a recipe; what it was expected to reach is no result
+# Settings of training whose values are shown though they are words: others may say where on this machine something is.
+WORDS = ("optim", "optim_args", "lr_scheduler_type", "eval_strategy", "save_strategy", "knn_features", "mode")
+
+
+def public_name(dataset: str, local: bool | None = None) -> str:
+    """A dataset's name on the Hub, or of its folder.
+
+    Args:
+        local: whether it was a folder when it was read; None where nobody wrote it down.
+    """
+    path = Path(dataset).expanduser()
+    if local is None:
+        local = path.exists() or path.is_absolute() or dataset.startswith(".") or dataset.count("/") > 1
+    return path.resolve().name if local else dataset
+
+
+def _dataset(origin: Origin) -> str | None:
+    name = origin.recipe.get("data", {}).get("dataset_name")
+    return None if name is None else public_name(name, origin.metrics.get("data", {}).get("local"))
+
+
+def render_card(
+    repo_id: str,
+    model: Model,
+    processor: MoCoImageProcessor,
+    origin: Origin,
+    files: list[str],
+    *,
+    license: str,
+    training_state: bool,
+) -> ModelCard:
+    """The card of a model that is published as these files."""
+    classifies = isinstance(model, MoCoForImageClassification)
+    encoder, classifier = encoder_and_classifier(model)
+    results = _newest(origin.results)
+    name = repo_id.split("/")[-1]
+    task = "image-classification" if classifies else "image-feature-extraction"
+    data = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["moco", "contrastive-learning", "self-supervised-learning", model.config.architecture],
+        datasets=_hub_datasets(origin),
+        metrics=["accuracy"] if results else None,
+        model_name=name,
+        eval_results=[_eval_result(entry) for entry in results] or None,
+    )
+    titles = CURVES | OF_FEATURES
+    card: ModelCard = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        name=name,
+        summary=_summary(model, origin),
+        task=task,
+        everywhere="moco.safetensors" in files,
+        resnet=("ResNetForImageClassification" if classifies else "ResNetModel")
+        if "resnet/config.json" in files
+        else None,
+        classes=classifier.out_features if classifier is not None else None,
+        width=encoder.head_hidden_size,
+        auto_class="AutoModelForImageClassification" if classifies else "AutoModel",
+        moco_class=type(model).__name__,
+        outputs="logits" if classifies else f"pooler_output (1, {encoder.head_hidden_size}), last_hidden_state",
+        training_state=training_state,
+        fine_tuned=origin.fine_tuned,
+        onnx="onnx/model.onnx" in files,
+        torch_export="torch_export/model.pt2" in files,
+        output=output_name(model),
+        size=processor.crop_size["height"],
+        resize=processor.size["shortest_edge"],
+        mean=_listed(processor.image_mean),
+        std=_listed(processor.image_std),
+        training=_training(origin),
+        settings=yaml.safe_dump(settings, sort_keys=False) if (settings := _settings(origin)) else "",
+        pictures=[(path.name, *titles[path.stem]) for path in origin.pictures],
+        results=[[cell.replace("|", "\\|") for cell in _row(entry)] for entry in results],
+    )
+    return card
+
+
+def _summary(model: Model, origin: Origin) -> str:
+    config, classifies = model.config, isinstance(model, MoCoForImageClassification)
+    version, paper = ("MoCo v2", "2003.04297") if config.projection_head == "mlp" else ("MoCo v1", "1911.05722")
+    if classifies and not origin.recipe:  # a classifier has no projection head that could tell
+        version, paper = "MoCo", "1911.05722"
+    dataset = _dataset(origin)
+    images = f" on {dataset}" if dataset else ""
+    sentence = (
+        f"A {config.architecture} trained by Momentum Contrast ({version}, "
+        f"[arXiv:{paper}](https://arxiv.org/abs/{paper})){images} without labels"
+    )
+    if origin.fine_tuned:
+        return f"{sentence}, and then as a whole, with labels, as a classifier of {config.num_labels} classes."
+    if classifies:
+        return f"{sentence}, and a classifier of {config.num_labels} classes that was trained on it with labels."
+    return f"{sentence}: it turns an image into features for kNN, linear classifiers, fine-tuning and detection."
+
+
+def _training(origin: Origin) -> str:
+    about, metrics = origin.recipe.get("about", {}), origin.metrics
+    source = f" (source: {about['source']})" if "source" in about else ""
+    sentences = [f"{about['title']}{source}." if "title" in about else "", *_ran(metrics)]
+    if converted := origin.conversion:
+        epoch = f", epoch {converted['epoch']:g}" if "epoch" in converted else ""
+        sentences.append(f"Converted from `{converted['file']}` ({converted['format']}{epoch}).")
+    if origin.recipe:
+        sentences.append("These are the settings that were given; all else has its default.")
+    return " ".join(filter(None, sentences)) or "Nothing is recorded of how these weights were trained."
+
+
+def _ran(metrics: dict[str, Any]) -> list[str]:
+    sentences = []
+    if "steps" in metrics:
+        sentences.append(f"{metrics['steps']:,} steps, {metrics['images_per_second']:.4g} images/s.")
+    if "hardware" in metrics:
+        versions = ", ".join(f"{name} {metrics['versions'][name]}" for name in ("torch", "transformers", "timm"))
+        commit = f", commit {metrics['commit']}" if metrics["commit"] else ""
+        sentences.append(f"{metrics['processes']} x {metrics['hardware']}; {versions}{commit}.")
+    return sentences
+
+
+def _settings(origin: Origin) -> dict[str, dict[str, Any]]:
+    sections = {name: dict(origin.recipe.get(name, {})) for name in SHOWN_SECTIONS}
+    if dataset := _dataset(origin):
+        sections["data"]["dataset_name"] = dataset
+    sections["training"] = _public(sections["training"])
+    sections["fine-tuning" if origin.fine_tuned else "probe"] = _public(origin.evaluation)
+    return {name: values for name, values in sections.items() if values}
+
+
+def _public(settings: dict[str, Any]) -> dict[str, Any]:
+    def tells_no_place(value: Any) -> bool:
+        return (
+            value is None
+            or isinstance(value, int | float)
+            or (isinstance(value, list) and all(map(tells_no_place, value)))
+        )
+
+    return {name: value for name, value in settings.items() if name in WORDS or tells_no_place(value)}
+
+
+def _hub_datasets(origin: Origin) -> list[str] | None:
+    given, name = origin.recipe.get("data", {}).get("dataset_name"), _dataset(origin)
+    return [given] if given is not None and name == given and "/" in given else None
+
+
+def _newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept = {}
+    for entry in results:
+        key = (entry["protocol"], entry["feature"], entry["metric"], entry["data"]["dataset"], entry["data"]["split"])
+        kept[(*key, yaml.safe_dump(entry["settings"]))] = entry
+    return list(kept.values())
+
+
+def _eval_result(entry: dict[str, Any]) -> EvalResult:
+    data, (low, high) = entry["data"], entry["interval"]
+    dataset = public_name(data["dataset"], data.get("local"))
+    revision = str(data.get("split_revision") or "")
+    return EvalResult(
+        task_type="image-classification",
+        task_name="Image classification",
+        dataset_type=dataset,
+        dataset_name=dataset,
+        dataset_config=data.get("config"),
+        dataset_split=data["split"],
+        dataset_revision=revision if revision and " " not in revision else None,  # a commit, and no fingerprint
+        metric_type="accuracy",
+        metric_name=f"{entry['metric']} in per cent: {entry['protocol']} ({entry['feature']})",
+        metric_value=round(entry["value"], 2),
+        metric_args={
+            "images": entry["n"],
+            "interval_95": [round(low, 2), round(high, 2)],
+            "seed": entry["seed"],
+            **entry["settings"],
+        },
+    )
+
+
+def _row(entry: dict[str, Any]) -> tuple[str, ...]:
+    low, high = entry["interval"]
+    data = f"{public_name(entry['data']['dataset'], entry['data'].get('local'))}, {entry['data']['split']}"
+    value, spread = f"{entry['value']:.2f} %", f"{low:.2f} to {high:.2f}"
+    return (
+        entry["protocol"],
+        entry["feature"],
+        entry["metric"],
+        value,
+        spread,
+        f"{entry['n']:,}",
+        data,
+        entry["hardware"],
+    )
+
+
+def _listed(numbers: Any) -> str:
+    return "(" + ", ".join(f"{number:g}" for number in numbers) + ")"

@@ -1,0 +1,128 @@
+"""What a run left beside a model: the settings, numbers, results and figures that its card is made of."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modeling_moco import MoCoForImageClassification
+
+from ..engine.results import encoder_digest, read_results
+from ..engine.run_folder import CONVERSION, MANIFEST, METRICS, PICTURES, RESULTS, SAVED_RECIPE
+from ..errors import first_line
+from . import exports
+from .exports import Model
+
+MEASURED = (  # what an entry of `results.json` must have
+    *("protocol", "feature", "metric", "value", "interval", "n", "seed", "settings", "data", "hardware"),
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run left beside its model. Each may be empty.
+
+    Args:
+        recipe: sections of the settings of the pretraining.
+        evaluation: settings of the probe or the fine-tuning that followed.
+        fine_tuned: whether the encoder has been trained with labels since.
+        metrics: of the pretraining's `metrics.json`, if these are the weights that it ended with or began anything else from.
+        conversion: of the `conversion.json` of a converted checkpoint.
+        results: entries of `results.json` that were measured on these weights, oldest first.
+        pictures: PNG files.
+    """
+
+    recipe: dict[str, dict[str, Any]]
+    evaluation: dict[str, Any]
+    fine_tuned: bool
+    metrics: dict[str, Any]
+    conversion: dict[str, Any]
+    results: list[dict[str, Any]]
+    pictures: list[Path]
+
+
+def read_origin(source: Path, model: Model) -> Origin:
+    """What a run left beside a model: in its folder or, for a checkpoint, a probe or a fine-tuned model, in those above.
+
+    Raises:
+        ValueError: a file there is damaged.
+    """
+    home = source.parent if _is_checkpoint(source) else source
+    settings = _read_yaml(home / SAVED_RECIPE)
+    evaluated = settings.get("encoder", {})  # of a probe or a fine-tuning, which began with that model
+    run, final = _find_run(source)
+    recipe = {} if run is None else _read_yaml(run / SAVED_RECIPE)
+    encoder = model.moco if isinstance(model, MoCoForImageClassification) else model
+    metrics = {} if run is None else _read_json(run / METRICS)
+    if not final:  # of later weights: what was read is all that is the same
+        metrics = {key: metrics[key] for key in ("data",) if key in metrics}
+    return Origin(
+        recipe={key: value for key, value in recipe.items() if key != "probe"},  # what a probe would begin with
+        evaluation=settings.get("training", {}) if evaluated else {},
+        fine_tuned=bool(evaluated.get("fine_tuned")),
+        metrics=metrics,
+        conversion=_read_json((run or source) / CONVERSION),
+        results=_read_own_results(home, run, encoder_digest(encoder), about_encoder=not evaluated),
+        pictures=_find_pictures(run) if run and final and not evaluated.get("fine_tuned") else [],
+    )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def _find_run(folder: Path) -> tuple[Path | None, bool]:
+    """The folder of the pretraining run that a model came from, if it is known, and whether from its final weights."""
+    if not folder.is_dir():
+        return None, False
+    folder = folder.resolve()
+    if _is_checkpoint(folder):
+        return _find_run(folder.parent)[0], False
+    evaluated = _read_yaml(folder / SAVED_RECIPE).get("encoder")
+    if evaluated is None:
+        return folder, True
+    if evaluated.get("random_encoder") or Path(str(evaluated.get("model"))).name != folder.parent.name:
+        return None, False
+    return _find_run(folder.parent)
+
+
+def _read_own_results(home: Path, run: Path | None, digest: str, about_encoder: bool) -> list[dict[str, Any]]:
+    """Results that were measured on the weights with this digest. Of a classifier none that another classifier had."""
+    folders = {folder.resolve(): None for folder in (run, home) if folder is not None and folder.is_dir()}
+    results = [(folder, entry) for folder in folders for entry in read_results(folder) if entry.get("model") == digest]
+    for folder, entry in results:
+        if missing := [key for key in MEASURED if key not in entry]:
+            raise ValueError(f"{folder / RESULTS} has an entry without {missing[0]}: mend it, or move the file away")
+    if about_encoder:
+        return [entry for _, entry in results]
+    own = ("weighted kNN", *(probe["protocol"] for probe in _read_json(home / METRICS).get("probes", [])))
+    return [entry for folder, entry in results if folder == home.resolve() or entry["protocol"].startswith(own)]
+
+
+def _find_pictures(folder: Path) -> list[Path]:
+    # Links may show what lies elsewhere.
+    paths = [folder / f"{name}.png" for name in PICTURES]
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
+
+
+def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
+    """Sections of a file beside a model; none if it is not there or a link."""
+    if not path.is_file() or path.is_symlink():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML ({first_line(error)}): mend it, or move it away") from error
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise ValueError(f"{path} is not made of sections of keys: mend it, or move it away")
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file() or path.is_symlink():
+        return {}
+    try:
+        return dict(exports.read_json(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON of names and values ({error}): mend it, or move it away") from error

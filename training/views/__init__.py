@@ -1,0 +1,1 @@
+"""Random views for training and fixed ones for evaluation: what is drawn, and three ways to render it."""

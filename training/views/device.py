@@ -1,0 +1,306 @@
+"""The views of `augment.py` for a whole batch at once, on the device that trains: every image has draws of its own.
+
+The CPU decodes and crops (or, for small images in memory, does nothing at all); jitter, grayscale, blur and flip are
+arithmetic on tensors. So are their draws: an image comes with uniform numbers, of which only its boxes have been made.
+Shapes: `N` images, `V` views, `S` view size, `H`, `W` image size.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .opencv import crop_and_resize
+from .policy import ASPECT_RATIO, BLUR_SIGMA, ViewDraw, ViewPolicy, centred_box, image_size
+
+JITTER = ("brightness", "contrast", "saturation", "hue")
+# A draw is a row of float32 numbers: which operation of JITTER comes at each place (-1: none); the factor of each operation;
+# whether gray; the blur's deviation in pixels; whether flipped.
+ORDER, FACTORS = slice(0, 4), slice(4, 8)
+GRAY, BLUR, FLIP = 8, 9, 10
+AT_ONCE = 128  # images on a CPU
+TRIES = 10  # boxes tried before the largest centred one is taken, as torchvision does
+BOX_NUMBERS = 2 * TRIES + 2  # uniform ones that a box is drawn from: areas, aspect ratios, top, left
+NUMBERS = 13  # and those of the rest, as `draw_operations` takes them
+LOG_RATIO = tuple(map(math.log, ASPECT_RATIO))
+
+
+def unpack_draw(box: torch.Tensor, row: torch.Tensor) -> ViewDraw:
+    """The draw of a box (4,) and a row of `draw_operations`."""
+    top, left, height, width = (int(number) for number in box)
+    factors = row[FACTORS].tolist()
+    jitter = tuple((JITTER[int(i)], factors[int(i)]) for i in row[ORDER] if i >= 0)
+    return ViewDraw((top, left, height, width), jitter, bool(row[GRAY]), float(row[BLUR]), bool(row[FLIP]))
+
+
+# Drawing
+
+
+def uniform_numbers(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
+    """Numbers in [0, 1), float32 (len(indices), count): number j of an image depends on (seed, epoch, index, j) alone."""
+    # SplitMix64 (Steele, Lea and Flood, 2014) on a counter.
+    start = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    with np.errstate(over="ignore"):
+        counter = indices.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(1, count + 1, dtype=np.uint64)
+        z: np.ndarray = start + counter * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def draw_views(
+    policy: ViewPolicy, width: int, height: int, *, views: int, seed: int, epoch: int, indices: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of images of one size: boxes (N, views, 4), float32, and the numbers for `draw_operations` (N, views, NUMBERS)."""
+    u = uniform_numbers(seed, epoch, indices, views * (BOX_NUMBERS + NUMBERS)).reshape(len(indices), views, -1)
+    boxes = draw_boxes(u[:, :, :BOX_NUMBERS].reshape(-1, BOX_NUMBERS), width, height, policy.min_scale)
+    numbers = np.ascontiguousarray(u[:, :, BOX_NUMBERS:])
+    return torch.from_numpy(boxes).view(len(indices), views, 4), torch.from_numpy(numbers)
+
+
+def draw_box(u: list[float], width: int, height: int, min_scale: float) -> tuple[int, int, int, int]:
+    """Top, left, height and width in pixels, of BOX_NUMBERS uniform numbers: the distribution of `augment.draw_view`."""
+    low, high = LOG_RATIO
+    for share, ratio in zip(u[:TRIES], u[TRIES : 2 * TRIES], strict=True):
+        area, ratio = width * height * (min_scale + (1 - min_scale) * share), math.exp(low + (high - low) * ratio)
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(u[-2] * (height - h + 1)), int(u[-1] * (width - w + 1)), h, w
+    return centred_box(width, height)
+
+
+def draw_boxes(u: np.ndarray, width: int, height: int, min_scale: float) -> np.ndarray:
+    """`draw_box` for each row of numbers (V, BOX_NUMBERS), float32 (V, 4). For one image numpy's calls take far longer."""
+    u = u.astype(np.float64)
+    area = width * height * (min_scale + (1 - min_scale) * u[:, :TRIES])
+    low, high = LOG_RATIO
+    ratio = np.exp(low + (high - low) * u[:, TRIES : 2 * TRIES])
+    sides, limits = np.rint(np.sqrt([area / ratio, area * ratio])), np.array([[height], [width]])
+    inside = (sides > 0) & (sides <= limits[:, :, None])
+    fits = inside[0] & inside[1]
+    first = np.arange(len(u)), fits.argmax(axis=1)
+    sides = sides[:, *first]
+    corners = np.floor(u[:, 2 * TRIES :].T * (limits - sides + 1))
+    boxes = np.concatenate([corners, sides]).T.astype(np.float32)
+    boxes[~fits[first]] = centred_box(width, height)
+    return boxes
+
+
+def draw_operations(u: torch.Tensor, policy: ViewPolicy) -> torch.Tensor:
+    """What follows the crop, of uniform numbers (V, NUMBERS): one draw a row, the distribution of `augment.draw_view`."""
+    order = torch.where(u[:, :1] < policy.jitter_p, u[:, 1:5].argsort(dim=1), -1)
+    factors = [
+        centre + (2 * u[:, 5 + i] - 1) * strength
+        for i, (centre, strength) in enumerate(zip((1, 1, 1, 0), policy.jitter, strict=True))
+    ]
+    low, high = BLUR_SIGMA
+    gray, flip = u[:, 9] < policy.gray_p, u[:, 12] < policy.flip_p
+    blur = (u[:, 10] < policy.blur_p) * (low + (high - low) * u[:, 11])
+    return torch.cat([order, torch.stack([*factors, gray, blur, flip], dim=1)], dim=1)
+
+
+# Rendering
+
+
+@dataclass(frozen=True)
+class DeviceViews:
+    """Two views of every image of a batch: from `images` (N, 3, H, W), or from crops that are already of their size."""
+
+    policy: ViewPolicy
+    size: int
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`pixel_values` and `key_pixel_values`, uint8 (N, 3, S, S).
+
+        Args:
+            batch: "numbers" (N, 2, NUMBERS), and either crops (N, S, S, 3) as "pixel_values", "key_pixel_values", or "images"
+                and "boxes" (N, 2, 4); pixels are uint8.
+        """
+        draws = draw_operations(_queries_first(batch["numbers"]), self.policy)
+        if "images" in batch:
+            x = self.crop(batch["images"].repeat(2, 1, 1, 1), _queries_first(batch["boxes"]), draws[:, FLIP] > 0)
+        else:
+            x = torch.cat([batch["pixel_values"], batch["key_pixel_values"]]).movedim(3, 1)
+            x = _where(draws[:, FLIP] > 0, x, _flip)
+        query, key = self.render(x, draws).chunk(2)
+        return {"pixel_values": query, "key_pixel_values": key}
+
+    def crop(self, images: torch.Tensor, boxes: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+        """Crops (V, 3, S, S) of images (V, 3, H, W), both uint8, by boxes (V, 4), mirrored where `flip` (V,) is true."""
+        at_once = len(images) if _all_at_once(images) else AT_ONCE  # as many as a CPU's cache holds
+        parts = zip(*(tensor.split(at_once) for tensor in (images, boxes, flip)), strict=True)
+        return torch.cat([_to_uint8(crop_views(x.float(), box, mirror, self.size)) for x, box, mirror in parts])
+
+    def render(self, x: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """What follows the crop and the flip: views of crops, both uint8 (V, 3, S, S)."""
+        if _all_at_once(x):
+            return render_views(x.float(), draws, self.policy)
+        # A CPU takes those with the same order of operations together: none is done in vain, and they fit into its cache.
+        code = (draws[:, ORDER] @ torch.tensor([64.0, 16.0, 4.0, 1.0])).int()
+        rows, counts = code.argsort(), code.unique(return_counts=True)[1]
+        groups = [index for group in rows.split(counts.tolist()) for index in group.split(AT_ONCE)]
+        views = [render_views(x.index_select(0, index).float(), draws[index], self.policy) for index in groups]
+        return torch.cat(views).index_select(0, rows.argsort())
+
+
+@dataclass(frozen=True)
+class TwoCrops:
+    """What is left to the CPU: two crops of one image, and the numbers that `DeviceViews` draws the rest from."""
+
+    policy: ViewPolicy
+    size: int
+
+    def __call__(self, image: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Crops (S, S, 3) of an image (3, H, W), both uint8, and their numbers (2, NUMBERS)."""
+        boxes, numbers = self._draw(image, generator)
+        # Colours last, as the resize leaves them: put first, collating them would take as long as a crop.
+        query, key = (crop_and_resize(image, box, self.size).permute(1, 2, 0) for box in boxes)
+        return {"pixel_values": query, "key_pixel_values": key, "numbers": numbers}
+
+    def draws(self, image: Any, generator: torch.Generator) -> list[ViewDraw]:
+        """The random numbers of the query's view and of the key's."""
+        boxes, numbers = self._draw(image, generator)
+        rows = draw_operations(numbers, self.policy)
+        return [unpack_draw(torch.tensor(box), row) for box, row in zip(boxes, rows, strict=True)]
+
+    def _draw(self, image: Any, generator: torch.Generator) -> tuple[list[tuple[int, int, int, int]], torch.Tensor]:
+        u = torch.rand(2, BOX_NUMBERS + NUMBERS, generator=generator)
+        rows = u[:, :BOX_NUMBERS].tolist()
+        return [draw_box(row, *image_size(image), self.policy.min_scale) for row in rows], u[:, BOX_NUMBERS:]
+
+
+def _queries_first(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(0, 1).flatten(0, 1)  # (N, 2, ...) to (2N, ...)
+
+
+def _all_at_once(x: torch.Tensor) -> bool:
+    # To work on a part of the images a GPU would have to tell the host which, and wait.
+    return x.is_cuda or torch.compiler.is_compiling()
+
+
+def crop_views(images: torch.Tensor, boxes: torch.Tensor, flip: torch.Tensor, size: int) -> torch.Tensor:
+    """Boxes (N, 4) of images (N, 3, H, W), resized (N, 3, S, S): two matrix products with PIL's antialiased weights.
+
+    Args:
+        flip: which are mirrored (N,).
+    """
+    n, channels, height, width = images.shape
+    top, left, h, w = boxes.unbind(dim=1)
+    rows = _resize_weights(top, h, height, size)
+    columns = _resize_weights(torch.where(flip, left + w, left), torch.where(flip, -w, w), width, size)
+    wide = torch.bmm(images.reshape(n, channels * height, width), columns.mT).view(n, channels, height, size)
+    return torch.matmul(rows[:, None], wide.round_()).round_()  # PIL too rounds after each direction
+
+
+def _resize_weights(start: torch.Tensor, length: torch.Tensor, pixels: int, size: int) -> torch.Tensor:
+    # (N, size, pixels): a triangle around each output pixel's centre, as wide as it is apart from the next one, within the
+    # box. `inside` is at least 1 for the pixels of the box and negative for others. A negative length runs backwards.
+    step = (length / size)[:, None, None]
+    places = torch.arange(size, device=start.device)[:, None] + 0.5
+    sources = torch.arange(pixels, device=start.device) + 0.5
+    triangle = 1 - (sources - (start[:, None, None] + places * step)).abs_().div_(step.abs().clamp(min=1))
+    inside = length.abs()[:, None, None] - 2 * (sources - (start + length / 2)[:, None, None]).abs_()
+    weights = torch.minimum(triangle, inside).clamp_(min=0)
+    return weights.div_(weights.sum(dim=2, keepdim=True))
+
+
+def render_views(x: torch.Tensor, draws: torch.Tensor, policy: ViewPolicy) -> torch.Tensor:
+    """Everything but crop and flip: views uint8 (N, 3, S, S) of crops (N, 3, S, S) in float32, 0 to 255.
+
+    On a CPU all must have the same order of operations, and the crops may be overwritten.
+    """
+    gray = draws[:, GRAY] > 0
+    if policy.gray_first:
+        x = _where(gray, x, _grayscale)
+    x = _jitter(x, draws[:, ORDER], draws[:, FACTORS])
+    if not policy.gray_first:
+        x = _where(gray, x, _grayscale)
+    if policy.blur_p > 0:
+        x = _where(draws[:, BLUR] > 0, x, _blur, draws[:, BLUR])
+    return _to_uint8(x.round())
+
+
+def _to_uint8(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.int16).to(torch.uint8)  # a CPU is slow at the direct way from float32
+
+
+def _jitter(x: torch.Tensor, order: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    if _all_at_once(x):
+        for place in range(len(JITTER)):
+            for number, operation in enumerate(_OPERATIONS):
+                x = _where(order[:, place] == number, x, operation, factors[:, number])
+    else:
+        for number in order[0].int().tolist():
+            x = _OPERATIONS[number](x, factors[:, number]) if number >= 0 else x
+    return x
+
+
+def _where(chosen: torch.Tensor, x: torch.Tensor, operation, *numbers: torch.Tensor) -> torch.Tensor:
+    if _all_at_once(x):
+        return torch.where(chosen[:, None, None, None], operation(x, *numbers), x)
+    index = chosen.nonzero().squeeze(1)
+    if len(index) == 0:
+        return x
+    return x.index_copy_(0, index, operation(x[index], *(number[index] for number in numbers)))
+
+
+def _luminance(x: torch.Tensor) -> torch.Tensor:
+    return (x[:, 0] * 0.299).add_(x[:, 1], alpha=0.587).add_(x[:, 2], alpha=0.114)  # ITU-R 601-2
+
+
+def _grayscale(x: torch.Tensor) -> torch.Tensor:
+    return _luminance(x).round_()[:, None].expand_as(x)
+
+
+def _truncate(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp_(0, 255).floor_()  # as PIL's enhancers: other + factor (x - other)
+
+
+def _brightness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return _truncate(x * factor[:, None, None, None])
+
+
+def _contrast(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    factor = factor[:, None, None, None]
+    mean = _luminance(x.mean(dim=(2, 3), keepdim=True)).add_(0.5).floor_()[:, None]
+    return _truncate((x * factor).add_((1 - factor) * mean))
+
+
+def _saturation(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return _truncate(torch.lerp(_luminance(x)[:, None], x, factor[:, None, None, None]))
+
+
+def _hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    # Small images cost calls more than arithmetic, and masks of booleans are slow: 1 where a colour is the largest, else 0.
+    r, g, b = x.unbind(dim=1)
+    value, least = x.amax(dim=1), x.amin(dim=1)
+    chroma = value - least
+    red, green = r.clone().eq_(value), g.clone().eq_(value)
+    # The hue in sixths of a turn, red at 0, times the chroma: where blue is the largest, else green, else red.
+    hue = (r - g).add_(chroma, alpha=4).lerp_((b - r).add_(chroma, alpha=2), green).lerp_(g - b, red)
+    shift = (turns * 255).trunc() / 256 + 1  # in turns, positive; PIL's hue is a byte
+    hue = hue.div_((6 * chroma).clamp_(min=1)).add_(shift[:, None, None]).frac_().mul_(6)
+    parts = torch.stack([(hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], dim=1).clamp_(0, 1)
+    return parts.mul_(chroma[:, None]).add_(least[:, None])
+
+
+def _blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    n, channels, size, _ = x.shape
+    radius = round(3 * BLUR_SIGMA[1])
+    taps = torch.arange(-radius, radius + 1, device=x.device)
+    weights = (-0.5 * (taps / sigma.clamp(min=BLUR_SIGMA[0])[:, None]) ** 2).exp()
+    weights = (weights / weights.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)[:, None]  # (3N, 1, taps)
+    x = F.pad(x, (radius,) * 4, mode="replicate").reshape(1, n * channels, size + 2 * radius, size + 2 * radius)
+    x = F.conv2d(x, weights[:, :, :, None], groups=n * channels)
+    return F.conv2d(x, weights[:, :, None, :], groups=n * channels).view(n, channels, size, size)
+
+
+def _flip(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(-1)
+
+
+_OPERATIONS = (_brightness, _contrast, _saturation, _hue)
