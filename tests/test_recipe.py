@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from modeling_moco import MoCoConfig
-from training.engine.checkpoints import Division, claim_output_dir, seal
+from training.engine.checkpoints import BatchLayout, claim_output_dir, write_manifest
 from training.engine.schedule import epoch_schedule
 from training.errors import one_line_errors
 from training.recipe import RECIPES, load_recipe, parse_pretrain, recipe_names
@@ -29,7 +29,7 @@ IMAGENET = {
     "global_batch_size": 256,
     "image_size": 224,
 }
-DIVISION = Division(processes=1, per_device_batch=128, accumulation=1, images=1437, workers=None)
+LAYOUT = BatchLayout(processes=1, per_device_batch_size=128, accumulation=1, images=1437, workers=None)
 V1 = {"temperature": 0.07, "projection_head": "linear", "augmentation": "v1", "lr_milestones": [120, 160]}
 V2 = {"temperature": 0.2, "projection_head": "mlp", "augmentation": "v2", "lr_milestones": None}
 PUBLISHED = {
@@ -110,7 +110,7 @@ def test_parsed_arguments_are_the_recipes_values(name):
         assert content[section].items() <= args.settings[section].items()
     assert args.settings["probe"] == content.get("probe", {})
     assert args.training.output_dir == f"runs/{name}"
-    assert args.training.images_per_step == content["training"]["global_batch_size"]
+    assert args.training.global_batch_size == content["training"]["global_batch_size"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -142,9 +142,9 @@ def test_flags_override_the_recipe():
 
 def test_a_batch_per_device_overrides_the_recipes_global_batch():
     args = parse_pretrain(["--recipe", "cifar10_r18_200ep", "--per_device_train_batch_size", "64", *CPU])
-    assert (args.training.images_per_step, args.training.global_batch_size) == (64, None)
+    assert (args.training.per_device_train_batch_size, args.training.global_batch_size) == (64, 64)
     args = parse_pretrain(["--global_batch_size", "96", "--gradient_accumulation_steps", "3", *CPU])
-    assert (args.training.images_per_step, args.training.per_device_train_batch_size) == (96, 32)
+    assert (args.training.global_batch_size, args.training.per_device_train_batch_size) == (96, 32)
     with pytest.raises(ValueError, match=r"global_batch_size \(97\) must be a positive multiple of 3"):
         parse_pretrain(["--global_batch_size", "97", "--gradient_accumulation_steps", "3", *CPU])
 
@@ -240,7 +240,7 @@ def test_help_lists_the_projects_own_flags_first(capsys):
 def claim(tmp_path):
     def claim(*flags, folder=tmp_path / "run"):
         args = parse_pretrain(["--temperature", "0.1", "--output_dir", str(folder), *flags, *CPU])
-        return claim_output_dir(args.training, DIVISION, args.settings, args.recipe.about)
+        return claim_output_dir(args.training, LAYOUT, args.settings, args.recipe.about)
 
     return claim
 
@@ -253,7 +253,7 @@ def test_a_fresh_directory_gets_a_recipe_that_repeats_the_run(claim, tmp_path):
     assert again.config.to_dict() == args.config.to_dict()
     assert again.data == args.data
     assert again.settings == args.settings
-    assert again.training.images_per_step == 64
+    assert again.training.global_batch_size == 64
 
 
 def test_the_same_settings_continue_from_the_newest_checkpoint(claim, tmp_path):
@@ -262,7 +262,7 @@ def test_the_same_settings_continue_from_the_newest_checkpoint(claim, tmp_path):
     assert claim() is None
     for step in (9, 10, 100):
         (tmp_path / "run" / f"checkpoint-{step}").mkdir()
-        seal(tmp_path / "run" / f"checkpoint-{step}", DIVISION)
+        write_manifest(tmp_path / "run" / f"checkpoint-{step}", LAYOUT)
     assert claim() == str(tmp_path / "run" / "checkpoint-100")
     # How fast the images are read and what is printed do not make another run.
     assert claim("--dataloader_num_workers", "2", "--logging_steps", "3") == str(tmp_path / "run" / "checkpoint-100")

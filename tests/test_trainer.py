@@ -11,6 +11,7 @@ from tiny_trainer import BATCH, IMAGES, StopAt, build, image_rows, tiny_model
 from transformers import TrainerCallback
 
 from training.data.images import MapImages
+from training.monitor import Monitor
 from training.pretrain import bound
 from training.trainer import MoCoTrainingArguments
 from training.views.pil import EvaluationView
@@ -179,7 +180,7 @@ def test_evaluation_runs_every_n_epochs_and_at_the_end(rows, tmp_path):
     trainer = build(rows, tmp_path, num_train_epochs=5, eval_strategy="no")
     trainer.args.eval_strategy = "epoch"
     trainer.args.eval_every_n_epochs, trainer.args.knn_k, trainer.args.eval_on_start = 2, [3], True
-    trainer.knn_bank = trainer.knn_queries = MapImages(rows, view)
+    trainer.monitor = Monitor(trainer.model, trainer.args.knn, MapImages(rows, view), MapImages(rows, view))
     trainer.train()
     assert [e["epoch"] for e in trainer.state.log_history if "eval_knn_top1" in e] == [0, 2, 4, 5]
 

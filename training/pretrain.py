@@ -14,6 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 from modeling_moco import MoCoModel
 
 from . import plots
+from .cli import how_to_run
 from .data.decode import decode_image
 from .data.images import MapImages, StreamedImages
 from .data.pipeline import build_render, training_images, two_views
@@ -80,20 +81,20 @@ def check_image_size(model: MoCoModel, size: int) -> None:
         ) from error
 
 
-def announce(args: PretrainArguments, trainer: MoCoTrainer, default_recipe: bool) -> None:
+def announce(args: PretrainArguments, trainer: MoCoTrainer) -> None:
     """Say what is about to run, in the numbers that decide its result."""
     training, config = args.training, args.config
-    if default_recipe:
+    if args.default_recipe:
         print(
             "No --recipe given: running 'quickstart'. For your own images:\n"
-            "  accelerate launch --quiet scripts/pretrain.py --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER "
+            f"  {how_to_run('pretrain')} --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER "
             "--output_dir runs/mine\n  (with one GPU add --batch_norm split)"
         )
     for key in ("title", "source", "hardware", "expected"):
         if key in args.recipe.about:
             print(f"{key:>9}: {args.recipe.about[key]}")
     print(
-        f"      run: {trainer.train_dataset.images_per_epoch:,} images, global batch {training.images_per_step} "
+        f"      run: {trainer.train_dataset.images_per_epoch:,} images, global batch {training.global_batch_size} "
         f"({training.world_size} x {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
         f"accumulated), rate {training.learning_rate:g}, {config.architecture}, K {config.queue_size:,}, "
         f"m {config.key_momentum:g}, T {config.temperature:g}, to {training.output_dir}"
@@ -109,7 +110,7 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer, default_recipe: bool
 
 def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
     training, config = args.training, args.config
-    batch, rate = training.images_per_step, training.learning_rate
+    batch, rate = training.global_batch_size, training.learning_rate
     recipe_batch, recipe_rate = (args.recipe.values.get(key) for key in ("global_batch_size", "learning_rate"))
     if recipe_batch not in (None, batch) and rate == recipe_rate:
         yield (
@@ -138,7 +139,7 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
 def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -> dict[str, Any]:
     """Leave the model, its history, `metrics.json`, `results.json`, the pictures and `report.html` in the output directory."""
     folder = Path(str(args.training.output_dir))
-    trainer.save_model(str(folder), _internal_call=True)  # or it would be pushed before it has results
+    trainer.save_model(str(folder))
     trainer.save_state()
     history = trainer.state.log_history
     knn = [entry["eval_knn_top1"] for entry in history if "eval_knn_top1" in entry]
@@ -186,8 +187,8 @@ def _last_knn(trainer: MoCoTrainer) -> Iterator[Result]:
     last = [entry for entry in state.log_history if names[0] in entry and entry["step"] == state.global_step][-1:]
     for k, name in zip(args.knn_k, names, strict=True):
         for entry in last:
-            conditions: dict[str, Any] = {"settings": {"bank": len(trainer.knn_bank or [])}, "seed": args.seed}
-            n = len(trainer.knn_queries or [])
+            conditions: dict[str, Any] = {"settings": {"bank": len(trainer.monitor.bank or [])}, "seed": args.seed}
+            n = len(trainer.monitor.queries or [])
             yield Result(protocol(k, args.knn_temperature), "top1", entry[name], n, args.knn_features, **conditions)
 
 

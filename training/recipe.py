@@ -11,7 +11,7 @@ import yaml
 
 from modeling_moco import MoCoConfig
 
-from .cli import build_parser, nearest_name, parse_flags
+from .cli import build_parser, how_to_run, nearest_name, offered, parse_flags
 from .data.sources import DataArguments
 from .evaluation.probe_arguments import LinearProbeArguments
 from .trainer import MoCoTrainingArguments
@@ -62,6 +62,7 @@ class PretrainArguments:
 
     Args:
         settings: the values that either of them gave.
+        default_recipe: whether the command line named no recipe.
         preview_views: a picture to draw instead of training, without its suffix.
     """
 
@@ -70,6 +71,7 @@ class PretrainArguments:
     config: MoCoConfig
     training: MoCoTrainingArguments
     settings: dict[str, dict[str, Any]]
+    default_recipe: bool = False
     preview_views: Path | None = None
 
 
@@ -80,7 +82,7 @@ def recipe_names() -> list[str]:
 def sections() -> dict[str, list[str]]:
     """Keys that each section of a recipe may have."""
     return {"about": list(ABOUT)} | {
-        section: [f.name for f in dataclasses.fields(kind) if f.init] for section, kind in (PARTS | PROBE).items()
+        section: [f.name for f in offered(kind)] for section, kind in (PARTS | PROBE).items()
     }
 
 
@@ -123,14 +125,16 @@ def parse_pretrain(argv: list[str]) -> PretrainArguments:
     """
     parser = build_parser(
         PARTS.values(),
-        usage="accelerate launch scripts/pretrain.py [--recipe NAME_OR_PATH] [--flag value ...]",
+        usage=f"{how_to_run('pretrain')} [--recipe NAME_OR_PATH] [--flag value ...]",
         description="Pretrain an encoder with MoCo. A recipe sets every value; any flag overrides it.",
     )
-    parser.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"a YAML file, or one of: {', '.join(recipe_names())}")
+    parser.add_argument(
+        "--recipe", default=DEFAULT_RECIPE, help=f"A YAML file, or one of: {', '.join(recipe_names())}."
+    )
     parser.add_argument(
         "--preview_views",
         metavar="FILE",
-        help="draw the two views of eight images to FILE, as PNG and SVG, and do not train",
+        help="Draw the two views of eight images to FILE, as PNG and SVG, and do not train.",
     )
     recipe = load_recipe(parser.parse_args(argv).recipe)
     namespace, (data, model, training), settings = parse_flags(
@@ -138,7 +142,9 @@ def parse_pretrain(argv: list[str]) -> PretrainArguments:
     )
     settings["probe"] = recipe.probe
     preview = None if namespace.preview_views is None else _picture_path(namespace.preview_views)
-    return PretrainArguments(recipe, data, MoCoConfig(**dataclasses.asdict(model)), training, settings, preview)
+    config = MoCoConfig(**dataclasses.asdict(model))
+    default = "recipe" not in parser.given(argv)
+    return PretrainArguments(recipe, data, config, training, settings, default, preview)
 
 
 def _picture_path(name: str) -> Path:

@@ -5,27 +5,25 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy
 
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
 
 from .data.images import MapImages, StreamedImages, TrainingImages, collate
-from .engine.preemption import outlive_sigterm
+from .engine.callbacks import RankStatistics
 from .engine.results import Feature
-from .engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
-from .evaluation.features import extract_features
-from .evaluation.knn import KNNArguments, knn_accuracy
-from .health import diagnose, key_drift, leak, queue_age, rankme, uniformity_kernel
-from .hub.publish import Repository, Uploads
+from .engine.sgd_trainer import PUBLISHING, SGDTrainer, SGDTrainingArguments
+from .evaluation.knn import KNNArguments
+from .health import Views, key_drift, queue_age, uniformity_kernel
+from .monitor import Monitor
 from .views.policy import seeded_generator
 
 logger = logging.getLogger(__name__)
@@ -33,7 +31,6 @@ logger = logging.getLogger(__name__)
 VIEWS = ("pixel_values", "key_pixel_values")
 # Means over the queries of a batch that are logged with the loss.
 STATISTICS = ("contrast_top1", "contrast_top5", "positive_similarity", "hardest_negative_similarity", "uniformity")
-RANKME_IMAGES = 25_600  # as in arXiv:2210.02885
 LEAK_IMAGES = 512  # of all processes
 
 
@@ -41,36 +38,32 @@ LEAK_IMAGES = 512  # of all processes
 class MoCoTrainingArguments(SGDTrainingArguments):
     """The training of MoCo v2: a cosine in whole epochs, 0.03 for 256 images, and a kNN monitor."""
 
-    can_publish = True
+    NOT_OFFERED: ClassVar[frozenset[str]] = SGDTrainingArguments.NOT_OFFERED - {*PUBLISHING}
 
-    num_train_epochs: float = field(default=200, metadata={"help": "passes over the images"})
-    learning_rate: float = field(default=0.03, metadata={"help": "0.03 for a global batch of 256"})
-    weight_decay: float = field(default=1e-4, metadata={"help": "on all parameters, BatchNorm and biases included"})
-    eval_strategy: str = field(default="epoch", metadata={"help": "when to run the kNN monitor: no, epoch"})
-    eval_every_n_epochs: int = field(default=1, metadata={"help": "epochs between two kNN evaluations"})
+    num_train_epochs: float = field(default=200, metadata={"help": "Passes over the images."})
+    learning_rate: float = field(default=0.03, metadata={"help": "Learning rate; 0.03 is for a global batch of 256."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay, of BatchNorm and biases too."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to run the monitor: no or epoch."})
+    eval_every_n_epochs: int = field(default=1, metadata={"help": "Epochs between two runs of the monitor."})
     knn_k: list[int] = field(
         default_factory=lambda: [200],
-        metadata={"help": "neighbours that vote in the kNN monitor; several are compared"},
+        metadata={"help": "Neighbours that vote in the kNN of the monitor; several are compared."},
     )
-    knn_temperature: float = field(default=0.07, metadata={"help": "temperature of their votes"})
+    knn_temperature: float = field(
+        default=0.07, metadata={"help": "Temperature T of the votes: exp(cosine similarity / T)."}
+    )
     knn_bank_size: int | None = field(
-        default=None, metadata={"help": "train images that the monitor looks at, at equal distances; by default all"}
+        default=None,
+        metadata={"help": "Number of evenly spaced train images that the monitor looks at; by default all."},
     )
-    knn_features: Feature = field(default="backbone", metadata={"help": "what the monitor compares: backbone or head"})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "must stay on: the queue needs whole batches"})
-    ddp_broadcast_buffers: bool | None = field(
-        default=False, metadata={"help": "off: each rank keeps its BatchNorm statistics, and equal queues need no copy"}
-    )
+    knn_features: Feature = field(default="backbone", metadata={"help": "Features of the monitor: backbone or head."})
+    dataloader_drop_last: bool = field(default=True)  # the queue needs whole batches
+    ddp_broadcast_buffers: bool | None = field(default=False)  # ranks keep their BatchNorm statistics, queues are equal
 
     def __post_init__(self):
         super().__post_init__()
         if self.eval_every_n_epochs < 1:
             raise ValueError(f"eval_every_n_epochs ({self.eval_every_n_epochs}) must be at least 1")
-        if self.push_to_hub and self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
-            raise ValueError(
-                f"hub_strategy ({self.hub_strategy.value!r}) would publish optimizer states, which are pickles: choose "
-                "'end' or 'every_save'"
-            )
         if self.knn_bank_size is not None and self.knn_bank_size < 1:
             raise ValueError(
                 f"knn_bank_size ({self.knn_bank_size}) must be at least 1 image; leave it out for all of them"
@@ -109,6 +102,15 @@ class MoCoCallback(TrainerCallback):
             control.should_evaluate = last or round(state.epoch) % args.eval_every_n_epochs == 0
 
 
+class OnDevice(DataLoader):
+    """Moves batches to the device without waiting for the copy, as accelerate's loaders do; a stream has none of these."""
+
+    def __iter__(self):
+        device = PartialState().device
+        for batch in super().__iter__():
+            yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 class MoCoTrainer(SGDTrainer):
     """Pretrains a [`MoCoModel`].
 
@@ -145,15 +147,13 @@ class MoCoTrainer(SGDTrainer):
             eval_dataset=knn_queries or knn_bank or train_dataset,  # Trainer wants one, or it would not evaluate
             processing_class=processing_class,
             data_collator=collate,
-            callbacks=[MoCoCallback()],
+            callbacks=[MoCoCallback(), RankStatistics()],  # before those that complete a checkpoint
         )
         self.render = render
-        self.knn_bank = knn_bank
-        self.knn_queries = knn_queries
-        # Since the last log, per micro-batch; its mean of similarities is that of all queries, for batches are equal.
+        self.monitor = Monitor(self.model, args.knn, knn_bank, knn_queries)
+        # Since the last log, per micro-batch: these are of equal size, so the mean over them is the mean over all queries.
         self._sums = torch.zeros(len(STATISTICS), device=args.device, dtype=torch.float64)
         self._batches = self._images = 0
-        self._told: set[str] = set()
         self._logged_at = time.perf_counter()
         self._waited = 0.0  # seconds for images, since the last log
 
@@ -163,54 +163,6 @@ class MoCoTrainer(SGDTrainer):
                 dist.broadcast(buffer, src=0)
         self._logged_at = time.perf_counter()
         return super().train(*args, **kwargs)
-
-    # Publishing: Trainer would upload the folder of a run as it is, pickles and paths of this machine included.
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Before training: may one write there?"""
-        if self.is_world_process_zero():
-            args = self.args
-            name = args.hub_model_id or Path(str(args.output_dir)).name
-            repository = Repository(name, bool(args.hub_private_repo), args.hub_token, args.hub_revision).prepare()
-            self.hub_model_id = repository.name
-            self._uploads = Uploads(repository)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        pass  # the checkpoint is not complete yet
-
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        args, step = self.args, self.state.global_step
-        if args.push_to_hub and args.hub_strategy == HubStrategy.EVERY_SAVE and self.is_world_process_zero():
-            checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            self._uploads.send(checkpoint, f"Training in progress, step {step}")
-
-    def _finish_current_push(self) -> None:
-        pass  # `push_to_hub` waits, and a run that is stopped does not
-
-    def push_to_hub(self, commit_message: str | None = "End of training", *args, **kwargs) -> str:
-        """Publish what the output directory holds now; returns the address of the commit. On the main process.
-
-        Raises:
-            ValueError: it could not be uploaded.
-        """
-        return self._uploads.send_last(Path(str(self.args.output_dir)), str(commit_message))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.args.process_index > 0:  # the statistics of rank 0 are in the model's file
-            save_file(self._statistics(), f"{output_dir}/statistics_{self.args.process_index}.safetensors")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        own = Path(resume_from_checkpoint) / f"statistics_{self.args.process_index}.safetensors"
-        if own.is_file():  # a run on fewer processes did not write it
-            for name, tensor in load_file(own).items():
-                self._statistics()[name].copy_(tensor)
-
-    def _statistics(self) -> dict[str, torch.Tensor]:
-        norms = [(n, m) for n, m in self.model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-        return {f"{prefix}.{name}": buffer for prefix, norm in norms for name, buffer in norm.named_buffers()}
 
     def build_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, StreamedImages):
@@ -224,16 +176,7 @@ class MoCoTrainer(SGDTrainer):
                 shards,
                 readers,
             )
-        return DataLoader(
-            self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            collate_fn=collate,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            drop_last=True,
-            worker_init_fn=outlive_sigterm,
-        )
+        return self._loader(self.train_dataset, OnDevice, drop_last=True)
 
     def get_batch_samples(self, *args, **kwargs):
         started = time.perf_counter()
@@ -241,13 +184,15 @@ class MoCoTrainer(SGDTrainer):
         self._waited += time.perf_counter() - started
         return batches
 
-    def _prepare_inputs(self, inputs):
-        # From pinned memory the host need not wait, where Trainer's own copy would, for all that the GPU has been given.
-        inputs = {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
-        inputs = super()._prepare_inputs(inputs)
-        return inputs if self.render is None else self.render(inputs)
+    def make_views(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The two views of a batch that is on the device, in float32 or uint8 whatever the precision of training."""
+        if self.render is None:
+            return batch
+        with torch.autocast(self.args.device.type, enabled=False):
+            return self.render(batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = self.make_views(inputs)
         outputs = model(**inputs)
         self._keys = outputs.key_embeds
         q = outputs.query_embeds[: len(inputs["pixel_values"])]
@@ -272,58 +217,34 @@ class MoCoTrainer(SGDTrainer):
         assert eval_dataset is None, "the monitor looks at knn_bank and knn_queries"
         started = time.perf_counter()
         self._check_finite(weights=True)
-        metrics = self._monitor_features() | self._monitor_leak()
-        self._warn(metrics)
+        metrics = self.monitor.look_at_features()
+        if views := self._views_for_leak():
+            metrics |= self.monitor.look_for_leak(views)
+        self.monitor.report(metrics, self.state.global_step)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._logged_at += time.perf_counter() - started  # images per second are those of training
         return metrics
 
-    def _monitor_features(self) -> dict[str, float]:
-        if self.knn_bank is None:
-            return {}
-        settings, args = self.args.knn, self.args
-        loading: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.num_workers}
-        loading["feature"] = settings.features
-        bank, bank_labels = extract_features(self.model, self.knn_bank, everywhere=False, **loading)
-        every = max(1, len(self.knn_bank) // RANKME_IMAGES)  # equal distances: folders are sorted by class
-        metrics = {"rankme": rankme(bank[::every].to(args.device))}
-        if self.knn_queries is not None:
-            queries, labels = extract_features(self.model, self.knn_queries, **loading)
-            voting: dict[str, Any] = {"ks": settings.k, "temperature": settings.temperature, "device": args.device}
-            for k, top1 in knn_accuracy(queries, labels, bank, bank_labels, **voting).items():
-                metrics["knn_top1" if k == settings.k[0] else f"knn_top1_k{k}"] = top1
-        return metrics
-
-    def _monitor_leak(self) -> dict[str, float]:
-        if self.state.global_step == 0:
-            return {}
+    def _views_for_leak(self) -> Views:
+        # At most LEAK_IMAGES in batches as in training, in views that are not in the queue yet; none before training.
         batch, ranks = self.args.per_device_train_batch_size, self.args.world_size
         batches = min(max(4, LEAK_IMAGES // (batch * ranks)), self.train_dataset.images_per_epoch // (batch * ranks))
-        if batches < 2:
-            return {}
-        epoch = int(self.state.epoch or 0) + 1  # views that are not in the queue yet
+        if self.state.global_step == 0 or batches < 2:
+            return []
+        epoch = int(self.state.epoch or 0) + 1
         images = collate(self.train_dataset.draw(batches * batch, epoch, self.args.process_index, ranks))
         parts = zip(*(tensor.split(batch) for tensor in images.values()), strict=True)
-        rendered = [
-            self._prepare_inputs(dict(zip(images, part, strict=True))) for part in parts
-        ]  # as much as in training
-        trained, other, leaks = leak(self.model, [(views[VIEWS[0]], views[VIEWS[1]]) for views in rendered])
-        return {"contrast_top1": trained, "contrast_top1_shuffled": other, "leaks": float(leaks)}
-
-    def _warn(self, metrics: dict[str, float]) -> None:
-        if self.state.global_step == 0:  # a random encoder may look ill
-            return
-        for illness, sentence in diagnose(metrics, self.model.config.batch_norm).items():
-            if illness not in self._told and self.is_world_process_zero():
-                logger.warning("step %d: %s", self.state.global_step, sentence)
-            self._told.add(illness)
+        moved = (
+            {name: tensor.to(self.args.device) for name, tensor in zip(images, part, strict=True)} for part in parts
+        )
+        return [(views[VIEWS[0]], views[VIEWS[1]]) for views in map(self.make_views, moved)]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             metrics = self._training_metrics()
-            self._warn(metrics)
+            self.monitor.report(metrics, self.state.global_step)
             logs |= metrics
         super().log(logs, start_time)
 
@@ -340,7 +261,7 @@ class MoCoTrainer(SGDTrainer):
             dist.all_reduce(waited, dist.ReduceOp.MAX)
         metrics = dict(zip(STATISTICS, means, strict=True))
         config = self.model.config
-        keys_per_step = self.args.images_per_step * (2 if config.symmetric_loss else 1)
+        keys_per_step = self.args.global_batch_size * (2 if config.symmetric_loss else 1)
         return metrics | {
             "uniformity": math.log(metrics["uniformity"]) if metrics["uniformity"] > 0 else math.nan,
             # |q - k|² of unit vectors: Wang and Isola, equation 3

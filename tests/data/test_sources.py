@@ -353,7 +353,7 @@ def test_pretraining_goes_on_without_its_monitor_where_labels_are_unusable(test_
     args = parse_pretrain(flags)
     splits = load_images(args.data)
     trainer = build_trainer(args, splits)
-    assert trainer.knn_queries is None
+    assert trainer.monitor.queries is None
     assert set(trainer.evaluate()) == {"eval_rankme"}
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("The kNN monitor is off: ")

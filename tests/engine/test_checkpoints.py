@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from training.data.images import MapImages
-from training.engine.checkpoints import Division, check_division, flaw, newest_complete, rotate, seal
+from training.engine.checkpoints import BatchLayout, check_layout, find_defect, newest_complete, rotate, write_manifest
 from training.engine.preemption import outlive_sigterm
 from training.errors import TrainingError
 from training.evaluation.features import extract_features
+from training.monitor import Monitor
 from training.views.pil import EvaluationView
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
@@ -152,7 +153,7 @@ def test_two_processes_resume_exactly_and_agree_bit_for_bit(rows, tmp_path):
         own = [key for key in first if not torch.equal(first[key], second[key])]
         assert own  # each process keeps the statistics of the images that it saw
         assert all("running" in key for key in own)
-    assert flaw(tmp_path / "killed" / "checkpoint-2") is None
+    assert find_defect(tmp_path / "killed" / "checkpoint-2") is None
     # One process with batches of twice the size sees the same views of the same images, in the same order.
     alone = build(rows, tmp_path / "alone", per_device_train_batch_size=2 * BATCH)
     seen = watch_images(alone)
@@ -200,7 +201,7 @@ def test_a_damaged_checkpoint_is_written_anew_when_the_run_gets_there(rows, save
     os.truncate(folder / "checkpoint-6" / "model.safetensors", 1000)
     resumed = build(rows, folder, num_train_epochs=1, **SAVING)
     resumed.train(resume_from_checkpoint=str(newest_complete(folder)[0]))
-    assert flaw(folder / "checkpoint-6") is None
+    assert find_defect(folder / "checkpoint-6") is None
     assert_same_end(resumed, saved[1])
 
 
@@ -208,7 +209,7 @@ def test_rotation_keeps_complete_checkpoints_and_the_best(tmp_path, monkeypatch)
     for step in (1, 2, 3, 20):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if step < 20:
-            seal(tmp_path / f"checkpoint-{step}", division())
+            write_manifest(tmp_path / f"checkpoint-{step}", layout())
     monkeypatch.chdir(tmp_path)
     rotate(Path("./"), None, None)
     assert len(list(tmp_path.iterdir())) == 4
@@ -219,7 +220,7 @@ def test_rotation_keeps_complete_checkpoints_and_the_best(tmp_path, monkeypatch)
 def test_only_the_newest_checkpoints_are_kept(rows, tmp_path):
     build(rows, tmp_path, num_train_epochs=1, **SAVING | {"save_total_limit": 2}).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
-    assert all(flaw(path) is None for path in tmp_path.glob("checkpoint-*"))
+    assert all(find_defect(path) is None for path in tmp_path.glob("checkpoint-*"))
 
 
 def test_a_full_disk_is_one_error_and_earlier_checkpoints_stay(rows, tmp_path):
@@ -246,42 +247,42 @@ def test_a_full_disk_is_one_error_and_earlier_checkpoints_stay(rows, tmp_path):
 # Another division of the images
 
 
-def division(**kwargs) -> Division:
+def layout(**kwargs) -> BatchLayout:
     defaults = {
         "processes": 8,
-        "per_device_batch": 32,
+        "per_device_batch_size": 32,
         "accumulation": 1,
         "images": 2560,
         "workers": None,
         "epoch": 1.5,
     }
-    return Division(**defaults | kwargs)
+    return BatchLayout(**defaults | kwargs)
 
 
 def test_another_division_goes_on_where_that_is_defined_and_is_refused_elsewhere(tmp_path):
-    seal(tmp_path, division())
-    assert check_division(tmp_path, division(epoch=0.0)) is None
-    remark = check_division(tmp_path, division(processes=4, per_device_batch=64))
+    write_manifest(tmp_path, layout())
+    assert check_layout(tmp_path, layout(epoch=0.0)) is None
+    remark = check_layout(tmp_path, layout(processes=4, per_device_batch_size=64))
     assert "was trained on 8 processes x 32 images x 1 accumulated, this run on 4 processes x 64 images" in remark
     assert "BatchNorm normalises them in other groups" in remark
     with pytest.raises(
         ValueError, match=r"global batch of 256 .* this run has 128 .*same global batch, or pass another"
     ):
-        check_division(tmp_path, division(processes=4))
-    for epoch, now in ((1.5, {"workers": 4}), (1.5, {"processes": 4, "per_device_batch": 64, "workers": 2})):
-        seal(tmp_path, division(workers=2, epoch=epoch))
+        check_layout(tmp_path, layout(processes=4))
+    for epoch, now in ((1.5, {"workers": 4}), (1.5, {"processes": 4, "per_device_batch_size": 64, "workers": 2})):
+        write_manifest(tmp_path, layout(workers=2, epoch=epoch))
         with pytest.raises(ValueError, match=r"within an epoch of a stream read by 8 processes x 2 workers"):
-            check_division(tmp_path, division(**now))
-        seal(tmp_path, division(workers=2, epoch=2.0))
-        check_division(tmp_path, division(**now))
+            check_layout(tmp_path, layout(**now))
+        write_manifest(tmp_path, layout(workers=2, epoch=2.0))
+        check_layout(tmp_path, layout(**now))
 
 
 @pytest.mark.parametrize("now", [{"images": 1_281_168}, {"processes": 4, "accumulation": 2}])
 def test_epochs_of_another_length_are_refused(tmp_path, now):
     # 8 x 32 images make 5,004 steps of ImageNet; 4 x 32 x 2 make one more, of a single micro-batch.
-    seal(tmp_path, division(images=1_281_167))
+    write_manifest(tmp_path, layout(images=1_281_167))
     with pytest.raises(ValueError, match=r"epochs of 5,004 steps of 1,281,167 images .* its place would be another"):
-        check_division(tmp_path, division(**{"images": 1_281_167} | now))
+        check_layout(tmp_path, layout(**{"images": 1_281_167} | now))
 
 
 def test_steps_per_epoch_are_those_of_the_trainer(rows, tmp_path):
@@ -289,7 +290,7 @@ def test_steps_per_epoch_are_those_of_the_trainer(rows, tmp_path):
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         trainer = build(rows, tmp_path / f"{batch}{accumulation}", num_train_epochs=1, **sizes)
         trainer.train()
-        assert trainer.division.steps_per_epoch == trainer.state.global_step
+        assert trainer.batch_layout.steps_per_epoch == trainer.state.global_step
 
 
 # Signals and numbers
@@ -316,7 +317,8 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_exactly(rows, tmp_path
 def test_sigterm_within_an_epoch_does_not_spend_its_time_on_an_evaluation(rows, tmp_path):
     trainer = build(rows, tmp_path, callback=Terminate(8), save_strategy="epoch")
     trainer.args.eval_strategy, trainer.args.knn_k = "epoch", [3]
-    trainer.knn_bank = trainer.knn_queries = MapImages(rows, EvaluationView(24, 24))
+    images = MapImages(rows, EvaluationView(24, 24))
+    trainer.monitor = Monitor(trainer.model, trainer.args.knn, images, images)
     trainer.train()
     assert trainer.terminated
     assert [entry["epoch"] for entry in trainer.state.log_history if "eval_knn_top1" in entry] == [1.0]
@@ -391,4 +393,4 @@ def test_a_manifest_lists_every_file_and_the_division(saved):
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     assert set(manifest["files"]) == {p.name for p in checkpoint.iterdir()} - {"manifest.json"}
     assert manifest["files"]["model.safetensors"] == (checkpoint / "model.safetensors").stat().st_size
-    assert Division(**manifest["division"]) == Division(1, BATCH, 1, IMAGES, None, 1.0)
+    assert BatchLayout(**manifest["batch_layout"]) == BatchLayout(1, BATCH, 1, IMAGES, None, 1.0)

@@ -103,7 +103,7 @@ def test_the_defaults_are_those_that_were_published(tmp_path):
     for fraction, share in nearest.items():
         args = FinetuneArguments(output_dir=str(tmp_path), use_cpu=True, label_fraction=fraction)
         assert (args.learning_rate, args.head_learning_rate, args.num_train_epochs) == published[share]
-        assert (args.images_per_step, args.weight_decay, args.optim.value) == (256, 0.0, "sgd")
+        assert (args.global_batch_size, args.weight_decay, args.optim.value) == (256, 0.0, "sgd")
         assert (args.optim_args, args.lr_scheduler_type.value, args.lr_milestones) == ("momentum=0.9", "cosine", None)
     assert FinetuneArguments(output_dir=str(tmp_path), use_cpu=True).label_fraction == 1
     chosen = {"learning_rate": 1.0, "head_learning_rate": 2.0, "num_train_epochs": 3}

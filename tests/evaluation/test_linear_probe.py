@@ -133,7 +133,7 @@ def test_the_defaults_are_the_published_settings(tmp_path):
     args = LinearProbeArguments(output_dir=str(tmp_path), use_cpu=True)
     published = ("official", [30.0], 0.0, 100, [60, 80], 256, "sgd", "momentum=0.9")
     ours = (args.mode, args.rates, args.weight_decay, args.num_train_epochs, args.lr_milestones)
-    assert (*ours, args.images_per_step, args.optim.value, args.optim_args) == published
+    assert (*ours, args.global_batch_size, args.optim.value, args.optim_args) == published
 
 
 def test_a_resumed_probe_ends_with_the_heads_and_history_of_an_uninterrupted_one(splits, tmp_path):

@@ -22,9 +22,10 @@ from PIL import Image
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessorPil, MoCoModel
 from training.engine.checkpoints import newest_complete
 from training.engine.results import Result, append_results, encoder_digest
+from training.evaluation.probe_arguments import LinearProbeArguments
 from training.hub.model_card import public_name
 from training.hub.origin import read_origin
-from training.hub.publish import PublishArguments, Repository, Uploads, list_files, load_published, publish
+from training.hub.publish import PublishArguments, PublishCallback, Repository, list_files, load_published, publish
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -501,7 +502,8 @@ def test_a_run_publishes_every_save_and_its_end(hub, script, tmp_path, capsys):
 
 
 def test_one_upload_at_a_time_which_nobody_waits_for_but_the_last(hub, run, caplog):
-    uploads = Uploads(Repository("org/live").prepare())
+    uploads = PublishCallback(Repository("org/live"), every_save=True)
+    uploads.prepare()
     hub.open.clear()
     uploads.send(run, "first")
     uploads.send(run / "checkpoint-4", "second, while the first is under way")
@@ -526,7 +528,9 @@ def test_a_run_that_may_not_publish_does_not_begin(hub, script, tmp_path, capsys
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):
         script("linear_probe").main([str(tmp_path), "--dataset_name", "digits", "--push_to_hub", "True"])
-    assert "scripts/push_to_hub.py" in capsys.readouterr().err
+    assert "flag --push_to_hub is unknown" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"scripts/push_to_hub\.py"):
+        LinearProbeArguments(output_dir=str(tmp_path), use_cpu=True, push_to_hub=True)
     assert not list(tmp_path.rglob("*.*"))
 
 

@@ -29,8 +29,8 @@ class TraceImages(torch.utils.data.Dataset):
 
 
 class InOrder(MoCoTrainer):
-    def _get_train_sampler(self, train_dataset=None):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+    def build_train_dataloader(self):
+        return self.accelerator.prepare(self._loader(self.train_dataset, shuffle=False))
 
 
 def test_first_step_has_the_official_logits_and_gradients():

@@ -136,7 +136,7 @@ def _consume(batches: Iterator[dict[str, torch.Tensor]], count: int) -> None:
 
 def seconds_of_steps(trainer: MoCoTrainer, args: argparse.Namespace) -> list[float]:
     """Seconds of steps of the trainer's model on one batch."""
-    batch = trainer._prepare_inputs(next(_epochs(trainer)))
+    batch = trainer.make_views(next(_epochs(trainer)))
     views = torch.stack([batch[name] for name in VIEWS])
     step = this_project(trainer.model.train(), views, "bf16" if trainer.args.bf16 else "fp32", compiled=False)
     return _steady([elapsed(step) for _ in range(max(6, args.max_steps // args.logging_steps))])

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import pipeline
 from transformers.utils import logging
 
+from ..cli import how_to_run
 from ..data.decode import decode_image
 from ..data.sources import ImageSplits, load_images
 from ..engine.checkpoints import claim_output_dir
@@ -22,9 +23,8 @@ from ..memory import keep_freed_memory
 SHOWN_IMAGES = 4
 NEXT = """Next:
   python -c "from transformers import pipeline; import modeling_moco; print(pipeline('image-classification', '{0}')('IMAGE'))"
-  accelerate launch --quiet scripts/pretrain.py --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER --batch_norm split \
---output_dir runs/mine
-  accelerate launch --quiet scripts/pretrain.py --help"""
+  {1} --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER --batch_norm split --output_dir runs/mine
+  {1} --help"""
 
 
 def main(argv: list[str]) -> None:
@@ -40,8 +40,8 @@ def main(argv: list[str]) -> None:
             trainer = lp.build_trainer(model, run.training, run.data, splits)
         else:
             probes = build_cached(model, run.training, run.data, splits, run.encoder.home / FEATURES)
-        division = None if trainer is None else trainer.division
-        checkpoint = claim_output_dir(run.training, division, run.settings, {"title": run.title})
+        layout = None if trainer is None else trainer.batch_layout
+        checkpoint = claim_output_dir(run.training, layout, run.settings, {"title": run.title})
     folder, main_process = Path(str(run.training.output_dir)), run.training.process_index == 0
     if main_process:
         print(f"{run.title}\n{len(splits.train):,} images, {len(splits.class_names)} classes, to {folder}")
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
         print_table(run.encoder.home, top1)
     if main_process and trainer is not None:
         classify_some(folder, splits)
-        print(NEXT.format(folder))
+        print(NEXT.format(folder, how_to_run("pretrain")))
 
 
 def classify_some(folder: Path, splits: ImageSplits) -> None:

@@ -1,14 +1,17 @@
 """Pretrain an encoder with MoCo: `accelerate launch scripts/pretrain.py --recipe quickstart`."""
 
 import sys
+from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from ..cli import how_to_run
 from ..data.sources import load_images
 from ..engine.checkpoints import claim_output_dir
 from ..engine.run_folder import REPORT
 from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
+from ..hub.publish import PublishCallback
 from ..memory import keep_freed_memory
 from ..pretrain import announce, bound, build_trainer, finish, preview_views
 from ..recipe import parse_pretrain
@@ -26,9 +29,13 @@ def main(argv: list[str]) -> None:
                 print(f"Wrote {args.preview_views}.png and .svg: what epoch 0 of this run sees.")
             return
         trainer = build_trainer(args, splits)
-        checkpoint = claim_output_dir(args.training, trainer.division, args.settings, args.recipe.about)
+        publisher = PublishCallback.of_run(args.training) if args.training.publish else None
+        if publisher is not None:
+            publisher.prepare()
+            trainer.add_callback(publisher)  # after the trainer's own, which complete a checkpoint
+        checkpoint = claim_output_dir(args.training, trainer.batch_layout, args.settings, args.recipe.about)
     if trainer.is_world_process_zero():
-        announce(args, trainer, default_recipe=not any(word.startswith("--recipe") for word in argv))
+        announce(args, trainer)
         if checkpoint:
             print(f" continue: from {checkpoint}")
     args.training.eval_on_start = args.training.eval_strategy != "no" and checkpoint is None
@@ -42,10 +49,10 @@ def main(argv: list[str]) -> None:
         print(f"{'skipped images':>20}: {metrics['skipped_images']}")
         print(f"{'images/s':>20}: {metrics['images_per_second']:.0f}; {bound(metrics)}")
         print(f"Saved to {folder}; its pictures and numbers are in {folder}/{REPORT}")
-        if args.training.push_to_hub:
+        if publisher is not None:
             with one_line_errors():
-                print(f"Published: {trainer.push_to_hub()}")
-        print(f"Next: accelerate launch --quiet scripts/linear_probe.py {folder}")
+                print(f"Published: {publisher.send_last(Path(str(folder)))}")
+        print(f"Next: {how_to_run('probe')} {folder}")
 
 
 if __name__ == "__main__":

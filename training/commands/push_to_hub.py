@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from ..cli import build_parser, parse_flags
+from ..cli import build_parser, how_to_run, parse_flags
 from ..errors import one_line_errors
 from ..hub.publish import CARD, PublishArguments, Repository, list_files, load_published, make_folder, publish
 
@@ -14,11 +14,13 @@ def main(argv: list[str]) -> None:
     disable_progress_bar()  # transformers' bars for loading and saving weights
     parser = build_parser(
         [PublishArguments],
-        usage="python scripts/push_to_hub.py RUN_OR_MODEL ORG/NAME [--flag value ...]",
+        usage=f"{how_to_run('publish')} RUN_OR_MODEL ORG/NAME [--flag value ...]",
         description="Publish a run or a model in one commit, in formats that transformers and timm load by one name.",
     )
-    parser.add_argument("source", help="folder that a run or a probe saved to, one of its checkpoints, or a MoCo model")
-    parser.add_argument("repository", help="name on the Hub; it is made if it is not there")
+    parser.add_argument(
+        "source", help="Folder that a run or a probe saved to, one of its checkpoints, or a MoCo model."
+    )
+    parser.add_argument("repository", help="Name on the Hub; it is made if it is not there.")
     with one_line_errors():
         names, (args,), _ = parse_flags(parser, {"publish": PublishArguments}, argv, {})
         repository = Repository(names.repository, args.private, revision=args.revision)

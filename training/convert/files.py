@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from modeling_moco import MoCoConfig, MoCoImageProcessor
 
-from ..cli import build_parser, nearest_name
+from ..cli import build_parser, how_to_run, nearest_name
 from ..engine.run_folder import CONVERSION, write_json
 from .detect import Checkpoint, known_values, read_file
 from .key_maps import CLASSIFIER, DETECTRON2, OFFICIAL, RESNETS, WITH_HEAD, WITHOUT_HEAD, WRAPPED, rename_back
@@ -55,17 +55,17 @@ def parse_convert(argv: list[str]) -> tuple[str, Path, str]:
     """
     parser = build_parser(
         [ConvertArguments],
-        usage="python scripts/convert.py CHECKPOINT OUTPUT [--to FORMAT]",
+        usage=f"{how_to_run('convert')} CHECKPOINT OUTPUT [--to FORMAT]",
         description="Convert MoCo checkpoints of other code to a model directory, and back.",
     )
     parser.add_argument(
-        "checkpoint", nargs="?", help="official, lightly's or solo-learn's file; or folder or Hub repository"
+        "checkpoint", nargs="?", help="File of the official code, lightly or solo-learn; or a folder or Hub repository."
     )
-    parser.add_argument("output", nargs="?", help="what to write; it must not be there yet")
+    parser.add_argument("output", nargs="?", help="What to write; it must not exist yet.")
     args = parser.parse_args(argv)
     to, out = ConvertArguments(args.to).to, args.output
     if out is None:
-        raise ValueError("two names are needed: python scripts/convert.py CHECKPOINT OUTPUT [--to FORMAT]")
+        raise ValueError(f"two names are needed: {how_to_run('convert')} CHECKPOINT OUTPUT [--to FORMAT]")
     # os.path, because a Path of too long a name raises where it is asked whether it exists.
     if not os.path.exists(args.checkpoint) and Path(args.checkpoint).suffix in SUFFIXES:  # no name of a Hub repository
         raise ValueError(f"{args.checkpoint} does not exist: pass a checkpoint, or the folder that a run saved to")

@@ -1,10 +1,14 @@
-"""What happens around the steps of every trainer: the progress bar, and the epoch that the images are told."""
+"""What happens around the steps of a trainer: the progress bar, the epoch of the images, each process's statistics."""
 
 import math
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 class ProgressBar(ProgressCallback):
@@ -38,7 +42,7 @@ class ProgressBar(ProgressCallback):
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the images which epoch it is: accelerate does not, with several processes or after a resume."""
+    """Sets the epoch of the images: accelerate does not, with several processes or after a resume."""
 
     def __init__(self, images: Any):
         self.images = images
@@ -48,3 +52,30 @@ class SetEpoch(TrainerCallback):
         steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         trained = 0 if args.ignore_data_skip else state.global_step % steps * args.gradient_accumulation_steps
         self.images.set_epoch(int(state.epoch), skip_batches=trained)
+
+
+class RankStatistics(TrainerCallback):
+    """Keeps the BatchNorm statistics of every process in a checkpoint: the model's file has those of the first alone."""
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        if args.process_index > 0:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            save_file(_statistics(model), self._path(folder, args.process_index))
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.resume_from_checkpoint is None:
+            return
+        path = self._path(Path(args.resume_from_checkpoint), args.process_index)
+        if path.is_file():  # a run on fewer processes did not write it
+            statistics = _statistics(model)
+            for name, tensor in load_file(path).items():
+                statistics[name].copy_(tensor)
+
+    @staticmethod
+    def _path(checkpoint: Path, process: int) -> Path:
+        return checkpoint / f"statistics_{process}.safetensors"
+
+
+def _statistics(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    return {f"{prefix}.{name}": buffer for prefix, norm in norms for name, buffer in norm.named_buffers()}

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or do not count, and which one a run continues from.
+"""Checkpoints that are complete or do not count, and which one a run continues from.
 
 A checkpoint counts from the moment that its manifest, written last, is there and the files have the sizes that it lists.
 """
@@ -8,47 +8,99 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from modeling_moco.distributed_moco import world_size
+from modeling_moco.distributed_moco import rank, world_size
 
 from .run_folder import MANIFEST, SAVED_RECIPE, check_same_run, write_json, write_recipe
 
 
 @dataclass(frozen=True)
-class Division:
-    """How a run's images are divided: what decides which images the next step sees.
+class BatchLayout:
+    """How a run divides its images into batches, which decides which images the next step sees.
 
     Args:
-        processes, per_device_batch, accumulation: their product is the global batch.
+        processes, per_device_batch_size, accumulation: their product is the global batch.
         images: in an epoch.
-        workers: per process, for a stream, whose order hangs on them; None for indexed images.
+        workers: per process, for a stream, whose order depends on them; None for indexed images.
         epoch: passes over the images so far.
     """
 
     processes: int
-    per_device_batch: int
+    per_device_batch_size: int
     accumulation: int
     images: int
     workers: int | None
     epoch: float = 0.0
 
     @property
-    def global_batch(self) -> int:
-        return self.processes * self.per_device_batch * self.accumulation
+    def global_batch_size(self) -> int:
+        return self.processes * self.per_device_batch_size * self.accumulation
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.images // (self.processes * self.per_device_batch) / self.accumulation)
+        return math.ceil(self.images // (self.processes * self.per_device_batch_size) / self.accumulation)
 
 
-def seal(checkpoint: Path, division: Division) -> None:
+class CompleteCheckpoints(TrainerCallback):
+    """Makes a checkpoint count when all processes have written their part of it, and deletes older ones then.
+
+    Args:
+        layout: gives the layout of the run when a checkpoint is complete.
+    """
+
+    def __init__(self, layout: Callable[[], BatchLayout]):
+        self.layout = layout
+        self.limit: int | None = None  # newest checkpoints to keep; None for all
+        self._begun: Path | None = None
+        self._saved_at: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._begun = self._saved_at = None
+
+    def begin(self, checkpoint: Path) -> None:
+        """Remove what a killed process left of a checkpoint. Call it on all processes before anything is written."""
+        self._begun = checkpoint
+        if rank() == 0:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        _wait()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._saved_at == state.global_step:  # at the end of the step already
+            control.should_save = False
+
+    def on_save(self, args, state, control, **kwargs):
+        _wait()
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            write_manifest(checkpoint, self.layout())
+            rotate(checkpoint.parent, self.limit, state.best_model_checkpoint)
+        self._begun, self._saved_at = None, state.global_step
+
+    def explain(self, error: Exception) -> str | None:
+        """Say that an error kept a checkpoint from being written, and remove what there is of it; None for another error."""
+        if self._begun is None:
+            return None
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's for a full disk
+            return None
+        if rank() == 0:
+            shutil.rmtree(self._begun, ignore_errors=True)
+        return f"{self._begun} could not be written ({error})"
+
+
+def _wait() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def write_manifest(checkpoint: Path, layout: BatchLayout) -> None:
     """Declare a checkpoint complete. Everything in it must have been written."""
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     for path in [*files, checkpoint]:  # or a machine that loses power could keep the manifest alone
@@ -56,10 +108,10 @@ def seal(checkpoint: Path, division: Division) -> None:
         os.fsync(descriptor)
         os.close(descriptor)
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
-    write_json(checkpoint / MANIFEST, {"files": sizes, "division": asdict(division)}, durable=True)
+    write_json(checkpoint / MANIFEST, {"files": sizes, "batch_layout": asdict(layout)}, durable=True)
 
 
-def flaw(checkpoint: Path) -> str | None:
+def find_defect(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None for a complete one."""
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
@@ -82,7 +134,7 @@ def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
     if limit is None:
         return
     checkpoints = _by_step(output_dir)
-    keep = [checkpoint for checkpoint in checkpoints if flaw(checkpoint) is None][-limit:]
+    keep = [checkpoint for checkpoint in checkpoints if find_defect(checkpoint) is None][-limit:]
     for checkpoint in checkpoints:
         if checkpoint not in keep and (best is None or checkpoint != Path(best)):
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -96,27 +148,27 @@ def newest_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from, and a sentence for every newer one that is damaged."""
     damaged: list[str] = []
     for checkpoint in reversed(_by_step(output_dir)):
-        wrong = flaw(checkpoint)
+        wrong = find_defect(checkpoint)
         if wrong is None:
             return checkpoint, damaged
         damaged.append(f"{checkpoint} is damaged ({wrong}) and passed over")
     return None, damaged
 
 
-def check_division(checkpoint: Path, now: Division) -> str | None:
+def check_layout(checkpoint: Path, now: BatchLayout) -> str | None:
     """Whether a run divided like `now` can go on from a checkpoint.
 
     Returns:
-        None for the same division, else a sentence that says what changes.
+        None for the same layout, else a sentence that says what changes.
 
     Raises:
         ValueError: what follows would be undefined.
     """
-    then = Division(**json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["division"])
-    if then.global_batch != now.global_batch:
+    then = BatchLayout(**json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["batch_layout"])
+    if then.global_batch_size != now.global_batch_size:
         raise ValueError(
-            f"{checkpoint} was trained with a global batch of {then.global_batch} ({_product(then)}), this run has "
-            f"{now.global_batch} ({_product(now)}): its place in the epoch and its rate count in such batches. Launch it "
+            f"{checkpoint} was trained with a global batch of {then.global_batch_size} ({_product(then)}), this run has "
+            f"{now.global_batch_size} ({_product(now)}): its place in the epoch and its rate count in such batches. Launch it "
             "with the same global batch, or pass another --output_dir"
         )
     if (then.images, then.steps_per_epoch) != (now.images, now.steps_per_epoch):
@@ -139,17 +191,17 @@ def check_division(checkpoint: Path, now: Division) -> str | None:
     return None
 
 
-def _product(division: Division) -> str:
-    return f"{division.processes} processes x {division.per_device_batch} images x {division.accumulation} accumulated"
+def _product(layout: BatchLayout) -> str:
+    return f"{layout.processes} processes x {layout.per_device_batch_size} images x {layout.accumulation} accumulated"
 
 
-def _readers(division: Division) -> str:
-    return f"{division.processes} processes x {division.workers} workers"
+def _readers(layout: BatchLayout) -> str:
+    return f"{layout.processes} processes x {layout.workers} workers"
 
 
 def claim_output_dir(
     training: TrainingArguments,
-    division: Division | None,
+    layout: BatchLayout | None,
     settings: dict[str, dict[str, Any]],
     about: dict[str, str],
 ) -> str | None:
@@ -158,7 +210,7 @@ def claim_output_dir(
     An empty one gets `about` and `settings` as `recipe.yaml`. One that holds the same run is continued.
 
     Args:
-        division: how the run divides its images; None for one without checkpoints.
+        layout: how the run divides its images; None for one without checkpoints.
 
     Returns:
         the checkpoint to continue from, if any.
@@ -172,17 +224,17 @@ def claim_output_dir(
         checkpoint = None
         if saved.is_file() and len(list(folder.iterdir())) > 1:  # alone, it is what a crash at the start left
             check_same_run(folder, settings)
-            checkpoint = None if division is None else _checkpoint_of(folder, training, division)
+            checkpoint = None if layout is None else _checkpoint_of(folder, training, layout)
         elif training.process_index == 0:
             write_recipe(folder, {"about": about} | settings)
     _check_same_view(folder, checkpoint)
     return checkpoint
 
 
-def _checkpoint_of(folder: Path, training: TrainingArguments, division: Division) -> str | None:
+def _checkpoint_of(folder: Path, training: TrainingArguments, layout: BatchLayout) -> str | None:
     checkpoint, remarks = newest_complete(folder)
     if checkpoint is not None:
-        remarks += filter(None, [check_division(checkpoint, division)])
+        remarks += filter(None, [check_layout(checkpoint, layout)])
     if training.process_index == 0:
         for remark in remarks:
             print(f"warning: {remark}", file=sys.stderr)

@@ -1,11 +1,10 @@
-"""transformers.Trainer set up as the official scripts train: SGD, weight decay on everything, a rate per whole epoch."""
+"""transformers.Trainer set up as the official scripts train: SGD, weight decay on everything, a learning rate per epoch."""
 
 import math
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -17,49 +16,87 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
 from modeling_moco.distributed_moco import world_size
 
+from ..cli import how_to_run
 from ..errors import TrainingError, one_line_errors
 from .callbacks import ProgressBar, SetEpoch
-from .checkpoints import Division, newest_complete, rotate, seal
+from .checkpoints import BatchLayout, CompleteCheckpoints, newest_complete
 from .preemption import SaveOnSigterm, outlive_sigterm
 from .schedule import epoch_schedule
 from .trackers import Trackers, run_name
 
 REQUEUE = 75  # exit status after a SIGTERM: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
-
-
 NEVER = torch.iinfo(torch.int64).max
+# What transformers calls its settings for the Hub. Only pretraining publishes while it runs.
+PUBLISHING = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token")
 
 
 @dataclass
 class SGDTrainingArguments(TrainingArguments):
-    """TrainingArguments whose defaults are the official scripts'. Where transformers' own would train something else."""
+    """TrainingArguments with the official scripts' defaults wherever transformers' own would train differently."""
 
     _argument_group_name = "training"
-    can_publish = False
+    # Fields of transformers that a command does not offer as flags: they may have one value only, or do nothing there.
+    NOT_OFFERED: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("accelerator_config", "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics"),
+            *("data_seed", "dataloader_drop_last", "dataloader_in_order", "dataloader_multiprocessing_context"),
+            *("ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters"),
+            *("ddp_static_graph", "debug", "deepspeed", "do_eval", "do_predict", "do_train", "enable_jit_checkpoint"),
+            *("eval_accumulation_steps", "eval_delay", "eval_do_concat_batches", "eval_on_start", "eval_steps"),
+            *("eval_use_gather_object", "fp16_full_eval", "bf16_full_eval", "fsdp", "fsdp_config", "greater_is_better"),
+            *PUBLISHING,
+            *("hub_always_push", "ignore_data_skip", "include_for_metrics"),
+            *("include_num_input_tokens_seen", "label_names", "label_smoothing_factor", "length_column_name"),
+            *("load_best_model_at_end", "log_on_each_node", "logging_nan_inf_filter"),
+            *("metric_for_best_model", "neftune_noise_alpha", "optim_target_modules", "parallelism_config"),
+            *(
+                "prediction_loss_only",
+                "remove_unused_columns",
+                "resume_from_checkpoint",
+                "restore_callback_states_from_checkpoint",
+            ),
+            *("save_on_each_node", "save_only_model", "skip_memory_metrics", "torch_empty_cache_steps"),
+            *(
+                "train_sampling_strategy",
+                "use_legacy_prediction_loop",
+                "use_liger_kernel",
+                "gradient_checkpointing_kwargs",
+            ),
+        }
+    )
 
-    output_dir: str | None = field(default=None, metadata={"help": "where everything is written"})
-    global_batch_size: int | None = field(
+    output_dir: str | None = field(default=None, metadata={"help": "Folder that everything is written to."})
+    global_batch_size: int = field(  # type: ignore[assignment]  # None until __post_init__ knows the processes
         default=None,
-        metadata={"help": "images per optimizer step over all devices; instead of per_device_train_batch_size"},
+        metadata={"help": "Images per optimizer step over all devices, instead of per_device_train_batch_size."},
     )
     lr_milestones: list[int] | None = field(
         default=None,
-        metadata={"help": "epochs at which the rate drops to a tenth (v1: 120 160), instead of the cosine"},
+        metadata={"help": "Epochs at which the learning rate drops to a tenth (v1: 120 160), instead of the cosine."},
     )
-    seed: int = field(default=0, metadata={"help": "of weights, order and views"})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "images per device in evaluation"})
-    save_strategy: str = field(default="epoch", metadata={"help": "when to save a checkpoint: no, steps, epoch"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "newest checkpoints to keep"})
-    logging_steps: float = field(default=10, metadata={"help": "optimizer steps between two log entries"})
-    optim: str = field(default="sgd", metadata={"help": "the papers use SGD"})
-    optim_args: str | None = field(default="momentum=0.9", metadata={"help": "arguments of the optimizer"})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "cosine: the official one, in whole epochs"})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay off: views have no columns"})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "every parameter is used"})
-    project: str = field(default="moco", metadata={"help": "trackers: under which runs are compared"})
-    run_name: str | None = field(default=None, metadata={"help": "trackers: by default the path of output_dir"})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "off: a NaN loss is shown"})
+    seed: int = field(default=0, metadata={"help": "Random seed for weights, data order and views."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images per device in evaluation."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of newest checkpoints to keep."})
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log entries."})
+    optim: str = field(default="sgd", metadata={"help": "Name of the optimizer; the papers use SGD."})
+    optim_args: str | None = field(default="momentum=0.9", metadata={"help": "Arguments of the optimizer."})
+    lr_scheduler_type: str = field(
+        default="cosine",
+        metadata={"help": "Schedule of the learning rate; cosine is the official one, in whole epochs."},
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Norm that gradients are clipped to; 0 does not clip."})
+    remove_unused_columns: bool = field(default=False)  # views have no columns
+    ddp_find_unused_parameters: bool | None = field(default=False)  # every parameter is used
+    push_to_hub: bool = field(
+        default=False,
+        metadata={"help": "Publish the encoder on the Hub at every save and at the end; see hub_strategy."},
+    )
+    project: str = field(default="moco", metadata={"help": "Project under which trackers group the runs."})
+    run_name: str | None = field(
+        default=None, metadata={"help": "Name of the run in trackers; by default the path of output_dir."}
+    )
+    logging_nan_inf_filter: bool = field(default=False)  # a NaN loss is shown
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,10 +111,13 @@ class SGDTrainingArguments(TrainingArguments):
                 "save_only_model and save_on_each_node must stay off: a run continues from one whole checkpoint, in a folder "
                 "that all machines share"
             )
-        if self.push_to_hub and not self.can_publish:
+        if self.push_to_hub and "push_to_hub" in self.NOT_OFFERED:
             raise ValueError(
                 "push_to_hub (True) is for pretraining: publish the folder that this saves to with scripts/push_to_hub.py"
             )
+        # Trainer must not see this flag: it would upload the folder of a run as it is, pickles and local paths included.
+        self.publish = self.push_to_hub
+        self.push_to_hub = False
         if self.global_batch_size is not None:
             parts = self.world_size * self.gradient_accumulation_steps
             if self.global_batch_size < 1 or self.global_batch_size % parts:
@@ -86,17 +126,19 @@ class SGDTrainingArguments(TrainingArguments):
                     f"({self.world_size} processes x {self.gradient_accumulation_steps} accumulation steps)"
                 )
             self.per_device_train_batch_size = self.global_batch_size // parts
+        self.global_batch_size = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to copy to, and torch would warn every epoch
         # accelerate's loader copies; waiting for the copy is waiting for all that the GPU has been given before.
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
         self.trackers.check()
-        # One process, one device: with more, Trainer would wrap the model in nn.DataParallel and multiply the batch.
+        # One process, one device: with more, Trainer would wrap the model in nn.DataParallel and multiply the batch. The
+        # public `n_gpu` can only be read.
         self._n_gpu = min(self.n_gpu, 1)
         self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
 
     def _check_processes(self) -> None:
-        # Some launch commands start one process, or several that know nothing of each other, without a word.
+        # Some launch commands silently start one process, or several unconnected ones.
         asked = os.environ.get("WORLD_SIZE", "several" if "MASTER_PORT" in os.environ else "1")
         if asked != str(self.world_size):
             raise ValueError(
@@ -107,23 +149,12 @@ class SGDTrainingArguments(TrainingArguments):
 
     @property
     def trackers(self) -> Trackers:
-        """Where results and pictures go when training is over."""
+        """Where results and figures go when training is over."""
         return Trackers(self.report_to, self.project, self.run_name or run_name(Path(str(self.output_dir))))
-
-    @property
-    def images_per_step(self) -> int:
-        """Images of one optimizer step over all processes."""
-        return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
-
-
-def _outliving_sigterm(loader: Any) -> Any:
-    # Instead of transformers' global seed, which no view depends on. accelerate's loader wraps the one that iterates.
-    loader.base_dataloader.worker_init_fn = outlive_sigterm
-    return loader
 
 
 class SGDTrainer(Trainer):
-    """Trainer with the official optimiser and schedule, and checkpoints that are whole or do not count.
+    """Trainer with the official optimizer and schedule, and checkpoints that are complete or do not count.
 
     Raises:
         TrainingError: the loss or a weight is not finite, or a checkpoint cannot be written.
@@ -147,8 +178,9 @@ class SGDTrainer(Trainer):
         self.add_callback(SetEpoch(self.train_dataset))
         self._sigterm = SaveOnSigterm()
         self.add_callback(self._sigterm)
+        self._checkpoints = CompleteCheckpoints(lambda: self.batch_layout)
+        self.add_callback(self._checkpoints)
         self._diverged_at = torch.tensor(NEVER, device=self.args.device)  # first step with a loss that is not finite
-        self._saved_at: int | None = None  # step of the last checkpoint
 
     @property
     def terminated(self) -> bool:
@@ -156,12 +188,12 @@ class SGDTrainer(Trainer):
         return self._sigterm.stopped
 
     @property
-    def division(self) -> Division:
-        """How this run divides its images, and how far it has come."""
+    def batch_layout(self) -> BatchLayout:
+        """How this run divides its images into batches, and how far it has come."""
         args = self.args
-        return Division(
+        return BatchLayout(
             processes=args.world_size,
-            per_device_batch=args.per_device_train_batch_size,
+            per_device_batch_size=args.per_device_train_batch_size,
             accumulation=args.gradient_accumulation_steps,
             images=self.train_dataset.images_per_epoch,
             workers=max(1, args.dataloader_num_workers) if isinstance(self.train_dataset, IterableDataset) else None,
@@ -169,7 +201,7 @@ class SGDTrainer(Trainer):
         )
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        return [name for name, _ in model.named_parameters()]  # the official optimiser decays everything
+        return [name for name, _ in model.named_parameters()]  # the official optimizer decays everything
 
     def get_train_dataloader(self) -> DataLoader:
         loader = self.build_train_dataloader()
@@ -177,22 +209,41 @@ class SGDTrainer(Trainer):
         return loader
 
     def build_train_dataloader(self) -> DataLoader:
-        return _outliving_sigterm(super().get_train_dataloader())
+        """Indexed images in random order, divided over the processes by accelerate."""
+        return self.accelerator.prepare(self._loader(self.train_dataset, shuffle=True))
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        return _outliving_sigterm(super().get_eval_dataloader(eval_dataset))
+        args = self.args
+        images = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self.accelerator.prepare(
+            self._loader(images, batch_size=args.per_device_eval_batch_size, drop_last=False)
+        )
+
+    def _loader(self, images: Any, kind: type[DataLoader] = DataLoader, **kwargs: Any) -> DataLoader:
+        args = self.args
+        settings = {
+            "batch_size": args.per_device_train_batch_size,
+            "collate_fn": self.data_collator,
+            "num_workers": args.dataloader_num_workers,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+            "pin_memory": args.dataloader_pin_memory,
+            "persistent_workers": args.dataloader_persistent_workers,
+            "drop_last": args.dataloader_drop_last,
+            "worker_init_fn": outlive_sigterm,  # instead of transformers' global seed, which no view depends on
+        }
+        return kind(images, **settings | kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         args = self.args
         official = args.lr_milestones or (
             args.lr_scheduler_type == SchedulerType.COSINE and not args.get_warmup_steps(num_training_steps)
         )
-        if self.lr_scheduler is None and official:
-            steps = math.ceil(self._batches_per_epoch / args.gradient_accumulation_steps)
-            epochs = math.ceil(num_training_steps / steps)
-            self.lr_scheduler = epoch_schedule(optimizer or self.optimizer, steps, epochs, args.lr_milestones)
-            self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
+        if not official:
+            return super().create_scheduler(num_training_steps, optimizer)
+        steps = math.ceil(self._batches_per_epoch / args.gradient_accumulation_steps)
+        epochs = math.ceil(num_training_steps / steps)
+        self.lr_scheduler = epoch_schedule(optimizer or self.optimizer, steps, epochs, args.lr_milestones)
+        return self.lr_scheduler
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -200,12 +251,42 @@ class SGDTrainer(Trainer):
         self._note(loss.isfinite(), self.state.global_step + 1)
         return loss
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True:  # Trainer would take the newest, complete or not
+            resume_from_checkpoint, _ = newest_complete(Path(str(self.args.output_dir)))
         self._diverged_at.fill_(NEVER)
-        self._saved_at = None
-        result = super().train(*args, **kwargs)
+        self.args.resume_from_checkpoint = checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        # Trainer would delete older checkpoints before a new one counts.
+        self._checkpoints.limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            result = super().train(checkpoint, *args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if (failure := self._checkpoints.explain(error)) is None:
+                raise
+            raise TrainingError(
+                f"{failure}; {self._last_checkpoint()}. Make room and give the same command to continue"
+            ) from error
+        finally:
+            self.args.save_total_limit = self._checkpoints.limit
         self._check_finite(weights=True)
         return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(str(output_dir or self.args.output_dir))
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):  # a checkpoint is begun with its model
+            self._check_finite(weights=True)
+            self._checkpoints.begin(folder)
+        super().save_model(output_dir, _internal_call=True)
+
+    def push_to_hub(self, *args, **kwargs) -> str:
+        """
+        Raises:
+            ValueError: always. transformers' own would upload the folder of a run as it is.
+        """
+        raise ValueError(
+            f"a trainer does not publish: use `{how_to_run('publish')} {self.args.output_dir} ORG/NAME`, or pretrain "
+            "with --push_to_hub"
+        )
 
     def _note(self, finite: torch.Tensor, step: int) -> None:
         self._diverged_at.clamp_(max=torch.where(finite, NEVER, step))
@@ -230,41 +311,6 @@ class SGDTrainer(Trainer):
     def _last_checkpoint(self) -> str:
         checkpoint, _ = newest_complete(Path(str(self.args.output_dir)))
         return f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-
-    def _save_checkpoint(self, model, trial) -> None:
-        step, output_dir = self.state.global_step, Path(str(self.args.output_dir))
-        checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if self._saved_at == step:
-            return
-        self._check_finite(weights=True)
-        if self.is_world_process_zero():
-            shutil.rmtree(checkpoint, ignore_errors=True)  # what a killed process left of it
-        self._wait()
-        # Trainer would delete older checkpoints before this one counts.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-            self._wait()
-            if self.is_world_process_zero():
-                seal(checkpoint, self.division)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's for a full disk
-                raise
-            if self.is_world_process_zero():
-                shutil.rmtree(checkpoint, ignore_errors=True)
-            raise TrainingError(
-                f"{checkpoint} could not be written ({error}); {self._last_checkpoint()}. Make room and give the same "
-                "command to continue"
-            ) from error
-        finally:
-            self.args.save_total_limit = limit
-        if self.is_world_process_zero():
-            rotate(output_dir, limit, self.state.best_model_checkpoint)
-        self._saved_at = step
-
-    def _wait(self) -> None:
-        if world_size() > 1:
-            dist.barrier()
 
 
 def train(trainer: SGDTrainer, checkpoint: str | None) -> None:

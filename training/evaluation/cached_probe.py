@@ -171,7 +171,7 @@ def _probe_sgd(
     def fit(rows: Rows, rates: list[float]) -> tuple[Heads, list[HeadReport]]:
         heads = Heads(rows[0].shape[1], classes, len(rates), args.seed, args.device)
         schedule: dict[str, Any] = {"epochs": math.ceil(args.num_train_epochs), "milestones": args.lr_milestones}
-        epochs = train_heads(heads, *rows, rates, **schedule, batch_size=args.images_per_step, seed=args.seed)
+        epochs = train_heads(heads, *rows, rates, **schedule, batch_size=args.global_batch_size, seed=args.seed)
         top1 = {epoch: heads.top1(*evaluated) for epoch in epochs}
         reports = []
         for i, rate in enumerate(rates):

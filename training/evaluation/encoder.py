@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 
-from ..cli import build_parser, parse_flags
+from ..cli import build_parser, how_to_run, parse_flags
 from ..data.sources import DataArguments
 from ..engine.results import read_results
 from ..engine.run_folder import SAVED_RECIPE
@@ -104,40 +104,42 @@ def parse_evaluation(
     argv: list[str],
     parts: dict[str, Any],
     *,
-    script: str,
+    command: str,
     description: str,
     defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda recipe: {},
     output: str | None = None,
-) -> tuple[Encoder, list[Any], dict[str, dict[str, Any]]]:
+) -> tuple[Encoder, list[Any], dict[str, dict[str, Any]], set[str]]:
     """Flags over the settings of the pretraining run that the model came from.
 
     Args:
+        command: its name in `moco`.
         parts: dataclasses of flags; `DataArguments` is among them as "data".
         defaults: from the run's recipe to values for other flags than those of the data.
         output: name of the folder in the encoder's home that `--output_dir` defaults to.
 
     Returns:
-        the encoder, an instance of each part, and the settings that were given.
+        the encoder, an instance of each part, the settings that the run or `argv` gave, and the names that `argv` gave.
 
     Raises:
         ValueError: no model or dataset named, an unknown flag, or a value out of its range.
     """
     parser = build_parser(
         parts.values(),
-        usage=f"accelerate launch scripts/{script} MODEL [--random_encoder] [--flag value ...]",
+        usage=f"{how_to_run(command)} MODEL [--random_encoder] [--flag value ...]",
         description=description,
     )
-    parser.add_argument("model", nargs="?", help="folder or Hub repository of a MoCo model")
+    parser.add_argument("model", nargs="?", help="Folder or Hub repository of a MoCo model.")
     parser.add_argument(
-        "--random_encoder", action="store_true", help="forget the weights: the baseline of any evaluation"
+        "--random_encoder", action="store_true", help="Use random weights instead: the baseline of any evaluation."
     )
     known = parser.parse_args(argv)
     if known.model is None:
         raise ValueError("no model given: pass the folder that a run saved to, e.g. runs/quickstart")
+    given = parser.given(argv)
     encoder = Encoder(known.model, known.random_encoder)
     read_results(encoder.home)  # what is there can be added to
     recipe = pretraining_recipe(known.model)
-    if "dataset_name" not in recipe["data"] and not any(word.startswith("--dataset") for word in argv):
+    if "dataset_name" not in recipe["data"] and "dataset_name" not in given:
         raise ValueError(f"{known.model} does not say what it was trained on: pass --dataset_name")
     values = recipe["data"] | defaults(recipe)
     if output is not None:
@@ -147,4 +149,4 @@ def parse_evaluation(
         if isinstance(instance, DataArguments) and instance.streaming:
             raise ValueError("streaming (True) is for pretraining: an evaluation reads its images by index")
     settings["encoder"] = {"model": encoder.source, "random_encoder": encoder.random}
-    return encoder, instances, settings
+    return encoder, instances, settings, given

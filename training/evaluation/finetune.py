@@ -85,7 +85,7 @@ class FinetuneArguments(SGDTrainingArguments):
         default=None, metadata={"help": f"of the classifier; {_per_fraction('head_learning_rate')}"}
     )
     weight_decay: float = field(default=0.0, metadata={"help": "of both"})
-    global_batch_size: int | None = field(
+    global_batch_size: int = field(
         default=PUBLISHED_BATCH, metadata={"help": "images per optimizer step over all devices"}
     )
     eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, epoch"})
@@ -225,14 +225,14 @@ def parse_finetune(argv: list[str]) -> FinetuneRun:
     Raises:
         ValueError: no model there, no dataset named, an unknown flag, or a value out of its range.
     """
-    encoder, (data, training), settings = parse_evaluation(
+    encoder, (data, training), settings, given = parse_evaluation(
         argv,
         {"data": DataArguments, "training": FinetuneArguments},
-        script="finetune.py",
+        command="finetune",
         description="Train an encoder and a new classifier with a share of the labels, or all.",
         output="finetune",
     )
-    if Path(training.output_dir) == encoder.home / "finetune":
+    if "output_dir" not in given:
         training.output_dir += f"_{100 * training.label_fraction:g}pct"
     settings["encoder"]["fine_tuned"] = True
     return FinetuneRun(encoder, data, training, settings)
@@ -269,18 +269,18 @@ def build_trainer(run: FinetuneRun, splits: ImageSplits, indices: np.ndarray) ->
 def announce(run: FinetuneRun, trainer: FinetuneTrainer) -> None:
     """Say what is about to run, and where its settings come from."""
     args, images = run.training, len(trainer.train_dataset)
-    print(f"{run.encoder}: {run.protocol(images)}, global batch {args.images_per_step}, to {args.output_dir}")
+    print(f"{run.encoder}: {run.protocol(images)}, global batch {args.global_batch_size}, to {args.output_dir}")
     by_default = {name: rate for name, rate in args.rates.items() if name not in run.settings["training"]}
     share, published = nearest_published(args.label_fraction)
     if by_default:
         print(f"Rates of {published.source}, for {share:.0%} of the labels.")
-    if by_default and args.images_per_step != PUBLISHED_BATCH:
-        ruled = [f"--{name} {rate * args.images_per_step / PUBLISHED_BATCH:g}" for name, rate in by_default.items()]
+    if by_default and args.global_batch_size != PUBLISHED_BATCH:
+        ruled = [f"--{name} {rate * args.global_batch_size / PUBLISHED_BATCH:g}" for name, rate in by_default.items()]
         print(
-            f"warning: they are for a global batch of {PUBLISHED_BATCH}; for {args.images_per_step} the linear rule gives "
+            f"warning: they are for a global batch of {PUBLISHED_BATCH}; for {args.global_batch_size} the linear rule gives "
             + " ".join(ruled)
         )
-    if images < args.images_per_step:
+    if images < args.global_batch_size:
         print(
             f"warning: {images:,} images are fewer than the global batch, which leaves one step to an epoch: lower "
             "--global_batch_size, or raise --num_train_epochs"
@@ -309,7 +309,7 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> S
             "label_fraction": args.label_fraction,
             "labelled_images": images,
             "epochs": args.num_train_epochs,
-            "global_batch": args.images_per_step,
+            "global_batch": args.global_batch_size,
             "weight_decay": args.weight_decay,
         }
         plots.confusion_matrix(scores.confusion, splits.class_names, folder / "confusion")

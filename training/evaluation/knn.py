@@ -171,10 +171,10 @@ def parse_knn(argv: list[str]) -> tuple[Encoder, DataArguments, KNNArguments]:
         training = recipe.get("training", {})
         return {key.removeprefix("knn_"): value for key, value in training.items() if key.startswith("knn_")}
 
-    encoder, (data, args), _ = parse_evaluation(
+    encoder, (data, args), _, _ = parse_evaluation(
         argv,
         {"data": DataArguments, "knn": KNNArguments},
-        script="knn.py",
+        command="knn",
         description="Classify images by their nearest neighbours among the train split's frozen features.",
         defaults=of_monitor,
     )

@@ -22,6 +22,7 @@ from modeling_moco import MoCoForImageClassification, MoCoModel
 from modeling_moco.modeling_moco import MoCoPreTrainedModel
 
 from .. import plots
+from ..cli import offered
 from ..data.images import MapImages
 from ..data.sources import DataArguments, ImageSplits
 from ..engine.results import append_results, encoder_digest
@@ -29,7 +30,7 @@ from ..engine.run_folder import METRICS, write_json
 from ..engine.sgd_trainer import SGDTrainer
 from ..views.pil import OneView
 from ..views.policy import build_policy
-from .encoder import Encoder, parse_evaluation, pretraining_recipe
+from .encoder import Encoder, parse_evaluation
 from .features import extract_features
 from .probe_arguments import READ_BY_CACHED, LinearProbeArguments, _listed
 from .probe_results import HeadReport, Probe, choose, hold_out
@@ -59,20 +60,19 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
         ValueError: no model there, no dataset named, an unknown flag, one that the mode has no use for, or a value out of
             its range.
     """
-    encoder, (data, training), settings = parse_evaluation(
+    encoder, (data, training), settings, given = parse_evaluation(
         argv,
         {"data": DataArguments, "training": LinearProbeArguments},
-        script="linear_probe.py",
+        command="probe",
         description="Train a linear classifier on a frozen encoder, as the papers evaluate.",
         defaults=lambda recipe: recipe.get("probe", {}),
         output="linear_probe",
     )
-    of_recipe = pretraining_recipe(encoder.source).get("probe", {})
-    given = {key for key, value in settings["training"].items() if key not in of_recipe or value != of_recipe[key]}
     if training.mode == "cached":
-        if given - READ_BY_CACHED:
+        flags = {f.name for f in offered(LinearProbeArguments)} - {"output_dir"}
+        if unused := given & flags - READ_BY_CACHED:
             raise ValueError(
-                f"{', '.join(sorted(given - READ_BY_CACHED))} means nothing in the cached mode, which reads "
+                f"{', '.join(sorted(unused))} means nothing in the cached mode, which reads "
                 f"{', '.join(sorted(READ_BY_CACHED))}: leave it out"
             )
         settings["training"] = {key: value for key, value in settings["training"].items() if key in READ_BY_CACHED}
@@ -82,7 +82,7 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
             "pass one of them"
         )
     settings["training"]["mode"] = training.mode
-    if not any(word.startswith(("--output_dir", "--output-dir")) for word in argv):  # a folder for each kind of probe
+    if "output_dir" not in given:  # a folder for each kind of probe
         kind = "_cached" if training.mode == "cached" else "" if training.learning_rates is None else "_rates"
         training.output_dir = f"{training.output_dir}{kind}"
     return ProbeRun(encoder, data, training, settings)

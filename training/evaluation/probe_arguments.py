@@ -39,7 +39,7 @@ class LinearProbeArguments(SGDTrainingArguments):
     lr_milestones: list[int] | None = field(
         default_factory=lambda: [60, 80], metadata={"help": "epochs at which the rate drops to a tenth"}
     )
-    global_batch_size: int | None = field(default=256, metadata={"help": "images per optimizer step over all devices"})
+    global_batch_size: int = field(default=256, metadata={"help": "images per optimizer step over all devices"})
     eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, epoch"})
 
     def __post_init__(self):
@@ -63,7 +63,7 @@ class LinearProbeArguments(SGDTrainingArguments):
         rates = f"rate {_listed(self.rates)}" + (" by a held-out tenth" if len(self.rates) > 1 else "")
         drops = f"a tenth at {_listed(self.lr_milestones)}" if self.lr_milestones else "cosine"
         length = f"{self.max_steps} steps of " if self.max_steps > 0 else ""
-        words = f"{rates}, {length}{self.num_train_epochs:g} epochs, {drops}, batch {self.images_per_step}"
+        words = f"{rates}, {length}{self.num_train_epochs:g} epochs, {drops}, batch {self.global_batch_size}"
         optimizer = OptimizerNames(self.optim)
         if (optimizer, self.optim_args, self.weight_decay) != (OptimizerNames.SGD, "momentum=0.9", 0):
             words += f", {optimizer.value} {self.optim_args}, weight decay {self.weight_decay:g}"

@@ -27,7 +27,7 @@ class Origin:
         recipe: sections of the settings of the pretraining.
         evaluation: settings of the probe or the fine-tuning that followed.
         fine_tuned: whether the encoder has been trained with labels since.
-        metrics: of the pretraining's `metrics.json`, if these are the weights that it ended with or began anything else from.
+        metrics: of the pretraining's `metrics.json`, if the published weights are the run's final ones or were trained from them.
         conversion: of the `conversion.json` of a converted checkpoint.
         results: entries of `results.json` that were measured on these weights, oldest first.
         pictures: PNG files.
@@ -93,7 +93,7 @@ def _read_own_results(home: Path, run: Path | None, digest: str, about_encoder: 
     results = [(folder, entry) for folder in folders for entry in read_results(folder) if entry.get("model") == digest]
     for folder, entry in results:
         if missing := [key for key in MEASURED if key not in entry]:
-            raise ValueError(f"{folder / RESULTS} has an entry without {missing[0]}: mend it, or move the file away")
+            raise ValueError(f"{folder / RESULTS} has an entry without {missing[0]}: correct it, or move the file away")
     if about_encoder:
         return [entry for _, entry in results]
     own = ("weighted kNN", *(probe["protocol"] for probe in _read_json(home / METRICS).get("probes", [])))
@@ -113,9 +113,9 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML ({first_line(error)}): mend it, or move it away") from error
+        raise ValueError(f"{path} is not YAML ({first_line(error)}): correct it, or move it away") from error
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
-        raise ValueError(f"{path} is not made of sections of keys: mend it, or move it away")
+        raise ValueError(f"{path} is not made of sections of keys: correct it, or move it away")
     return content
 
 
@@ -125,4 +125,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(exports.read_json(path))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no JSON of names and values ({error}): mend it, or move it away") from error
+        raise ValueError(f"{path} is not JSON of names and values ({error}): correct it, or move it away") from error

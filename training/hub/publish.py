@@ -3,7 +3,7 @@
 The directory of an encoder that timm knows:
 
     config.json                 timm's, which transformers' TimmWrapper reads too; ours is its section "moco"
-    model.safetensors           timm's names: what everybody loads who has no code of ours
+    model.safetensors           timm's names: what users without our code load
     moco.safetensors            our names, with --include_training_state key encoder, projector and queue too
     *_moco.py                   our code, for `trust_remote_code=True`
     resnet/                     the same weights as transformers' ResNet
@@ -32,10 +32,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging as transformers_logging
 
 import modeling_moco
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
+from modeling_moco.distributed_moco import rank
 
 from ..engine.run_folder import PICTURES, write_json
 from ..errors import first_line
@@ -54,24 +57,24 @@ AUTO_MAP = {
     "AutoBackbone": "modeling_moco.MoCoBackbone",
 }
 PROCESSOR = "image_processing_moco.MoCoImageProcessorPil"  # the exact one
-# What a push leaves out of a repository, if it does not bring it anew: weights of the push before would answer to its name.
+# Files that a push deletes unless it uploads them again: old weights must not stay under the new name.
 WRITTEN = ("onnx/*", "torch_export/*", "resnet/*", "*.safetensors", "*_moco.py", *(f"{name}.png" for name in PICTURES))
-MADE_BY_HAND = {".gitattributes", "README.md", "LICENSE"}  # what a repository has that was made on the website
+MADE_BY_HAND = {".gitattributes", "README.md", "LICENSE"}  # files of a repository that was created on the website
 
 
 @dataclass
 class PublishArguments:
-    """What is published, and how."""
+    """Options of publishing."""
 
     include_training_state: bool = field(
-        default=False, metadata={"help": "key encoder, projector and queue too, so that others can go on training"}
+        default=False, metadata={"help": "Publish key encoder, projector and queue too, so that others can continue training."}
     )
-    onnx: bool = field(default=False, metadata={"help": "an ONNX file too, checked in onnxruntime"})
-    torch_export: bool = field(default=False, metadata={"help": "a file for torch.export.load too"})
-    license: str = field(default="mit", metadata={"help": "of the weights, by the Hub's short name"})
-    private: bool = field(default=False, metadata={"help": "make the repository private when it is created"})
-    revision: str | None = field(default=None, metadata={"help": "branch to commit to; by default main"})
-    dry_run: bool = field(default=False, metadata={"help": "show the files and the card; no network"})
+    onnx: bool = field(default=False, metadata={"help": "Add an ONNX file, checked in onnxruntime."})
+    torch_export: bool = field(default=False, metadata={"help": "Add a file for torch.export.load."})
+    license: str = field(default="mit", metadata={"help": "Licence of the weights, by the Hub's short name."})
+    private: bool = field(default=False, metadata={"help": "Make the repository private when it is created."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to; by default main."})
+    dry_run: bool = field(default=False, metadata={"help": "Show the files and the card, without a network."})
 
 
 # The directory
@@ -245,7 +248,7 @@ def hub_errors(doing: str) -> Iterator[None]:
         yield
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{doing} failed: what answered is no Hub (a proxy, a login page?); check the network"
+            f"{doing} failed: the answer is not a Hub's (a proxy, a login page?); check the network"
         ) from error
     except (httpx2.HTTPError, OSError, RuntimeError) as error:
         # The client puts a RuntimeError around what goes wrong with a large file. Others are not the network's.
@@ -257,7 +260,7 @@ def hub_errors(doing: str) -> Iterator[None]:
             401: "log in with `hf auth login`, or set HF_TOKEN to a token that may write",
             403: "use a token that may write there, or choose a name of your own",
             404: "check the name, and that the token may see it",
-        }.get(status, "all of it is there or nothing; give the same command again, it sends what is missing")
+        }.get(status, "nothing was committed; give the same command again, it sends what is missing")
         raise ValueError(f"{doing} failed ({first_line(cause)}): {remedy}") from error
 
 
@@ -266,9 +269,9 @@ class Repository:
     """A model repository on the Hub.
 
     Args:
-        private: make it so, if it is made.
+        private: create it private, if it does not exist.
         token: by default that of this machine's login.
-        revision: branch to commit to; it is made if it is not there.
+        revision: branch to commit to; it is created if it does not exist.
     """
 
     name: str
@@ -280,20 +283,21 @@ class Repository:
         try:
             validate_repo_id(self.name)
         except HFValidationError as error:
-            raise ValueError(f"repository ({self.name}) is no name on the Hub: write it as org/name") from error
+            raise ValueError(f"repository ({self.name}) is not a valid repository name: write it as org/name") from error
 
     @property
     def api(self) -> HfApi:
         return HfApi(token=self.token)
 
     def prepare(self) -> "Repository":
-        """Make sure that one may write there, and make the repository if there is none.
+        """Check the right to write, and create the repository if it does not exist.
 
         Returns:
             the same with its whole name.
 
         Raises:
-            ValueError: no token, no right, no network; something else is there, or it is public and is not to be.
+            ValueError: there is no token, no right or no network; the repository holds something else, or it is public and
+                should be private.
         """
         if (self.token or get_token()) is None:
             raise ValueError(
@@ -308,11 +312,11 @@ class Repository:
         if "modeling_moco.py" not in there and (others := sorted(there - MADE_BY_HAND)):
             raise ValueError(f"{whole} holds something else ({', '.join(others[:3])}): choose another name")
         if self.private and not about.private:
-            raise ValueError(f"private (True) comes too late for {whole}, which is public: make it private on its page")
+            raise ValueError(f"private (True) does not change {whole}, which is public: make it private on its page")
         return replace(self, name=whole)
 
     def upload(self, folder: Path, message: str) -> str:
-        """Upload a folder in one commit: all of it is there, or nothing. What the Hub has already is not sent again.
+        """Upload a folder in one commit, so that all of it is there or nothing. Files that the Hub has are not sent again.
 
         Returns:
             address of the commit.
@@ -331,17 +335,58 @@ class Repository:
         return str(commit.commit_url)
 
 
-class Uploads:
-    """What a run publishes while it trains: in the background, one upload at a time."""
+class PublishCallback(TrainerCallback):
+    """Publishes what a run saves: its checkpoints in the background, one at a time, and its folder at the end.
 
-    def __init__(self, repository: Repository):
+    Nothing is done on other processes than the first.
+
+    Args:
+        every_save: publish checkpoints too, while the run goes on.
+    """
+
+    def __init__(self, repository: Repository, every_save: bool):
         self.repository = repository
+        self.every_save = every_save
+        self._prepared = False
         self._last: Thread | None = None
 
-    def send(self, source: Path, message: str) -> None:
-        """Publish the model of a folder, which may be deleted afterwards. While an upload is under way, leave it out.
+    @classmethod
+    def of_run(cls, args: TrainingArguments) -> "PublishCallback":
+        """For the settings of a run, whose repository is called like its folder if it has no name.
 
-        What goes wrong is logged: a run does not end for it. Nor does it wait, if it is stopped.
+        Raises:
+            ValueError: a strategy that would publish more than models, or a name that cannot be one on the Hub.
+        """
+        if args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ValueError(
+                f"hub_strategy ({args.hub_strategy.value!r}) would publish optimizer states, which are pickles: choose 'end' "
+                "or 'every_save'"
+            )
+        name = args.hub_model_id or Path(str(args.output_dir)).name
+        repository = Repository(name, bool(args.hub_private_repo), args.hub_token, args.hub_revision)
+        return cls(repository, args.hub_strategy == HubStrategy.EVERY_SAVE)
+
+    def prepare(self) -> None:
+        """Make sure that one may write to the repository, once.
+
+        Raises:
+            ValueError: as `Repository.prepare`.
+        """
+        if not self._prepared and rank() == 0:
+            self.repository, self._prepared = self.repository.prepare(), True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.prepare()
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.every_save and state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            self.send(checkpoint, f"Training in progress, step {state.global_step}")
+
+    def send(self, source: Path, message: str) -> None:
+        """Publish the model of a folder, which may be deleted afterwards, unless an upload is under way.
+
+        What goes wrong is logged and does not end the run. A run that is stopped does not wait for the upload.
         """
         if self._last is None or not self._last.is_alive():
             with _warn():
@@ -350,8 +395,8 @@ class Uploads:
                 self._last = Thread(target=self._upload, args=(folder, message), daemon=True)
                 self._last.start()
 
-    def send_last(self, source: Path, message: str) -> str:
-        """Publish the model of a folder after all that is under way.
+    def send_last(self, source: Path, message: str = "End of training") -> str:
+        """Publish the model of a folder after all uploads that are under way.
 
         Returns:
             address of the commit.

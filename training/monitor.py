@@ -1,0 +1,66 @@
+"""The monitor of a pretraining run: what its features are worth between two epochs, and what is wrong with it."""
+
+import logging
+from typing import Any
+
+from modeling_moco import MoCoModel
+from modeling_moco.distributed_moco import rank
+
+from .data.images import MapImages
+from .evaluation.features import extract_features
+from .evaluation.knn import KNNArguments, knn_accuracy
+from .health import Views, diagnose, leak, rankme
+
+logger = logging.getLogger(__name__)
+
+RANKME_IMAGES = 25_600  # as in arXiv:2210.02885
+
+
+class Monitor:
+    """Looks at a model that is being trained.
+
+    Args:
+        settings: how neighbours vote, and how images are loaded.
+        bank: images in the evaluation view whose features are looked at; None for a stream.
+        queries: the same of another split; with labels in both there is kNN.
+    """
+
+    def __init__(
+        self, model: MoCoModel, settings: KNNArguments, bank: MapImages | None = None, queries: MapImages | None = None
+    ):
+        self.model = model
+        self.settings = settings
+        self.bank = bank
+        self.queries = queries
+        self._reported: set[str] = set()
+
+    def look_at_features(self) -> dict[str, float]:
+        """RankMe of the bank, and with queries the kNN accuracy in per cent for every k."""
+        if self.bank is None:
+            return {}
+        settings, device = self.settings, self.model.device
+        loading: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.num_workers}
+        loading["feature"] = settings.features
+        bank, bank_labels = extract_features(self.model, self.bank, everywhere=False, **loading)
+        every = max(1, len(self.bank) // RANKME_IMAGES)  # evenly spaced: folders are sorted by class
+        metrics = {"rankme": rankme(bank[::every].to(device))}
+        if self.queries is not None:
+            queries, labels = extract_features(self.model, self.queries, **loading)
+            voting: dict[str, Any] = {"ks": settings.k, "temperature": settings.temperature, "device": device}
+            for k, top1 in knn_accuracy(queries, labels, bank, bank_labels, **voting).items():
+                metrics["knn_top1" if k == settings.k[0] else f"knn_top1_k{k}"] = top1
+        return metrics
+
+    def look_for_leak(self, views: Views) -> dict[str, float]:
+        """Contrast accuracy in per cent as trained and with regrouped keys, and whether the difference is a leak (0 or 1)."""
+        trained, regrouped, leaks = leak(self.model, views)
+        return {"contrast_top1": trained, "contrast_top1_shuffled": regrouped, "leaks": float(leaks)}
+
+    def report(self, metrics: dict[str, float], step: int) -> None:
+        """Log a warning for every problem that these metrics show for the first time."""
+        if step == 0:  # a randomly initialised encoder can look collapsed
+            return
+        for problem, sentence in diagnose(metrics, self.model.config.batch_norm).items():
+            if problem not in self._reported and rank() == 0:
+                logger.warning("step %d: %s", step, sentence)
+            self._reported.add(problem)
