@@ -112,7 +112,7 @@ def test_without_arguments_the_quickstart_runs_and_says_so(quickstart):
         assert shown in result.stderr
 
 
-def test_a_run_leaves_checkpoint_model_numbers_and_pictures(quickstart):
+def test_a_run_leaves_checkpoint_model_numbers_and_figures(quickstart):
     folder, _, _ = quickstart
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-11"]
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -121,8 +121,8 @@ def test_a_run_leaves_checkpoint_model_numbers_and_pictures(quickstart):
     assert metrics["knn_top1_before"] > 50
     assert metrics["knn_top1_after"] != metrics["knn_top1_before"]
     assert metrics["images_per_second"] > 0
-    for picture in ("training_curves.png", "neighbours.png", "tsne.png"):
-        with Image.open(folder / picture) as image:
+    for figure in ("training_curves.png", "neighbours.png", "tsne.png"):
+        with Image.open(folder / figure) as image:
             assert min(image.size) > 300
     model, report = MoCoModel.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values())
@@ -264,9 +264,9 @@ def test_the_preview_of_device_views_shows_the_draws_of_their_crops(tmp_path):
             assert unpack_draw(torch.tensor(draw.box), row) == draw
 
 
-def test_a_preview_writes_two_pictures_and_nothing_else(tmp_path, script, capsys):
+def test_a_preview_writes_two_figures_and_nothing_else(tmp_path, script, capsys):
     path = tmp_path / "views.png"
-    path.write_text("an older picture")
+    path.write_text("an older figure")
     script("pretrain").main([*TINY, "--output_dir", str(tmp_path / "run"), "--preview_views", str(path)])
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["views.png", "views.svg"]
     with Image.open(path) as image:

@@ -62,7 +62,7 @@ class PretrainArguments:
 
     Args:
         settings: the values that either of them gave.
-        preview_views: a picture to draw instead of training, without its suffix.
+        preview_views: a figure to draw instead of training, without its suffix.
     """
 
     recipe: Recipe
@@ -137,11 +137,11 @@ def parse_pretrain(argv: list[str]) -> PretrainArguments:
         parser, PARTS, argv, {"output_dir": f"runs/{recipe.name}"} | recipe.values
     )
     settings["probe"] = recipe.probe
-    preview = None if namespace.preview_views is None else _picture_path(namespace.preview_views)
+    preview = None if namespace.preview_views is None else _figure_path(namespace.preview_views)
     return PretrainArguments(recipe, data, MoCoConfig(**dataclasses.asdict(model)), training, settings, preview)
 
 
-def _picture_path(name: str) -> Path:
+def _figure_path(name: str) -> Path:
     path = Path(name)
     if path.suffix not in ("", ".png", ".svg"):
         raise ValueError(f"preview_views ({name}) must end in .png or .svg: both are written")

@@ -29,7 +29,7 @@ NAMES = {f"train/{name}" for name in LOGGED} | {f"eval/{name}" for name in EVALU
 
 
 RESULTS = {"results/weighted kNN, k 5, T 0.07, backbone, top1"}
-PICTURES = {"pictures/training_curves", "pictures/neighbours", "pictures/tsne"}
+FIGURES = {"figures/training_curves", "figures/neighbours", "figures/tsne"}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
@@ -44,11 +44,11 @@ def test_tensorboard_gets_everything(script, tmp_path):
     script("knn").main([str(folder), "--use_cpu", "--k", "5", "10", *tensorboard])
     script("linear_probe").main([str(folder), "--use_cpu", "--mode", "cached", "--num_train_epochs", "2", *tensorboard])
     sent = EventAccumulator(str(folder / "runs" / "results")).Reload()
-    assert set(sent.Tags()["images"]) == PICTURES
+    assert set(sent.Tags()["images"]) == FIGURES
     assert set(sent.Tags()["scalars"]) == RESULTS | {"results/weighted kNN, k 10, T 0.07, backbone, top1"}
     assert sent.Scalars(*RESULTS)[0].value == pytest.approx(read.Scalars("eval/knn_top1")[-1].value)
     probe = EventAccumulator(str(folder / "linear_probe_cached" / "runs" / "results")).Reload()
-    assert set(probe.Tags()["images"]) == {"pictures/confusion_sgd", "pictures/confusion_lbfgs"}
+    assert set(probe.Tags()["images"]) == {"figures/confusion_sgd", "figures/confusion_lbfgs"}
     assert {name.rpartition(", ")[2] for name in probe.Tags()["scalars"]} == {"top1", "top5"}
 
 
@@ -62,8 +62,8 @@ def test_trackio_gets_everything_under_a_name_that_a_continued_run_has_too(tmp_p
         rows = database.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
     assert {name for name, _, _ in rows} == {str(folder).lstrip("/")}
     logged = {name: value for _, _, metrics in rows for name, value in json.loads(metrics).items()}
-    assert set(logged) >= NAMES | RESULTS | PICTURES | {"results/weighted kNN, k 7, T 0.07, backbone, top1"}
-    assert all(Path(tmp_path / "trackio" / "media" / logged[name]["file_path"]).is_file() for name in PICTURES)
+    assert set(logged) >= NAMES | RESULTS | FIGURES | {"results/weighted kNN, k 7, T 0.07, backbone, top1"}
+    assert all(Path(tmp_path / "trackio" / "media" / logged[name]["file_path"]).is_file() for name in FIGURES)
 
 
 @pytest.mark.parametrize("script_name", ["pretrain", "knn", "linear_probe"])

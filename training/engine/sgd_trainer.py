@@ -107,7 +107,7 @@ class SGDTrainingArguments(TrainingArguments):
 
     @property
     def trackers(self) -> Trackers:
-        """Where results and pictures go when training is over."""
+        """Where results and figures go when training is over."""
         return Trackers(self.report_to, self.project, self.run_name or run_name(Path(str(self.output_dir))))
 
     @property

@@ -1,4 +1,4 @@
-"""What a run leaves when its training is over, results and pictures, sent to its trackers.
+"""What a run leaves when its training is over, results and figures, sent to its trackers.
 
 transformers sends what is logged during training and then closes the run, which is opened again here by its name.
 """
@@ -19,7 +19,7 @@ TRACKERS = ("trackio", "tensorboard", "wandb")
 
 
 def run_name(folder: Path) -> str:
-    """The name of the run of a folder. No absolute path: trackio files pictures under it."""
+    """The name of the run of a folder. No absolute path: trackio files figures under it."""
     return str(folder).lstrip("/")
 
 
@@ -46,17 +46,17 @@ class Trackers:
                 raise ValueError(f"report_to ({name}) is not installed: pip install {name}")
 
     def send(
-        self, folder: Path, results: Iterable[Result] = (), pictures: Iterable[Path] = (), step: int | None = None
+        self, folder: Path, results: Iterable[Result] = (), figures: Iterable[Path] = (), step: int | None = None
     ) -> None:
-        """Send results and pictures. Call it on the main process.
+        """Send results and figures. Call it on the main process.
 
         Args:
             folder: where tensorboard's files go, in `runs/results`.
-            pictures: PNG files, named after their stems.
+            figures: PNG files, named after their stems.
             step: of the training that they end; None for what is measured later.
         """
         numbers = {f"results/{r.protocol}, {r.feature}, {r.metric}": r.value for r in results}
-        images = {f"pictures/{path.stem}": path for path in pictures}
+        images = {f"figures/{path.stem}": path for path in figures}
         for name in self.names:
             if name in TRACKERS:
                 tracker = LOGGER_TYPE_TO_CLASS[name](*self._place(name, folder), **self._run(name))

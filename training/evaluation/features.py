@@ -1,4 +1,4 @@
-"""Features of a frozen encoder in the evaluation view: the same for the monitor, every probe and the pictures.
+"""Features of a frozen encoder in the evaluation view: the same for the monitor, every probe and the figures.
 
 Shapes: `n` images, `D` feature width, `R` processes.
 """

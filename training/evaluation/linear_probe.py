@@ -89,7 +89,7 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
 
 
 def save_probe(probe: Probe, run: ProbeRun, splits: ImageSplits, encoder: MoCoModel) -> None:
-    """Write a probe to `metrics.json` and a picture in the output directory, and to the encoder's `results.json`."""
+    """Write a probe to `metrics.json` and a figure in the output directory, and to the encoder's `results.json`."""
     folder = Path(str(run.training.output_dir))
     path = folder / METRICS
     written = json.loads(path.read_text(encoding="utf-8"))["probes"] if path.is_file() else []

@@ -8,10 +8,10 @@ The directory of an encoder that timm knows:
     *_moco.py                   our code, for `trust_remote_code=True`
     resnet/                     the same weights as transformers' ResNet
     onnx/, torch_export/        by flag
-    README.md, *.png            the model card and its pictures
+    README.md, *.png            the model card and its figures
 
 One with a stem for small images, which timm does not know, has our format alone. Nothing in it is a pickle, and only files
-written here or pictures of the run are in it.
+written here or figures of the run are in it.
 """
 
 import json
@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 import modeling_moco
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 
-from ..engine.run_folder import PICTURES, write_json
+from ..engine.run_folder import FIGURES, write_json
 from ..errors import first_line
 from . import exports
 from .exports import Model, read_json
@@ -55,7 +55,7 @@ AUTO_MAP = {
 }
 PROCESSOR = "image_processing_moco.MoCoImageProcessorPil"  # the exact one
 # What a push leaves out of a repository, if it does not bring it anew: weights of the push before would answer to its name.
-WRITTEN = ("onnx/*", "torch_export/*", "resnet/*", "*.safetensors", "*_moco.py", *(f"{name}.png" for name in PICTURES))
+WRITTEN = ("onnx/*", "torch_export/*", "resnet/*", "*.safetensors", "*_moco.py", *(f"{name}.png" for name in FIGURES))
 MADE_BY_HAND = {".gitattributes", "README.md", "LICENSE"}  # what a repository has that was made on the website
 
 
@@ -140,7 +140,7 @@ def publish(
     """Write everything that is to be uploaded to an empty folder, the card last.
 
     Args:
-        source: folder of the model, which may have its recipe, results and pictures beside it.
+        source: folder of the model, which may have its recipe, results and figures beside it.
 
     Raises:
         ValueError: an export could not be made, there is no room, or what lies beside the model cannot be read.
@@ -169,8 +169,8 @@ def _publish(
         if args.torch_export:
             exports.save_torch_export(program, folder / "torch_export")
     origin = read_origin(Path(source), model)
-    for picture in origin.pictures:
-        shutil.copyfile(picture, folder / picture.name)
+    for figure in origin.figures:
+        shutil.copyfile(figure, folder / figure.name)
     card = render_card(
         repo_id,
         model,
