@@ -18,11 +18,12 @@ from .data.decode import decode_image
 from .data.images import MapImages, StreamedImages
 from .data.pipeline import build_render, training_images, two_views
 from .data.sources import ImageSplits
-from .engine.results import Result, append_results, conditions, encoder_digest, read_results
+from .engine.record import record
+from .engine.results import Result, conditions, encoder_digest, read_results
 from .engine.run_folder import FIGURES, METRICS, write_json
 from .evaluation.knn import protocol
 from .recipe import PretrainArguments
-from .report import STREAMED, chance_loss, draw_features, read_run, write_report
+from .report import STREAMED, chance_loss, draw_curves, draw_features, read_run, write_report
 from .trainer import MoCoTrainer
 from .views.pil import render_view
 
@@ -156,16 +157,20 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
     about = {key: value for key, value in conditions().items() if key != "command"} | {"data": splits.about}
     if trainer.is_world_process_zero():
         write_json(folder / METRICS, metrics | about)
-        results = list(_last_knn(trainer))
-        if results:
-            digest = encoder_digest(trainer.model, args.training.knn_features)
-            append_results(folder, results, model=digest, data=splits.about)
     if not args.data.streaming:
         draw_features(trainer.model, splits, args.data, folder)
     if trainer.is_world_process_zero():
+        draw_curves(read_run(folder))
+        record(
+            folder,
+            list(_last_knn(trainer)),
+            model=encoder_digest(trainer.model, args.training.knn_features),
+            data=splits.about,
+            trackers=args.training.trackers,
+            figures=[path for name in FIGURES if (path := folder / f"{name}.png").is_file()],
+            step=trainer.state.global_step,
+        )
         write_report(read_run(folder), STREAMED if args.data.streaming else None)
-        figures = [path for name in FIGURES if (path := folder / f"{name}.png").is_file()]
-        args.training.trackers.send(folder, results, figures, trainer.state.global_step)
     return metrics
 
 

@@ -192,16 +192,20 @@ def spread_over_classes(labels: list[int], count: int) -> list[int]:
     return [order[i * len(order) // count] for i in range(count)]
 
 
+def draw_curves(run: Run) -> None:
+    """The figure of what the run has logged; none if that is nothing."""
+    if run.state["log_history"]:
+        chance = chance_loss(MoCoConfig(**run.recipe["model"]))
+        knn_k = run.recipe.get("training", {}).get("knn_k")
+        plots.training_curves(run.state["log_history"], chance, run.folder / "training_curves", knn_k)
+
+
 def write_report(run: Run, missing: str | None = None) -> Path:
-    """The curves and `report.html`, with the figures of features that are in the folder.
+    """`report.html`, with the figures that are in the folder.
 
     Args:
-        missing: why those have not been drawn now, if they have not.
+        missing: why those of features have not been drawn now, if they have not.
     """
-    chance = chance_loss(MoCoConfig(**run.recipe["model"]))
-    ks = run.recipe.get("training", {}).get("knn_k")
-    if run.state["log_history"]:
-        plots.training_curves(run.state["log_history"], chance, run.folder / "training_curves", ks)
     path = run.folder / REPORT
     write_whole(path, _page(run, missing))
     return path

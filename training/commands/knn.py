@@ -8,7 +8,8 @@ from transformers.utils import logging
 
 from ..data.images import MapImages
 from ..data.sources import load_images
-from ..engine.results import append_results, encoder_digest, table
+from ..engine.record import record
+from ..engine.results import encoder_digest, table
 from ..engine.run_folder import FEATURES
 from ..engine.trackers import Trackers, run_name
 from ..errors import one_line_errors
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> None:
         if max(args.k) > len(splits.train):
             raise ValueError(f"k ({max(args.k)}) is larger than the train split ({len(splits.train)} images): lower it")
         model = load_model(encoder, args).to(state.device)
-        trackers = Trackers(args.report_to, args.project, run_name(encoder.home))
+        trackers = Trackers(args.report_to, args.project, run_name(encoder.home), encoder.home)
         trackers.check()
     bank, queries = (MapImages(split, data.evaluation_view()) for split in (splits.train, splits.eval))
     if state.is_main_process:
@@ -34,8 +35,7 @@ def main(argv: list[str]) -> None:
     results = evaluate_knn(model, bank, queries, args, cache=encoder.home / FEATURES)
     if state.is_main_process:
         digest = encoder_digest(model, args.features)
-        append_results(encoder.home, results, model=digest, data=splits.about)
-        trackers.send(encoder.home, results)
+        record(encoder.home, results, model=digest, data=splits.about, trackers=trackers)
         print(table(results))
 
 

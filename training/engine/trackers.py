@@ -30,11 +30,13 @@ class Trackers:
     Args:
         names: of `TRACKERS`; others that transformers knows get what is logged during training alone.
         project, run_name: under which the run is found again.
+        folder: that of the run. The files of tensorboard go to `runs/results` in it.
     """
 
     names: list[str]
     project: str
     run_name: str
+    folder: Path
 
     def check(self) -> None:
         """
@@ -45,13 +47,10 @@ class Trackers:
             if name in TRACKERS and find_spec(name) is None:
                 raise ValueError(f"report_to ({name}) is not installed: pip install {name}")
 
-    def send(
-        self, folder: Path, results: Iterable[Result] = (), figures: Iterable[Path] = (), step: int | None = None
-    ) -> None:
+    def send(self, results: Iterable[Result] = (), figures: Iterable[Path] = (), step: int | None = None) -> None:
         """Send results and figures. Call it on the main process.
 
         Args:
-            folder: where tensorboard's files go, in `runs/results`.
             figures: PNG files, named after their stems.
             step: of the training that they end; None for what is measured later.
         """
@@ -59,13 +58,13 @@ class Trackers:
         images = {f"figures/{path.stem}": path for path in figures}
         for name in self.names:
             if name in TRACKERS:
-                tracker = LOGGER_TYPE_TO_CLASS[name](*self._place(name, folder), **self._run(name))
+                tracker = LOGGER_TYPE_TO_CLASS[name](*self._place(name), **self._run(name))
                 tracker.start()
                 _SEND[name](tracker, numbers, images, step)
                 tracker.finish()
 
-    def _place(self, name: str, folder: Path) -> tuple[str, ...]:
-        return ("results", str(folder / "runs")) if name == "tensorboard" else (self.project,)
+    def _place(self, name: str) -> tuple[str, ...]:
+        return ("results", str(self.folder / "runs")) if name == "tensorboard" else (self.project,)
 
     def _run(self, name: str) -> dict[str, Any]:
         return {} if name == "tensorboard" else {"name": self.run_name, "resume": "allow"}

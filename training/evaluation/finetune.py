@@ -30,7 +30,8 @@ from .. import plots
 from ..data.images import MapImages
 from ..data.labels import read_labels
 from ..data.sources import DataArguments, ImageSplits
-from ..engine.results import append_results, encoder_digest
+from ..engine.record import record
+from ..engine.results import encoder_digest
 from ..engine.run_folder import METRICS, SPLIT, write_json
 from ..engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
 from ..views.pil import OneView
@@ -314,7 +315,14 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> S
         }
         plots.confusion_matrix(scores.confusion, splits.class_names, folder / "confusion")
         results = scores.results(protocol, settings=settings, seed=args.seed)
-        append_results(run.encoder.home, results, model=trainer.encoder, data=splits.about)
-        append_results(folder, results, model=encoder_digest(trainer.model.moco), data=splits.about)
-        args.trackers.send(folder, results, [folder / "confusion.png"], trainer.state.global_step)
+        record(run.encoder.home, results, model=trainer.encoder, data=splits.about, trackers=None)
+        record(
+            folder,
+            results,
+            model=encoder_digest(trainer.model.moco),
+            data=splits.about,
+            trackers=args.trackers,
+            figures=[folder / "confusion.png"],
+            step=trainer.state.global_step,
+        )
     return trainer.scores

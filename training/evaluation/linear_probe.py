@@ -24,7 +24,8 @@ from modeling_moco.modeling_moco import MoCoPreTrainedModel
 from .. import plots
 from ..data.images import MapImages
 from ..data.sources import DataArguments, ImageSplits
-from ..engine.results import append_results, encoder_digest
+from ..engine.record import record
+from ..engine.results import encoder_digest
 from ..engine.run_folder import METRICS, write_json
 from ..engine.sgd_trainer import SGDTrainer
 from ..views.pil import OneView
@@ -98,9 +99,14 @@ def save_probe(probe: Probe, run: ProbeRun, splits: ImageSplits, encoder: MoCoMo
     write_json(path, metrics)
     name = {"official": "confusion", "cached SGD": "confusion_sgd", "cached L-BFGS": "confusion_lbfgs"}[probe.name]
     plots.confusion_matrix(probe.scores.confusion, splits.class_names, folder / name)
-    results = probe.results(run.training.seed)
-    append_results(run.encoder.home, results, model=encoder_digest(encoder), data=splits.about)
-    run.training.trackers.send(folder, results, [folder / f"{name}.png"])
+    record(
+        run.encoder.home,
+        probe.results(run.training.seed),
+        model=encoder_digest(encoder),
+        data=splits.about,
+        trackers=run.training.trackers,
+        figures=[folder / f"{name}.png"],
+    )
 
 
 def load_classifier(encoder: Encoder, splits: ImageSplits, seed: int) -> MoCoForImageClassification:
