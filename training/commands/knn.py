@@ -27,15 +27,15 @@ def main(argv: list[str]) -> None:
         if max(args.k) > len(splits.train):
             raise ValueError(f"k ({max(args.k)}) is larger than the train split ({len(splits.train)} images): lower it")
         model = load_model(encoder, args).to(state.device)
-        trackers = Trackers(args.report_to, args.project, run_name(encoder.home), encoder.home)
+        trackers = Trackers(args.report_to, args.project, run_name(encoder.results_dir), encoder.results_dir)
         trackers.check()
     bank, queries = (MapImages(split, data.evaluation_view()) for split in (splits.train, splits.eval))
     if state.is_main_process:
         print(f"kNN of {encoder}: {args.features} feature, bank {len(bank):,} images, {len(queries):,} queries")
-    results = evaluate_knn(model, bank, queries, args, cache=encoder.home / FEATURES)
+    results = evaluate_knn(model, bank, queries, args, cache=encoder.results_dir / FEATURES)
     if state.is_main_process:
         digest = encoder_digest(model, args.features)
-        record(encoder.home, results, model=digest, data=splits.about, trackers=trackers)
+        record(encoder.results_dir, results, model=digest, data=splits.about, trackers=trackers)
         print(table(results))
 
 

@@ -64,8 +64,8 @@ class Result:
 def interval(value: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share, all in per cent: which accuracies of the same model on other images to expect."""
     z, p = 1.959964, value / 100
-    centre, spread = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    low, high = (100 * (centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
+    centre, margin = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    low, high = (100 * (centre + sign * margin) / (1 + z * z / n) for sign in (-1, 1))
     return max(0.0, low), min(100.0, high)
 
 

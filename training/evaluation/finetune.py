@@ -233,7 +233,7 @@ def parse_finetune(argv: list[str]) -> FinetuneRun:
         description="Train an encoder and a new classifier with a share of the labels, or all.",
         output="finetune",
     )
-    if Path(training.output_dir) == encoder.home / "finetune":
+    if Path(training.output_dir) == encoder.results_dir / "finetune":
         training.output_dir += f"_{100 * training.label_fraction:g}pct"
     settings["encoder"]["fine_tuned"] = True
     return FinetuneRun(encoder, data, training, settings)
@@ -249,14 +249,8 @@ def build_trainer(run: FinetuneRun, splits: ImageSplits, indices: np.ndarray) ->
     batch = args.per_device_train_batch_size
     if args.world_size == 1 and len(indices) > batch and len(indices) % batch == 1:
         args.dataloader_drop_last = True  # BatchNorm has nothing to normalise one image by
-    names = dict(enumerate(splits.class_names))
-    model = run.encoder.load(
-        MoCoForImageClassification,
-        args.seed,
-        id2label=names,
-        label2id={name: number for number, name in names.items()},
-        batch_norm="plain",  # the groups of pretraining keep keys apart, and here are none
-    )
+    # The groups of pretraining keep keys apart, and here are no keys.
+    model = run.encoder.load_classifier(splits.class_names, args.seed, batch_norm="plain")
     crop = OneView(build_policy("crop", data.horizontal_flip), data.image_size)
     return FinetuneTrainer(
         model,
@@ -315,7 +309,7 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> S
         }
         plots.confusion_matrix(scores.confusion, splits.class_names, folder / "confusion")
         results = scores.results(protocol, settings=settings, seed=args.seed)
-        record(run.encoder.home, results, model=trainer.encoder, data=splits.about, trackers=None)
+        record(run.encoder.results_dir, results, model=trainer.encoder, data=splits.about, trackers=None)
         record(
             folder,
             results,

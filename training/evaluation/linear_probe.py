@@ -100,20 +100,12 @@ def save_probe(probe: Probe, run: ProbeRun, splits: ImageSplits, encoder: MoCoMo
     name = {"official": "confusion", "cached SGD": "confusion_sgd", "cached L-BFGS": "confusion_lbfgs"}[probe.name]
     plots.confusion_matrix(probe.scores.confusion, splits.class_names, folder / name)
     record(
-        run.encoder.home,
+        run.encoder.results_dir,
         probe.results(run.training.seed),
         model=encoder_digest(encoder),
         data=splits.about,
         trackers=run.training.trackers,
         figures=[folder / f"{name}.png"],
-    )
-
-
-def load_classifier(encoder: Encoder, splits: ImageSplits, seed: int) -> MoCoForImageClassification:
-    """The encoder with a new classifier for the classes of the data."""
-    names = dict(enumerate(splits.class_names))
-    return encoder.load(
-        MoCoForImageClassification, seed, id2label=names, label2id={name: i for i, name in names.items()}
     )
 
 
