@@ -184,7 +184,7 @@ def test_the_cached_probe_shares_the_features_of_knn(quickstart, script, capsys)
 
 def test_knn_of_a_saved_run_is_the_monitors_and_travels(quickstart, script, capsys):
     folder, _, _ = quickstart
-    script("knn").main([str(folder), "--k", "200", "5", "--use_cpu"])
+    script("knn").main([str(folder), "--knn_k", "200", "5", "--use_cpu"])
     out = capsys.readouterr().out
     assert "backbone feature" in out
     assert "weighted kNN, k 5, T 0.07" in out
@@ -198,7 +198,7 @@ def test_knn_of_a_saved_run_is_the_monitors_and_travels(quickstart, script, caps
     assert of_script["model"] == of_monitor["model"]
     assert all(entry["value"] == pytest.approx(monitored) for entry in others)
     with pytest.raises(SystemExit):
-        script("knn").main([str(folder), "--k", "2000", "--use_cpu"])
+        script("knn").main([str(folder), "--knn_k", "2000", "--use_cpu"])
     assert "k (2000) is larger than the train split (1437 images)" in capsys.readouterr().err
 
 
@@ -206,10 +206,10 @@ def test_knn_of_the_heads_output_needs_the_head(quickstart, tmp_path, script, ca
     folder, _, _ = quickstart
     MoCoModel.from_pretrained(folder, momentum_encoder=False).save_pretrained(tmp_path / "encoder")
     flags = ["--use_cpu", "--dataset_name", "digits", "--image_size", "32", "--eval_resize", "32"]
-    script("knn").main([str(folder), "--features", "head", "--use_cpu"])
+    script("knn").main([str(folder), "--knn_features", "head", "--use_cpu"])
     assert "| head" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        script("knn").main([str(tmp_path / "encoder"), "--features", "head", *flags])
+        script("knn").main([str(tmp_path / "encoder"), "--knn_features", "head", *flags])
     assert "a model without projector_q" in capsys.readouterr().err
     script("knn").main([str(tmp_path / "encoder"), *flags])
 

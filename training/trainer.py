@@ -80,14 +80,15 @@ class MoCoTrainingArguments(SGDTrainingArguments):
     @property
     def knn(self) -> KNNArguments:
         """The monitor's settings."""
-        return KNNArguments(
-            k=self.knn_k,
-            temperature=self.knn_temperature,
-            features=self.knn_features,
-            batch_size=self.per_device_eval_batch_size,
-            num_workers=self.dataloader_num_workers,
-            seed=self.seed,
+        names = (
+            "knn_k",
+            "knn_temperature",
+            "knn_features",
+            "per_device_eval_batch_size",
+            "dataloader_num_workers",
+            "seed",
         )
+        return KNNArguments(**{name: getattr(self, name) for name in names})
 
 
 class MoCoCallback(TrainerCallback):
@@ -283,17 +284,20 @@ class MoCoTrainer(SGDTrainer):
     def _monitor_features(self) -> dict[str, float]:
         if self.knn_bank is None:
             return {}
-        settings, args = self.args.knn, self.args
-        loading: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.num_workers}
-        loading["feature"] = settings.features
-        bank, bank_labels = extract_features(self.model, self.knn_bank, everywhere=False, **loading)
+        args = self.args
+        loading: dict[str, Any] = {
+            "feature": args.knn_features,
+            "batch_size": args.per_device_eval_batch_size,
+            "num_workers": args.dataloader_num_workers,
+        }
+        bank, bank_labels = extract_features(self.model, self.knn_bank, gather=False, **loading)
         every = max(1, len(self.knn_bank) // RANKME_IMAGES)  # equal distances: folders are sorted by class
         metrics = {"rankme": rankme(bank[::every].to(args.device))}
         if self.knn_queries is not None:
             queries, labels = extract_features(self.model, self.knn_queries, **loading)
-            voting: dict[str, Any] = {"ks": settings.k, "temperature": settings.temperature, "device": args.device}
+            voting: dict[str, Any] = {"knn_k": args.knn_k, "temperature": args.knn_temperature, "device": args.device}
             for k, top1 in knn_accuracy(queries, labels, bank, bank_labels, **voting).items():
-                metrics["knn_top1" if k == settings.k[0] else f"knn_top1_k{k}"] = top1
+                metrics["knn_top1" if k == args.knn_k[0] else f"knn_top1_k{k}"] = top1
         return metrics
 
     def _monitor_leak(self) -> dict[str, float]:

@@ -41,7 +41,7 @@ def test_tensorboard_gets_everything(script, tmp_path):
     assert set(read.Tags()["scalars"]) >= NAMES
     assert [event.step for event in read.Scalars("train/loss")] == [2, 4]
     assert [event.step for event in read.Scalars("eval/knn_top1")] == [0, 4]
-    script("knn").main([str(folder), "--use_cpu", "--k", "5", "10", *tensorboard])
+    script("knn").main([str(folder), "--use_cpu", "--knn_k", "5", "10", *tensorboard])
     script("linear_probe").main([str(folder), "--use_cpu", "--mode", "cached", "--num_train_epochs", "2", *tensorboard])
     sent = EventAccumulator(str(folder / "runs" / "results")).Reload()
     assert set(sent.Tags()["images"]) == FIGURES
@@ -55,7 +55,7 @@ def test_tensorboard_gets_everything(script, tmp_path):
 def test_trackio_gets_everything_under_a_name_that_a_continued_run_has_too(tmp_path):
     folder, trackio = tmp_path / "run", ["--report_to", "trackio"]
     env = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "OMP_NUM_THREADS": "1"}
-    for script, *flags in (["pretrain", *TINY, "--output_dir", str(folder)], ["knn", str(folder), "--k", "7"]):
+    for script, *flags in (["pretrain", *TINY, "--output_dir", str(folder)], ["knn", str(folder), "--knn_k", "7"]):
         command = [sys.executable, str(ROOT / f"scripts/{script}.py"), *flags, *trackio]
         subprocess.run(command, check=True, capture_output=True, env=env)
     with sqlite3.connect(tmp_path / "trackio" / "moco.db") as database:

@@ -147,7 +147,7 @@ def build_cached(
             "num_workers": args.dataloader_num_workers,
         }
         encoder = model.moco.to(args.device)
-        loading["everywhere"] = rank() == 0  # the others only take part in the extraction
+        loading["gather"] = rank() == 0  # the others only take part in the extraction
         train, evaluated = (cached_features(encoder, images, cache, **loading) for images in parts)
         if rank() > 0:
             return
