@@ -171,7 +171,7 @@ def test_the_cached_probe_shares_the_features_of_knn(quickstart, script, capsys)
         "linear probe, cached SGD ",
         "linear probe, cached L-BFGS |",
         "kNN after",
-        "chosen: rate",
+        "chosen: learning rate",
         "chosen: C",
     ):
         assert shown in out

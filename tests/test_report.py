@@ -205,7 +205,7 @@ def test_lost_images_cost_their_figures_only(killed, script, capsys):
     shutil.copy(killed / "training_curves.svg", killed / "tsne.svg")  # one drawn earlier
     script("report").main([str(killed)])
     page = Page(killed / "report.html")
-    assert "Drawn earlier; not anew, because dataset_name (/lost/images) does not exist" in page.text
+    assert "Drawn earlier; not drawn again, because dataset_name (/lost/images) does not exist" in page.text
     assert "tsne is missing" not in page.text
 
 
@@ -239,7 +239,7 @@ REFUSED = {
     no_recipe: "is not the folder of a pretraining run",
     recipe_of_a_probe: "is not the folder of a pretraining run",
     no_checkpoint: "has no complete checkpoint yet",
-    damaged_results: "is no list of results",
+    damaged_results: "is not a valid results file",
 }
 
 
@@ -258,7 +258,7 @@ def test_a_run_whose_results_are_damaged_is_not_continued(run, script, capsys):
     damaged_results(run)
     with pytest.raises(SystemExit):
         script("pretrain").main([*FLAGS, "--output_dir", str(run)])
-    assert "results.json is no list of results" in capsys.readouterr().err
+    assert "results.json is not a valid results file" in capsys.readouterr().err
     assert (run / "results.json").read_text() == "{"
 
 

@@ -186,7 +186,7 @@ def _names(class_names: list[str], *parts: datasets.Dataset) -> list[str]:
 
 
 def spread_over_classes(labels: list[int], count: int) -> list[int]:
-    """Places of so many images, or of all where there are fewer, evenly spaced in the order of their classes."""
+    """Indices of `count` images, or of all if there are fewer, evenly spaced in the order of their classes."""
     order = sorted(range(len(labels)), key=lambda i: labels[i])
     count = min(count, len(order))
     return [order[i * len(order) // count] for i in range(count)]
@@ -255,7 +255,7 @@ def _figure(run: Run, name: str, title: str, reading: str, missing: str | None) 
     heading = f"<h2>{title}</h2>"
     if not path.is_file():
         return f'{heading}\n<p class="missing">{name} is missing: {escape(str(missing))}</p>'
-    note = f" Drawn earlier; not anew, because {missing}" if missing else ""
+    note = f" Drawn earlier; not drawn again, because {missing}" if missing else ""
     data = base64.b64encode(path.read_bytes()).decode()
     return (
         f'{heading}\n<figure><img alt="{title}" src="data:image/svg+xml;base64,{data}">\n'

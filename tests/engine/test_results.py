@@ -70,9 +70,9 @@ def test_two_evaluations_that_end_together_lose_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "{}x", '[{"value": 1}]', "3"])
-def test_a_file_that_is_no_list_of_results_is_left_alone(content, tmp_path):
+def test_a_file_that_is_not_valid_is_left_alone(content, tmp_path):
     (tmp_path / RESULTS).write_text(content)
-    with pytest.raises(ValueError, match="is no list of results"):
+    with pytest.raises(ValueError, match="is not a valid results file"):
         append_results(tmp_path, [RESULT], **CONDITIONS)
     assert (tmp_path / RESULTS).read_text() == content
 
