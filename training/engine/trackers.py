@@ -28,7 +28,7 @@ class Trackers:
     """The trackers of a run.
 
     Args:
-        names: of `TRACKERS`; others that transformers knows get what is logged during training alone.
+        names: of `TRACKERS`; other ones that transformers knows get only what is logged during training.
         project, run_name: under which the run is found again.
         folder: that of the run. The files of tensorboard go to `runs/results` in it.
     """
