@@ -1,4 +1,4 @@
-"""Measure what this project claims: `python scripts/benchmark.py step --json step.json --picture step.png`.
+"""Measure what this project claims: `python scripts/benchmark.py step --json step.json --figure step.png`.
 
 Every benchmark times its variants in turns in the same run, and compares them with a limit or with the way others do it."""
 

@@ -1,4 +1,4 @@
-"""Draw the pictures of a pretraining run and write its report.html: `python scripts/report.py runs/quickstart`."""
+"""Draw the figures of a pretraining run and write its report.html: `python scripts/report.py runs/quickstart`."""
 
 import sys
 

@@ -1,18 +1,15 @@
-"""Pictures show what they are given: read back from the SVG, whose lines, frames and words can be counted."""
+"""Figures show what they are given: read back from the SVG, whose lines, frames and words can be counted."""
 
-import io
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from training.data.images import MapImages
 from training.plots import (
     BLUE,
     COLOURS,
@@ -25,7 +22,6 @@ from training.plots import (
     training_curves,
     view_pairs,
 )
-from training.views.pil import EvaluationView
 from training.views.policy import ViewDraw
 
 NS = {"svg": "http://www.w3.org/2000/svg"}
@@ -53,7 +49,7 @@ def svg(path: Path) -> ElementTree.Element:
 
 
 def words(path: Path) -> list[str]:
-    """All texts of a picture: matplotlib leaves them as comments beside their outlines."""
+    """All texts of a figure: matplotlib leaves them as comments beside their outlines."""
     return re.findall(r"<!-- (.*?) -->", path.with_suffix(".svg").read_text())
 
 
@@ -114,49 +110,59 @@ def test_the_same_data_give_the_same_bytes(tmp_path):
         assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
-def images_of(colours, labels=None) -> MapImages:
-    rows = []
-    for colour in colours:
-        file = io.BytesIO()
-        Image.new("RGB", (8, 8), colour).save(file, "PNG")
-        rows.append({"bytes": file.getvalue(), "path": None})
-    columns, features = {"image": rows}, {"image": datasets.Image(decode=False)}
-    if labels is not None:
-        columns, features = columns | {"label": labels}, features | {"label": datasets.Value("int64")}
-    source = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    return MapImages(source, EvaluationView(8, 8))
+RED, GREEN, SKY = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+DARK, GRAY = (20, 20, 20), (90, 90, 90)
 
 
-RED, GREEN, SKY, YELLOW, CYAN = (250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)
-BANK_FEATURES = F.normalize(torch.tensor([[1.0, 0], [1, 1], [0, 1], [-1, 1], [-1, 0]]), dim=1)
+def plain(colours: list) -> np.ndarray:
+    """Images of one colour each, uint8 (..., 8, 8, 3)."""
+    colours = np.array(colours, dtype=np.uint8)
+    return np.broadcast_to(colours[..., None, None, :], (*colours.shape[:-1], 8, 8, 3))
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 0, 1, 0], None], ids=["labels", "no labels"])
-def test_the_grid_shows_queries_and_their_neighbours_and_marks_other_classes(labels, tmp_path):
-    path, colours = tmp_path / "grid", [RED, GREEN, SKY, YELLOW, CYAN]
-    bank = images_of(colours, labels)
-    queries = images_of([(20, 20, 20), (90, 90, 90)], labels and [0, 1])
+def draw_grid(path: Path, class_names: list[str], columns: int = 3) -> None:
     neighbour_grid(
-        queries, bank, BANK_FEATURES[:2], BANK_FEATURES, ["cat", "dog, hound"] if labels else [], path, neighbours=3
+        queries=plain([DARK, GRAY]),
+        neighbours=plain([[RED, GREEN, SKY], [GREEN, RED, SKY]]),
+        similarities=np.array([[1.0, 0.707, 0.0], [0.994, 0.25, -0.5]]),
+        query_labels=np.array([0, 1]),
+        neighbour_labels=np.array([[0, 1, 0], [1, 0, 0]]),
+        class_names=class_names,
+        bank_size=1234,
+        path=path,
+        columns=columns,
     )
+
+
+@pytest.mark.parametrize("class_names", [["cat", "dog, hound"], []], ids=["labels", "no labels"])
+def test_the_grid_shows_queries_and_their_neighbours_and_marks_other_classes(class_names, tmp_path):
+    path = tmp_path / "grid"
+    draw_grid(path, class_names)
     shown = {colour for _, colour in png(path).getcolors(maxcolors=1_000_000)}
-    # Both queries are nearer to the first three than to the others.
-    assert {(20, 20, 20), (90, 90, 90), *colours[:3]} <= shown
-    assert not shown & set(colours[3:])
-    # Neighbours of the first: cat, dog, cat; of the second: dog and two cats.
-    names = [word for word in words(path) if word in ("cat", "dog", "≠")]
-    if labels is None:
-        assert frames(path, VERMILION) == len(names) == 0
-    else:
+    assert {DARK, GRAY, RED, GREEN, SKY} <= shown
+    assert len(svg(path).findall(".//svg:image", NS)) == 2 * (1 + 3)
+    texts = words(path)
+    assert texts[:2] == ["query", "nearest of 1,234 training images, with cosine similarity"]
+    assert [word for word in texts if re.fullmatch(r"[-−]?\d\.\d\d", word)] == [
+        *("1.00", "0.71", "0.00"),
+        *("0.99", "0.25", "-0.50"),
+    ]
+    # Each query's class and then those of its neighbours, the other ones marked.
+    names = [word for word in texts if word in ("cat", "dog", "≠")]
+    if class_names:
         first, second = ["cat", "cat", "dog", "≠", "cat"], ["dog", "dog", "cat", "≠", "cat", "≠"]
         assert names == first + second
         assert frames(path, VERMILION) == 3
+    else:
+        assert frames(path, VERMILION) == len(names) == 0
 
 
-def test_a_bank_with_fewer_images_than_columns_is_shown_once(tmp_path):
-    bank = images_of([RED, GREEN], [0, 0])
-    neighbour_grid(bank, bank, BANK_FEATURES[:2], BANK_FEATURES[:2], ["cat"], tmp_path / "grid")
-    assert len(svg(tmp_path / "grid").findall(".//svg:image", NS)) == 2 * (1 + 2)
+def test_a_bank_with_fewer_images_than_columns_leaves_the_last_columns_empty(tmp_path):
+    draw_grid(tmp_path / "full", [])
+    draw_grid(tmp_path / "wide", [], columns=7)
+    assert len(svg(tmp_path / "wide").findall(".//svg:image", NS)) == 2 * (1 + 3)
+    widths = [float(svg(tmp_path / name).find(".//svg:image", NS).get("width")) for name in ("full", "wide")]
+    assert widths[1] < 0.6 * widths[0]
 
 
 DRAW = ViewDraw((2, 4, 10, 20), (("hue", -0.0512), ("contrast", 1.25)), gray=True, blur=1.25, flip=True)

@@ -112,7 +112,7 @@ def test_without_arguments_the_quickstart_runs_and_says_so(quickstart):
         assert shown in result.stderr
 
 
-def test_a_run_leaves_checkpoint_model_numbers_and_pictures(quickstart):
+def test_a_run_leaves_checkpoint_model_numbers_and_figures(quickstart):
     folder, _, _ = quickstart
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-11"]
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -121,8 +121,8 @@ def test_a_run_leaves_checkpoint_model_numbers_and_pictures(quickstart):
     assert metrics["knn_top1_before"] > 50
     assert metrics["knn_top1_after"] != metrics["knn_top1_before"]
     assert metrics["images_per_second"] > 0
-    for picture in ("training_curves.png", "neighbours.png", "tsne.png"):
-        with Image.open(folder / picture) as image:
+    for figure in ("training_curves.png", "neighbours.png", "tsne.png"):
+        with Image.open(folder / figure) as image:
             assert min(image.size) > 300
     model, report = MoCoModel.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values())
@@ -171,7 +171,7 @@ def test_the_cached_probe_shares_the_features_of_knn(quickstart, script, capsys)
         "linear probe, cached SGD ",
         "linear probe, cached L-BFGS |",
         "kNN after",
-        "chosen: rate",
+        "chosen: learning rate",
         "chosen: C",
     ):
         assert shown in out
@@ -184,7 +184,7 @@ def test_the_cached_probe_shares_the_features_of_knn(quickstart, script, capsys)
 
 def test_knn_of_a_saved_run_is_the_monitors_and_travels(quickstart, script, capsys):
     folder, _, _ = quickstart
-    script("knn").main([str(folder), "--k", "200", "5", "--use_cpu"])
+    script("knn").main([str(folder), "--knn_k", "200", "5", "--use_cpu"])
     out = capsys.readouterr().out
     assert "backbone feature" in out
     assert "weighted kNN, k 5, T 0.07" in out
@@ -198,7 +198,7 @@ def test_knn_of_a_saved_run_is_the_monitors_and_travels(quickstart, script, caps
     assert of_script["model"] == of_monitor["model"]
     assert all(entry["value"] == pytest.approx(monitored) for entry in others)
     with pytest.raises(SystemExit):
-        script("knn").main([str(folder), "--k", "2000", "--use_cpu"])
+        script("knn").main([str(folder), "--knn_k", "2000", "--use_cpu"])
     assert "k (2000) is larger than the train split (1437 images)" in capsys.readouterr().err
 
 
@@ -206,10 +206,10 @@ def test_knn_of_the_heads_output_needs_the_head(quickstart, tmp_path, script, ca
     folder, _, _ = quickstart
     MoCoModel.from_pretrained(folder, momentum_encoder=False).save_pretrained(tmp_path / "encoder")
     flags = ["--use_cpu", "--dataset_name", "digits", "--image_size", "32", "--eval_resize", "32"]
-    script("knn").main([str(folder), "--features", "head", "--use_cpu"])
+    script("knn").main([str(folder), "--knn_features", "head", "--use_cpu"])
     assert "| head" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        script("knn").main([str(tmp_path / "encoder"), "--features", "head", *flags])
+        script("knn").main([str(tmp_path / "encoder"), "--knn_features", "head", *flags])
     assert "a model without projector_q" in capsys.readouterr().err
     script("knn").main([str(tmp_path / "encoder"), *flags])
 
@@ -264,9 +264,9 @@ def test_the_preview_of_device_views_shows_the_draws_of_their_crops(tmp_path):
             assert unpack_draw(torch.tensor(draw.box), row) == draw
 
 
-def test_a_preview_writes_two_pictures_and_nothing_else(tmp_path, script, capsys):
+def test_a_preview_writes_two_figures_and_nothing_else(tmp_path, script, capsys):
     path = tmp_path / "views.png"
-    path.write_text("an older picture")
+    path.write_text("an older figure")
     script("pretrain").main([*TINY, "--output_dir", str(tmp_path / "run"), "--preview_views", str(path)])
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["views.png", "views.svg"]
     with Image.open(path) as image:

@@ -22,7 +22,7 @@ from training.engine.results import Result, append_results, encoder_digest, read
 from training.evaluation.features import extract_features, unit
 from training.report import draw_features, read_run, spread_over_classes, write_report
 
-PICTURES = ("training_curves", "neighbours", "tsne")
+FIGURES = ("training_curves", "neighbours", "tsne")
 FLAGS = [
     *("--dataset_name", "digits", "--max_train_samples", "64", "--max_eval_samples", "24", "--image_size", "32"),
     *("--eval_resize", "32", "--queue_size", "64", "--global_batch_size", "16", "--knn_k", "5", "3", "--use_cpu"),
@@ -82,7 +82,7 @@ class Page(HTMLParser):
         return {attrs["alt"]: base64.b64decode(attrs["src"].partition("svg+xml;base64,")[2]) for attrs in found}
 
 
-def test_a_run_leaves_its_history_its_last_knn_and_its_pictures(ended):
+def test_a_run_leaves_its_history_its_last_knn_and_its_figures(ended):
     history = json.loads((ended / "trainer_state.json").read_text())["log_history"]
     last = [entry for entry in history if "eval_knn_top1" in entry][-1]
     results = read_results(ended)
@@ -92,7 +92,7 @@ def test_a_run_leaves_its_history_its_last_knn_and_its_pictures(ended):
     ]
     assert {r["model"] for r in results} == {encoder_digest(MoCoModel.from_pretrained(ended))}
     assert results[0]["data"]["dataset"] == "digits"
-    for name in PICTURES:
+    for name in FIGURES:
         assert (ended / f"{name}.png").stat().st_size > 10_000
         ElementTree.parse(ended / f"{name}.svg")
 
@@ -105,7 +105,7 @@ def test_the_report_needs_no_other_file(ended):
     assert not any(name in attrs for _, attrs in page.tags for name in ("href", "srcset", "style", "onload"))
     assert "url(" not in page.source
     assert "@import" not in page.source
-    for name, content in zip(PICTURES, page.images.values(), strict=True):
+    for name, content in zip(FIGURES, page.images.values(), strict=True):
         assert content == (ended / f"{name}.svg").read_bytes()
     assert "prefers-color-scheme: dark" in page.source
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
@@ -169,7 +169,7 @@ def test_the_report_of_a_killed_run_shows_its_newest_complete_checkpoint(killed,
     assert "Not ended: this is checkpoint-4, the newest complete checkpoint. Step 4 of 8, epoch 1 of 2." in page.text
     assert len(page.images) == 3
     written = {path.name for path in killed.iterdir()} - before
-    assert written == {"report.html", *(f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg"))}
+    assert written == {"report.html", *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg"))}
     curve = (killed / "training_curves.svg").read_text()
     assert 'id="loss"' in curve
     assert "<!-- k 5: " in curve  # of the two k of the monitor
@@ -184,15 +184,15 @@ def test_a_run_that_has_logged_nothing_has_a_report(killed):
 
 
 def test_an_ended_run_is_drawn_again_with_the_same_bytes(run, ended, script):
-    for name in PICTURES:
+    for name in FIGURES:
         (run / f"{name}.svg").unlink()
     script("report").main([str(run)])
     assert (run / "tsne.svg").is_file()  # which magnifies the last bit of a feature, and kernels differ in it
-    for name in set(PICTURES) - {"tsne"}:
+    for name in set(FIGURES) - {"tsne"}:
         assert (run / f"{name}.svg").read_bytes() == (ended / f"{name}.svg").read_bytes()
 
 
-def test_lost_images_cost_their_pictures_only(killed, script, capsys):
+def test_lost_images_cost_their_figures_only(killed, script, capsys):
     recipe = yaml.safe_load((killed / "recipe.yaml").read_text())
     recipe["data"]["dataset_name"] = "/lost/images"
     (killed / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -205,7 +205,7 @@ def test_lost_images_cost_their_pictures_only(killed, script, capsys):
     shutil.copy(killed / "training_curves.svg", killed / "tsne.svg")  # one drawn earlier
     script("report").main([str(killed)])
     page = Page(killed / "report.html")
-    assert "Drawn earlier; not anew, because dataset_name (/lost/images) does not exist" in page.text
+    assert "Drawn earlier; not drawn again, because dataset_name (/lost/images) does not exist" in page.text
     assert "tsne is missing" not in page.text
 
 
@@ -239,7 +239,7 @@ REFUSED = {
     no_recipe: "is not the folder of a pretraining run",
     recipe_of_a_probe: "is not the folder of a pretraining run",
     no_checkpoint: "has no complete checkpoint yet",
-    damaged_results: "is no list of results",
+    damaged_results: "is not a valid results file",
 }
 
 
@@ -258,7 +258,7 @@ def test_a_run_whose_results_are_damaged_is_not_continued(run, script, capsys):
     damaged_results(run)
     with pytest.raises(SystemExit):
         script("pretrain").main([*FLAGS, "--output_dir", str(run)])
-    assert "results.json is no list of results" in capsys.readouterr().err
+    assert "results.json is not a valid results file" in capsys.readouterr().err
     assert (run / "results.json").read_text() == "{"
 
 

@@ -39,16 +39,23 @@ class Monitor:
         if self.bank is None:
             return {}
         settings, device = self.settings, self.model.device
-        loading: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.num_workers}
-        loading["feature"] = settings.features
-        bank, bank_labels = extract_features(self.model, self.bank, everywhere=False, **loading)
+        loading: dict[str, Any] = {
+            "feature": settings.knn_features,
+            "batch_size": settings.per_device_eval_batch_size,
+            "num_workers": settings.dataloader_num_workers,
+        }
+        bank, bank_labels = extract_features(self.model, self.bank, gather=False, **loading)
         every = max(1, len(self.bank) // RANKME_IMAGES)  # evenly spaced: folders are sorted by class
         metrics = {"rankme": rankme(bank[::every].to(device))}
         if self.queries is not None:
             queries, labels = extract_features(self.model, self.queries, **loading)
-            voting: dict[str, Any] = {"ks": settings.k, "temperature": settings.temperature, "device": device}
+            voting: dict[str, Any] = {
+                "knn_k": settings.knn_k,
+                "temperature": settings.knn_temperature,
+                "device": device,
+            }
             for k, top1 in knn_accuracy(queries, labels, bank, bank_labels, **voting).items():
-                metrics["knn_top1" if k == settings.k[0] else f"knn_top1_k{k}"] = top1
+                metrics["knn_top1" if k == settings.knn_k[0] else f"knn_top1_k{k}"] = top1
         return metrics
 
     def look_for_leak(self, views: Views) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Pictures of a run, each as PNG and SVG: legible at 800 px, safe for colour-blind eyes, the same bytes for the same data.
+"""Figures of a run, each as PNG and SVG: legible at 800 px, safe for colour-blind eyes, the same bytes for the same data.
 
 Every function takes data and a path without suffix.
 """
@@ -20,8 +20,6 @@ from PIL import Image
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from .data.images import MapImages
-from .evaluation.knn import nearest
 from .views.policy import ViewDraw
 
 # Of the palette of Okabe and Ito. The first colour of each is for queries, the second for keys and for what is wrong.
@@ -31,6 +29,7 @@ WIDTH = 8  # inches, 800 px of a README: a point is 1.4 px there
 COLOURS = matplotlib.color_sequences["petroff10"]  # arXiv:2107.02270
 MOST_NAMED_CLASSES = 2 * len(COLOURS)
 PERPLEXITY = 30
+NEIGHBOURS = 7  # columns of the grid of neighbours
 BADGE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 HALO = withStroke(linewidth=2.5, foreground="white", alpha=0.85)
 STYLE = {
@@ -62,13 +61,13 @@ STYLE = {
 
 
 @contextmanager
-def picture(path: Path, height: float, **kwargs: Any) -> Iterator[Figure]:
-    """A figure of the README's width and so many inches, which is saved as `path.png` and `path.svg` in the end."""
+def figure(path: Path, height: float, **kwargs: Any) -> Iterator[Figure]:
+    """A figure of the README's width and `height` inches, which is saved as `path.png` and `path.svg` in the end."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), **kwargs)
-        yield figure
-        figure.savefig(path.with_name(f"{path.name}.png"), dpi=200)
-        figure.savefig(path.with_name(f"{path.name}.svg"), dpi=200, metadata={"Date": None})
+        fig = Figure(figsize=(WIDTH, height), **kwargs)
+        yield fig
+        fig.savefig(path.with_name(f"{path.name}.png"), dpi=200)
+        fig.savefig(path.with_name(f"{path.name}.svg"), dpi=200, metadata={"Date": None})
 
 
 class Panel(NamedTuple):
@@ -116,12 +115,12 @@ def training_curves(history: list[dict[str, Any]], chance: float, path: Path, kn
     panels = [panel for panel in panels if logged & panel.series.keys()]
     columns, height = (2, 2.35) if len(panels) <= 4 else (3, 1.9)
     rows, width = -(-len(panels) // columns), WIDTH / columns
-    with picture(path, rows * height) as figure:
+    with figure(path, rows * height) as fig:
         for i, panel in enumerate(panels):
             row, column = divmod(i, columns)
             # Placed by hand: matplotlib's own layout takes seconds for eleven panels.
             place = (column * width + 0.5, (rows - 1 - row) * height + 0.42, width - 0.62, height - 0.7)
-            axis = figure.add_axes(np.divide(place, (WIDTH, rows * height) * 2).tolist())
+            axis = fig.add_axes(np.divide(place, (WIDTH, rows * height) * 2).tolist())
             if "loss" in panel.series:
                 axis.axhline(chance, color=GRAY, linestyle=(0, (4, 2)), linewidth=1, gid="chance")
                 beside: Any = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
@@ -155,10 +154,10 @@ def _draw_panel(axis: Axes, panel: Panel, history: list[dict[str, Any]]) -> None
 class Sheet:
     """A page on which images are placed in inches from its top left corner."""
 
-    def __init__(self, figure: Figure):
-        self.axis = figure.add_axes((0, 0, 1, 1))
+    def __init__(self, fig: Figure):
+        self.axis = fig.add_axes((0, 0, 1, 1))
         self.axis.axis("off")
-        self.width, self.height = figure.get_size_inches()
+        self.width, self.height = fig.get_size_inches()
 
     def image(
         self, pixels: np.ndarray, x: float, y: float, width: float, height: float, frame: str, line: float = 1
@@ -177,48 +176,52 @@ class Sheet:
 
 
 def neighbour_grid(
-    queries: MapImages,
-    bank: MapImages,
-    query_features: torch.Tensor,
-    bank_features: torch.Tensor,
+    queries: np.ndarray,
+    neighbours: np.ndarray,
+    similarities: np.ndarray,
+    query_labels: np.ndarray,
+    neighbour_labels: np.ndarray,
     class_names: list[str],
+    bank_size: int,
     path: Path,
-    neighbours: int = 7,
+    columns: int = NEIGHBOURS,
 ) -> None:
-    """Queries in the first column and their nearest bank images beside them, by cosine similarity.
+    """Queries in the first column and their nearest bank images beside them, nearest first.
 
     A neighbour of another class has a vermilion frame and ≠ in its corner.
 
     Args:
-        query_features, bank_features: unit length, one row per image of `queries` and `bank`.
+        queries: uint8 pixels (Q, H, W, 3).
+        neighbours: uint8 pixels of the k nearest images of each query (Q, k, H, W, 3).
+        similarities: cosine similarities of the neighbours to their query (Q, k).
+        query_labels, neighbour_labels: classes (Q,) and (Q, k), which are not read where there are no `class_names`.
         class_names: empty where the images have no labels.
+        bank_size: images among which the neighbours were searched.
+        columns: neighbours that a row has space for, at least k.
     """
-    similarity, index = nearest(query_features, bank_features, min(neighbours, len(bank)))
     gap, space = 0.1, 0.15
-    tile = (WIDTH - 2 * gap - space - (neighbours - 1) * gap) / (neighbours + 1)
+    tile = (WIDTH - 2 * gap - space - (columns - 1) * gap) / (columns + 1)
     row = tile + 0.28
-    with picture(path, 0.42 + row * len(queries)) as figure:
-        sheet = Sheet(figure)
+    with figure(path, 0.42 + row * len(queries)) as fig:
+        sheet = Sheet(fig)
         sheet.text(gap, 0.1, "query", weight="bold", color=BLUE)
         sheet.text(
-            gap + tile + space, 0.1, f"nearest of {len(bank):,} training images, with cosine similarity", weight="bold"
+            gap + tile + space, 0.1, f"nearest of {bank_size:,} training images, with cosine similarity", weight="bold"
         )
-        for i in range(len(queries)):
+        for i, query in enumerate(queries):
             y = 0.34 + i * row
-            query = queries[i]
-            sheet.image(_pixels(query["pixel_values"]), gap, y, tile, tile, BLUE, 2)
-            sheet.text(gap, y + tile + 0.04, _name(query, class_names), color=BLUE, fontsize=7.5)
-            for j, place in enumerate(index[i].tolist()):
-                x, found = gap + tile + space + j * (tile + gap), bank[place]
-                other = bool(class_names) and found["labels"] != query["labels"]
+            sheet.image(query, gap, y, tile, tile, BLUE, 2)
+            sheet.text(gap, y + tile + 0.04, _name(query_labels[i], class_names), color=BLUE, fontsize=7.5)
+            for j, (pixels, label) in enumerate(zip(neighbours[i], neighbour_labels[i], strict=True)):
+                x, other = gap + tile + space + j * (tile + gap), bool(class_names) and label != query_labels[i]
                 colour = VERMILION if other else PALE
-                sheet.image(_pixels(found["pixel_values"]), x, y, tile, tile, colour, 2 if other else 0.8)
+                sheet.image(pixels, x, y, tile, tile, colour, 2 if other else 0.8)
                 sheet.text(
-                    x, y + tile + 0.04, _name(found, class_names), color=VERMILION if other else INK, fontsize=7.5
+                    x, y + tile + 0.04, _name(label, class_names), color=VERMILION if other else INK, fontsize=7.5
                 )
                 if other:
                     sheet.text(x + tile - 0.05, y + 0.06, "≠", color=VERMILION, ha="right", weight="bold", bbox=BADGE)
-                sheet.text(x + tile, y + tile + 0.04, f"{similarity[i, j]:.2f}", color=GRAY, fontsize=7.5, ha="right")
+                sheet.text(x + tile, y + tile + 0.04, f"{similarities[i, j]:.2f}", color=GRAY, fontsize=7.5, ha="right")
         sheet.finish()
 
 
@@ -226,8 +229,8 @@ def _pixels(image: torch.Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def _name(sample: dict[str, Any], class_names: list[str]) -> str:
-    return _short(class_names[sample["labels"]], 11) if class_names else ""
+def _name(label: int, class_names: list[str]) -> str:
+    return _short(class_names[label], 11) if class_names else ""
 
 
 def _short(name: str, length: int) -> str:
@@ -247,8 +250,8 @@ def view_pairs(images: list[DrawnImage], path: Path) -> None:
     """Images with the two crops drawn on them, and beside each the views of the query and the key with their draws."""
     tile, row, gap = 1.25, 1.42, 0.12
     starts = (1.6, 4.85)
-    with picture(path, 0.34 + row * len(images)) as figure:
-        sheet = Sheet(figure)
+    with figure(path, 0.34 + row * len(images)) as fig:
+        sheet = Sheet(fig)
         sheet.text(gap, 0.1, "image and crops", weight="bold")
         for x, words, colour in zip(starts, ("query view", "key view"), (BLUE, VERMILION), strict=True):
             sheet.text(x, 0.1, words, weight="bold", color=colour)
@@ -287,8 +290,8 @@ def embedding(features: torch.Tensor, labels: torch.Tensor, class_names: list[st
     places = _tsne(features.double().numpy())
     present = labels.unique().tolist() if class_names else []
     title = f"t-SNE of the features of {len(places):,} images" + (f", {len(present)} classes" if present else "")
-    with picture(path, 5.6, layout="constrained") as figure:
-        axis = figure.add_subplot()
+    with figure(path, 5.6, layout="constrained") as fig:
+        axis = fig.add_subplot()
         axis.set(title=title, xticks=[], yticks=[])
         axis.spines[:].set(visible=True, color=PALE)
         dots: dict[str, Any] = {"s": 14 if len(places) > 500 else 22, "linewidth": 0.2, "edgecolor": "white"}
@@ -305,7 +308,7 @@ def embedding(features: torch.Tensor, labels: torch.Tensor, class_names: list[st
                 axis.annotate(
                     name, (np.median(x), np.median(y)), ha="center", va="center", path_effects=[HALO], weight="bold"
                 )
-            figure.legend(loc="outside right center", markerscale=1.6, handletextpad=0.1)
+            fig.legend(loc="outside right center", markerscale=1.6, handletextpad=0.1)
 
 
 def _tsne(x: np.ndarray) -> np.ndarray:
@@ -327,11 +330,11 @@ def confusion_matrix(confusion: torch.Tensor, class_names: list[str], path: Path
     """
     classes = len(class_names)
     shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    with picture(path, WIDTH - 1.4, layout="constrained") as figure:
-        axis = figure.add_subplot()
+    with figure(path, WIDTH - 1.4, layout="constrained") as fig:
+        axis = fig.add_subplot()
         axis.grid(False)
         image = axis.imshow((100 * shares).numpy(), cmap="Blues", vmin=0, vmax=100)
-        figure.colorbar(image, ax=axis, shrink=0.8, label="% of the class")
+        fig.colorbar(image, ax=axis, shrink=0.8, label="% of the class")
         axis.set(xlabel="called", ylabel="class")
         if classes <= 40:
             names = [_short(name, 16) for name in class_names]

@@ -19,11 +19,12 @@ from .data.decode import decode_image
 from .data.images import MapImages, StreamedImages
 from .data.pipeline import build_render, training_images, two_views
 from .data.sources import ImageSplits
-from .engine.results import Result, append_results, conditions, encoder_digest, read_results
-from .engine.run_folder import METRICS, PICTURES, write_json
+from .engine.record import record
+from .engine.results import Result, conditions, encoder_digest, read_results
+from .engine.run_folder import FIGURES, METRICS, write_json
 from .evaluation.knn import protocol
 from .recipe import PretrainArguments
-from .report import STREAMED, chance_loss, draw_features, read_run, write_report
+from .report import STREAMED, chance_loss, draw_curves, draw_features, read_run, write_report
 from .trainer import MoCoTrainer
 from .views.pil import render_view
 
@@ -137,7 +138,7 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
 
 
 def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -> dict[str, Any]:
-    """Leave the model, its history, `metrics.json`, `results.json`, the pictures and `report.html` in the output directory."""
+    """Leave the model, its history, `metrics.json`, `results.json`, the figures and `report.html` in the output directory."""
     folder = Path(str(args.training.output_dir))
     trainer.save_model(str(folder))
     trainer.save_state()
@@ -157,16 +158,20 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
     about = {key: value for key, value in conditions().items() if key != "command"} | {"data": splits.about}
     if trainer.is_world_process_zero():
         write_json(folder / METRICS, metrics | about)
-        results = list(_last_knn(trainer))
-        if results:
-            digest = encoder_digest(trainer.model, args.training.knn_features)
-            append_results(folder, results, model=digest, data=splits.about)
     if not args.data.streaming:
         draw_features(trainer.model, splits, args.data, folder)
     if trainer.is_world_process_zero():
+        draw_curves(read_run(folder))
+        record(
+            folder,
+            list(_last_knn(trainer)),
+            model=encoder_digest(trainer.model, args.training.knn_features),
+            data=splits.about,
+            trackers=args.training.trackers,
+            figures=[path for name in FIGURES if (path := folder / f"{name}.png").is_file()],
+            step=trainer.state.global_step,
+        )
         write_report(read_run(folder), STREAMED if args.data.streaming else None)
-        pictures = [path for name in PICTURES if (path := folder / f"{name}.png").is_file()]
-        args.training.trackers.send(folder, results, pictures, trainer.state.global_step)
     return metrics
 
 
@@ -193,7 +198,7 @@ def _last_knn(trainer: MoCoTrainer) -> Iterator[Result]:
 
 
 def preview_views(args: PretrainArguments, splits: ImageSplits) -> None:
-    """Draw the views that epoch 0 will make of eight training images, as a picture at `args.preview_views`.
+    """Draw the views that epoch 0 will make of eight training images, as a figure at `args.preview_views`.
 
     Raises:
         ValueError: no image can be read.

@@ -63,7 +63,7 @@ class PretrainArguments:
     Args:
         settings: the values that either of them gave.
         default_recipe: whether the command line named no recipe.
-        preview_views: a picture to draw instead of training, without its suffix.
+        preview_views: a figure to draw instead of training, without its suffix.
     """
 
     recipe: Recipe
@@ -141,13 +141,13 @@ def parse_pretrain(argv: list[str]) -> PretrainArguments:
         parser, PARTS, argv, {"output_dir": f"runs/{recipe.name}"} | recipe.values
     )
     settings["probe"] = recipe.probe
-    preview = None if namespace.preview_views is None else _picture_path(namespace.preview_views)
+    preview = None if namespace.preview_views is None else _figure_path(namespace.preview_views)
     config = MoCoConfig(**dataclasses.asdict(model))
     default = "recipe" not in parser.given(argv)
     return PretrainArguments(recipe, data, config, training, settings, default, preview)
 
 
-def _picture_path(name: str) -> Path:
+def _figure_path(name: str) -> Path:
     path = Path(name)
     if path.suffix not in ("", ".png", ".svg"):
         raise ValueError(f"preview_views ({name}) must end in .png or .svg: both are written")

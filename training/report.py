@@ -1,4 +1,4 @@
-"""What a pretraining run leaves to look at: its pictures, and a `report.html` that needs no other file.
+"""What a pretraining run leaves to look at: its figures, and a `report.html` that needs no other file.
 
 Also of a run that is under way or was killed: then it shows the newest complete checkpoint.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -30,10 +31,11 @@ from .engine.checkpoints import newest_complete
 from .engine.results import PACKAGES, read_results
 from .engine.run_folder import CURVES, METRICS, OF_FEATURES, REPORT, SAVED_RECIPE, write_whole
 from .evaluation.features import extract_features, unit
+from .evaluation.knn import nearest
 
-PICTURED_QUERIES, PICTURED_BANK = 8, 10_000  # rows of the neighbour picture, and images that it searches
+GRID_QUERIES, GRID_BANK = 8, 10_000  # rows of the grid of neighbours, and images among which they are searched
 EMBEDDED = 2_000  # images of the t-SNE
-STREAMED = "the images were streamed, and these pictures need them by index"
+STREAMED = "the images were streamed, and these figures need them by index"
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2933; --soft: #5f6b7a; --line: #d5dae1; --page: #ffffff; --card: #f6f7f9; }
 @media (prefers-color-scheme: dark) {
@@ -125,7 +127,7 @@ def open_images(data: DataArguments) -> ImageSplits:
 
 
 def draw_features(model: MoCoModel, splits: ImageSplits, data: DataArguments, folder: Path) -> None:
-    """The pictures of a model's features. The processes share the work, the first one draws.
+    """The figures of a model's features. The processes share the work, and the first one draws.
 
     Without a split to evaluate on, they show images that were trained on; without labels, no classes.
 
@@ -135,18 +137,47 @@ def draw_features(model: MoCoModel, splits: ImageSplits, data: DataArguments, fo
     view = data.evaluation_view()
     shown = splits.train if splits.eval is None else splits.eval
     labels, names = read_labels(shown), _names(splits.class_names, shown, splits.train)
-    chosen = spread_over_classes(labels.tolist(), min(PICTURED_QUERIES, -(-len(shown) // 2)))
-    bank = MapImages(splits.train, view).spread(PICTURED_BANK)
+    chosen = spread_over_classes(labels.tolist(), min(GRID_QUERIES, -(-len(shown) // 2)))
+    bank = MapImages(splits.train, view).spread(GRID_BANK)
     if splits.eval is None:  # a query is not its own neighbour
-        bank = MapImages(shown.select([i for i in range(len(shown)) if i not in chosen]), view).spread(PICTURED_BANK)
+        bank = MapImages(shown.select([i for i in range(len(shown)) if i not in chosen]), view).spread(GRID_BANK)
     queries, embedded = MapImages(shown.select(chosen), view), MapImages(shown, view).spread(EMBEDDED)
     query_features, _ = extract_features(model, queries)
     bank_features, _ = extract_features(model, bank)
     features, classes = extract_features(model, embedded)
     if rank() == 0:
-        compared = unit(query_features), unit(bank_features)
-        plots.neighbour_grid(queries, bank, *compared, names, folder / "neighbours")
+        _draw_neighbours(queries, bank, query_features, bank_features, names, folder / "neighbours")
         plots.embedding(unit(features), classes, names, folder / "tsne")
+
+
+def _draw_neighbours(
+    queries: MapImages,
+    bank: MapImages,
+    query_features: torch.Tensor,
+    bank_features: torch.Tensor,
+    class_names: list[str],
+    path: Path,
+) -> None:
+    similarities, index = nearest(query_features, bank_features, min(plots.NEIGHBOURS, len(bank)))
+    pixels, labels = _load(queries, range(len(queries)))
+    found, found_labels = _load(bank, index.flatten().tolist())
+    plots.neighbour_grid(
+        pixels,
+        found.reshape(*index.shape, *found.shape[1:]),
+        similarities.numpy(),
+        labels,
+        found_labels.reshape(index.shape),
+        class_names,
+        len(bank),
+        path,
+    )
+
+
+def _load(images: MapImages, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+    # Pixels (n, H, W, 3) and labels (n,), -1 for an image without one.
+    samples = [images[i] for i in indices]
+    pixels = np.stack([sample["pixel_values"].permute(1, 2, 0).numpy() for sample in samples])
+    return pixels, np.array([sample.get("labels", -1) for sample in samples])
 
 
 def _names(class_names: list[str], *parts: datasets.Dataset) -> list[str]:
@@ -155,22 +186,26 @@ def _names(class_names: list[str], *parts: datasets.Dataset) -> list[str]:
 
 
 def spread_over_classes(labels: list[int], count: int) -> list[int]:
-    """Places of so many images, or of all where there are fewer, at equal distances in the order of their classes."""
+    """Indices of `count` images, or of all if there are fewer, evenly spaced in the order of their classes."""
     order = sorted(range(len(labels)), key=lambda i: labels[i])
     count = min(count, len(order))
     return [order[i * len(order) // count] for i in range(count)]
 
 
+def draw_curves(run: Run) -> None:
+    """The figure of what the run has logged; none if that is nothing."""
+    if run.state["log_history"]:
+        chance = chance_loss(MoCoConfig(**run.recipe["model"]))
+        knn_k = run.recipe.get("training", {}).get("knn_k")
+        plots.training_curves(run.state["log_history"], chance, run.folder / "training_curves", knn_k)
+
+
 def write_report(run: Run, missing: str | None = None) -> Path:
-    """The curves and `report.html`, with the pictures of features that are in the folder.
+    """`report.html`, with the figures that are in the folder.
 
     Args:
-        missing: why those have not been drawn now, if they have not.
+        missing: why those of features have not been drawn now, if they have not.
     """
-    chance = chance_loss(MoCoConfig(**run.recipe["model"]))
-    ks = run.recipe.get("training", {}).get("knn_k")
-    if run.state["log_history"]:
-        plots.training_curves(run.state["log_history"], chance, run.folder / "training_curves", ks)
     path = run.folder / REPORT
     write_whole(path, _page(run, missing))
     return path
@@ -220,7 +255,7 @@ def _figure(run: Run, name: str, title: str, reading: str, missing: str | None) 
     heading = f"<h2>{title}</h2>"
     if not path.is_file():
         return f'{heading}\n<p class="missing">{name} is missing: {escape(str(missing))}</p>'
-    note = f" Drawn earlier; not anew, because {missing}" if missing else ""
+    note = f" Drawn earlier; not drawn again, because {missing}" if missing else ""
     data = base64.b64encode(path.read_bytes()).decode()
     return (
         f'{heading}\n<figure><img alt="{title}" src="data:image/svg+xml;base64,{data}">\n'

@@ -73,14 +73,15 @@ class MoCoTrainingArguments(SGDTrainingArguments):
     @property
     def knn(self) -> KNNArguments:
         """The monitor's settings."""
-        return KNNArguments(
-            k=self.knn_k,
-            temperature=self.knn_temperature,
-            features=self.knn_features,
-            batch_size=self.per_device_eval_batch_size,
-            num_workers=self.dataloader_num_workers,
-            seed=self.seed,
+        names = (
+            "knn_k",
+            "knn_temperature",
+            "knn_features",
+            "per_device_eval_batch_size",
+            "dataloader_num_workers",
+            "seed",
         )
+        return KNNArguments(**{name: getattr(self, name) for name in names})
 
 
 class MoCoCallback(TrainerCallback):

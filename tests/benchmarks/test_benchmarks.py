@@ -34,28 +34,28 @@ SLOW = ("step", "train", "knn")  # every variant in a process of its own, which 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TINY])
 def test_a_command_reports_finite_figures_of_every_variant(name, script, tmp_path, capsys):
-    files = ["--json", str(tmp_path / "figures.json"), "--picture", str(tmp_path / "picture.png")]
+    files = ["--json", str(tmp_path / "numbers.json"), "--figure", str(tmp_path / "figure.png")]
     script("benchmark").main([name, *TINY[name].split(), *files])
     printed = capsys.readouterr().out
-    content = json.loads((tmp_path / "figures.json").read_text())
+    content = json.loads((tmp_path / "numbers.json").read_text())
     assert torch.__version__.startswith(content["versions"]["torch"])
     assert content["threads"] == torch.get_num_threads()
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     for benchmark in content["benchmarks"]:
         assert benchmark["title"] in printed
         assert len(benchmark["variants"]) > 1
-        for variant, figures in benchmark["variants"].items():
+        for variant, numbers in benchmark["variants"].items():
             assert variant in printed
-            assert figures["min"] <= figures["median"] <= figures["max"]
-            numbers = [value for value in figures.values() if isinstance(value, float)]
-            assert all(map(math.isfinite, figures["seconds"] + numbers))
+            assert numbers["min"] <= numbers["median"] <= numbers["max"]
+            floats = [value for value in numbers.values() if isinstance(value, float)]
+            assert all(map(math.isfinite, numbers["seconds"] + floats))
             for reference in benchmark["references"]:
-                expected = median(figures["seconds"]) / median(benchmark["variants"][reference]["seconds"])
-                assert figures["times_as_long_as"][reference] == pytest.approx(expected)
+                expected = median(numbers["seconds"]) / median(benchmark["variants"][reference]["seconds"])
+                assert numbers["times_as_long_as"][reference] == pytest.approx(expected)
                 assert f"{expected:.3f}" in printed
     if name == "step":
         assert "split BatchNorm" in printed
-        assert all(figures["peak GB"] > 0 for figures in content["benchmarks"][0]["variants"].values())
+        assert all(numbers["peak GB"] > 0 for numbers in content["benchmarks"][0]["variants"].values())
 
 
 def test_a_table_holds_ratios_of_medians_and_rounds_won():

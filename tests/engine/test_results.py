@@ -70,19 +70,19 @@ def test_two_evaluations_that_end_together_lose_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "{}x", '[{"value": 1}]', "3"])
-def test_a_file_that_is_no_list_of_results_is_left_alone(content, tmp_path):
+def test_a_file_that_is_not_valid_is_left_alone(content, tmp_path):
     (tmp_path / RESULTS).write_text(content)
-    with pytest.raises(ValueError, match="is no list of results"):
+    with pytest.raises(ValueError, match="is not a valid results file"):
         append_results(tmp_path, [RESULT], **CONDITIONS)
     assert (tmp_path / RESULTS).read_text() == content
 
 
 def test_tokens_are_not_written_down(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["knn.py", "--hub_token", "hf_secret", "--other_token=hf_hidden", "--k", "20"])
+    monkeypatch.setattr(sys, "argv", ["knn.py", "--hub_token", "hf_secret", "--other_token=hf_hidden", "--knn_k", "20"])
     append_results(tmp_path, [RESULT], **CONDITIONS)
     text = (tmp_path / RESULTS).read_text()
     assert "hf_" not in text
-    assert read_results(tmp_path)[0]["command"].endswith("--k 20")
+    assert read_results(tmp_path)[0]["command"].endswith("--knn_k 20")
 
 
 def test_the_table_has_a_line_for_each_result_with_its_interval():

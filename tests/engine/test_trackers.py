@@ -29,7 +29,7 @@ NAMES = {f"train/{name}" for name in LOGGED} | {f"eval/{name}" for name in EVALU
 
 
 RESULTS = {"results/weighted kNN, k 5, T 0.07, backbone, top1"}
-PICTURES = {"pictures/training_curves", "pictures/neighbours", "pictures/tsne"}
+FIGURES = {"figures/training_curves", "figures/neighbours", "figures/tsne"}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
@@ -41,29 +41,29 @@ def test_tensorboard_gets_everything(script, tmp_path):
     assert set(read.Tags()["scalars"]) >= NAMES
     assert [event.step for event in read.Scalars("train/loss")] == [2, 4]
     assert [event.step for event in read.Scalars("eval/knn_top1")] == [0, 4]
-    script("knn").main([str(folder), "--use_cpu", "--k", "5", "10", *tensorboard])
+    script("knn").main([str(folder), "--use_cpu", "--knn_k", "5", "10", *tensorboard])
     script("linear_probe").main([str(folder), "--use_cpu", "--mode", "cached", "--num_train_epochs", "2", *tensorboard])
     sent = EventAccumulator(str(folder / "runs" / "results")).Reload()
-    assert set(sent.Tags()["images"]) == PICTURES
+    assert set(sent.Tags()["images"]) == FIGURES
     assert set(sent.Tags()["scalars"]) == RESULTS | {"results/weighted kNN, k 10, T 0.07, backbone, top1"}
     assert sent.Scalars(*RESULTS)[0].value == pytest.approx(read.Scalars("eval/knn_top1")[-1].value)
     probe = EventAccumulator(str(folder / "linear_probe_cached" / "runs" / "results")).Reload()
-    assert set(probe.Tags()["images"]) == {"pictures/confusion_sgd", "pictures/confusion_lbfgs"}
+    assert set(probe.Tags()["images"]) == {"figures/confusion_sgd", "figures/confusion_lbfgs"}
     assert {name.rpartition(", ")[2] for name in probe.Tags()["scalars"]} == {"top1", "top5"}
 
 
 def test_trackio_gets_everything_under_a_name_that_a_continued_run_has_too(tmp_path):
     folder, trackio = tmp_path / "run", ["--report_to", "trackio"]
     env = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "OMP_NUM_THREADS": "1"}
-    for script, *flags in (["pretrain", *TINY, "--output_dir", str(folder)], ["knn", str(folder), "--k", "7"]):
+    for script, *flags in (["pretrain", *TINY, "--output_dir", str(folder)], ["knn", str(folder), "--knn_k", "7"]):
         command = [sys.executable, str(ROOT / f"scripts/{script}.py"), *flags, *trackio]
         subprocess.run(command, check=True, capture_output=True, env=env)
     with sqlite3.connect(tmp_path / "trackio" / "moco.db") as database:
         rows = database.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
     assert {name for name, _, _ in rows} == {str(folder).lstrip("/")}
     logged = {name: value for _, _, metrics in rows for name, value in json.loads(metrics).items()}
-    assert set(logged) >= NAMES | RESULTS | PICTURES | {"results/weighted kNN, k 7, T 0.07, backbone, top1"}
-    assert all(Path(tmp_path / "trackio" / "media" / logged[name]["file_path"]).is_file() for name in PICTURES)
+    assert set(logged) >= NAMES | RESULTS | FIGURES | {"results/weighted kNN, k 7, T 0.07, backbone, top1"}
+    assert all(Path(tmp_path / "trackio" / "media" / logged[name]["file_path"]).is_file() for name in FIGURES)
 
 
 @pytest.mark.parametrize("script_name", ["pretrain", "knn", "linear_probe"])

@@ -139,7 +139,7 @@ def test_accuracies_are_those_of_the_kept_features(digits, tmp_path):
 
     assert sgd.name == "cached SGD"
     assert sgd.protocol == (
-        "linear probe, cached features, SGD, rate 0.1 1 3 by a held-out tenth, 10 epochs, a tenth at 6 8, batch 256"
+        "linear probe, cached features, SGD, learning rate 0.1 1 3 by a held-out tenth, 10 epochs, a tenth at 6 8, batch 256"
     )
     best = max(sgd.heads, key=lambda head: head.held_out)
     assert sgd.final.setting == best.setting
@@ -155,7 +155,7 @@ def test_features_are_found_again_and_one_rate_needs_no_choice(digits, tmp_path,
     model, data, splits = digits
     first, _ = build_cached(model, arguments(tmp_path, learning_rates=[1.0]), data, splits, tmp_path / "features")
     assert first.heads == []
-    assert first.final.setting == "rate 1"
+    assert first.final.setting == "learning rate 1"
     assert "held-out" not in first.protocol
 
     def fail(*args, **kwargs):
@@ -180,5 +180,5 @@ def test_the_evaluated_images_do_not_choose(digits, tmp_path):
         assert probe.final.setting == honest.final.setting
         assert [head.held_out for head in probe.heads] == [head.held_out for head in honest.heads]
         assert probe.final.last < 10
-    assert deceived[0].final.setting == "rate 1"
+    assert deceived[0].final.setting == "learning rate 1"
     assert deceived[0].heads[0].last > deceived[0].heads[1].last

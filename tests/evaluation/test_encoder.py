@@ -51,9 +51,9 @@ def test_a_random_encoder_is_another_for_every_seed_and_the_same_for_one(saved):
 
 def test_results_of_a_random_encoder_have_a_folder_of_their_own(saved):
     folder = saved / "model"
-    assert Encoder(str(folder)).home == folder
-    assert Encoder(str(folder), random=True).home == folder / "random_encoder"
-    assert Encoder("org/moco-v2-r50").home == Path("runs/moco-v2-r50")
+    assert Encoder(str(folder)).results_dir == folder
+    assert Encoder(str(folder), random=True).results_dir == folder / "random_encoder"
+    assert Encoder("org/moco-v2-r50").results_dir == Path("runs/moco-v2-r50")
 
 
 def test_the_heads_output_needs_a_saved_head(saved):

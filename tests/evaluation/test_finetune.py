@@ -208,13 +208,13 @@ def test_the_script_can_be_stopped_continued_and_leaves_a_classifier_with_its_re
     finetune.main(command)
     out = capsys.readouterr().out
     assert f"Continuing from {folder}/checkpoint-2" in out
-    assert "Rates of VICReg (arXiv:2105.04906), for 10% of the labels." in out
+    assert "Learning rates of VICReg (arXiv:2105.04906), for 10% of the labels." in out
     assert "they are for a global batch of 256; for 16 the linear rule gives --learning_rate 0.000625 " in out
     assert (folder / "split.json").read_bytes() == split
 
     metrics = json.loads((folder / "metrics.json").read_text())
     images = metrics["labelled_images"]
-    protocol = f"fine-tuning on 30 % of the labels ({images} images), 2 epochs, rates 0.01 and 0.1"
+    protocol = f"fine-tuning on 30 % of the labels ({images} images), 2 epochs, learning rates 0.01 and 0.1"
     assert metrics["protocol"] == protocol
     results = json.loads((encoder / "results.json").read_text())
     assert [(r["protocol"], r["metric"], r["value"], r["n"], r["seed"]) for r in results] == [

@@ -41,7 +41,7 @@ def test_votes_agree_with_scikit_learn(clusters, k, temperature):
     reference = KNeighborsClassifier(
         k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
     ).fit(bank.double(), labels)
-    predicted = knn_predict(queries, bank, labels, ks=[k], temperature=temperature)[k]
+    predicted = knn_predict(queries, bank, labels, knn_k=[k], temperature=temperature)[k]
     assert predicted.tolist() == reference.predict(queries.double()).tolist()
     assert 0.5 < (predicted == truth).float().mean() < 1  # neither trivial nor hopeless
 
@@ -49,13 +49,13 @@ def test_votes_agree_with_scikit_learn(clusters, k, temperature):
 def test_near_neighbours_outvote_many_far_ones():
     bank = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [0.2, 1.0]]), dim=1)
     labels = torch.tensor([0, 1, 1, 1])
-    assert knn_predict(bank[:1], bank, labels, ks=[4], temperature=0.07)[4].tolist() == [0]
-    assert knn_predict(bank[:1], bank, labels, ks=[4], temperature=100.0)[4].tolist() == [1]
+    assert knn_predict(bank[:1], bank, labels, knn_k=[4], temperature=0.07)[4].tolist() == [0]
+    assert knn_predict(bank[:1], bank, labels, knn_k=[4], temperature=100.0)[4].tolist() == [1]
 
 
 def test_a_bank_vector_finds_itself(clusters):
     bank, labels, *_ = clusters
-    assert torch.equal(knn_predict(bank, bank, labels, ks=[1])[1], labels)
+    assert torch.equal(knn_predict(bank, bank, labels, knn_k=[1])[1], labels)
 
 
 @pytest.mark.parametrize(("bank_chunk", "query_chunk"), [(7, 33), (499, 200), (500, 1), (10_000, 10_000)])
@@ -71,28 +71,29 @@ def test_neighbours_are_the_best_of_all_chunks_nearest_first(clusters, bank_chun
 
 def test_several_k_agree_with_each_by_itself(clusters):
     bank, labels, queries, _ = clusters
-    together = knn_predict(queries, bank, labels, ks=[200, 1, 20])
+    together = knn_predict(queries, bank, labels, knn_k=[200, 1, 20])
     assert list(together) == [200, 1, 20]
     for k, predicted in together.items():
-        assert torch.equal(predicted, knn_predict(queries, bank, labels, ks=[k])[k])
+        assert torch.equal(predicted, knn_predict(queries, bank, labels, knn_k=[k])[k])
     assert not torch.equal(together[1], together[200])
 
 
 def test_a_tiny_temperature_is_the_nearest_neighbour(clusters):
     bank, labels, queries, _ = clusters
-    predicted = knn_predict(queries, bank, labels, ks=[200, 1], temperature=1e-4)
+    predicted = knn_predict(queries, bank, labels, knn_k=[200, 1], temperature=1e-4)
     assert torch.equal(predicted[200], predicted[1])
 
 
 def test_more_neighbours_than_the_bank_has_are_refused(clusters):
     bank, labels, queries, _ = clusters
-    with pytest.raises(ValueError, match=r"k \(501\) is larger than the bank \(500 images\): lower it"):
-        knn_predict(queries, bank, labels, ks=[20, 501])
-    assert len(knn_predict(queries, bank, labels, ks=[500])[500]) == len(queries)
+    with pytest.raises(ValueError, match=r"knn_k \(501\) is larger than the bank \(500 images\): lower it"):
+        knn_predict(queries, bank, labels, knn_k=[20, 501])
+    assert len(knn_predict(queries, bank, labels, knn_k=[500])[500]) == len(queries)
 
 
 @pytest.mark.parametrize(
-    ("values", "wrong"), [({"k": [20, 0]}, "k"), ({"k": []}, "k"), ({"temperature": 0}, "temperature")]
+    ("values", "wrong"),
+    [({"knn_k": [20, 0]}, "knn_k"), ({"knn_k": []}, "knn_k"), ({"knn_temperature": 0}, "knn_temperature")],
 )
 def test_settings_out_of_range_are_refused_by_name(values, wrong):
     with pytest.raises(ValueError, match=rf"^{wrong} \("):
@@ -149,23 +150,25 @@ def test_features_keep_their_order_over_batches_and_workers(model, digits):
     assert torch.equal(piece_labels, labels)
 
 
-def top1(model, bank, queries, *ks, **kwargs) -> list[float]:
-    return [result.value for result in evaluate_knn(model, bank, queries, KNNArguments(k=list(ks), **kwargs))]
+def top1(model, bank, queries, *knn_k, **kwargs) -> list[float]:
+    return [result.value for result in evaluate_knn(model, bank, queries, KNNArguments(knn_k=list(knn_k), **kwargs))]
 
 
 @pytest.mark.parametrize("feature", ["backbone", "head"])
 def test_accuracy_is_the_share_of_right_answers_in_per_cent(model, digits, feature):
     bank, queries = digits
-    assert top1(model, bank, bank, 1, features=feature) == [100.0]
+    assert top1(model, bank, bank, 1, knn_features=feature) == [100.0]
     (x, labels), (q, truth) = (extract_features(model, images, feature=feature) for images in (bank, queries))
     assert x.shape[1] == {"backbone": model.encoder_q.num_features, "head": model.config.projection_dim}[feature]
     expected = [100 * KNeighborsClassifier(1, algorithm="brute").fit(unit(x), labels).score(unit(q), truth)]
-    assert top1(model, bank, queries, 1, features=feature) == pytest.approx(expected)
+    assert top1(model, bank, queries, 1, knn_features=feature) == pytest.approx(expected)
 
 
 def test_a_result_names_its_protocol(model, digits):
     bank, queries = digits
-    results = evaluate_knn(model, bank, queries, KNNArguments(k=[20, 5], temperature=0.1, features="head", seed=3))
+    results = evaluate_knn(
+        model, bank, queries, KNNArguments(knn_k=[20, 5], knn_temperature=0.1, knn_features="head", seed=3)
+    )
     assert [r.protocol for r in results] == ["weighted kNN, k 20, T 0.1", "weighted kNN, k 5, T 0.1"]
     assert {(r.metric, r.n, r.feature, r.seed) for r in results} == {("top1", 30, "head", 3)}
 
@@ -240,11 +243,11 @@ def evaluate_a_share(rank, folder):
     if rank > 0:  # other statistics than those that rank 0 will save
         model.encoder_q.bn1.running_mean += rank
     all_rows, labels = extract_features(model, bank, batch_size=7)
-    mine, my_labels = extract_features(model, bank, batch_size=7, everywhere=False)
+    mine, my_labels = extract_features(model, bank, batch_size=7, gather=False)
     kept, _ = cached_features(model, queries, folder / "kept")
-    my_kept, my_kept_labels = cached_features(model, bank, folder / "kept", everywhere=False)
-    accuracies = [r.value for r in evaluate_knn(model, bank, queries, KNNArguments(k=[40, 3]))]
-    accuracies += [r.value for r in evaluate_knn(model, bank, queries, KNNArguments(k=[40, 3]), folder / "kept")]
+    my_kept, my_kept_labels = cached_features(model, bank, folder / "kept", gather=False)
+    accuracies = [r.value for r in evaluate_knn(model, bank, queries, KNNArguments(knn_k=[40, 3]))]
+    accuracies += [r.value for r in evaluate_knn(model, bank, queries, KNNArguments(knn_k=[40, 3]), folder / "kept")]
     outputs = {"all": all_rows, "labels": labels, "mine": mine, "my_labels": my_labels, "kept": kept, "knn": accuracies}
     outputs |= {"my_kept": my_kept, "my_kept_labels": my_kept_labels}
     torch.save(outputs, folder / f"{rank}.pt")

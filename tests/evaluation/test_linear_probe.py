@@ -198,7 +198,7 @@ def test_the_best_epoch_is_reported_beside_the_last_one(splits, tmp_path):
     history[1]["eval_top1_rate_3"] = 101.0
     probe, _ = trainer.probe()
     head = probe.heads[0]
-    assert (head.setting, head.best, head.best_epoch) == ("rate 3", 101.0, 2)
+    assert (head.setting, head.best, head.best_epoch) == ("learning rate 3", 101.0, 2)
     assert head.last == trainer.scores()[0].top1 == history[2]["eval_top1_rate_3"]
 
 
@@ -277,13 +277,17 @@ def test_the_saved_model_gives_the_reported_numbers(splits, tmp_path):
     assert [row["class"] for row in entry["per_class"]] == NAMES
     assert [row["top1"] for row in entry["per_class"]] == pytest.approx(list(recalls))
     assert entry["interval"] == pytest.approx(interval(entry["top1"], 40))
-    assert [head["setting"] for head in entry["heads"]] == ["rate 1e-09", "rate 3", "rate 30"]
+    assert [head["setting"] for head in entry["heads"]] == [
+        "learning rate 1e-09",
+        "learning rate 3",
+        "learning rate 30",
+    ]
 
     low, high = interval(entry["top1"], 40)
     assert f"chosen: {probe.final.setting}" in probe.table()
     assert f"{low:.2f} to {high:.2f}" in probe.table()
     results = read_results(tmp_path)
-    words = "linear probe, official, rate 1e-09 3 30 by a held-out tenth, 5 epochs, a tenth at 3 4, batch 8"
+    words = "linear probe, official, learning rate 1e-09 3 30 by a held-out tenth, 5 epochs, a tenth at 3 4, batch 8"
     assert [(r["protocol"], r["metric"]) for r in results[:2]] == [(words, "top1"), (words, "top5")]
     assert results[2]["protocol"] == f"{words}, best epoch on the evaluated images"
     assert results[0]["value"] == entry["top1"] <= results[2]["value"]
@@ -304,7 +308,7 @@ def test_the_saved_model_gives_the_reported_numbers(splits, tmp_path):
         ({"learning_rates": [1, 0]}, r"learning_rates \(1 0\) must be above 0"),
         ({"learning_rates": [1, float("nan")]}, r"learning_rates \(1 nan\) must be above 0"),
         ({"learning_rates": []}, r"learning_rates \(\) must be above 0"),
-        ({"learning_rates": [3, 1, 3]}, r"learning_rates \(3 1 3\) has a rate twice"),
+        ({"learning_rates": [3, 1, 3]}, r"learning_rates \(3 1 3\) has a learning rate twice"),
         ({"learning_rate": -1}, r"learning_rate \(-1\) must be above 0"),
     ],
 )

@@ -207,9 +207,9 @@ def test_the_card_says_what_was_measured_and_nothing_else(run, tmp_path):
     )
     assert {r.dataset_name for r in card.data.eval_results} == {"digits"}
     assert [r.metric_name for r in card.data.eval_results if "kNN" in r.metric_name]
-    for picture in ("training_curves.png", "neighbours.png", "tsne.png"):
-        assert f"]({picture})" in text
-        assert (folder / picture).is_file()
+    for figure in ("training_curves.png", "neighbours.png", "tsne.png"):
+        assert f"]({figure})" in text
+        assert (folder / figure).is_file()
     assert "queue_size: 64" in text  # the recipe
     assert "expected" not in text
     metrics = json.loads((run / "metrics.json").read_text())

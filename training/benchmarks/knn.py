@@ -37,7 +37,7 @@ def knn_inputs(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def knn_ours(queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
-    return knn_predict(queries, bank, labels, ks=[args.k])[args.k]
+    return knn_predict(queries, bank, labels, knn_k=[args.k])[args.k]
 
 
 def knn_one_hot(

@@ -1,7 +1,7 @@
 """What benchmarks share: variants timed in turns, peak memory, and one form for what came out.
 
 A benchmark is a module with `add_arguments(parser)` and `run(args) -> list[Benchmark]`, named in `scripts/benchmark.py`, which
-prints the tables and writes `--json` and `--picture`:
+prints the tables and writes `--json` and `--figure`:
 
 ```python
 seconds = time_rounds({"ours": our_call, "other": other_call}, rounds=5)
@@ -28,7 +28,7 @@ from matplotlib.axes import Axes
 
 from ..engine.results import conditions
 from ..engine.run_folder import write_json
-from ..plots import BLUE, GRAY, INK, picture
+from ..plots import BLUE, GRAY, INK, figure
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Benchmark:
         seconds: of every variant, one for each round.
         references: variants that all are compared with.
         images: of one round of one variant; 0 where the work is not counted in images.
-        columns: other figures, by what the table calls them and by variant.
+        columns: other numbers, by what the table calls them and by variant.
         remarks: lines below the table.
         paired: whether the n-th seconds of all variants are of the same round, so that rounds can be won.
     """
@@ -66,7 +66,7 @@ class Benchmark:
         assert self.paired
         return sum(a < b for a, b in zip(self.seconds[variant], self.seconds[reference], strict=True))
 
-    def figures(self, variant: str) -> dict[str, Any]:
+    def numbers(self, variant: str) -> dict[str, Any]:
         """All that is known of a variant, for JSON."""
         seconds = self.seconds[variant]
         found: dict[str, Any] = {
@@ -88,7 +88,7 @@ class Benchmark:
         header += [f"x {reference}" + " (faster)" * self.paired for reference in self.references]
         rows = [header + list(self.columns)]
         for variant in self.seconds:
-            found = self.figures(variant)
+            found = self.numbers(variant)
             row = [variant, *(_digits(1000 * found[key]) for key in ("min", "median", "max"))]
             row += [_digits(found["images_per_second"])] if self.images else []
             for reference, ratio in found["times_as_long_as"].items():
@@ -104,13 +104,13 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def write_figures(benchmarks: list[Benchmark], path: Path) -> None:
-    """Every figure, with versions, hardware, threads, command and commit."""
+def write_numbers(benchmarks: list[Benchmark], path: Path) -> None:
+    """Every number, with versions, hardware, threads, command and commit."""
     measured = [
         {
             "title": benchmark.title,
             "references": benchmark.references,
-            "variants": {variant: benchmark.figures(variant) for variant in benchmark.seconds},
+            "variants": {variant: benchmark.numbers(variant) for variant in benchmark.seconds},
             "remarks": benchmark.remarks,
         }
         for benchmark in benchmarks
@@ -181,8 +181,8 @@ def in_own_process(call: Callable[..., Any], *args: Any) -> Any:
 def draw_timings(benchmarks: list[Benchmark], path: Path) -> None:
     """Medians as bars from the fastest to the slowest round, a panel for each benchmark; the first reference is dashed."""
     heights = [0.75 + 0.3 * len(benchmark.seconds) for benchmark in benchmarks]
-    with picture(path, sum(heights), layout="constrained") as figure:
-        rows = figure.subplots(len(benchmarks), squeeze=False, height_ratios=heights)[:, 0]
+    with figure(path, sum(heights), layout="constrained") as fig:
+        rows = fig.subplots(len(benchmarks), squeeze=False, height_ratios=heights)[:, 0]
         for axis, benchmark in zip(rows, benchmarks, strict=True):
             _draw_timings(axis, benchmark)
 

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=128, help="images")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     parser.add_argument("--max_steps", type=int, default=40, help="steps of a run, the first third not counted")
-    parser.add_argument("--logging_steps", type=int, default=5, help="steps whose mean speed is one figure")
+    parser.add_argument("--logging_steps", type=int, default=5, help="steps whose mean speed is one number")
     parser.add_argument("--rounds", type=int, default=1, help="runs for each number of workers")
 
 

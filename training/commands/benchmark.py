@@ -1,4 +1,4 @@
-"""Measure what this project claims: `python scripts/benchmark.py step --json step.json --picture step.png`.
+"""Measure what this project claims: `python scripts/benchmark.py step --json step.json --figure step.png`.
 
 Every benchmark times its variants in turns in the same run, and compares them with a limit or with the way others do it.
 """
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ..benchmarks import data, exchange, knn, step, stream, train
-from ..benchmarks.measure import draw_timings, write_figures
+from ..benchmarks.measure import draw_timings, write_numbers
 from ..errors import one_line_errors
 from ..memory import keep_freed_memory
 
@@ -25,8 +25,8 @@ def main(argv: list[str]) -> None:
             name, help=about.split("\n")[0], description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         benchmark.add_arguments(command)
-        command.add_argument("--json", type=Path, help="file for all figures and what they were measured with")
-        command.add_argument("--picture", type=Path, help="file for a picture, which is written as PNG and SVG")
+        command.add_argument("--json", type=Path, help="File for all numbers and what they were measured with.")
+        command.add_argument("--figure", type=Path, help="File for a figure, which is written as PNG and SVG.")
         command.set_defaults(run=benchmark.run)
     args = parser.parse_args(argv)
     with one_line_errors():
@@ -34,9 +34,9 @@ def main(argv: list[str]) -> None:
     for result in results:
         print(result.table())
     if args.json:
-        write_figures(results, args.json)
-    if args.picture:
-        draw_timings(results, args.picture.with_suffix(""))
+        write_numbers(results, args.json)
+    if args.figure:
+        draw_timings(results, args.figure.with_suffix(""))
 
 
 if __name__ == "__main__":

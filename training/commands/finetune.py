@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         low, high = scores.interval
         print(f"top-1 {scores.top1:.1f} % ({low:.1f} to {high:.1f}), top-5 {scores.top5:.1f} %, {scores.n:,} images")
         folder = run.training.output_dir
-        print(f"Saved to {folder}, results to {run.encoder.home}/{RESULTS}. Classify:")
+        print(f"Saved to {folder}, results to {run.encoder.results_dir}/{RESULTS}. Classify:")
         print(
             '  python -c "from transformers import pipeline; import modeling_moco; '
             f"print(pipeline('image-classification', '{folder}')('IMAGE'))\""

@@ -1,18 +1,23 @@
-"""Classify by nearest neighbours on frozen features: `accelerate launch scripts/knn.py runs/quickstart --k 10 20 200`."""
+"""Classify by nearest neighbours on frozen features: `accelerate launch scripts/knn.py runs/quickstart --knn_k 10 20 200`."""
 
 import sys
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from transformers.utils import logging
 
+from modeling_moco import MoCoModel
+
 from ..data.images import MapImages
-from ..data.sources import load_images
-from ..engine.results import append_results, encoder_digest, table
+from ..data.sources import DataArguments, load_images
+from ..engine.record import record
+from ..engine.results import encoder_digest, table
 from ..engine.run_folder import FEATURES
 from ..engine.trackers import Trackers, run_name
 from ..errors import one_line_errors
-from ..evaluation.knn import evaluate_knn, load_model, parse_knn
+from ..evaluation.encoder import Encoder, MoCoQueryModel, parse_evaluation
+from ..evaluation.knn import KNNArguments, evaluate_knn
 from ..memory import keep_freed_memory
 
 
@@ -23,20 +28,46 @@ def main(argv: list[str]) -> None:
         encoder, data, args = parse_knn(argv)
         state = PartialState(cpu=args.use_cpu or not torch.cuda.is_available())  # unasked it forms no group on CPUs
         splits = load_images(data, labelled=True)
-        if max(args.k) > len(splits.train):
-            raise ValueError(f"k ({max(args.k)}) is larger than the train split ({len(splits.train)} images): lower it")
+        if max(args.knn_k) > len(splits.train):
+            raise ValueError(
+                f"knn_k ({max(args.knn_k)}) is larger than the train split ({len(splits.train)} images): lower it"
+            )
         model = load_model(encoder, args).to(state.device)
-        trackers = Trackers(args.report_to, args.project, run_name(encoder.home))
+        trackers = Trackers(args.report_to, args.project, run_name(encoder.results_dir), encoder.results_dir)
         trackers.check()
     bank, queries = (MapImages(split, data.evaluation_view()) for split in (splits.train, splits.eval))
     if state.is_main_process:
-        print(f"kNN of {encoder}: {args.features} feature, bank {len(bank):,} images, {len(queries):,} queries")
-    results = evaluate_knn(model, bank, queries, args, cache=encoder.home / FEATURES)
+        print(f"kNN of {encoder}: {args.knn_features} feature, bank {len(bank):,} images, {len(queries):,} queries")
+    results = evaluate_knn(model, bank, queries, args, cache=encoder.results_dir / FEATURES)
     if state.is_main_process:
-        digest = encoder_digest(model, args.features)
-        append_results(encoder.home, results, model=digest, data=splits.about)
-        trackers.send(encoder.home, results)
+        digest = encoder_digest(model, args.knn_features)
+        record(encoder.results_dir, results, model=digest, data=splits.about, trackers=trackers)
         print(table(results))
+
+
+def parse_knn(argv: list[str]) -> tuple[Encoder, DataArguments, KNNArguments]:
+    """Flags over the data and monitor settings of the pretraining run that the model came from.
+
+    Raises:
+        ValueError: no model there, no dataset named, an unknown flag, or a value out of its range.
+    """
+
+    def of_monitor(recipe: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in recipe.get("training", {}).items() if key.startswith("knn_")}
+
+    encoder, (data, args), _, _ = parse_evaluation(
+        argv,
+        {"data": DataArguments, "knn": KNNArguments},
+        command="knn",
+        description="Classify images by their nearest neighbours among the train split's frozen features.",
+        defaults=of_monitor,
+    )
+    return encoder, data, args
+
+
+def load_model(encoder: Encoder, args: KNNArguments) -> MoCoModel:
+    """The model with what the chosen feature needs."""
+    return encoder.load(MoCoQueryModel if args.knn_features == "head" else MoCoModel, args.seed)
 
 
 if __name__ == "__main__":

@@ -33,13 +33,13 @@ def main(argv: list[str]) -> None:
     with one_line_errors():
         run = lp.parse_linear_probe(argv)
         splits = load_images(run.data, labelled=True)
-        model = lp.load_classifier(run.encoder, splits, run.training.seed)
+        model = run.encoder.load_classifier(splits.class_names, run.training.seed)
         trainer = None
         probes: Iterable[Probe] = []
         if run.training.mode == "official":
             trainer = lp.build_trainer(model, run.training, run.data, splits)
         else:
-            probes = build_cached(model, run.training, run.data, splits, run.encoder.home / FEATURES)
+            probes = build_cached(model, run.training, run.data, splits, run.encoder.results_dir / FEATURES)
         layout = None if trainer is None else trainer.batch_layout
         checkpoint = claim_output_dir(run.training, layout, run.settings, {"title": run.title})
     folder, main_process = Path(str(run.training.output_dir)), run.training.process_index == 0
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
             print(probe.table())
             top1[f"linear probe, {probe.name}"] = probe.scores.top1
     if main_process:
-        print_table(run.encoder.home, top1)
+        print_table(run.encoder.results_dir, top1)
     if main_process and trainer is not None:
         classify_some(folder, splits)
         print(NEXT.format(folder, how_to_run("pretrain")))
@@ -69,8 +69,8 @@ def classify_some(folder: Path, splits: ImageSplits) -> None:
         print(f"  {splits.class_names[row['label']]} is called {best['label']} ({best['score']:.2f})")
 
 
-def print_table(home: Path, top1: dict[str, float]) -> None:
-    pretraining = home / METRICS
+def print_table(results_dir: Path, top1: dict[str, float]) -> None:
+    pretraining = results_dir / METRICS
     rows: dict[str, float | None] = {}
     if pretraining.is_file():
         numbers = json.loads(pretraining.read_text(encoding="utf-8"))

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
             print(f"{name:>20}: " + (f"{value:.1f} %" if value is not None else "not measured"))
         print(f"{'skipped images':>20}: {metrics['skipped_images']}")
         print(f"{'images/s':>20}: {metrics['images_per_second']:.0f}; {bound(metrics)}")
-        print(f"Saved to {folder}; its pictures and numbers are in {folder}/{REPORT}")
+        print(f"Saved to {folder}; its figures and numbers are in {folder}/{REPORT}")
         if publisher is not None:
             with one_line_errors():
                 print(f"Published: {publisher.send_last(Path(str(folder)))}")

@@ -1,4 +1,4 @@
-"""Draw the pictures of a pretraining run and write its report.html: `python scripts/report.py runs/quickstart`."""
+"""Draw the figures of a pretraining run and write its report.html: `python scripts/report.py runs/quickstart`."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from modeling_moco import MoCoModel
 from ..errors import one_line_errors
 from ..evaluation.encoder import Encoder
 from ..memory import keep_freed_memory
-from ..report import draw_features, open_images, read_run, write_report
+from ..report import draw_curves, draw_features, open_images, read_run, write_report
 
 
 def main(argv: list[str]) -> None:
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
         if state.is_main_process:
             if missing:
                 print(f"warning: no neighbours and no t-SNE: {missing}", file=sys.stderr)
+            draw_curves(run)
             print(f"Wrote {write_report(run, missing)}")
 
 

@@ -64,8 +64,8 @@ class Result:
 def interval(value: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share, all in per cent: which accuracies of the same model on other images to expect."""
     z, p = 1.959964, value / 100
-    centre, spread = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    low, high = (100 * (centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
+    centre, margin = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    low, high = (100 * (centre + sign * margin) / (1 + z * z / n) for sign in (-1, 1))
     return max(0.0, low), min(100.0, high)
 
 
@@ -89,7 +89,7 @@ def append_results(folder: Path, results: list[Result], *, model: str, data: dic
         data: `ImageSplits.about`.
 
     Raises:
-        ValueError: the file is there and is no list of results; it is left as it is.
+        ValueError: the file is there and is not a valid results file; it is left as it is.
     """
     here = {"model": model, "data": data} | conditions()
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     """The results of a model, oldest first; none without a file.
 
     Raises:
-        ValueError: the file is no list of results.
+        ValueError: the file is not a valid results file.
     """
     path = folder / RESULTS
     if not path.is_file():
@@ -117,7 +117,9 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         if not all("protocol" in entry for entry in results):
             raise ValueError("an entry without a protocol")
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no list of results ({error}): move it away, it will be begun anew") from error
+        raise ValueError(
+            f"{path} is not a valid results file ({error}): move it away, and a new one is written"
+        ) from error
     return results
 
 

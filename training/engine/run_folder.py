@@ -39,7 +39,7 @@ OF_FEATURES = {
         "between far groups mean nothing.",
     ),
 }
-PICTURES = (*CURVES, *OF_FEATURES)
+FIGURES = (*CURVES, *OF_FEATURES)
 # What may differ between a run and its continuation.
 FREE_TO_CHANGE = {
     "dataloader_num_workers",

@@ -150,7 +150,8 @@ class SGDTrainingArguments(TrainingArguments):
     @property
     def trackers(self) -> Trackers:
         """Where results and figures go when training is over."""
-        return Trackers(self.report_to, self.project, self.run_name or run_name(Path(str(self.output_dir))))
+        folder = Path(str(self.output_dir))
+        return Trackers(self.report_to, self.project, self.run_name or run_name(folder), folder)
 
 
 class SGDTrainer(Trainer):

@@ -1,4 +1,4 @@
-"""What a run leaves when its training is over, results and pictures, sent to its trackers.
+"""What a run leaves when its training is over, results and figures, sent to its trackers.
 
 transformers sends what is logged during training and then closes the run, which is opened again here by its name.
 """
@@ -19,7 +19,7 @@ TRACKERS = ("trackio", "tensorboard", "wandb")
 
 
 def run_name(folder: Path) -> str:
-    """The name of the run of a folder. No absolute path: trackio files pictures under it."""
+    """The name of the run of a folder. No absolute path: trackio files figures under it."""
     return str(folder).lstrip("/")
 
 
@@ -28,13 +28,15 @@ class Trackers:
     """The trackers of a run.
 
     Args:
-        names: of `TRACKERS`; others that transformers knows get what is logged during training alone.
+        names: of `TRACKERS`; other ones that transformers knows get only what is logged during training.
         project, run_name: under which the run is found again.
+        folder: that of the run. The files of tensorboard go to `runs/results` in it.
     """
 
     names: list[str]
     project: str
     run_name: str
+    folder: Path
 
     def check(self) -> None:
         """
@@ -45,27 +47,24 @@ class Trackers:
             if name in TRACKERS and find_spec(name) is None:
                 raise ValueError(f"report_to ({name}) is not installed: pip install {name}")
 
-    def send(
-        self, folder: Path, results: Iterable[Result] = (), pictures: Iterable[Path] = (), step: int | None = None
-    ) -> None:
-        """Send results and pictures. Call it on the main process.
+    def send(self, results: Iterable[Result] = (), figures: Iterable[Path] = (), step: int | None = None) -> None:
+        """Send results and figures. Call it on the main process.
 
         Args:
-            folder: where tensorboard's files go, in `runs/results`.
-            pictures: PNG files, named after their stems.
+            figures: PNG files, named after their stems.
             step: of the training that they end; None for what is measured later.
         """
         numbers = {f"results/{r.protocol}, {r.feature}, {r.metric}": r.value for r in results}
-        images = {f"pictures/{path.stem}": path for path in pictures}
+        images = {f"figures/{path.stem}": path for path in figures}
         for name in self.names:
             if name in TRACKERS:
-                tracker = LOGGER_TYPE_TO_CLASS[name](*self._place(name, folder), **self._run(name))
+                tracker = LOGGER_TYPE_TO_CLASS[name](*self._place(name), **self._run(name))
                 tracker.start()
                 _SEND[name](tracker, numbers, images, step)
                 tracker.finish()
 
-    def _place(self, name: str, folder: Path) -> tuple[str, ...]:
-        return ("results", str(folder / "runs")) if name == "tensorboard" else (self.project,)
+    def _place(self, name: str) -> tuple[str, ...]:
+        return ("results", str(self.folder / "runs")) if name == "tensorboard" else (self.project,)
 
     def _run(self, name: str) -> dict[str, Any]:
         return {} if name == "tensorboard" else {"name": self.run_name, "resume": "allow"}

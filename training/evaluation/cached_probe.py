@@ -1,4 +1,4 @@
-"""The linear probe on features that were extracted once: SGD at many rates, and L-BFGS over regularisation strengths.
+"""The linear probe on features that were extracted once: SGD at many learning rates, and L-BFGS over regularisation strengths.
 
 The classifiers see one fixed view of every image, so that their accuracies are other protocols' than the official one's.
 Shapes: `n` images, `D` feature width, `C` classes, `H` heads.
@@ -74,9 +74,9 @@ def train_heads(
 
     Args:
         features, labels: (n, D), (n,), on the device of the heads.
-        milestones: epochs at which the rate drops to a tenth; none for the cosine.
+        milestones: epochs at which the learning rate drops to a tenth; none for the cosine.
     """
-    # The step of SGD is linear in the gradient, so that a rate may stand before the head's loss instead.
+    # The step of SGD is linear in the gradient, so that a learning rate may weigh the head's loss instead.
     weights = torch.tensor(rates, device=features.device)
     optimizer = torch.optim.SGD([heads.weight, heads.bias], lr=1.0, momentum=0.9)
     schedule = epoch_schedule(optimizer, math.ceil(len(features) / batch_size), epochs, milestones)
@@ -102,7 +102,7 @@ def regularisation_path(features: Any, labels: Any, strengths: Iterable[float]) 
         strengths: C of scikit-learn, the inverse of the L2 penalty; ascending is fastest.
 
     Yields:
-        the same pipeline every time, fitted anew; `converged` says whether it got there.
+        the same pipeline every time, fitted again; `converged` says whether it got there.
     """
     model = make_pipeline(StandardScaler(), LogisticRegression(warm_start=True, max_iter=MAX_ITER, tol=TOLERANCE))
     for strength in strengths:
@@ -130,10 +130,10 @@ def class_logits(model: Pipeline, features: Any, classes: int) -> torch.Tensor:
 def build_cached(
     model: MoCoForImageClassification, args: LinearProbeArguments, data: DataArguments, splits: ImageSplits, cache: Path
 ) -> Iterator[Probe]:
-    """SGD at every rate, then L-BFGS at every regularisation, on features kept in `cache`: nothing runs before the first.
+    """SGD at every learning rate, then L-BFGS at every regularisation, on features kept in `cache`.
 
-    The processes share the extraction; the first alone fits and yields. Settings are compared on the held-out part, and
-    the best one is fitted anew to the whole train split.
+    Nothing runs before the first probe is asked for. The processes share the extraction, and only rank 0 fits and yields.
+    Settings are compared on the held-out part, and the best one is fitted again to the whole train split.
 
     Raises:
         ValueError: there are too few images to hold some out.
@@ -147,7 +147,7 @@ def build_cached(
             "num_workers": args.dataloader_num_workers,
         }
         encoder = model.moco.to(args.device)
-        loading["everywhere"] = rank() == 0  # the others only take part in the extraction
+        loading["gather"] = rank() == 0  # the others only take part in the extraction
         train, evaluated = (cached_features(encoder, images, cache, **loading) for images in parts)
         if rank() > 0:
             return
@@ -177,7 +177,7 @@ def _probe_sgd(
         for i, rate in enumerate(rates):
             best = max(top1, key=lambda epoch: top1[epoch][i])
             last = top1[max(top1)][i]
-            reports.append(HeadReport(f"rate {rate:g}", None, last, top1[best][i], best))
+            reports.append(HeadReport(f"learning rate {rate:g}", None, last, top1[best][i], best))
         return heads, reports
 
     compared, chosen = [], 0

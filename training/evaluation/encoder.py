@@ -36,7 +36,7 @@ class Encoder:
     random: bool = False
 
     @property
-    def home(self) -> Path:
+    def results_dir(self) -> Path:
         """Where its results are kept: the folder itself, `runs/NAME` for a Hub repository, a folder inside if random."""
         folder = Path(self.source) if Path(self.source).is_dir() else Path("runs") / Path(self.source).name
         return folder / "random_encoder" if self.random else folder
@@ -79,6 +79,16 @@ class Encoder:
             torch.nn.init.zeros_(model.classifier.bias)
         return model
 
+    def load_classifier(self, class_names: list[str], seed: int, **config: Any) -> MoCoForImageClassification:
+        """The encoder with a new classifier for these classes; `config` overrides its configuration.
+
+        Raises:
+            ValueError: there is no model.
+        """
+        id2label = dict(enumerate(class_names))
+        label2id = {name: number for number, name in id2label.items()}
+        return self.load(MoCoForImageClassification, seed, id2label=id2label, label2id=label2id, **config)
+
 
 class MoCoQueryModel(MoCoModel):
     """A MoCoModel whose checkpoint must have the projector, for the output that the loss sees."""
@@ -115,7 +125,7 @@ def parse_evaluation(
         command: its name in `moco`.
         parts: dataclasses of flags; `DataArguments` is among them as "data".
         defaults: from the run's recipe to values for other flags than those of the data.
-        output: name of the folder in the encoder's home that `--output_dir` defaults to.
+        output: name of the folder in the encoder's results_dir that `--output_dir` defaults to.
 
     Returns:
         the encoder, an instance of each part, the settings that the run or `argv` gave, and the names that `argv` gave.
@@ -137,13 +147,13 @@ def parse_evaluation(
         raise ValueError("no model given: pass the folder that a run saved to, e.g. runs/quickstart")
     given = parser.given(argv)
     encoder = Encoder(known.model, known.random_encoder)
-    read_results(encoder.home)  # what is there can be added to
+    read_results(encoder.results_dir)  # what is there can be added to
     recipe = pretraining_recipe(known.model)
     if "dataset_name" not in recipe["data"] and "dataset_name" not in given:
         raise ValueError(f"{known.model} does not say what it was trained on: pass --dataset_name")
     values = recipe["data"] | defaults(recipe)
     if output is not None:
-        values = {"output_dir": str(encoder.home / output)} | values
+        values = {"output_dir": str(encoder.results_dir / output)} | values
     _, instances, settings = parse_flags(parser, parts, argv, values)
     for instance in instances:
         if isinstance(instance, DataArguments) and instance.streaming:

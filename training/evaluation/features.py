@@ -1,4 +1,4 @@
-"""Features of a frozen encoder in the evaluation view: the same for the monitor, every probe and the pictures.
+"""Features of a frozen encoder in the evaluation view: the same for the monitor, every probe and the figures.
 
 Shapes: `n` images, `D` feature width, `R` processes.
 """
@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from modeling_moco import MoCoModel
-from modeling_moco.distributed_moco import gather, rank, world_size
+from modeling_moco.distributed_moco import gather as gather_rows
+from modeling_moco.distributed_moco import rank, world_size
 
 from ..data.images import MapImages
 from ..engine.preemption import outlive_sigterm
@@ -34,15 +35,15 @@ def extract_features(
     feature: Feature = "backbone",
     batch_size: int = 256,
     num_workers: int = 0,
-    everywhere: bool = True,
+    gather: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of all images. The processes share the work.
 
-    The model runs in evaluation mode and is left in the mode it was in. Where processes have other BatchNorm statistics,
-    those of the first, which it saves, are given to all.
+    The model runs in evaluation mode and is left in the mode it was in. If ranks hold different BatchNorm statistics,
+    rank 0's (the saved ones) are broadcast first.
 
     Args:
-        everywhere: every process gets all rows in the order of the images; else each keeps its own, `rank::R`.
+        gather: every process gets all rows in the order of the images; else each keeps its own, `rank::R`.
 
     Returns:
         on the CPU: features as the encoder gives them, float32 (n, D), and labels (n,), -1 for an image without one.
@@ -60,20 +61,20 @@ def extract_features(
             dist.broadcast(buffer, src=0)
     training = model.training
     model.eval()
-    rows = len(mine) * (ranks if everywhere else 1)  # the padding included
+    rows = len(mine) * (ranks if gather else 1)  # the padding included
     features, labels = torch.empty(0), torch.empty(rows, dtype=torch.long)
     done, quiet = 0, rank() > 0 or len(loader) < 20
     for batch in tqdm(loader, desc="features", leave=False, disable=quiet, dynamic_ncols=True):
         x = encode(model, batch["pixel_values"].to(model.device), feature)
         y = batch.get("labels", torch.full((len(x),), -1)).to(model.device)
-        if everywhere:
+        if gather:
             x, y = _in_order(x), _in_order(y)
         if done == 0:
             features = torch.empty(rows, x.shape[1])  # once, and not as pieces that are joined: it may be gigabytes
         features[done : done + len(x)], labels[done : done + len(x)] = x.cpu(), y.cpu()
         done += len(x)
     model.train(training)
-    count = n if everywhere else len(range(rank(), n, ranks))
+    count = n if gather else len(range(rank(), n, ranks))
     return features[:count], labels[:count]
 
 
@@ -86,7 +87,7 @@ def encode(model: MoCoModel, pixel_values: torch.Tensor, feature: Feature) -> to
 
 def _in_order(x: torch.Tensor) -> torch.Tensor:
     # Row i of rank r is image i * R + r.
-    return gather(x).unflatten(0, (world_size(), len(x))).transpose(0, 1).flatten(0, 1)
+    return gather_rows(x).unflatten(0, (world_size(), len(x))).transpose(0, 1).flatten(0, 1)
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +101,7 @@ def cached_features(
     folder: Path,
     *,
     feature: Feature = "backbone",
-    everywhere: bool = True,
+    gather: bool = True,
     **loading: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`extract_features`, kept as Arrow files in a folder named after the model, the images and their view.
@@ -132,7 +133,7 @@ def cached_features(
             _write(path, *rows)
     if world_size() > 1:
         dist.barrier()
-    first, step = (0, 1) if everywhere else (rank(), world_size())
+    first, step = (0, 1) if gather else (rank(), world_size())
     count, done = len(range(first, len(images), step)), 0
     features, labels = torch.empty(0), torch.empty(count, dtype=torch.long)
     for start, path in files.items():

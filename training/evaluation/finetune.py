@@ -1,13 +1,13 @@
-"""Fine-tuning: all labels or a few train the encoder and a new classifier, each at a rate of its own.
+"""Fine-tuning: all labels or a few train the encoder and a new classifier, each at its own learning rate.
 
 Sources of the defaults:
 
 - 1 % and 10 % of the labels: VICReg (arXiv:2105.04906, README and evaluate.py of facebookresearch/vicreg): SGD with momentum
-  0.9, no weight decay, batch 256, 20 epochs, a cosine in whole epochs, crops and flips. Its peers have other rates for the
-  same, e.g. SwAV (arXiv:2006.09882) 0.02 and 5 with 1 %, 0.01 and 0.2 with 10 %: rates belong to an encoder, and none of
-  these is MoCo's.
+  0.9, no weight decay, batch 256, 20 epochs, a cosine in whole epochs, crops and flips. Its peers have other learning
+  rates for the same, e.g. SwAV (arXiv:2006.09882) 0.02 and 5 with 1 %, 0.01 and 0.2 with 10 %: learning rates belong to an
+  encoder, and none of these is MoCo's.
 - All labels: 0.05 for 256 images is SimCLR's (arXiv:2002.05709, appendix B.5), 30 epochs are SimCLRv2's (arXiv:2006.10029).
-  The rest is this project's choice and as above, one rate for both parts included.
+  The rest is this project's choice and as above, one learning rate for both parts included.
 
 The peers take their few images from the lists that SimCLR published for ImageNet. Here they are drawn from a seed, and saved.
 """
@@ -30,7 +30,8 @@ from .. import plots
 from ..data.images import MapImages
 from ..data.labels import read_labels
 from ..data.sources import DataArguments, ImageSplits
-from ..engine.results import append_results, encoder_digest
+from ..engine.record import record
+from ..engine.results import encoder_digest
 from ..engine.run_folder import METRICS, SPLIT, write_json
 from ..engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
 from ..views.pil import OneView
@@ -38,11 +39,11 @@ from ..views.policy import build_policy
 from .encoder import Encoder, parse_evaluation
 from .scores import Scores, score
 
-PUBLISHED_BATCH = 256  # images per step that the rates are for
+PUBLISHED_BATCH = 256  # images per step that the learning rates are for
 
 
 class Published(NamedTuple):
-    """Settings for a share of the labels: rate of the encoder, rate of the classifier, epochs."""
+    """Settings for a share of the labels: learning rate of the encoder, learning rate of the classifier, epochs."""
 
     learning_rate: float
     head_learning_rate: float
@@ -65,30 +66,30 @@ def nearest_published(label_fraction: float) -> tuple[float, Published]:
 
 def _per_fraction(name: str) -> str:
     values = [f"{getattr(published, name):g} with {share:.0%}" for share, published in PUBLISHED.items()]
-    return f"by default {', '.join(values)} of the labels".replace("%", "%%")
+    return f"By default {', '.join(values)} of the labels.".replace("%", "%%")
 
 
 @dataclass
 class FinetuneArguments(SGDTrainingArguments):
-    """The published settings; rates and epochs depend on the share of the labels."""
+    """The published settings; learning rates and epochs depend on the share of the labels."""
 
     label_fraction: float = field(
-        default=1.0, metadata={"help": "share of the labelled images of every class to train on, at least one of each"}
+        default=1.0, metadata={"help": "Share of the labelled images of every class to train on, at least one of each."}
     )
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": f"passes over these images; {_per_fraction('epochs')}"}
+        default=None, metadata={"help": f"Passes over these images. {_per_fraction('epochs')}"}
     )
     learning_rate: float | None = field(
-        default=None, metadata={"help": f"of the encoder; {_per_fraction('learning_rate')}"}
+        default=None, metadata={"help": f"Learning rate of the encoder. {_per_fraction('learning_rate')}"}
     )
     head_learning_rate: float | None = field(
-        default=None, metadata={"help": f"of the classifier; {_per_fraction('head_learning_rate')}"}
+        default=None, metadata={"help": f"Learning rate of the classifier. {_per_fraction('head_learning_rate')}"}
     )
-    weight_decay: float = field(default=0.0, metadata={"help": "of both"})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the encoder and the classifier."})
     global_batch_size: int = field(
-        default=PUBLISHED_BATCH, metadata={"help": "images per optimizer step over all devices"}
+        default=PUBLISHED_BATCH, metadata={"help": "Images per optimizer step over all devices."}
     )
-    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, epoch"})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, epoch."})
 
     def __post_init__(self):
         if not 0 < self.label_fraction <= 1:
@@ -130,7 +131,7 @@ class FinetuneTrainer(SGDTrainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            parts = (self.model.moco, self.model.classifier)  # the rate of the first is logged
+            parts = (self.model.moco, self.model.classifier)  # the learning rate of the first is logged
             groups = [
                 {"params": list(part.parameters()), "lr": rate}
                 for part, rate in zip(parts, self.args.rates.values(), strict=True)
@@ -214,8 +215,8 @@ class FinetuneRun:
         args = self.training
         length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         return (
-            f"fine-tuning on {100 * args.label_fraction:g} % of the labels ({images:,} images), {length}, rates "
-            f"{args.learning_rate:g} and {args.head_learning_rate:g}"
+            f"fine-tuning on {100 * args.label_fraction:g} % of the labels ({images:,} images), {length}, "
+            f"learning rates {args.learning_rate:g} and {args.head_learning_rate:g}"
         )
 
 
@@ -248,14 +249,8 @@ def build_trainer(run: FinetuneRun, splits: ImageSplits, indices: np.ndarray) ->
     batch = args.per_device_train_batch_size
     if args.world_size == 1 and len(indices) > batch and len(indices) % batch == 1:
         args.dataloader_drop_last = True  # BatchNorm has nothing to normalise one image by
-    names = dict(enumerate(splits.class_names))
-    model = run.encoder.load(
-        MoCoForImageClassification,
-        args.seed,
-        id2label=names,
-        label2id={name: number for number, name in names.items()},
-        batch_norm="plain",  # the groups of pretraining keep keys apart, and here are none
-    )
+    # The groups of pretraining keep the keys apart, and fine-tuning has none.
+    model = run.encoder.load_classifier(splits.class_names, args.seed, batch_norm="plain")
     crop = OneView(build_policy("crop", data.horizontal_flip), data.image_size)
     return FinetuneTrainer(
         model,
@@ -273,7 +268,7 @@ def announce(run: FinetuneRun, trainer: FinetuneTrainer) -> None:
     by_default = {name: rate for name, rate in args.rates.items() if name not in run.settings["training"]}
     share, published = nearest_published(args.label_fraction)
     if by_default:
-        print(f"Rates of {published.source}, for {share:.0%} of the labels.")
+        print(f"Learning rates of {published.source}, for {share:.0%} of the labels.")
     if by_default and args.global_batch_size != PUBLISHED_BATCH:
         ruled = [f"--{name} {rate * args.global_batch_size / PUBLISHED_BATCH:g}" for name, rate in by_default.items()]
         print(
@@ -314,7 +309,14 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> S
         }
         plots.confusion_matrix(scores.confusion, splits.class_names, folder / "confusion")
         results = scores.results(protocol, settings=settings, seed=args.seed)
-        append_results(run.encoder.home, results, model=trainer.encoder, data=splits.about)
-        append_results(folder, results, model=encoder_digest(trainer.model.moco), data=splits.about)
-        args.trackers.send(folder, results, [folder / "confusion.png"], trainer.state.global_step)
+        record(run.encoder.results_dir, results, model=trainer.encoder, data=splits.about, trackers=None)
+        record(
+            folder,
+            results,
+            model=encoder_digest(trainer.model.moco),
+            data=splits.about,
+            trackers=args.trackers,
+            figures=[folder / "confusion.png"],
+            step=trainer.state.global_step,
+        )
     return trainer.scores

@@ -15,10 +15,8 @@ from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import gather, world_size
 
 from ..data.images import MapImages
-from ..data.sources import DataArguments
 from ..engine.results import Feature, Result
 from ..engine.trackers import TRACKERS
-from .encoder import Encoder, MoCoQueryModel, parse_evaluation
 from .features import cached_features, extract_features, unit
 
 BANK_CHUNK, QUERY_CHUNK = 65_536, 1_024  # rows at once: a quarter of a gigabyte of similarities
@@ -30,29 +28,36 @@ class KNNArguments:
 
     _argument_group_name = "kNN"
 
-    k: list[int] = field(default_factory=lambda: [200], metadata={"help": "neighbours that vote; several are compared"})
-    temperature: float = field(default=0.07, metadata={"help": "T: a vote weighs exp(cosine similarity / T)"})
-    features: Feature = field(
-        default="backbone", metadata={"help": "the pooled output, or the head's, that the loss sees"}
+    knn_k: list[int] = field(
+        default_factory=lambda: [200], metadata={"help": "Neighbours that vote. Several numbers are compared."}
     )
-    batch_size: int = field(default=256, metadata={"help": "images per device"})
-    num_workers: int = field(default=0, metadata={"help": "processes that read images, per device"})
-    seed: int = field(default=0, metadata={"help": "of the weights of --random_encoder"})
-    use_cpu: bool = field(default=False, metadata={"help": "leave the GPUs alone"})
+    knn_temperature: float = field(
+        default=0.07, metadata={"help": "Temperature T of the votes: one weighs exp(cosine similarity / T)."}
+    )
+    knn_features: Feature = field(
+        default="backbone",
+        metadata={
+            "help": "What is compared: the pooled output of the backbone, or that of the head, which the loss sees."
+        },
+    )
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images per device at once."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images, per device."})
+    seed: int = field(default=0, metadata={"help": "Seed of the weights of --random_encoder."})
+    use_cpu: bool = field(default=False, metadata={"help": "Compute on the CPU, even where there is a GPU."})
     report_to: list[str] = field(
-        default_factory=list, metadata={"help": f"trackers that get the results: {', '.join(TRACKERS)}"}
+        default_factory=list, metadata={"help": f"Trackers that get the results: {', '.join(TRACKERS)}."}
     )
     project: str = field(
-        default="moco", metadata={"help": "trackers: that of the pretraining run, whose name is MODEL"}
+        default="moco", metadata={"help": "Project of the pretraining run in the trackers; MODEL names the run."}
     )
 
     def __post_init__(self):
         if unknown := set(self.report_to) - set(TRACKERS):
             raise ValueError(f"report_to ({', '.join(unknown)}) must be of {', '.join(TRACKERS)}")
-        if not self.k or min(self.k) < 1:
-            raise ValueError(f"k ({self.k}) must be at least 1")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature ({self.temperature}) must be above 0: the papers' protocol has 0.07")
+        if not self.knn_k or min(self.knn_k) < 1:
+            raise ValueError(f"knn_k ({self.knn_k}) must be at least 1: the papers' protocol has 200")
+        if self.knn_temperature <= 0:
+            raise ValueError(f"knn_temperature ({self.knn_temperature}) must be above 0: the papers' protocol has 0.07")
 
 
 @torch.no_grad()
@@ -88,11 +93,11 @@ def knn_predict(
     bank: torch.Tensor,
     bank_labels: torch.Tensor,
     *,
-    ks: list[int],
+    knn_k: list[int],
     temperature: float = 0.07,
     device: torch.device | str = "cpu",
 ) -> dict[int, torch.Tensor]:
-    """Class of each query (Q,) for every k in `ks`: the k nearest neighbours vote with weight exp(similarity / temperature).
+    """Class of each query (Q,) for every k in `knn_k`: the k nearest neighbours vote with weight exp(similarity / temperature).
 
     Args:
         queries: features, the same on all processes (Q, D).
@@ -102,18 +107,18 @@ def knn_predict(
         ValueError: k is larger than the bank.
     """
     size = torch.tensor([len(bank)], device=device)
-    if max(ks) > (total := int(gather(size).sum())):
-        raise ValueError(f"k ({max(ks)}) is larger than the bank ({total} images): lower it")
-    all_similarities, all_indices = nearest(queries, bank, max(ks), device)
-    predictions: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
+    if max(knn_k) > (total := int(gather(size).sum())):
+        raise ValueError(f"knn_k ({max(knn_k)}) is larger than the bank ({total} images): lower it")
+    all_similarities, all_indices = nearest(queries, bank, max(knn_k), device)
+    predictions: dict[int, list[torch.Tensor]] = {k: [] for k in knn_k}
     for similarity, index in zip(all_similarities.split(QUERY_CHUNK), all_indices.split(QUERY_CHUNK), strict=True):
         labels = bank_labels.to(device)[index]
         if world_size() > 1:  # the best of all parts
             parts, owners = (gather(x).unflatten(0, (world_size(), -1)) for x in (similarity, labels))
-            similarity, kept = torch.topk(torch.cat(list(parts), dim=1), max(ks), dim=1)
+            similarity, kept = torch.topk(torch.cat(list(parts), dim=1), max(knn_k), dim=1)
             labels = torch.cat(list(owners), dim=1).gather(1, kept)
         votes = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest 1: a small T does not overflow
-        for k in ks:
+        for k in knn_k:
             ballot = votes.new_zeros(len(labels), int(labels.max()) + 1)
             predictions[k].append(ballot.scatter_add_(1, labels[:, :k], votes[:, :k]).argmax(dim=1))
     return {k: torch.cat(parts).cpu() for k, parts in predictions.items()}
@@ -140,49 +145,25 @@ def evaluate_knn(
     Args:
         cache: a folder to keep features in, or to find them.
     """
-    loading: dict[str, Any] = {"feature": args.features, "batch_size": args.batch_size, "num_workers": args.num_workers}
+    loading: dict[str, Any] = {
+        "feature": args.knn_features,
+        "batch_size": args.per_device_eval_batch_size,
+        "num_workers": args.dataloader_num_workers,
+    }
     extract = extract_features if cache is None else partial(cached_features, folder=cache)
-    bank_features, bank_labels = extract(model, bank, everywhere=False, **loading)
+    bank_features, bank_labels = extract(model, bank, gather=False, **loading)
     features, labels = extract(model, queries, **loading)
-    voting: dict[str, Any] = {"ks": args.k, "temperature": args.temperature, "device": model.device}
+    voting: dict[str, Any] = {"knn_k": args.knn_k, "temperature": args.knn_temperature, "device": model.device}
     accuracies = knn_accuracy(features, labels, bank_features, bank_labels, **voting)
     return [
         Result(
-            protocol(k, args.temperature),
+            protocol(k, args.knn_temperature),
             "top1",
             top1,
             len(queries),
-            args.features,
+            args.knn_features,
             settings={"bank": len(bank)},
             seed=args.seed,
         )
         for k, top1 in accuracies.items()
     ]
-
-
-def parse_knn(argv: list[str]) -> tuple[Encoder, DataArguments, KNNArguments]:
-    """Flags over the data and monitor settings of the pretraining run that the model came from.
-
-    Raises:
-        ValueError: no model there, no dataset named, an unknown flag, or a value out of its range.
-    """
-
-    def of_monitor(recipe: dict[str, Any]) -> dict[str, Any]:
-        training = recipe.get("training", {})
-        return {key.removeprefix("knn_"): value for key, value in training.items() if key.startswith("knn_")}
-
-    encoder, (data, args), _, _ = parse_evaluation(
-        argv,
-        {"data": DataArguments, "knn": KNNArguments},
-        command="knn",
-        description="Classify images by their nearest neighbours among the train split's frozen features.",
-        defaults=of_monitor,
-    )
-    return encoder, data, args
-
-
-def load_model(encoder: Encoder, args: KNNArguments) -> MoCoModel:
-    """The model with what the chosen feature needs."""
-    if args.features == "head":
-        return encoder.load(MoCoQueryModel, args.seed)
-    return encoder.load(MoCoModel, args.seed)

@@ -1,9 +1,9 @@
 """The linear probe of a frozen encoder: its command line, and the official protocol.
 
 `official` is facebookresearch/moco, main_lincls.py (arXiv:1911.05722, section 4.1): a linear classifier on augmented crops,
-the encoder in evaluation mode; SGD, rate 30, no weight decay, 100 epochs, a tenth of the rate at 60 and 80, batch 256. With
-several rates as many classifiers share one forward. `cached` is in `cached_probe.py`, what either leaves in
-`probe_results.py`. Shapes: `N` batch, `C` classes, `H` heads.
+the encoder in evaluation mode; SGD, learning rate 30, no weight decay, 100 epochs, a tenth of it at 60 and 80, batch 256.
+With several learning rates as many classifiers share one forward pass. `cached` is in `cached_probe.py`, what either leaves
+in `probe_results.py`. Shapes: `N` batch, `C` classes, `H` heads.
 """
 
 import copy
@@ -25,7 +25,8 @@ from .. import plots
 from ..cli import offered
 from ..data.images import MapImages
 from ..data.sources import DataArguments, ImageSplits
-from ..engine.results import append_results, encoder_digest
+from ..engine.record import record
+from ..engine.results import encoder_digest
 from ..engine.run_folder import METRICS, write_json
 from ..engine.sgd_trainer import SGDTrainer
 from ..views.pil import OneView
@@ -89,7 +90,7 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
 
 
 def save_probe(probe: Probe, run: ProbeRun, splits: ImageSplits, encoder: MoCoModel) -> None:
-    """Write a probe to `metrics.json` and a picture in the output directory, and to the encoder's `results.json`."""
+    """Write a probe to `metrics.json` and a figure in the output directory, and to the encoder's `results.json`."""
     folder = Path(str(run.training.output_dir))
     path = folder / METRICS
     written = json.loads(path.read_text(encoding="utf-8"))["probes"] if path.is_file() else []
@@ -98,16 +99,13 @@ def save_probe(probe: Probe, run: ProbeRun, splits: ImageSplits, encoder: MoCoMo
     write_json(path, metrics)
     name = {"official": "confusion", "cached SGD": "confusion_sgd", "cached L-BFGS": "confusion_lbfgs"}[probe.name]
     plots.confusion_matrix(probe.scores.confusion, splits.class_names, folder / name)
-    results = probe.results(run.training.seed)
-    append_results(run.encoder.home, results, model=encoder_digest(encoder), data=splits.about)
-    run.training.trackers.send(folder, results, [folder / f"{name}.png"])
-
-
-def load_classifier(encoder: Encoder, splits: ImageSplits, seed: int) -> MoCoForImageClassification:
-    """The encoder with a new classifier for the classes of the data."""
-    names = dict(enumerate(splits.class_names))
-    return encoder.load(
-        MoCoForImageClassification, seed, id2label=names, label2id={name: i for i, name in names.items()}
+    record(
+        run.encoder.results_dir,
+        probe.results(run.training.seed),
+        model=encoder_digest(encoder),
+        data=splits.about,
+        trackers=run.training.trackers,
+        figures=[folder / f"{name}.png"],
     )
 
 
@@ -130,7 +128,7 @@ class LinearHeads(MoCoPreTrainedModel):
 
 
 class LinearProbeTrainer(SGDTrainer):
-    """Trains the heads of [`LinearHeads`], each at its rate, and nothing else.
+    """Trains the heads of [`LinearHeads`], each at its learning rate, and nothing else.
 
     A head gets the gradient that it would get alone. The encoder is frozen and the view of evaluation fixed, so that an
     evaluation is a matrix product with features that are extracted before training.
@@ -194,7 +192,7 @@ class LinearProbeTrainer(SGDTrainer):
         return [score(head(features), labels) for head in self.model.heads]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Top-1 and top-5 accuracy in per cent of the head chosen as of now, and the top-1 of all by their rates."""
+        """Top-1 and top-5 accuracy in per cent of the head chosen as of now, and the top-1 of all by their learning rates."""
         scores = self.scores()
         names = [f"{rate:g}" for rate in self.args.rates]
         metrics = {f"top1_rate_{name}": s.top1 for name, s in zip(names, scores, strict=True)}
@@ -215,7 +213,7 @@ class LinearProbeTrainer(SGDTrainer):
         super().log(logs, start_time)
 
     def probe(self) -> tuple[Probe, int]:
-        """What the training came to, and which head was chosen."""
+        """The probe after training, and the index of the chosen head."""
         scores = self.scores()
         held_out = [None] * len(scores) if self.held_out is None else [s.top1 for s in self.scores("held_out")]
         heads = []
@@ -224,7 +222,7 @@ class LinearProbeTrainer(SGDTrainer):
             epochs = {entry["epoch"]: entry[key] for entry in self.state.log_history if key in entry}
             epochs[self.state.epoch] = s.top1
             best = max(epochs, key=lambda epoch: epochs[epoch])
-            heads.append(HeadReport(f"rate {rate:g}", held, s.top1, epochs[best], best))
+            heads.append(HeadReport(f"learning rate {rate:g}", held, s.top1, epochs[best], best))
         chosen = choose(heads)
         protocol = f"linear probe, official, {self.args.protocol}"
         return Probe("official", protocol, len(self.train_dataset), heads[chosen], scores[chosen], heads), chosen
@@ -233,10 +231,10 @@ class LinearProbeTrainer(SGDTrainer):
 def build_trainer(
     model: MoCoForImageClassification, args: LinearProbeArguments, data: DataArguments, splits: ImageSplits
 ) -> LinearProbeTrainer:
-    """The official protocol on the given images. With several rates a part of the train split is held out.
+    """The official protocol on the given images. With several learning rates a part of the train split is held out.
 
     Raises:
-        ValueError: there are several rates, and too few images to hold some out.
+        ValueError: there are several learning rates, and too few images to hold some out.
     """
     view, train, held_out = data.evaluation_view(), splits.train, None
     if len(args.rates) > 1:

@@ -22,25 +22,27 @@ class LinearProbeArguments(SGDTrainingArguments):
     mode: Literal["official", "cached"] = field(
         default="official",
         metadata={
-            "help": "official: augmented crops, as published; cached: features extracted once, in seconds. cached reads "
-            + ", ".join(sorted(READ_BY_CACHED - {"mode"}))
+            "help": "How to train: official, on augmented crops, as published; or cached, on features that are extracted once, "
+            f"in seconds. The cached mode reads {', '.join(sorted(READ_BY_CACHED - {'mode'}))}."
         },
     )
     learning_rates: list[float] | None = field(
         default=None,
         metadata={
-            "help": "train a classifier at each of these rates and choose on a held-out tenth of the train split; by default "
-            f"learning_rate alone, in cached mode {' '.join(f'{rate:g}' for rate in CACHED_RATES)}"
+            "help": "Train a classifier at each of these learning rates and choose on a held-out tenth of the train split. By "
+            f"default learning_rate alone, in cached mode {' '.join(f'{rate:g}' for rate in CACHED_RATES)}."
         },
     )
-    num_train_epochs: float = field(default=100, metadata={"help": "passes over the images"})
-    learning_rate: float = field(default=30.0, metadata={"help": "the features are small, hence the size"})
-    weight_decay: float = field(default=0.0, metadata={"help": "of the classifier"})
-    lr_milestones: list[int] | None = field(
-        default_factory=lambda: [60, 80], metadata={"help": "epochs at which the rate drops to a tenth"}
+    num_train_epochs: float = field(default=100, metadata={"help": "Passes over the images."})
+    learning_rate: float = field(
+        default=30.0, metadata={"help": "Learning rate. The features are small, hence its size."}
     )
-    global_batch_size: int = field(default=256, metadata={"help": "images per optimizer step over all devices"})
-    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, epoch"})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the classifier."})
+    lr_milestones: list[int] | None = field(
+        default_factory=lambda: [60, 80], metadata={"help": "Epochs at which the learning rate drops to a tenth."}
+    )
+    global_batch_size: int = field(default=256, metadata={"help": "Images per optimizer step over all devices."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, epoch."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,11 +50,11 @@ class LinearProbeArguments(SGDTrainingArguments):
         if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
             raise ValueError(f"{name} ({_listed(self.rates)}) must be above 0: the published one is 30")
         if len({f"{rate:g}" for rate in self.rates}) < len(self.rates):
-            raise ValueError(f"{name} ({_listed(self.rates)}) has a rate twice: name each once")
+            raise ValueError(f"{name} ({_listed(self.rates)}) has a learning rate twice: name each once")
 
     @property
     def rates(self) -> list[float]:
-        """The rate of every head."""
+        """The learning rate of every head."""
         if self.learning_rates is not None:
             return self.learning_rates
         return CACHED_RATES if self.mode == "cached" else [self.learning_rate]
@@ -60,7 +62,7 @@ class LinearProbeArguments(SGDTrainingArguments):
     @property
     def protocol(self) -> str:
         """The words that stand for training by SGD with these settings in results."""
-        rates = f"rate {_listed(self.rates)}" + (" by a held-out tenth" if len(self.rates) > 1 else "")
+        rates = f"learning rate {_listed(self.rates)}" + (" by a held-out tenth" if len(self.rates) > 1 else "")
         drops = f"a tenth at {_listed(self.lr_milestones)}" if self.lr_milestones else "cosine"
         length = f"{self.max_steps} steps of " if self.max_steps > 0 else ""
         words = f"{rates}, {length}{self.num_train_epochs:g} epochs, {drops}, batch {self.global_batch_size}"

@@ -8,7 +8,7 @@ import torch
 from ..engine.results import Result
 from .scores import Scores
 
-HELD_OUT = 10  # one of so many training images
+HELD_OUT = 10  # one of this many training images is held out
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Probe:
         name: "official", "cached SGD" or "cached L-BFGS".
         protocol: what was done, for results.
         trained_on: images that `final` was trained on. Where they are all of the train split and several settings were
-            compared, `final` was trained anew, the held-out images included.
+            compared, `final` was trained again, the held-out images included.
         final: the classifier that the result is about.
         scores: its scores after training, on the evaluated images.
         heads: all that were compared.

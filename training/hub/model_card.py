@@ -94,7 +94,7 @@ def render_card(
         std=_listed(processor.image_std),
         training=_training(origin),
         settings=yaml.safe_dump(settings, sort_keys=False) if (settings := _settings(origin)) else "",
-        pictures=[(path.name, *titles[path.stem]) for path in origin.pictures],
+        figures=[(path.name, *titles[path.stem]) for path in origin.figures],
         results=[[cell.replace("|", "\\|") for cell in _row(entry)] for entry in results],
     )
     return card

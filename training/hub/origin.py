@@ -9,7 +9,7 @@ import yaml
 from modeling_moco import MoCoForImageClassification
 
 from ..engine.results import encoder_digest, read_results
-from ..engine.run_folder import CONVERSION, MANIFEST, METRICS, PICTURES, RESULTS, SAVED_RECIPE
+from ..engine.run_folder import CONVERSION, FIGURES, MANIFEST, METRICS, RESULTS, SAVED_RECIPE
 from ..errors import first_line
 from . import exports
 from .exports import Model
@@ -27,10 +27,10 @@ class Origin:
         recipe: sections of the settings of the pretraining.
         evaluation: settings of the probe or the fine-tuning that followed.
         fine_tuned: whether the encoder has been trained with labels since.
-        metrics: of the pretraining's `metrics.json`, if the published weights are the run's final ones or were trained from them.
+        metrics: of the pretraining's `metrics.json`, if the weights are the run's final ones or were trained from them.
         conversion: of the `conversion.json` of a converted checkpoint.
         results: entries of `results.json` that were measured on these weights, oldest first.
-        pictures: PNG files.
+        figures: PNG files.
     """
 
     recipe: dict[str, dict[str, Any]]
@@ -39,7 +39,7 @@ class Origin:
     metrics: dict[str, Any]
     conversion: dict[str, Any]
     results: list[dict[str, Any]]
-    pictures: list[Path]
+    figures: list[Path]
 
 
 def read_origin(source: Path, model: Model) -> Origin:
@@ -64,7 +64,7 @@ def read_origin(source: Path, model: Model) -> Origin:
         metrics=metrics,
         conversion=_read_json((run or source) / CONVERSION),
         results=_read_own_results(home, run, encoder_digest(encoder), about_encoder=not evaluated),
-        pictures=_find_pictures(run) if run and final and not evaluated.get("fine_tuned") else [],
+        figures=_find_figures(run) if run and final and not evaluated.get("fine_tuned") else [],
     )
 
 
@@ -100,9 +100,9 @@ def _read_own_results(home: Path, run: Path | None, digest: str, about_encoder: 
     return [entry for folder, entry in results if folder == home.resolve() or entry["protocol"].startswith(own)]
 
 
-def _find_pictures(folder: Path) -> list[Path]:
+def _find_figures(folder: Path) -> list[Path]:
     # Links may show what lies elsewhere.
-    paths = [folder / f"{name}.png" for name in PICTURES]
+    paths = [folder / f"{name}.png" for name in FIGURES]
     return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 

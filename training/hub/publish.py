@@ -8,10 +8,10 @@ The directory of an encoder that timm knows:
     *_moco.py                   our code, for `trust_remote_code=True`
     resnet/                     the same weights as transformers' ResNet
     onnx/, torch_export/        by flag
-    README.md, *.png            the model card and its pictures
+    README.md, *.png            the model card and its figures
 
 One with a stem for small images, which timm does not know, has our format alone. Nothing in it is a pickle, and only files
-written here or pictures of the run are in it.
+written here or figures of the run are in it.
 """
 
 import json
@@ -40,7 +40,7 @@ import modeling_moco
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 from modeling_moco.distributed_moco import rank
 
-from ..engine.run_folder import PICTURES, write_json
+from ..engine.run_folder import FIGURES, write_json
 from ..errors import first_line
 from . import exports
 from .exports import Model, read_json
@@ -58,7 +58,7 @@ AUTO_MAP = {
 }
 PROCESSOR = "image_processing_moco.MoCoImageProcessorPil"  # the exact one
 # Files that a push deletes unless it uploads them again: old weights must not stay under the new name.
-WRITTEN = ("onnx/*", "torch_export/*", "resnet/*", "*.safetensors", "*_moco.py", *(f"{name}.png" for name in PICTURES))
+WRITTEN = ("onnx/*", "torch_export/*", "resnet/*", "*.safetensors", "*_moco.py", *(f"{name}.png" for name in FIGURES))
 MADE_BY_HAND = {".gitattributes", "README.md", "LICENSE"}  # files of a repository that was created on the website
 
 
@@ -67,7 +67,8 @@ class PublishArguments:
     """Options of publishing."""
 
     include_training_state: bool = field(
-        default=False, metadata={"help": "Publish key encoder, projector and queue too, so that others can continue training."}
+        default=False,
+        metadata={"help": "Publish key encoder, projector and queue too, so that others can continue training."},
     )
     onnx: bool = field(default=False, metadata={"help": "Add an ONNX file, checked in onnxruntime."})
     torch_export: bool = field(default=False, metadata={"help": "Add a file for torch.export.load."})
@@ -143,7 +144,7 @@ def publish(
     """Write everything that is to be uploaded to an empty folder, the card last.
 
     Args:
-        source: folder of the model, which may have its recipe, results and pictures beside it.
+        source: folder of the model, which may have its recipe, results and figures beside it.
 
     Raises:
         ValueError: an export could not be made, there is no room, or what lies beside the model cannot be read.
@@ -172,8 +173,8 @@ def _publish(
         if args.torch_export:
             exports.save_torch_export(program, folder / "torch_export")
     origin = read_origin(Path(source), model)
-    for picture in origin.pictures:
-        shutil.copyfile(picture, folder / picture.name)
+    for figure in origin.figures:
+        shutil.copyfile(figure, folder / figure.name)
     card = render_card(
         repo_id,
         model,
@@ -283,7 +284,9 @@ class Repository:
         try:
             validate_repo_id(self.name)
         except HFValidationError as error:
-            raise ValueError(f"repository ({self.name}) is not a valid repository name: write it as org/name") from error
+            raise ValueError(
+                f"repository ({self.name}) is not a valid repository name: write it as org/name"
+            ) from error
 
     @property
     def api(self) -> HfApi:
