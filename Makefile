@@ -1,7 +1,6 @@
 # A fresh machine needs Python 3.11, make, git and a package index.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint format
@@ -17,9 +16,9 @@ setup: .venv/installed  ## build .venv and install the project into it (about 6 
 	touch $@
 
 demo: setup  ## pretrain on scikit-learn's digits, probe, classify: a minute and a half on two cores, no download
-	$(LAUNCH) scripts/pretrain.py --recipe quickstart
-	$(LAUNCH) scripts/linear_probe.py runs/quickstart
-	$(LAUNCH) scripts/linear_probe.py runs/quickstart --mode cached
+	$(BIN)/python scripts/pretrain.py --recipe quickstart
+	$(BIN)/python scripts/linear_probe.py runs/quickstart
+	$(BIN)/python scripts/linear_probe.py runs/quickstart --mode cached
 
 test: setup lint  ## lint, types and tests
 	$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile

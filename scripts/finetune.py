@@ -1,4 +1,4 @@
-"""Fine-tune an encoder with few labels or all: `accelerate launch scripts/finetune.py runs/mine --label_fraction 0.1`."""
+"""Fine-tune an encoder with few labels or all: `python scripts/finetune.py runs/mine --label_fraction 0.1`."""
 
 import sys
 

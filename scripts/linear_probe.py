@@ -1,4 +1,4 @@
-"""Train a linear classifier on a frozen encoder: `accelerate launch scripts/linear_probe.py runs/quickstart`."""
+"""Train a linear classifier on a frozen encoder: `python scripts/linear_probe.py runs/quickstart`."""
 
 import sys
 

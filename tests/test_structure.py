@@ -56,7 +56,7 @@ def imported(name: str, path: Path) -> set[str]:
 
 def room(name: str) -> str:
     first, *rest = name.split(".")
-    return rest[0] if first == "training" else first
+    return rest[0] if first == "training" and rest else first
 
 
 def test_every_import_runs_down():
@@ -104,7 +104,8 @@ def overrides():
             if not inspect.isclass(kind) or kind.__module__ != name:
                 continue
             for method, value in vars(kind).items():
-                if not inspect.isfunction(value) or re.fullmatch(r"__\w+__", method):
+                # `forward` is each module's own.
+                if not inspect.isfunction(value) or method == "forward" or re.fullmatch(r"__\w+__", method):
                     continue
                 for parent in kind.__mro__[1:]:
                     if method in vars(parent):
@@ -125,10 +126,9 @@ def test_an_overridden_method_takes_every_argument_of_the_librarys(kind, method,
             named[parameter.name] = None
         elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             positional.append(parameter.name)
-    ours.bind(*positional, **named)
     required = [name for name in positional if theirs.parameters[name].default is inspect.Parameter.empty]
     optional = {name: None for name in positional if name not in required}
-    ours.bind(*required, **optional, **named)  # as callers name what is optional
+    ours.bind(*required, **optional, **named)  # callers name what is optional
 
 
 def test_private_methods_are_overridden_only_where_no_public_hook_exists():

@@ -1,4 +1,4 @@
-"""Classify by nearest neighbours on frozen features: `accelerate launch scripts/knn.py runs/quickstart --knn_k 10 20 200`."""
+"""Classify by nearest neighbours on frozen features: `python scripts/knn.py runs/quickstart --knn_k 10 20 200`."""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""Pretrain an encoder with MoCo: `accelerate launch scripts/pretrain.py --recipe quickstart`."""
+"""Pretrain an encoder with MoCo: `python scripts/pretrain.py --recipe quickstart`."""
 
 import sys
 from pathlib import Path
