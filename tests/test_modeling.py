@@ -243,6 +243,14 @@ def test_a_compiled_model_has_the_loss_the_gradients_and_the_queue_of_the_model(
         torch.testing.assert_close(ours.grad, expected.grad, atol=1e-6, rtol=1e-4)
 
 
+def test_an_exported_model_has_the_loss_and_the_logits_of_the_model(trained):
+    images = views()
+    program = torch.export.export(trained, images)
+    ours, expected = program.module()(*images), trained(*images)
+    torch.testing.assert_close(ours.loss, expected.loss)
+    torch.testing.assert_close(ours.logits, expected.logits)
+
+
 @pytest.mark.parametrize("kind", ["features", "keys", "backbone", "classifier"])
 def test_uint8_images_are_normalised_by_the_model(kind):
     config = moco_config(image_mean=[0.5, 0.4, 0.3], image_std=[0.1, 0.2, 0.3], num_labels=3)
