@@ -105,6 +105,14 @@ class SGDTrainingArguments(TrainingArguments):
             )
 
     @property
+    def device(self) -> torch.device:
+        """Of this process. One of several on a CPU is "cpu:0" to accelerate, which torch.load, as transformers 5.17 calls it
+        for the optimizer, does not know.
+        """
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
     def trackers(self) -> Trackers:
         """Where results and pictures go when training is over."""
         return Trackers(self.report_to, self.project, self.run_name or run_name(Path(str(self.output_dir))))
