@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,7 +162,10 @@ class MoCoTrainer(SGDTrainer):
             for buffer in self.model.dictionary.buffers():
                 dist.broadcast(buffer, src=0)
         self._logged_at = time.perf_counter()
-        return super().train(*args, **kwargs)
+        with warnings.catch_warnings():
+            # torch 2.14 itself says to keep it where each rank has buffers of its own when training begins.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return super().train(*args, **kwargs)
 
     # Publishing: Trainer would upload the folder of a run as it is, pickles and paths of this machine included.
 
