@@ -41,25 +41,25 @@ setup(
     package_data={"modeling_moco": ["py.typed"], "moco_hf": ["recipes/*.yaml", "py.typed"]},
     cmdclass={"build_py": BuildWithCard},
     entry_points={"console_scripts": ["moco = moco_hf.commands:main"]},
+    # Every lower bound, those of "dev" included, is the version that `make test-oldest` installs and runs the tests with.
     # torch and torchvision are resolved together from the same index: a CPU-only torch wheel next to the index's
     # torchvision fails at import with "operator torchvision::nms does not exist".
     install_requires=[
-        "torch>=2.14",
-        "torchvision>=0.29",
-        "transformers>=5.23,<6",
-        "accelerate>=1.15",
-        "datasets>=5.2",
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "transformers>=5.17,<6",
+        "accelerate>=1.12",
+        "datasets>=4.5",
         "timm>=1.0.31",
-        "huggingface-hub>=2.4",
-        "httpx2>=2.0",  # whose errors huggingface-hub raises
+        "huggingface-hub>=1.33",
         "safetensors>=0.8",
         "filelock>=3.16",
         "scikit-learn>=1.7",
         "threadpoolctl>=3.5",
-        "matplotlib>=3.10",
+        "matplotlib>=3.10.7",
         "pyyaml>=6.0",
-        "pillow>=11",
-        "opencv-python-headless>=4.10",
+        "pillow>=11.2.1",
+        "opencv-python-headless>=4.10.0.84",
     ],
     extras_require={
         "trackio": ["trackio>=0.40"],
@@ -70,7 +70,7 @@ setup(
             "pytest-xdist>=3.8",
             "ruff>=0.14",
             "mypy>=1.18",
-            "types-PyYAML",
+            "types-PyYAML>=6.0.12",
             "trackio>=0.40",
             "tensorboard>=2.20",
             "onnx>=1.19",
@@ -81,6 +81,8 @@ setup(
     classifiers=[
         "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

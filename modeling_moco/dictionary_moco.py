@@ -21,7 +21,7 @@ COLUMNS = 8192  # of the queue that are worked on at once: 1 MB for 32 queries, 
 class InfoNCE(torch.autograd.Function):
     """`F.cross_entropy(torch.cat([l_pos, l_neg], dim=1) / T, zeros)`, with the logits as its only matrix of N x (1+K).
 
-    With torch's own operations three are held at once. torch.compile leaves it as it is, between two graphs.
+    With torch's own operations three are held at once.
     """
 
     @staticmethod
@@ -68,6 +68,10 @@ def info_nce(
         the mean over the queries, natural logarithm (scalar); and similarities divided by T, the positive first, without
         gradient (N, 1+K). Backward reads them, and raises a RuntimeError if they were changed.
     """
+    if torch.compiler.is_compiling():  # torch.compile and torch.export cannot follow `out=` into parts of a tensor
+        l_pos = (q * k / temperature).sum(dim=1, keepdim=True)
+        logits = torch.cat([l_pos, q / temperature @ queue], dim=1)
+        return F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long)), logits.detach()
     return InfoNCE.apply(q, k, queue, temperature)
 
 

@@ -32,7 +32,9 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return x
     out = x.new_empty((world_size() * len(x), *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous())
+    # The newer name, where there is one: the older then warns.
+    gather_into = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather_into(out, x.contiguous())
     return out
 
 

@@ -30,6 +30,15 @@ def script():
     return load
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _strict_processes():
+    """Warnings are errors in every process that a test starts, spawned ranks and scripts alike: pytest's filters end here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONWARNINGS", "error")
+        patch.setenv("OMP_NUM_THREADS", "1")  # for the reason above; accelerate warns where it has to choose itself
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     """No network, and nothing written to or read from the user's cache."""

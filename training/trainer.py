@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -163,7 +164,10 @@ class MoCoTrainer(SGDTrainer):
             for buffer in self.model.dictionary.buffers():
                 dist.broadcast(buffer, src=0)
         self._logged_at = time.perf_counter()
-        return super().train(*args, **kwargs)
+        with warnings.catch_warnings():
+            # torch 2.14 itself says to keep it where each rank has buffers of its own when training begins.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return super().train(*args, **kwargs)
 
     def build_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, StreamedImages):

@@ -33,7 +33,7 @@ TINY = [
     *("--eval_resize", "32", "--queue_size", "64", "--global_batch_size", "16", "--knn_k", "5", "--use_cpu"),
     *("--dataloader_num_workers", "0", "--dataloader_persistent_workers", "False", "--disable_tqdm", "True"),
 ]
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx2")  # the client's own use of it
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx")  # and httpx2: the client's own use of them
 # What a stranger does: no package of ours, an empty cache. Prints a line of JSON.
 STRANGER = """
 import sys

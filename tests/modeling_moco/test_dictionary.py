@@ -99,7 +99,7 @@ def test_loss_and_gradient_are_those_of_cross_entropy(keys, temperature, dtype):
         (3 * losses[-1]).backward()  # not 1, which would hide a forgotten factor
         gradients.append(x.grad / 3)
     torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
+    torch.testing.assert_close(*gradients, atol=2e-6, rtol=0)  # entries up to 2.2, of which 1.1e-6 was lost on AVX2
 
 
 def test_gradient_is_that_of_finite_differences():

@@ -229,6 +229,7 @@ def test_contrast_is_computed_in_float32_under_autocast(trained):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, from inside torch.compile
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")  # of torch.compile, on that version alone
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_compiled_model_has_the_loss_the_gradients_and_the_queue_of_the_model(symmetric):
     model = MoCoModel(moco_config(symmetric_loss=symmetric))
@@ -241,6 +242,14 @@ def test_a_compiled_model_has_the_loss_the_gradients_and_the_queue_of_the_model(
     assert_equal({"queue": compiled.dictionary.queue}, {"queue": model.dictionary.queue})
     for ours, expected in zip(compiled.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, expected.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_an_exported_model_has_the_loss_and_the_logits_of_the_model(trained):
+    images = views()
+    program = torch.export.export(trained, images)
+    ours, expected = program.module()(*images), trained(*images)
+    torch.testing.assert_close(ours.loss, expected.loss)
+    torch.testing.assert_close(ours.logits, expected.logits)
 
 
 @pytest.mark.parametrize("kind", ["features", "keys", "backbone", "classifier"])

@@ -1,5 +1,7 @@
 """Six official steps on two ranks, with shuffling BatchNorm under DDP, against ours (see test_trace.py)."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,7 +18,9 @@ def run(rank: int, folder: str) -> None:
     orders = iter(TRACE["two.shuffle"])
     model = official_model("shuffle").train()
     model._draw_order = lambda n: next(orders)  # the recorded draws
-    replica = DistributedDataParallel(model, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # as in MoCoTrainer
+        replica = DistributedDataParallel(model, broadcast_buffers=False)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=0.1, momentum=0.9, weight_decay=1e-4)
     result = {"losses": []}

@@ -38,7 +38,8 @@ def write_parquet(folder: Path, shards: list[range], split: str = "train", **col
     for i, numbers in enumerate(shards):
         rows = table(numbers, **columns)
         rows = rows.cast_column(rows.column_names[0], datasets.Image())
-        rows.to_parquet(folder / f"{split}-{i:05d}-of-{len(shards):05d}.parquet")
+        # With a batch size, for datasets before 5.2 cannot choose one where there are no rows.
+        rows.to_parquet(folder / f"{split}-{i:05d}-of-{len(shards):05d}.parquet", batch_size=1000)
     return folder
 
 

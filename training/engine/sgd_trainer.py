@@ -148,6 +148,16 @@ class SGDTrainingArguments(TrainingArguments):
             )
 
     @property
+    def device(self) -> torch.device:
+        """Device of this process.
+
+        One of several on a CPU is "cpu:0" to accelerate, which torch.load, as transformers 5.17 calls it for the optimizer,
+        does not know.
+        """
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
     def trackers(self) -> Trackers:
         """Where results and figures go when training is over."""
         folder = Path(str(self.output_dir))

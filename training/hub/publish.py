@@ -26,9 +26,8 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
 
-import httpx2
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # the last is httpx's or httpx2's
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -251,10 +250,10 @@ def hub_errors(doing: str) -> Iterator[None]:
         raise ValueError(
             f"{doing} failed: the answer is not a Hub's (a proxy, a login page?); check the network"
         ) from error
-    except (httpx2.HTTPError, OSError, RuntimeError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:
         # The client puts a RuntimeError around what goes wrong with a large file. Others are not the network's.
         cause: Any = error.__cause__ if type(error) is RuntimeError else error
-        if not isinstance(cause, httpx2.HTTPError | OSError):
+        if not isinstance(cause, HTTPError | OSError):
             raise
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 0
         remedy = {
