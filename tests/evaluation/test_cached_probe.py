@@ -146,7 +146,7 @@ def test_accuracies_are_those_of_the_kept_features(digits, tmp_path):
     assert sgd.trained_on == lbfgs.trained_on == 400
     assert sgd.scores.top1 == sgd.final.last <= sgd.final.best
     heads = Heads(x.shape[1], 10, 1, seed=0)
-    *_, _ = train_heads(heads, x, y, [float(best.setting[5:])], epochs=10, milestones=[6, 8])
+    *_, _ = train_heads(heads, x, y, [float(best.setting.removeprefix("learning rate "))], epochs=10, milestones=[6, 8])
     assert sgd.scores.top1 == pytest.approx(heads.top1(q, truth)[0])
     assert sgd.scores.top1 > 60
 
