@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from itertools import pairwise
 from statistics import median
 
 import pytest
@@ -152,27 +153,64 @@ def test_a_collapsed_model_has_no_contrast_accuracy(rows, tmp_path, value):
     assert all(entry["contrast_top5"] == 0 for entry in trainer.state.log_history if "loss" in entry)
 
 
-class SlowSteps(TrainerCallback):
+class Clock(TrainerCallback):
+    """A clock that stands still but for what an image, a step and an evaluation are said to take.
+
+    At every log it notes its seconds so far, how many of them images took and how many evaluations.
+    """
+
+    def __init__(self, monkeypatch, image=0.0, step=0.0, evaluation=0.0):
+        self.image, self.step, self.evaluation = image, step, evaluation
+        self.now, self.for_images, self.evaluating = 1000.0, 0.0, 0.0
+        self.logged = [(self.now, 0.0, 0.0)]
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def slow_down(self, transform):
+        def slowly(image, generator):
+            self.now += self.image
+            self.for_images += self.image
+            return transform(image, generator)
+
+        return slowly
+
     def on_step_begin(self, args, state, control, **kwargs):
-        time.sleep(0.4)
+        self.now += self.step
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.now += self.evaluation
+        self.evaluating += self.evaluation
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.logged.append((self.now, self.for_images, self.evaluating))
+
+    def windows(self) -> list[tuple[float, float]]:
+        """Between two logs each: seconds of training, and how many of them images took."""
+        return [
+            (now - before - (evaluating - evaluated), images - earlier)
+            for (before, earlier, evaluated), (now, images, evaluating) in pairwise(self.logged)
+        ]
 
 
-@pytest.mark.parametrize("slow", ["images", "steps"])
-def test_the_log_says_what_a_run_has_waited_for(rows, tmp_path, slow):
-    trainer = build(rows, tmp_path, callback=SlowSteps() if slow == "steps" else None, num_train_epochs=1)
-    transform = trainer.train_dataset.transform
-
-    def slowly(image, generator):
-        time.sleep(0.1 if slow == "images" else 0)
-        return transform(image, generator)
-
-    trainer.train_dataset.transform = slowly
+@pytest.mark.parametrize(("image", "step", "says"), [(3.0, 2.0, "data"), (0.25, 20.0, "compute")])
+def test_the_log_says_what_a_run_has_waited_for(rows, tmp_path, monkeypatch, image, step, says):
+    clock = Clock(monkeypatch, image, step)
+    trainer = build(rows, tmp_path, callback=clock, num_train_epochs=1)
+    trainer.train_dataset.transform = clock.slow_down(trainer.train_dataset.transform)
     trainer.train()
     shares = [entry["waiting_for_data"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(shares) == 6
-    assert all(0 < share < 100 for share in shares)  # each of its own window
-    assert (median(shares) > 50) == (slow == "images")
-    assert bound({"waiting_for_data": median(shares)}).startswith("data" if slow == "images" else "compute")
+    assert shares == pytest.approx([100 * images / seconds for seconds, images in clock.windows()])
+    assert len(set(shares)) > 1  # each of its own window: of the first, in which two batches are read, and others
+    assert bound({"waiting_for_data": median(shares)}).startswith(says)
+
+
+def test_images_per_second_are_those_of_training(rows, tmp_path, monkeypatch):
+    clock = Clock(monkeypatch, step=2, evaluation=100)
+    trainer = build(rows, tmp_path, callback=clock, num_train_epochs=1, eval_strategy="steps", eval_steps=3)
+    trainer.train()
+    assert clock.evaluating == 200
+    rates = [entry["images_per_second"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([BATCH / 2] * 6)
 
 
 def test_evaluation_runs_every_n_epochs_and_at_the_end(rows, tmp_path):

@@ -346,7 +346,7 @@ def test_workers_outlive_a_sigterm_that_is_not_their_parents(rows):
     next(iter(loader))
     (worker,) = set(multiprocessing.active_children()) - others
     worker.terminate()
-    worker.join(timeout=5)
+    worker.join(timeout=300)  # no test of speed: it ends at once, or never
     assert worker.exitcode == 0
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import huggingface_hub
@@ -501,18 +500,27 @@ def test_a_run_publishes_every_save_and_its_end(hub, script, tmp_path, capsys):
     assert encoder_digest(model_of(tmp_path / "pulled")) == encoder_digest(model_of(folder))
 
 
-def test_one_upload_at_a_time_which_nobody_waits_for_but_the_last(hub, run, caplog):
+def test_one_upload_at_a_time_which_nobody_waits_for_but_the_last(hub, run, monkeypatch):
     uploads = PublishCallback(Repository("org/live"), every_save=True)
     uploads.prepare()
     hub.open.clear()
     uploads.send(run, "first")
     uploads.send(run / "checkpoint-4", "second, while the first is under way")
     assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
-    time.sleep(1)
-    asked, let_go = [len(hub.requests)], threading.Timer(4, lambda: (asked.append(len(hub.requests)), hub.open.set()))
-    let_go.start()
+    # The first goes on when the run waits for it; a run that does not wait would have begun the last by then.
+    join, late = threading.Thread.join, threading.Timer(60, hub.open.set)
+
+    def let_go_and_join(thread, timeout=None):
+        if threading.current_thread() is threading.main_thread():
+            hub.open.set()
+        join(thread, timeout)
+
+    late.start()
+    monkeypatch.setattr(threading.Thread, "join", let_go_and_join)
     uploads.send_last(run / "checkpoint-8", "last")
-    assert asked[0] == asked[1]  # nothing of the last was sent while the first was under way
+    late.cancel()
+    steps = [path.split("/")[4] for method, path in hub.requests if method == "POST" and path.startswith("api/models/")]
+    assert steps == ["preupload", "commit"] * 2  # nothing of the last was sent while the first was under way
     assert hub.repos["org/live"].log == ["first", "last"]
 
 
