@@ -12,7 +12,7 @@ import pytest
 from numbered_images import CLASSES, ROWS, encoded, number, table, write_folders, write_parquet, write_tars
 
 from training.data.decode import decode_image
-from training.data.labels import SplitLabels, find_flaw, number_classes
+from training.data.labels import SplitLabels, find_label_problem, number_classes
 from training.data.sources import DataArguments, load_digits, load_images
 from training.pretrain import build_trainer
 from training.recipe import parse_pretrain
@@ -201,7 +201,7 @@ def flaw_of(source: str, **flags) -> str:
     with pytest.raises(ValueError) as error:  # noqa: PT011  (the message is returned)
         load_images(args, labelled=True)
     assert "\n" not in str(error.value)
-    assert load_images(args).label_flaw == str(error.value)
+    assert load_images(args).label_problem == str(error.value)
     return str(error.value)
 
 
@@ -280,7 +280,7 @@ def test_a_class_folder_that_only_the_test_split_has_is_named(tmp_path):
 
 def test_a_class_that_a_small_sample_lacks_is_announced(tmp_path, capsys):
     source = write_labelled(tmp_path / "source", [0, 1, 0], [0, 1, 2])
-    assert load_images(DataArguments(dataset_name=source)).label_flaw is None
+    assert load_images(DataArguments(dataset_name=source)).label_problem is None
     assert capsys.readouterr().out == ""
     load_images(DataArguments(dataset_name=source), labelled=True)
     assert capsys.readouterr().out == (
@@ -293,7 +293,7 @@ def test_good_labels_have_no_flaw_with_names_or_numbers(tmp_path):
     for name, feature in (("names", CAT_DOG_FOX), ("numbers", INTEGER)):
         source = write_labelled(tmp_path / name, [2, 0, 1, 0], [0, 2], feature=feature)
         splits = load_images(DataArguments(dataset_name=source), labelled=True)
-        assert splits.label_flaw is None
+        assert splits.label_problem is None
         assert splits.class_names == (CLASSES if name == "names" else ["0", "1", "2"])
     # Bare numbers beside names are taken as numbers of these names.
     mixed = write_labelled(tmp_path / "mixed", [0, 1, 2], [0, 1, 2], test_feature=INTEGER)
@@ -324,7 +324,7 @@ def test_a_million_labels_take_no_time_to_check():
     labels = np.arange(1_280_000) % 1000
     train, test = SplitLabels("train", labels, len(labels)), SplitLabels("test", labels[:50_000], 50_000)
     started = time.perf_counter()
-    assert find_flaw(number_classes(labels), train, test) is None
+    assert find_label_problem(number_classes(labels), train, test) is None
     assert time.perf_counter() - started < 2
 
 

@@ -26,7 +26,7 @@ from ..data.decode import decode_image, decode_tensor
 from ..data.images import MapImages, collate
 from ..data.memory_images import MemoryImages
 from ..data.sources import DataArguments, load_images
-from ..views.device import DeviceViews, TwoCrops
+from ..views.device import DeviceViews, DeviceCrops
 from ..views.opencv import render_view_cv2
 from ..views.pil import TwoViews
 from ..views.policy import build_policy
@@ -141,7 +141,7 @@ def transforms(size: int, policy: str) -> dict[str, tuple[Any, Callable]]:
         "cv2": (TwoViews(views.policy, size, render_view_cv2), decode_tensor),
     }
     if size > SMALL:
-        found["device, the CPU's share"] = (TwoCrops(views.policy, size), decode_tensor)
+        found["device, the CPU's share"] = (DeviceCrops(views.policy, size), decode_tensor)
         if find_spec("lightly"):
             found["lightly"] = (LightlyViews(size), decode_image)
     return found
@@ -220,7 +220,7 @@ def device_views(args: argparse.Namespace) -> Benchmark:
     """The GPU's share of the device views: everything after the crop."""
     policy, size, n = build_policy("v2"), args.image_size, 256
     image = torch.zeros(3, size, size, dtype=torch.uint8)
-    crops = TwoCrops(policy, size)
+    crops = DeviceCrops(policy, size)
     rows = [crops(image, torch.Generator().manual_seed(seed)) for seed in range(n)]
     batch = {name: tensor.cuda() for name, tensor in collate(rows).items()}
     views = DeviceViews(policy, size)

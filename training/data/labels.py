@@ -40,7 +40,7 @@ def number_classes(labels: np.ndarray) -> list[str]:
     return [str(number) for number in range(largest + 1)] if largest < len(labels) else []
 
 
-def find_flaw(names: list[str], train: SplitLabels, test: SplitLabels, from_folders: bool = False) -> str | None:
+def find_label_problem(names: list[str], train: SplitLabels, test: SplitLabels, from_folders: bool = False) -> str | None:
     """Why no classifier of these classes can be trained on one split and evaluated on the other; None if it can.
 
     Args:

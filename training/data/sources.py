@@ -19,10 +19,10 @@ from modeling_moco.distributed_moco import rank
 
 from ..views.pil import EvaluationView
 from .decode import decode_image
-from .labels import SplitLabels, find_flaw, find_renamed_class, number_classes, read_labels, subset_warnings
+from .labels import SplitLabels, find_label_problem, find_renamed_class, number_classes, read_labels, subset_warnings
 from .shards import ShardedRows, are_parquet, count_rows
 
-SMALL = 64  # pixels a side: images of one such size are kept in memory, where their views are made in batches
+MAX_IN_MEMORY_PX = 64  # pixels a side: images of one such size are kept in memory, where their views are made in batches
 EVAL_SPLITS = ("validation", "test", "valid", "val")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
 TRIED_IMAGES = 8  # first images of a split, one of which must be readable
@@ -57,11 +57,11 @@ class DataArguments:
         default=None, metadata={"help": "short side before the evaluation crop; by default image_size * 256 / 224"}
     )
     augmentation: Literal["v1", "v2", "cifar"] = field(default="v2", metadata={"help": "random views of pretraining"})
-    augment: Literal["pil", "cv2", "device"] = field(
+    view_backend: Literal["pil", "cv2", "device"] = field(
         default="pil",
         metadata={
             "help": "what makes the views: pil, the reference; cv2, the same three times as fast; device, in batches on the "
-            f"GPU, and images of up to {SMALL} px from memory"
+            f"GPU, and images of up to {MAX_IN_MEMORY_PX} px from memory"
         },
     )
     horizontal_flip: bool = field(
@@ -109,14 +109,14 @@ class ImageSplits:
         train: a `datasets.Dataset`, or with `--streaming` a [`ShardedRows`].
         eval: a `datasets.Dataset`, or with `--streaming` an IterableDataset; None without such a split.
         about: what results say of their data: names and revisions of dataset and splits, classes, evaluation view.
-        label_flaw: why no evaluation can use the labels; None if it can.
+        label_problem: why no evaluation can use the labels; None if it can.
     """
 
     train: Any
     eval: Any
     class_names: list[str]
     about: dict[str, Any] = field(default_factory=dict)
-    label_flaw: str | None = None
+    label_problem: str | None = None
 
 
 def load_images(args: DataArguments, labelled: bool = False) -> ImageSplits:
@@ -148,7 +148,7 @@ def load_images(args: DataArguments, labelled: bool = False) -> ImageSplits:
             read = [*files.get(args.train_split, []), *files.get(str(eval_split), [])]
             column, from_folders = _label_column(columns), splits[args.train_split].info.builder_name == "imagefolder"
             flaw = find_renamed_class(features[column], column, read)
-            flaw = flaw or find_flaw(class_names, labels, eval_labels, from_folders)
+            flaw = flaw or find_label_problem(class_names, labels, eval_labels, from_folders)
         if labelled and flaw is None and rank() == 0:
             for warning in subset_warnings(class_names, labels, eval_labels):
                 print(f"warning: {warning}")
