@@ -29,7 +29,7 @@ from modeling_moco.distributed_moco import world_size
 from .. import plots
 from ..data.images import MapImages
 from ..data.labels import read_labels
-from ..data.sources import DataArguments, ImageSplits
+from ..data.sources import CropDataArguments, ImageSplits
 from ..engine.results import append_results, encoder_digest
 from ..engine.run_folder import METRICS, SPLIT, write_json
 from ..engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
@@ -205,7 +205,7 @@ class FinetuneRun:
     """A parsed command line. `settings` are the values that it, or the pretraining run, gave."""
 
     encoder: Encoder
-    data: DataArguments
+    data: CropDataArguments
     training: FinetuneArguments
     settings: dict[str, dict[str, Any]]
 
@@ -227,7 +227,7 @@ def parse_finetune(argv: list[str]) -> FinetuneRun:
     """
     encoder, (data, training), settings = parse_evaluation(
         argv,
-        {"data": DataArguments, "training": FinetuneArguments},
+        {"data": CropDataArguments, "training": FinetuneArguments},
         script="finetune.py",
         description="Train an encoder and a new classifier with a share of the labels, or all.",
         output="finetune",

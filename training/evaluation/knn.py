@@ -15,7 +15,7 @@ from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import gather, world_size
 
 from ..data.images import MapImages
-from ..data.sources import DataArguments
+from ..data.sources import EvaluationDataArguments
 from ..engine.results import Feature, Result
 from ..engine.trackers import TRACKERS
 from .encoder import Encoder, MoCoQueryModel, parse_evaluation
@@ -160,7 +160,7 @@ def evaluate_knn(
     ]
 
 
-def parse_knn(argv: list[str]) -> tuple[Encoder, DataArguments, KNNArguments]:
+def parse_knn(argv: list[str]) -> tuple[Encoder, EvaluationDataArguments, KNNArguments]:
     """Flags over the data and monitor settings of the pretraining run that the model came from.
 
     Raises:
@@ -173,7 +173,7 @@ def parse_knn(argv: list[str]) -> tuple[Encoder, DataArguments, KNNArguments]:
 
     encoder, (data, args), _ = parse_evaluation(
         argv,
-        {"data": DataArguments, "knn": KNNArguments},
+        {"data": EvaluationDataArguments, "knn": KNNArguments},
         script="knn.py",
         description="Classify images by their nearest neighbours among the train split's frozen features.",
         defaults=of_monitor,

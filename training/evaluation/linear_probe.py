@@ -23,7 +23,7 @@ from modeling_moco.modeling_moco import MoCoPreTrainedModel
 
 from .. import plots
 from ..data.images import MapImages
-from ..data.sources import DataArguments, ImageSplits
+from ..data.sources import CropDataArguments, ImageSplits
 from ..engine.results import append_results, encoder_digest
 from ..engine.run_folder import METRICS, write_json
 from ..engine.sgd_trainer import SGDTrainer
@@ -43,7 +43,7 @@ class ProbeRun:
     """A parsed command line. `settings` are the values that it, or the pretraining run, gave."""
 
     encoder: Encoder
-    data: DataArguments
+    data: CropDataArguments
     training: LinearProbeArguments
     settings: dict[str, dict[str, Any]]
 
@@ -61,7 +61,7 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
     """
     encoder, (data, training), settings = parse_evaluation(
         argv,
-        {"data": DataArguments, "training": LinearProbeArguments},
+        {"data": CropDataArguments, "training": LinearProbeArguments},
         script="linear_probe.py",
         description="Train a linear classifier on a frozen encoder, as the papers evaluate.",
         defaults=lambda recipe: recipe.get("probe", {}),
@@ -231,7 +231,7 @@ class LinearProbeTrainer(SGDTrainer):
 
 
 def build_trainer(
-    model: MoCoForImageClassification, args: LinearProbeArguments, data: DataArguments, splits: ImageSplits
+    model: MoCoForImageClassification, args: LinearProbeArguments, data: CropDataArguments, splits: ImageSplits
 ) -> LinearProbeTrainer:
     """The official protocol on the given images. With several rates a part of the train split is held out.
 
