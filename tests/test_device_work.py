@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.dictionary_moco import InfoNCE
 from training.trainer import contrast_statistics
-from training.views.device import NUMBERS, DeviceViews, draw_views
+from training.views.device import NUMBERS, DeviceViews, sample_views
 from training.views.policy import POLICIES
 
 BATCH, SIZE = 16, 32
@@ -39,7 +39,7 @@ def crops(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def small_images(device: torch.device) -> dict[str, torch.Tensor]:
-    boxes, numbers = draw_views(POLICIES["v2"], 40, 40, views=2, seed=0, epoch=0, indices=np.arange(BATCH))
+    boxes, numbers = sample_views(POLICIES["v2"], 40, 40, views=2, seed=0, epoch=0, indices=np.arange(BATCH))
     images = torch.zeros(BATCH, 3, 40, 40, dtype=torch.uint8, device=device)
     return {"images": images, "boxes": boxes.to(device), "numbers": numbers.to(device)}
 

@@ -16,13 +16,13 @@ from training.plots import (
     VERMILION,
     DrawnImage,
     confusion_matrix,
-    describe_draw,
+    describe_view,
     embedding,
     neighbour_grid,
     training_curves,
     view_pairs,
 )
-from training.views.policy import ViewDraw
+from training.views.policy import ViewParams
 
 NS = {"svg": "http://www.w3.org/2000/svg"}
 HISTORY = [
@@ -165,20 +165,20 @@ def test_a_bank_with_fewer_images_than_columns_leaves_the_last_columns_empty(tmp
     assert widths[1] < 0.6 * widths[0]
 
 
-DRAW = ViewDraw((2, 4, 10, 20), (("hue", -0.0512), ("contrast", 1.25)), gray=True, blur=1.25, flip=True)
+PARAMS = ViewParams((2, 4, 10, 20), (("hue", -0.0512), ("contrast", 1.25)), gray=True, blur=1.25, flip=True)
 
 
 def test_a_draw_is_described_with_its_jitter_in_order():
-    assert describe_draw(DRAW, width=40, height=20).splitlines() == [
+    assert describe_view(PARAMS, width=40, height=20).splitlines() == [
         *("crop 25 %: 20 × 10 px", "at 4, 2", "hue −0.05 turns", "contrast × 1.25", "gray, blur σ 1.2 px, flipped"),
     ]
-    assert describe_draw(ViewDraw((0, 0, 20, 40), (), False, 0.0, False), 40, 20) == "crop 100 %: 40 × 20 px\nat 0, 0"
+    assert describe_view(ViewParams((0, 0, 20, 40), (), False, 0.0, False), 40, 20) == "crop 100 %: 40 × 20 px\nat 0, 0"
 
 
 def test_pairs_of_views_are_drawn_beside_the_image_with_its_crops(tmp_path):
     path = tmp_path / "views"
     views = [torch.full((3, 8, 8), value, dtype=torch.uint8) for value in (30, 200)]
-    view_pairs([DrawnImage(Image.new("RGB", (40, 20), RED), [DRAW, DRAW], views)] * 2, path)
+    view_pairs([DrawnImage(Image.new("RGB", (40, 20), RED), [PARAMS, PARAMS], views)] * 2, path)
     assert {RED, (30, 30, 30), (200, 200, 200)} <= {c for _, c in png(path).getcolors(maxcolors=1_000_000)}
     assert len(svg(path).findall(".//svg:image", NS)) == 2 * 3
     assert frames(path, BLUE) == frames(path, VERMILION) == 2 * 2  # a crop and a view

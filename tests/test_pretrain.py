@@ -22,7 +22,7 @@ from training.engine.results import encoder_digest, read_results
 from training.evaluation.linear_probe import parse_linear_probe
 from training.pretrain import announce, build_trainer, drawn_images
 from training.recipe import parse_pretrain, recipe_names
-from training.views.device import draw_operations, unpack_draw
+from training.views.device import sample_operations, unpack_params
 from training.views.opencv import crop_and_resize
 from training.views.policy import build_policy
 
@@ -69,11 +69,11 @@ def quickstart(tmp_path_factory):
     return folder, short, result
 
 
-@pytest.mark.parametrize("augment", ["cv2", "device"])
+@pytest.mark.parametrize("view_backend", ["cv2", "device"])
 @pytest.mark.parametrize(
     "size", [32, 80], ids=["small", "large"]
 )  # of the files: those of up to 64 px are kept in memory
-def test_views_can_be_made_by_every_backend(script, tmp_path, augment, size):
+def test_views_can_be_made_by_every_backend(script, tmp_path, view_backend, size):
     for part, count in (("train", 24), ("test", 8)):
         for i in range(count):
             path = tmp_path / "images" / part / f"class{i % 2}" / f"{i}.png"
@@ -81,7 +81,7 @@ def test_views_can_be_made_by_every_backend(script, tmp_path, augment, size):
             Image.effect_noise((size, size), 50 + 20 * (i % 2)).convert("RGB").save(path)
     flags = ["--recipe", "quickstart", "--dataset_name", str(tmp_path / "images"), "--queue_size", "32", "--use_cpu"]
     flags += ["--global_batch_size", "8", "--num_train_epochs", "2", "--eval_every_n_epochs", "1", "--knn_k", "3"]
-    flags += ["--dataloader_num_workers", "0", "--disable_tqdm", "True", "--augment", augment]
+    flags += ["--dataloader_num_workers", "0", "--disable_tqdm", "True", "--view_backend", view_backend]
     script("pretrain").main([*flags, "--output_dir", str(tmp_path / "run")])
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert state["global_step"] == 6
@@ -250,18 +250,18 @@ def test_the_preview_of_a_stream_shows_the_views_of_its_images(tmp_path):
 
 def test_the_preview_of_device_views_shows_the_draws_of_their_crops(tmp_path):
     # A stream, for it is not kept in memory however small its images are.
-    args = parse_pretrain([*TINY, "--streaming", "--augment", "device", "--output_dir", str(tmp_path / "run")])
+    args = parse_pretrain([*TINY, "--streaming", "--view_backend", "device", "--output_dir", str(tmp_path / "run")])
     splits = load_images(args.data)
     samples, data = build_trainer(args, splits).train_dataset, args.data
     policy = build_policy(data.augmentation, data.horizontal_flip, data.crop_min_scale)
     trained = {sample["pixel_values"].numpy().tobytes(): sample["numbers"] for sample in samples}
     for example in islice(drawn_images(args, splits), 8):
-        query, key = example.draws
+        query, key = example.params
         image = torch.from_numpy(np.array(example.image)).permute(2, 0, 1)
         crop = crop_and_resize(image, query.box, data.image_size).permute(1, 2, 0)
-        rows = draw_operations(trained[crop.numpy().tobytes()], policy)
-        for draw, row in zip((query, key), rows, strict=True):
-            assert unpack_draw(torch.tensor(draw.box), row) == draw
+        rows = sample_operations(trained[crop.numpy().tobytes()], policy)
+        for params, row in zip((query, key), rows, strict=True):
+            assert unpack_params(torch.tensor(params.box), row) == params
 
 
 def test_a_preview_writes_two_figures_and_nothing_else(tmp_path, script, capsys):

@@ -16,7 +16,7 @@
     convert/    checkpoints of other code, in and out
     engine/     the trainer that all methods share, checkpoints, the folder of a run, results, trackers
     data/       from the name of a dataset to rows, and from rows to images
-    views/      what is drawn, and three ways to render it
+    views/      random parameters of a view, and three backends that render it
 
 Imports run one way: commands, benchmarks, pretrain, recipe, then trainer and report, then evaluation, hub and convert, then
 engine, data and plots, then views, then `modeling_moco`. docs/design.md has every module.

@@ -1,4 +1,4 @@
-"""Health of a pretraining run: numbers that show a collapse or a leak long before a probe would, and what to do then.
+"""Health of a pretraining run: numbers that show a collapse or a leak long before a probe would, and the remedies.
 
 Shapes: `N` queries, `C` their width, `n` images, `D` feature width, `K` keys in the queue.
 """
@@ -16,22 +16,22 @@ COLLAPSED_RANKME, COLLAPSED_UNIFORMITY = 1.5, -1e-4  # a random encoder has 5 or
 
 
 def uniformity_kernel(x: torch.Tensor) -> torch.Tensor:
-    """Mean of exp(-2 |x_i - x_j|²) over all pairs of unit-length rows (N, C): scalar, 1 where all are equal.
+    """Mean of exp(-2 |x_i - x_j|²) over all pairs of rows `x` of unit length (N, C): scalar, 1 if all rows are equal.
 
     Its logarithm is the uniformity of Wang and Isola (arXiv:2005.10242, equation 4, t = 2): 0 for a collapsed encoder, about
-    -4 for directions spread evenly.
+    -4 for a uniform distribution on the sphere.
     """
     n = len(x)
     return ((4 * (x @ x.T - 1)).exp().sum() - n) / (n * (n - 1))
 
 
 def rankme(features: torch.Tensor) -> float:
-    """RankMe (arXiv:2210.02885, equation 1): how many dimensions features fill, from 1 (collapsed) to D.
+    """RankMe (arXiv:2210.02885, equation 1): the effective number of dimensions of features, from 1 (collapsed) to D.
 
-    The exponential of the entropy of the singular values of all processes' features together.
+    It is the exponential of the entropy of the singular values of the features of all processes.
 
     Args:
-        features: those of this process (n, D).
+        features: of the images of this process (n, D).
     """
     x = features.double()
     gram = x.T @ x  # its eigenvalues are the squared singular values
@@ -44,7 +44,7 @@ def rankme(features: torch.Tensor) -> float:
 
 @torch.no_grad()
 def key_drift(model: MoCoModel) -> float:
-    """How far the key encoder lags behind: |θ_k - θ_q| / |θ_q|, in per cent."""
+    """Distance of the key encoder from the query encoder: |θ_k - θ_q| / |θ_q|, in per cent."""
     q = [*model.encoder_q.parameters(), *model.projector_q.parameters()]
     k = [*model.encoder_k.parameters(), *model.projector_k.parameters()]
     distance, size = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (torch._foreach_sub(k, q), q))
@@ -52,24 +52,32 @@ def key_drift(model: MoCoModel) -> float:
 
 
 def queue_age(queue_size: int, keys_per_step: int, steps: int) -> int:
-    """Steps since the oldest key was encoded, as the next step finds it. A random key of the start is as old as the run."""
+    """Age of the oldest key in the queue in steps, at the next step. Initial random keys are as old as the run.
+
+    Args:
+        queue_size: K.
+        keys_per_step: keys of all processes that a step enqueues.
+        steps: steps since the start of the run.
+    """
     return min(steps, math.ceil(queue_size / keys_per_step))
 
 
 @torch.no_grad()
 def leak(model: MoCoModel, views: Views) -> tuple[float, float, bool]:
-    """Whether BatchNorm tells keys apart by the images that they were encoded with (v1 paper, section 3.3).
+    """Measure whether BatchNorm statistics leak which key belongs to a query (v1 paper, section 3.3).
 
-    Queries look for their keys twice. First the keys are encoded as in training. Then their images are dealt out anew over
-    all batches, so that a query and its key were no longer normalised with the same images: who recognises content loses
-    nothing by that. The model and its statistics are left as they were.
+    Queries search their keys twice. First the keys are encoded in the batches of training. Then their images are regrouped
+    over all batches, so that query and key no longer share BatchNorm statistics; an encoder that recognises content is
+    unaffected. The model and its statistics do not change.
 
     Args:
+        model: with its key encoder and dictionary.
         views: at least two batches of equal size, of images whose keys are not in the queue.
 
     Returns:
-        queries that beat all negatives, in per cent of all processes' queries, in both cases; and whether the loss is more
-        than chance: above 10 points, and above three standard errors over batches.
+        the contrast accuracy (queries more similar to their key than to all negatives, of all processes) in per cent with
+        the batches of training; the same with regrouped batches; and whether the difference shows a leak: whether it exceeds
+        10 points and three standard errors over batches.
     """
     buffers = [*model.encoder_q.buffers(), *model.encoder_k.buffers()]
     before = [buffer.clone() for buffer in buffers]
@@ -79,9 +87,9 @@ def leak(model: MoCoModel, views: Views) -> tuple[float, float, bool]:
     q = [model.encode_queries(x_q) for x_q, _ in views]
     x_k = torch.cat([x_k for _, x_k in views])
     as_trained = torch.arange(batches * batch)
-    dealt = as_trained.view(batches, batch).T.flatten()  # every batch gets an equal part of each
+    regrouped = as_trained.view(batches, batch).T.flatten()  # each new batch takes an equal part of each old batch
     accuracy = []
-    for order in (as_trained, dealt):
+    for order in (as_trained, regrouped):
         keys = [model.encode_keys(x_k[rows.to(x_k.device)])[local_slice(batch)] for rows in order.split(batch)]
         k = torch.cat(keys)[order.argsort().to(x_k.device)].split(batch)
         accuracy.append(torch.stack([_share_found(model, *pair) for pair in zip(q, k, strict=True)]))
@@ -89,9 +97,9 @@ def leak(model: MoCoModel, views: Views) -> tuple[float, float, bool]:
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)
     trained, other = (100 * gather(share).double() for share in accuracy)  # one number for each batch of each process
-    loss = trained - other
-    error = loss.std() / math.sqrt(len(loss))
-    return trained.mean().item(), other.mean().item(), bool(loss.mean() > max(10.0, 3 * error.item()))
+    difference = trained - other
+    error = difference.std() / math.sqrt(len(difference))
+    return trained.mean().item(), other.mean().item(), bool(difference.mean() > max(10.0, 3 * error.item()))
 
 
 def _share_found(model: MoCoModel, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -100,11 +108,14 @@ def _share_found(model: MoCoModel, q: torch.Tensor, k: torch.Tensor) -> torch.Te
 
 
 def diagnose(metrics: dict[str, float], batch_norm: str) -> dict[str, str]:
-    """A sentence for everything that is wrong with a run and what to do, by the name of the illness.
+    """Find the problems of a run.
 
     Args:
-        metrics: rankme, uniformity, contrast_top1, contrast_top1_shuffled, leaks of `MoCoTrainer`; whichever there are.
-        batch_norm: of the model's configuration.
+        metrics: those of rankme, uniformity, contrast_top1, contrast_top1_shuffled and leaks that `MoCoTrainer` has measured.
+        batch_norm: mode of the model's configuration.
+
+    Returns:
+        a sentence with a remedy for each problem, keyed by problem ("collapse", "leak").
     """
     found = {}
     if (
@@ -124,8 +135,8 @@ def diagnose(metrics: dict[str, float], batch_norm: str) -> dict[str, str]:
             "split": "raise --batch_norm_splits",
         }
         found["leak"] = (
-            f"BatchNorm leaks: {metrics['contrast_top1']:.0f} % of the queries find their key when it is normalised with the "
-            f"images of its batch, {metrics['contrast_top1_shuffled']:.0f} % in other company: the encoder learns batches, not "
-            f"images. Train again into another --output_dir: {remedies[batch_norm]}"
+            f"BatchNorm leaks: {metrics['contrast_top1']:.0f} % of the queries find their key if it is normalised with the "
+            f"images of its batch, {metrics['contrast_top1_shuffled']:.0f} % in a regrouped batch: the encoder learns batches, "
+            f"not images. Train again into another --output_dir: {remedies[batch_norm]}"
         )
     return found

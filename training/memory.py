@@ -1,22 +1,21 @@
-"""Memory that is kept: on Linux, a step of a network on a CPU is otherwise spent on the kernel's zeros."""
+"""Keep freed memory: glibc returns large buffers to the kernel, which zeroes them again for the next layer."""
 
 import ctypes
 import platform
 
-# Numbers of glibc's malloc.h: what mallopt sets.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-KEPT = 2**31 - 1  # bytes at the end of the heap above which some are given back
-AT_ONCE = 100_000_000  # bytes that the heap grows by
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # options of mallopt, numbered as in glibc's malloc.h
+LARGEST_FREE_TOP = 2**31 - 1  # bytes: glibc returns memory where more than this is free at the end of the heap
+HEAP_GROWTH = 100_000_000  # bytes by which the heap grows
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, for this process and the workers it starts. Elsewhere nothing happens.
+    """Make glibc keep freed memory, in this process and the workers that it starts. Without glibc this does nothing.
 
-    By default it maps every block above 32 MB, and at first every one above 128 kB, from the kernel and gives it back when
-    it is freed, so that the kernel zeroes all pages again for the next layer or the next image. The price is that a process
-    keeps the most it has ever needed.
+    By default glibc maps each block above 32 MB (at first above 128 kB) from the kernel and unmaps it when it is freed. The
+    kernel then zeroes all its pages again for the next layer or image, which costs much of a training step on a CPU. In
+    exchange, a process keeps the largest amount of memory that it has ever used.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, KEPT), (M_TOP_PAD, AT_ONCE)):
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, LARGEST_FREE_TOP), (M_TOP_PAD, HEAP_GROWTH)):
             mallopt(option, value)

@@ -20,7 +20,7 @@ from PIL import Image
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from .views.policy import ViewDraw
+from .views.policy import ViewParams
 
 # Of the palette of Okabe and Ito. The first colour of each is for queries, the second for keys and for what is wrong.
 BLUE, VERMILION, GREEN = "#0072b2", "#d55e00", "#009e73"
@@ -239,15 +239,15 @@ def _short(name: str, length: int) -> str:
 
 
 class DrawnImage(NamedTuple):
-    """An image and its two views: uint8 (3, S, S), as training would get them, and how they were drawn."""
+    """An image, the parameters of its two views, and the views as training would get them: uint8 (3, S, S)."""
 
     image: Image.Image
-    draws: list[ViewDraw]
+    params: list[ViewParams]
     views: list[torch.Tensor]
 
 
 def view_pairs(images: list[DrawnImage], path: Path) -> None:
-    """Images with the two crops drawn on them, and beside each the views of the query and the key with their draws."""
+    """Images with the two crops drawn on them, and beside each the query view and the key view with their parameters."""
     tile, row, gap = 1.25, 1.42, 0.12
     starts = (1.6, 4.85)
     with figure(path, 0.34 + row * len(images)) as fig:
@@ -255,28 +255,28 @@ def view_pairs(images: list[DrawnImage], path: Path) -> None:
         sheet.text(gap, 0.1, "image and crops", weight="bold")
         for x, words, colour in zip(starts, ("query view", "key view"), (BLUE, VERMILION), strict=True):
             sheet.text(x, 0.1, words, weight="bold", color=colour)
-        for i, (image, draws, views) in enumerate(images):
+        for i, (image, both, views) in enumerate(images):
             y = 0.34 + i * row
             scale = tile / max(image.size)
             width, height = scale * image.width, scale * image.height
             left, top = gap + (tile - width) / 2, y + (tile - height) / 2
             sheet.image(np.asarray(image), left, top, width, height, PALE, 0.8)
-            for x, draw, view, colour in zip(starts, draws, views, (BLUE, VERMILION), strict=True):
-                down, right, h, w = (scale * pixels for pixels in draw.box)
+            for x, params, view, colour in zip(starts, both, views, (BLUE, VERMILION), strict=True):
+                down, right, h, w = (scale * pixels for pixels in params.box)
                 sheet.frame(left + right, top + down, w, h, colour, 2)
                 sheet.image(_pixels(view), x, y, tile, tile, colour, 2)
-                sheet.text(x + tile + 0.1, y - 0.02, describe_draw(draw, *image.size), fontsize=8, linespacing=1.3)
+                sheet.text(x + tile + 0.1, y - 0.02, describe_view(params, *image.size), fontsize=8, linespacing=1.3)
         sheet.finish()
 
 
-def describe_draw(draw: ViewDraw, width: int, height: int) -> str:
-    """A draw in a few short lines, the colour jitter in its order, for an image of that size in pixels."""
-    top, left, h, w = draw.box
+def describe_view(params: ViewParams, width: int, height: int) -> str:
+    """The parameters of a view in a few short lines, for an image of that size in pixels; the jitter keeps its order."""
+    top, left, h, w = params.box
     lines = [f"crop {100 * h * w / (height * width):.0f} %: {w} × {h} px", f"at {left}, {top}"]
-    for name, factor in draw.jitter:
+    for name, factor in params.jitter:
         change = f"{factor:+.2f} turns".replace("-", "−") if name == "hue" else f"× {factor:.2f}"
         lines.append(f"{name} {change}")
-    others = ["gray"] * draw.gray + [f"blur σ {draw.blur:.1f} px"] * (draw.blur > 0) + ["flipped"] * draw.flip
+    others = ["gray"] * params.gray + [f"blur σ {params.blur:.1f} px"] * (params.blur > 0) + ["flipped"] * params.flip
     return "\n".join(lines + [", ".join(others)] * bool(others))
 
 

@@ -45,7 +45,7 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits) -> MoCoTrainer:
     if training.eval_strategy != IntervalStrategy.NO:
         view = data.evaluation_view()
         if not data.streaming:
-            bank = MapImages(splits.train, view).spread(training.knn_bank_size or len(splits.train))
+            bank = MapImages(splits.train, view).evenly_spaced(training.knn_bank_size or len(splits.train))
         missing = _missing_for_knn(args, splits)
         if missing is None and bank is not None:
             queries = MapImages(splits.eval, view)
@@ -63,7 +63,7 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits) -> MoCoTrainer:
 
 
 def _missing_for_knn(args: PretrainArguments, splits: ImageSplits) -> str | None:
-    return "it needs an indexed dataset (no --streaming)" if args.data.streaming else splits.label_flaw
+    return "it needs an indexed dataset (no --streaming)" if args.data.streaming else splits.label_problem
 
 
 @torch.no_grad()
@@ -182,7 +182,7 @@ def bound(metrics: dict[str, Any]) -> str:
         return f"compute bounded it: {share:.0f} % of the time was waiting for images"
     return (
         f"data bounded it: {share:.0f} % of the time was waiting for images. More --dataloader_num_workers, or a faster "
-        "--augment (cv2, device)"
+        "--view_backend (cv2, device)"
     )
 
 
@@ -222,5 +222,6 @@ def drawn_images(args: PretrainArguments, splits: ImageSplits) -> Iterator[plots
     for index, row in rows:
         with suppress(OSError):
             image = decode_image(row["image"])
-            draws = images.view_draws(index, image)
-            yield plots.DrawnImage(image, draws, [render_view(image, draw, views.size, views.policy) for draw in draws])
+            both = images.view_params(index, image)
+            rendered = [render_view(image, params, views.size, views.policy) for params in both]
+            yield plots.DrawnImage(image, both, rendered)

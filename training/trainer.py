@@ -122,7 +122,7 @@ class MoCoTrainer(SGDTrainer):
         train_dataset: images with the `TwoViews` transform.
         processing_class: the image processor, saved beside every checkpoint.
         knn_bank: images with the `EvaluationView` transform, whose features the monitor looks at.
-        render: makes the views of a batch on the device (`DeviceViews`), where the images come with draws instead of as views.
+        render: makes the views of a batch on the device (`DeviceViews`), where `train_dataset` gives no finished views.
         knn_queries: the same of another split; with labels in both the monitor is kNN.
 
     Raises:
@@ -239,7 +239,7 @@ class MoCoTrainer(SGDTrainer):
         if self.state.global_step == 0 or batches < 2:
             return []
         epoch = int(self.state.epoch or 0) + 1
-        images = collate(self.train_dataset.draw(batches * batch, epoch, self.args.process_index, ranks))
+        images = collate(self.train_dataset.sample(batches * batch, epoch, self.args.process_index, ranks))
         parts = zip(*(tensor.split(batch) for tensor in images.values()), strict=True)
         moved = (
             {name: tensor.to(self.args.device) for name, tensor in zip(images, part, strict=True)} for part in parts

@@ -122,16 +122,16 @@ def test_a_dataset_without_any_readable_image_is_an_error():
 def test_views_depend_on_seed_epoch_and_index_alone():
     rows = table(range(ROWS))
 
-    def draws(seed=0, epoch=0, workers=0, order=range(ROWS)):
+    def random_numbers(seed=0, epoch=0, workers=0, order=range(ROWS)):
         images = MapImages(rows, pixel, seed)
         images.set_epoch(epoch)
-        found = chain(*read(images, batch_size=5, workers=workers, name="draw", sampler=order))
+        found = chain(*read(images, batch_size=5, workers=workers, name="random", sampler=order))
         return dict(zip(order, found, strict=True))
 
-    first = draws()
+    first = random_numbers()
     assert len(set(first.values())) == ROWS
-    assert draws() == draws(workers=2) == draws(order=range(ROWS)[::-1]) == first
-    for other in (draws(seed=1), draws(epoch=1)):
+    assert random_numbers() == random_numbers(workers=2) == random_numbers(order=range(ROWS)[::-1]) == first
+    for other in (random_numbers(seed=1), random_numbers(epoch=1)):
         assert not set(other.values()) & set(first.values())
 
 
@@ -155,7 +155,7 @@ def test_one_view_comes_with_its_label():
 def test_spread_images_have_equal_distances_up_to_the_end(count):
     images = MapImages(table(range(8)), EvaluationView(16, 16))
     everything = [row["image"]["bytes"] for row in images.source]
-    chosen = [everything.index(row["image"]["bytes"]) for row in images.spread(count).source]
+    chosen = [everything.index(row["image"]["bytes"]) for row in images.evenly_spaced(count).source]
     assert len(set(chosen)) == min(count, 8)
     gaps = [after - before for before, after in zip(chosen, [*chosen[1:], 8], strict=True)]
     assert max(gaps) - min(gaps) <= 1
@@ -176,8 +176,8 @@ def test_a_new_epoch_reaches_workers_that_are_running(streaming):
     for epoch in range(3):
         running.set_epoch(epoch)
         fresh.set_epoch(epoch)
-        epochs.append([batch["draw"].tolist() for batch in loader])
-        assert epochs[-1] == read(fresh, batch_size=2, workers=2, name="draw")
+        epochs.append([batch["random"].tolist() for batch in loader])
+        assert epochs[-1] == read(fresh, batch_size=2, workers=2, name="random")
     assert not set(chain(*epochs[0])) & set(chain(*epochs[1]))
 
 
@@ -191,7 +191,7 @@ SHARDS = {
 
 
 def stream_ranks(shards, ranks=1, workers=0, batch_size=4, epoch=0, skip=0, seed=0, broken=None) -> list[list]:
-    """Batches of (number, draw) of every rank in one epoch."""
+    """Batches of (number, random) of every rank in one epoch."""
     found = []
     for rank in range(ranks):
         images = StreamedImages(
@@ -200,7 +200,7 @@ def stream_ranks(shards, ranks=1, workers=0, batch_size=4, epoch=0, skip=0, seed
         images.set_epoch(epoch, skip)
         assert len(images) == 32 // (batch_size * ranks) * batch_size
         batches = [batch for i, batch in enumerate(DataLoader(images, batch_size, num_workers=workers)) if i >= skip]
-        found.append([list(zip(b["pixel_values"].tolist(), b["draw"].tolist(), strict=True)) for b in batches])
+        found.append([list(zip(b["pixel_values"].tolist(), b["random"].tolist(), strict=True)) for b in batches])
     return found
 
 
@@ -225,7 +225,7 @@ def test_the_order_of_a_stream_depends_on_seed_and_epoch():
     assert len({tuple(order) for order in [first, sorted(first), *others]}) == 5
 
 
-def test_ranks_and_workers_draw_their_orders_independently():
+def test_ranks_and_workers_shuffle_independently():
     ranks = [numbers([batches]) for batches in stream_ranks([range(32)], ranks=2)]
     workers = stream_ranks([range(32)], workers=2)[0]
     for one, other in (ranks, [numbers([workers[0::2]]), numbers([workers[1::2]])]):
@@ -235,8 +235,8 @@ def test_ranks_and_workers_draw_their_orders_independently():
 def test_views_of_a_stream_are_those_of_the_indexed_images_for_any_ranks_and_workers():
     images = MapImages(table(range(32)), pixel, seed=3)
     images.set_epoch(2)
-    indexed = [(i, images[i]["draw"].item()) for i in range(32)]
-    assert len({draw for _, draw in indexed}) == 32
+    indexed = [(i, images[i]["random"].item()) for i in range(32)]
+    assert len({random for _, random in indexed}) == 32
     for shards, ranks, workers in (("even", 1, 0), ("uneven", 1, 2), ("one", 2, 2)):
         found = stream_ranks(SHARDS[shards], ranks, workers, epoch=2, seed=3)
         assert sorted(chain(*chain(*found))) == indexed
@@ -278,10 +278,10 @@ def test_a_skip_lasts_one_epoch_in_workers_that_are_running():
     images, fresh = (StreamedImages(stream(SHARDS["uneven"]), pixel, batch_size=4) for _ in range(2))
     loader = DataLoader(images, batch_size=4, num_workers=2, persistent_workers=True)
     images.set_epoch(0, skip_batches=3)
-    assert ["draw" in batch for batch in loader] == [False] * 3 + [True] * 5
+    assert ["random" in batch for batch in loader] == [False] * 3 + [True] * 5
     images.set_epoch(1)
     fresh.set_epoch(1)
-    assert [batch["draw"].tolist() for batch in loader] == read(fresh, batch_size=4, workers=2, name="draw")
+    assert [batch["random"].tolist() for batch in loader] == read(fresh, batch_size=4, workers=2, name="random")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

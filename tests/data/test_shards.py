@@ -1,4 +1,4 @@
-"""Every row is read once, by one worker, for any number of processes, workers and shards; and in a drawn order."""
+"""Every row is read once, by one worker, for any number of processes, workers and shards; and in a shuffled order."""
 
 import random
 import shutil

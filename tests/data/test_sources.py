@@ -12,7 +12,7 @@ import pytest
 from numbered_images import CLASSES, ROWS, encoded, number, table, write_folders, write_parquet, write_tars
 
 from training.data.decode import decode_image
-from training.data.labels import SplitLabels, find_flaw, number_classes
+from training.data.labels import SplitLabels, find_label_problem, number_classes
 from training.data.sources import DataArguments, load_digits, load_images
 from training.pretrain import build_trainer
 from training.recipe import parse_pretrain
@@ -104,7 +104,7 @@ def test_the_shards_of_a_stream_are_counted_and_parquet_is_not_read_for_it(kind,
     source = write_source(kind, tmp_path / "source")
     rows = load_images(DataArguments(dataset_name=str(source), streaming=True)).train
     assert rows.lengths == lengths
-    said = re.search(r"Counting the images of (\d+) files by reading them, once\. Parquet", capsys.readouterr().out)
+    said = re.search(r"Counting the images of (\d+) files by reading them once\. Parquet", capsys.readouterr().out)
     assert bool(said) == (not kind.startswith("parquet"))
 
 
@@ -119,7 +119,10 @@ def test_an_empty_file_among_others_is_an_empty_shard(tmp_path):
     ("flags", "parts"),
     [
         ({"image_column": "photo"}, ["image_column ('photo')", "it has img, fine, thumb"]),
-        ({"image_column": "fine"}, ["image_column ('fine')", "holds no images", "image columns are img, thumb"]),
+        (
+            {"image_column": "fine"},
+            ["image_column ('fine')", "contains ClassLabel", "its image columns are img, thumb"],
+        ),
         ({}, ["2 image columns (img, thumb)", "--image_column"]),
         ({"image_column": "img", "label_column": "coarse"}, ["label_column ('coarse')", "it has img, fine, thumb"]),
         ({"train_split": "unlabeled", "image_column": "img"}, ["train_split ('unlabeled')", "it has train"]),
@@ -195,17 +198,17 @@ def write_labelled(folder: Path, train: list, test: list, feature=CAT_DOG_FOX, t
     return str(folder)
 
 
-def flaw_of(source: str, **flags) -> str:
+def problem_of(source: str, **flags) -> str:
     """What an evaluation says of the data, in one line, and pretraining keeps for itself."""
     args = DataArguments(dataset_name=source, **flags)
     with pytest.raises(ValueError) as error:  # noqa: PT011  (the message is returned)
         load_images(args, labelled=True)
     assert "\n" not in str(error.value)
-    assert load_images(args).label_flaw == str(error.value)
+    assert load_images(args).label_problem == str(error.value)
     return str(error.value)
 
 
-FLAWS = {
+PROBLEMS = {
     "strings": (
         {"train": ["a", "b"], "test": ["a", "b"], "feature": datasets.Value("string")},
         ["has no column of class numbers: 'label' holds Value('string')", "class_encode_column", "--label_column"],
@@ -216,7 +219,10 @@ FLAWS = {
     ),
     "one class": (
         {"train": [1, 1, 1], "test": [0, 1]},
-        ["all images of split 'train' are of one class, 'dog'", "use images of two classes, or another --label_column"],
+        [
+            "all images of split 'train' belong to one class, 'dog'",
+            "use images of two classes, or another --label_column",
+        ],
     ),
     "unlabelled test": (
         {"train": [0, 1, 2], "test": [0, -1, -1]},
@@ -232,7 +238,7 @@ FLAWS = {
     ),
     "more classes": (
         {"train": [0, 1, 2], "test": [0, 5], "feature": INTEGER},
-        ["label 5 of split 'test' is none of the 3 classes of 'train', 0 to 2", "leave its images out"],
+        ["label 5 of split 'test' is not one of the 3 classes of 'train', 0 to 2", "remove its images"],
     ),
     "no class numbers": (
         {"train": [7, 1_000_000_007], "test": [7, 7], "feature": INTEGER},
@@ -250,18 +256,18 @@ FLAWS = {
         {"train": [0, 1, 0], "test": [2, 2]},
         [
             "class 'fox' of split 'test' has no image in split 'train'",
-            "name the classes of both alike, or leave it out",
+            "use the same class names in both, or remove it",
         ],
     ),
 }
 
 
-@pytest.mark.parametrize("case", FLAWS)
+@pytest.mark.parametrize("case", PROBLEMS)
 def test_labels_that_no_evaluation_can_use_are_named_with_a_remedy(case, tmp_path):
-    content, parts = FLAWS[case]
-    flaw = flaw_of(write_labelled(tmp_path / "source", **content))
+    content, parts = PROBLEMS[case]
+    problem = problem_of(write_labelled(tmp_path / "source", **content))
     for part in parts:
-        assert part in flaw
+        assert part in problem
 
 
 def test_a_label_beyond_the_names_of_its_own_file_is_refused(tmp_path):
@@ -269,31 +275,31 @@ def test_a_label_beyond_the_names_of_its_own_file_is_refused(tmp_path):
     path = tmp_path / "source" / "train.parquet"
     stated = datasets.Features({"image": datasets.Image(), "label": CAT_DOG_FOX}).arrow_schema.metadata
     pq.write_table(pq.read_table(path).replace_schema_metadata(stated), path)
-    assert "label 5 of split 'train' is none of the 3 classes" in flaw_of(source)
+    assert "label 5 of split 'train' is not one of the 3 classes" in problem_of(source)
 
 
 def test_a_class_folder_that_only_the_test_split_has_is_named(tmp_path):
     source = write_folders(tmp_path / "source")
     (source / "test" / "fox").rename(source / "test" / "wolf")
-    assert "class 'wolf' of split 'test' has no image in split 'train'" in flaw_of(str(source))
+    assert "class 'wolf' of split 'test' has no image in split 'train'" in problem_of(str(source))
 
 
 def test_a_class_that_a_small_sample_lacks_is_announced(tmp_path, capsys):
     source = write_labelled(tmp_path / "source", [0, 1, 0], [0, 1, 2])
-    assert load_images(DataArguments(dataset_name=source)).label_flaw is None
+    assert load_images(DataArguments(dataset_name=source)).label_problem is None
     assert capsys.readouterr().out == ""
     load_images(DataArguments(dataset_name=source), labelled=True)
     assert capsys.readouterr().out == (
-        "warning: 1 of the 3 classes of split 'test' have no image in split 'train', 'fox' for one: no classifier will find "
-        "them\n"
+        "warning: 1 of the 3 classes of split 'test' have no image in split 'train', for example 'fox': a classifier cannot "
+        "predict them\n"
     )
 
 
-def test_good_labels_have_no_flaw_with_names_or_numbers(tmp_path):
+def test_good_labels_have_no_problem_with_names_or_numbers(tmp_path):
     for name, feature in (("names", CAT_DOG_FOX), ("numbers", INTEGER)):
         source = write_labelled(tmp_path / name, [2, 0, 1, 0], [0, 2], feature=feature)
         splits = load_images(DataArguments(dataset_name=source), labelled=True)
-        assert splits.label_flaw is None
+        assert splits.label_problem is None
         assert splits.class_names == (CLASSES if name == "names" else ["0", "1", "2"])
     # Bare numbers beside names are taken as numbers of these names.
     mixed = write_labelled(tmp_path / "mixed", [0, 1, 2], [0, 1, 2], test_feature=INTEGER)
@@ -303,16 +309,17 @@ def test_good_labels_have_no_flaw_with_names_or_numbers(tmp_path):
 def test_a_subset_of_one_class_is_refused_and_of_some_classes_announced(tmp_path, capsys):
     # Sorted by class, as folders are.
     source = write_labelled(tmp_path / "source", [0] * 4 + [1] * 4 + [2] * 4, [0, 0, 1, 1, 2, 2], feature=INTEGER)
-    assert "the first 4 images of split 'train' are of one class, '0': raise --max_train_samples" in flaw_of(
+    assert "the first 4 images of split 'train' belong to one class, '0': raise --max_train_samples" in problem_of(
         source, max_train_samples=4
     )
     assert capsys.readouterr().out == ""
     args = DataArguments(dataset_name=source, max_train_samples=8, max_eval_samples=2)
     splits = load_images(args, labelled=True)
     assert capsys.readouterr().out.splitlines() == [
-        "warning: the first 8 images of split 'train' have 2 of its 3 classes: raise --max_train_samples, or shuffle the "
+        "warning: the first 8 images of split 'train' cover 2 of its 3 classes: raise --max_train_samples, or shuffle the "
         "dataset",
-        "warning: the first 2 images of split 'test' have 1 of its 3 classes: raise --max_eval_samples, or shuffle the dataset",
+        "warning: the first 2 images of split 'test' cover 1 of its 3 classes: raise --max_eval_samples, or shuffle the "
+        "dataset",
     ]
     assert splits.class_names == ["0", "1", "2"]  # of the whole split, as the classifier of a longer run has them
     load_images(args)  # pretraining uses no labels but in its monitor
@@ -342,9 +349,9 @@ def test_a_million_labels_are_checked_without_a_loop_over_them():
     labels = np.arange(1_280_000) % 1000
     train, test = SplitLabels("train", labels, len(labels)), SplitLabels("test", labels[:50_000], 50_000)
     names = number_classes(labels)
-    assert find_flaw(names, train, test) is None
+    assert find_label_problem(names, train, test) is None
     assert lines_run(lambda: number_classes(labels)) < 20_000  # a few for each class
-    assert lines_run(lambda: find_flaw(names, train, test)) < 20_000
+    assert lines_run(lambda: find_label_problem(names, train, test)) < 20_000
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

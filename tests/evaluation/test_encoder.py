@@ -1,12 +1,19 @@
 """Which encoder an evaluation looks at, and where its results go."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
-from training.evaluation.encoder import Encoder, MoCoQueryModel
+from training.data.sources import CropDataArguments, EvaluationDataArguments
+from training.engine.run_folder import SAVED_RECIPE
+from training.evaluation.encoder import Encoder, MoCoQueryModel, pretraining_recipe
+from training.evaluation.finetune import parse_finetune
+from training.evaluation.knn import parse_knn
+from training.evaluation.linear_probe import parse_linear_probe
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +72,28 @@ def test_the_heads_output_needs_a_saved_head(saved):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no MoCo model"):
         Encoder(str(tmp_path)).load(MoCoModel, 0)
+
+
+# Flags of the data
+
+
+@pytest.mark.parametrize("parse", [parse_knn, parse_linear_probe, parse_finetune])
+def test_help_offers_only_the_data_flags_that_the_evaluation_uses(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    flags = set(re.findall(r"^  (--\w+) ", capsys.readouterr().out, re.M))
+    assert {"--dataset_name", "--image_size", "--eval_resize"} <= flags
+    assert ("--horizontal_flip" in flags) == (parse is not parse_knn)
+    assert not flags & {"--augmentation", "--view_backend", "--crop_min_scale", "--streaming", "--shuffle_buffer"}
+
+
+def test_an_evaluation_takes_from_the_recipe_of_pretraining_what_it_has_a_flag_for(tmp_path):
+    data = {"dataset_name": "digits", "image_size": 32, "horizontal_flip": False}
+    only_for_pretraining = {"view_backend": "cv2", "streaming": True, "crop_min_scale": 0.5}
+    recipe = {"data": data | only_for_pretraining, "probe": {"learning_rate": 1.0}}
+    (tmp_path / SAVED_RECIPE).write_text(yaml.safe_dump(recipe))
+    assert pretraining_recipe(str(tmp_path), CropDataArguments) == recipe | {"data": data}
+    assert pretraining_recipe(str(tmp_path), EvaluationDataArguments)["data"] == {
+        "dataset_name": "digits",
+        "image_size": 32,
+    }

@@ -17,7 +17,7 @@ def run(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     orders = iter(TRACE["two.shuffle"])
     model = official_model("shuffle").train()
-    model._draw_order = lambda n: next(orders)  # the recorded draws
+    model._random_order = lambda n: next(orders)  # the recorded orders
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # as in MoCoTrainer
         replica = DistributedDataParallel(model, broadcast_buffers=False)

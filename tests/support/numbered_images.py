@@ -65,8 +65,8 @@ def write_tars(folder: Path) -> Path:
 
 
 def pixel(image: Image.Image, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """A transform that keeps which image it is, and one draw."""
-    return {"pixel_values": torch.tensor(number(image)), "draw": torch.rand(1, generator=generator)[0]}
+    """A transform that keeps which image it is, and one random number."""
+    return {"pixel_values": torch.tensor(number(image)), "random": torch.rand(1, generator=generator)[0]}
 
 
 def read(images, batch_size: int, workers: int = 0, name: str = "pixel_values", **kwargs) -> list[list]:

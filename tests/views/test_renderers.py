@@ -1,4 +1,4 @@
-"""Views by OpenCV and on the device against the reference, PIL: the same draws give the same picture."""
+"""Views by OpenCV and on the device against the reference, PIL: the same parameters give the same view."""
 
 import io
 import shutil
@@ -24,21 +24,21 @@ from training.views.device import (
     GRAY,
     JITTER,
     ORDER,
+    DeviceCrops,
     DeviceViews,
-    TwoCrops,
     crop_views,
-    draw_box,
-    draw_boxes,
-    draw_operations,
-    draw_views,
+    sample_box,
+    sample_boxes,
+    sample_operations,
+    sample_views,
     uniform_numbers,
-    unpack_draw,
+    unpack_params,
 )
 from training.views.opencv import crop_and_resize, render_view_cv2
 from training.views.pil import TwoViews, render_view
-from training.views.policy import POLICIES, ViewDraw, draw_view, seeded_generator
+from training.views.policy import POLICIES, ViewParams, sample_view, seeded_generator
 
-SIZE, DRAWS = 48, 4000
+SIZE, SAMPLES = 48, 4000
 LEVELS = 2  # of 255: how far the mean pixel of a view may be from the reference
 
 
@@ -59,22 +59,22 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a.float() - b.float()).abs().mean().item()
 
 
-def pack_draw(draw: ViewDraw) -> tuple[torch.Tensor, torch.Tensor]:
-    """One draw as a box (4,) and a row of operations: the inverse of `unpack_draw`."""
-    order = [JITTER.index(name) for name, _ in draw.jitter] or [-1] * 4
-    factors = [dict(draw.jitter).get(name, 0.0) for name in JITTER]
-    row = [*order, *factors, draw.gray, draw.blur, draw.flip]
-    return torch.tensor(draw.box, dtype=torch.float32), torch.tensor(row, dtype=torch.float32)
+def pack_params(params: ViewParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """The parameters of a view as a box (4,) and a row of operations: the inverse of `unpack_params`."""
+    order = [JITTER.index(name) for name, _ in params.jitter] or [-1] * 4
+    factors = [dict(params.jitter).get(name, 0.0) for name in JITTER]
+    row = [*order, *factors, params.gray, params.blur, params.flip]
+    return torch.tensor(params.box, dtype=torch.float32), torch.tensor(row, dtype=torch.float32)
 
 
-def pack_draws(draws: list[ViewDraw]) -> tuple[torch.Tensor, torch.Tensor]:
-    boxes, rows = zip(*map(pack_draw, draws), strict=True)
+def pack_all(sampled: list[ViewParams]) -> tuple[torch.Tensor, torch.Tensor]:
+    boxes, rows = zip(*map(pack_params, sampled), strict=True)
     return torch.stack(boxes), torch.stack(rows)
 
 
-def on_device(images: torch.Tensor, draws: list[ViewDraw], policy, size: int) -> torch.Tensor:
-    """A drawn view of every image, all in one batch."""
-    views, (boxes, rows) = DeviceViews(policy, size), pack_draws(draws)
+def on_device(images: torch.Tensor, sampled: list[ViewParams], policy, size: int) -> torch.Tensor:
+    """A view of every image with these parameters, all in one batch."""
+    views, (boxes, rows) = DeviceViews(policy, size), pack_all(sampled)
     return views.render(views.crop(images, boxes, rows[:, FLIP] > 0), rows)
 
 
@@ -86,21 +86,21 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_the_same_draws_give_the_same_views(name, way):
+def test_the_same_parameters_give_the_same_views(name, way):
     policy, generator = POLICIES[name], torch.Generator().manual_seed(3)
     images = [picture(seed, 96, 72) for seed in range(120)]
-    draws = [draw_view(policy, 96, 72, generator) for _ in images]
-    expected = [render_view(image, draw, SIZE, policy) for image, draw in zip(images, draws, strict=True)]
+    sampled = [sample_view(policy, 96, 72, generator) for _ in images]
+    expected = [render_view(image, params, SIZE, policy) for image, params in zip(images, sampled, strict=True)]
     tensors = [to_tensor(image) for image in images]
-    by_cv2 = [render_view_cv2(image, draw, SIZE, policy) for image, draw in zip(tensors, draws, strict=True)]
-    by_device = on_device(torch.stack(tensors), draws, policy, SIZE)
+    by_cv2 = [render_view_cv2(image, params, SIZE, policy) for image, params in zip(tensors, sampled, strict=True)]
+    by_device = on_device(torch.stack(tensors), sampled, policy, SIZE)
     for views in (by_cv2, by_device):
         distances = [distance(view, reference) for view, reference in zip(views, expected, strict=True)]
-        assert max(distances) < LEVELS, draws[int(np.argmax(distances))]
+        assert max(distances) < LEVELS, sampled[int(np.argmax(distances))]
         assert np.mean(distances) < 1
 
 
-WHOLE = ViewDraw((0, 0, SIZE, SIZE), jitter=(), gray=False, blur=0.0, flip=False)
+WHOLE = ViewParams((0, 0, SIZE, SIZE), jitter=(), gray=False, blur=0.0, flip=False)
 SINGLE = {
     **{f"{name} {factor}": replace(WHOLE, jitter=((name, factor),)) for name in JITTER[:3] for factor in (0.6, 1.4)},
     **{f"hue {shift}": replace(WHOLE, jitter=(("hue", shift),)) for shift in (-0.4, -0.05, 0.05, 0.4)},
@@ -113,11 +113,11 @@ SINGLE = {
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_every_operation_is_the_references(name, way):
-    image, draw, policy = picture(0, SIZE, SIZE), SINGLE[name], POLICIES["v2"]
-    expected = render_view(image, draw, SIZE, policy)
+    image, params, policy = picture(0, SIZE, SIZE), SINGLE[name], POLICIES["v2"]
+    expected = render_view(image, params, SIZE, policy)
     assert name == "crop" or distance(expected, to_tensor(image)) > LEVELS or name == "blur 0.2"
-    assert distance(render_view_cv2(to_tensor(image), draw, SIZE, policy), expected) < 1
-    whole_order = replace(draw, jitter=draw.jitter and (*draw.jitter, *NEUTRAL[draw.jitter[0][0]]))
+    assert distance(render_view_cv2(to_tensor(image), params, SIZE, policy), expected) < 1
+    whole_order = replace(params, jitter=params.jitter and (*params.jitter, *NEUTRAL[params.jitter[0][0]]))
     assert distance(on_device(to_tensor(image)[None], [whole_order], policy, SIZE)[0], expected) < 1
 
 
@@ -147,28 +147,28 @@ def assert_close(crop: torch.Tensor, expected: torch.Tensor) -> None:
 
 def test_crops_of_the_cpu_become_the_references_views():
     policy, pictures = POLICIES["v2"], [picture(seed, 90 + seed, 120) for seed in range(8)]
-    crops = TwoCrops(policy, SIZE)
+    crops = DeviceCrops(policy, SIZE)
     rows = [crops(to_tensor(image), seeded_generator(seed)) for seed, image in enumerate(pictures)]
     views = DeviceViews(policy, SIZE)(collate(rows))
     for seed, image in enumerate(pictures):
-        for draw, name in zip(crops.draws(image, seeded_generator(seed)), views, strict=True):
-            assert distance(views[name][seed], render_view(image, draw, SIZE, policy)) < LEVELS
+        for params, name in zip(crops.sample(image, seeded_generator(seed)), views, strict=True):
+            assert distance(views[name][seed], render_view(image, params, SIZE, policy)) < LEVELS
 
 
-def test_the_two_crops_of_an_image_are_drawn_from_its_generator():
-    crops, image = TwoCrops(POLICIES["v2"], SIZE), to_tensor(picture(0, 400, 300))
-    draws = [crops.draws(image, seeded_generator(seed)) for seed in range(200)]
-    assert crops.draws(image, seeded_generator(7)) == draws[7]
-    assert len(set(chain(*draws))) == 400
-    boxes, _ = pack_draws(list(chain(*draws)))
-    assert same_distribution(boxes[:, 2:].prod(dim=1), batch_boxes(POLICIES["v2"], DRAWS)[:, 2:].prod(dim=1))  # areas
+def test_the_two_crops_of_an_image_are_sampled_from_its_generator():
+    crops, image = DeviceCrops(POLICIES["v2"], SIZE), to_tensor(picture(0, 400, 300))
+    sampled = [crops.sample(image, seeded_generator(seed)) for seed in range(200)]
+    assert crops.sample(image, seeded_generator(7)) == sampled[7]
+    assert len(set(chain(*sampled))) == 400
+    boxes, _ = pack_all(list(chain(*sampled)))
+    assert same_distribution(boxes[:, 2:].prod(dim=1), batch_boxes(POLICIES["v2"], SAMPLES)[:, 2:].prod(dim=1))  # areas
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_views_are_the_same():
     policy, images = POLICIES["v2"], torch.stack([to_tensor(picture(seed, 40, 40)) for seed in range(16)])
-    boxes, numbers = draw_views(policy, 40, 40, views=2, seed=0, epoch=0, indices=np.arange(16))
+    boxes, numbers = sample_views(policy, 40, 40, views=2, seed=0, epoch=0, indices=np.arange(16))
     render, batch = DeviceViews(policy, SIZE), {"images": images, "boxes": boxes, "numbers": numbers}
     eager = render(batch)
     for name, views in torch.compile(render.__call__)(batch).items():
@@ -179,49 +179,52 @@ def test_compiled_views_are_the_same():
 # Draws
 
 
-def test_a_packed_draw_is_the_draw():
+def test_packed_parameters_unpack_to_themselves():
     generator = torch.Generator().manual_seed(0)
     for policy in POLICIES.values():
         for _ in range(50):
-            draw = draw_view(policy, 64, 48, generator)
-            copy = unpack_draw(*pack_draw(draw))
-            assert (copy.box, copy.gray, copy.flip) == (draw.box, draw.gray, draw.flip)
-            assert copy.blur == pytest.approx(draw.blur)
-            assert [name for name, _ in copy.jitter] == [name for name, _ in draw.jitter]
-            assert [f for _, f in copy.jitter] == pytest.approx([f for _, f in draw.jitter])
+            params = sample_view(policy, 64, 48, generator)
+            copy = unpack_params(*pack_params(params))
+            assert (copy.box, copy.gray, copy.flip) == (params.box, params.gray, params.flip)
+            assert copy.blur == pytest.approx(params.blur)
+            assert [name for name, _ in copy.jitter] == [name for name, _ in params.jitter]
+            assert [f for _, f in copy.jitter] == pytest.approx([f for _, f in params.jitter])
 
 
-def batch_draws(policy, count: int, width: int = 400, height: int = 300, **key) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_operations(
+    policy, count: int, width: int = 400, height: int = 300, **key
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Boxes (count, 4) and rows of operations of the first so many images."""
     key = {"seed": 1, "epoch": 2, "indices": np.arange(count)} | key
-    boxes, numbers = draw_views(policy, width, height, views=1, **key)
-    return boxes[:, 0], draw_operations(numbers[:, 0], policy)
+    boxes, numbers = sample_views(policy, width, height, views=1, **key)
+    return boxes[:, 0], sample_operations(numbers[:, 0], policy)
 
 
 def batch_boxes(policy, count: int, *size: int) -> torch.Tensor:
-    return batch_draws(policy, count, *size)[0]
+    return batch_operations(policy, count, *size)[0]
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_draws_of_a_batch_are_distributed_as_those_of_single_images(name):
+def test_operations_of_a_batch_are_distributed_as_those_of_single_images(name):
     policy, generator = POLICIES[name], torch.Generator().manual_seed(0)
-    boxes, batch = batch_draws(policy, DRAWS)
-    single_boxes, single = pack_draws([draw_view(policy, 400, 300, generator) for _ in range(DRAWS)])
+    boxes, batch = batch_operations(policy, SAMPLES)
+    single_boxes, single = pack_all([sample_view(policy, 400, 300, generator) for _ in range(SAMPLES)])
     for column in (GRAY, FLIP, ORDER.start):
-        shares = [(draws[:, column] > 0).float().mean().item() for draws in (batch, single)]
+        shares = [(operations[:, column] > 0).float().mean().item() for operations in (batch, single)]
         assert shares[0] == pytest.approx(shares[1], abs=0.04)  # more than three standard errors
-    jittered = [draws[draws[:, ORDER.start] >= 0] for draws in (batch, single)]
-    assert len(jittered[0]) / DRAWS == pytest.approx(policy.jitter_p, abs=0.03)
+    jittered = [operations[operations[:, ORDER.start] >= 0] for operations in (batch, single)]
+    assert len(jittered[0]) / SAMPLES == pytest.approx(policy.jitter_p, abs=0.03)
     if policy.jitter_p:
         orders = [
-            (draws[:, ORDER] @ torch.tensor([64.0, 16.0, 4.0, 1.0])).unique(return_counts=True) for draws in jittered
+            (operations[:, ORDER] @ torch.tensor([64.0, 16.0, 4.0, 1.0])).unique(return_counts=True)
+            for operations in jittered
         ]
         assert torch.equal(orders[0][0], orders[1][0])  # all 24
         assert orders[0][1].min() > 0.6 * len(jittered[0]) / 24
         for column in range(FACTORS.start, FACTORS.stop):
-            assert same_distribution(*(draws[:, column] for draws in jittered))
+            assert same_distribution(*(operations[:, column] for operations in jittered))
     if policy.blur_p:
-        assert same_distribution(*(draws[draws[:, BLUR] > 0, BLUR] for draws in (batch, single)))
+        assert same_distribution(*(operations[operations[:, BLUR] > 0, BLUR] for operations in (batch, single)))
         assert (batch[:, BLUR] > 0).float().mean().item() == pytest.approx(policy.blur_p, abs=0.03)
     for measure in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 2] / b[:, 3], lambda b: b[:, 0], lambda b: b[:, 1]):
         assert same_distribution(measure(boxes), measure(single_boxes))
@@ -237,14 +240,14 @@ def correlations(columns: list[torch.Tensor], boxes: torch.Tensor) -> torch.Tens
     return found[: len(columns)].fill_diagonal_(0)
 
 
-def test_what_is_drawn_for_a_view_does_not_depend_on_what_else_is():
-    boxes, draws = batch_draws(POLICIES["v2"], 40_000)
-    first, blur, factors = draws[:, ORDER.start], draws[:, BLUR], list(draws[:, FACTORS].T)
+def test_the_parameters_of_a_view_are_independent():
+    boxes, operations = batch_operations(POLICIES["v2"], 40_000)
+    first, blur, factors = operations[:, ORDER.start], operations[:, BLUR], list(operations[:, FACTORS].T)
     jittered, blurred = first >= 0, blur > 0
-    columns = [jittered, draws[:, GRAY], blurred, draws[:, FLIP], *factors]
+    columns = [jittered, operations[:, GRAY], blurred, operations[:, FLIP], *factors]
     assert correlations(columns, boxes).abs().max() < 0.025  # five standard errors
     both = jittered & blurred  # others have no order, or no deviation
-    columns = [column[both] for column in (first, blur, draws[:, GRAY], draws[:, FLIP], *factors)]
+    columns = [column[both] for column in (first, blur, operations[:, GRAY], operations[:, FLIP], *factors)]
     assert correlations(columns, boxes[both]).abs().max() < 0.04
 
 
@@ -256,8 +259,8 @@ def test_boxes_lie_within_the_image_and_are_the_same_one_by_one(width, height):
     top, left, h, w = batch_boxes(POLICIES["v2"], 500, width, height).T
     assert ((top >= 0) & (left >= 0) & (h > 0) & (w > 0) & (top + h <= height) & (left + w <= width)).all()
     u = uniform_numbers(0, 0, np.arange(500), BOX_NUMBERS)
-    one_by_one = [draw_box(row, width, height, 0.2) for row in u.tolist()]
-    assert np.array_equal(draw_boxes(u, width, height, 0.2), one_by_one)
+    one_by_one = [sample_box(row, width, height, 0.2) for row in u.tolist()]
+    assert np.array_equal(sample_boxes(u, width, height, 0.2), one_by_one)
 
 
 def test_where_no_box_fits_it_is_the_largest_centred_one():
@@ -265,7 +268,7 @@ def test_where_no_box_fits_it_is_the_largest_centred_one():
     assert (boxes == torch.tensor([0.0, (500 - 27) // 2, 20, 27])).all(dim=1).any()  # 27 = 20 * 4 / 3
 
 
-def test_draws_depend_on_seed_epoch_and_index_alone():
+def test_sampled_views_depend_on_seed_epoch_and_index_alone():
     u = uniform_numbers(1, 2, np.arange(1000), 40)
     assert ((u >= 0) & (u < 1)).all()
     assert len(np.unique(u)) > 0.99 * u.size  # no image has numbers of its neighbour
@@ -273,7 +276,7 @@ def test_draws_depend_on_seed_epoch_and_index_alone():
     for other in ((2, 2), (1, 3)):
         assert np.mean(uniform_numbers(*other, np.arange(1000), 40) == u) < 1e-3
     indices = {"seed": 1, "epoch": 2, "indices": np.arange(64)}
-    boxes, numbers = draw_views(POLICIES["v2"], 400, 300, views=2, **indices)
+    boxes, numbers = sample_views(POLICIES["v2"], 400, 300, views=2, **indices)
     assert len(boxes.flatten(0, 1).unique(dim=0)) == len(numbers.flatten(0, 1).unique(dim=0)) == 128
 
 
@@ -339,7 +342,7 @@ def rows(images: list[Image.Image | None]) -> list[dict]:
     return [{"image": broken if image is None else encoded(image, "PNG")} for image in images]
 
 
-def test_images_in_memory_give_the_same_views_in_any_company():
+def test_images_in_memory_give_the_same_views_in_any_batch():
     pictures = [picture(seed, 32, 32) for seed in range(12)]
     images = MemoryImages(rows(pictures), POLICIES["cifar"], seed=5)
     images.set_epoch(3)
@@ -348,8 +351,8 @@ def test_images_in_memory_give_the_same_views_in_any_company():
     render = DeviceViews(POLICIES["cifar"], 32)
     for name, views in render(whole).items():
         assert torch.equal(render(part)[name], views[[7, 2]])
-    for draw, name in zip(images.view_draws(2), ("pixel_values", "key_pixel_values"), strict=True):
-        expected = render_view(pictures[2], draw, 32, POLICIES["cifar"])
+    for params, name in zip(images.view_params(2, pictures[2]), ("pixel_values", "key_pixel_values"), strict=True):
+        expected = render_view(pictures[2], params, 32, POLICIES["cifar"])
         assert distance(render(whole)[name][2], expected) < LEVELS
     images.set_epoch(4)
     other = images.__getitems__([7, 2])
@@ -357,9 +360,9 @@ def test_images_in_memory_give_the_same_views_in_any_company():
     assert not torch.equal(other["numbers"], part["numbers"])
 
 
-def test_processes_draw_disjoint_parts_of_the_images_in_memory():
+def test_processes_sample_disjoint_parts_of_the_images_in_memory():
     images = MemoryImages(rows([picture(seed, 8, 8) for seed in range(9)]), POLICIES["cifar"])
-    parts = [images.draw(4, 1, rank, 2)["images"] for rank in range(2)]
+    parts = [images.sample(4, 1, rank, 2)["images"] for rank in range(2)]
     assert len(torch.cat(parts).flatten(1).unique(dim=0)) == 8
 
 
@@ -375,7 +378,7 @@ def test_an_image_that_cannot_be_read_is_counted_and_replaced(caplog):
 
 
 def test_images_of_several_sizes_are_refused_at_the_first_of_another_size(caplog):
-    with pytest.raises(ValueError, match=r"of 8 x 9 and 8 x 8 pixels.*choose another --augment"):
+    with pytest.raises(ValueError, match=r"have 8 x 9 and 8 x 8 pixels.*choose another --view_backend"):
         MemoryImages(rows([picture(0, 8, 9), picture(1, 8, 8), None]), POLICIES["cifar"])
     assert caplog.text == ""  # the broken one was not met
 

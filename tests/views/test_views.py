@@ -10,13 +10,13 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as T
 
 from training.views.pil import EvaluationView, OneView, TwoViews, render_view
-from training.views.policy import POLICIES, build_policy, draw_view, seeded_generator
+from training.views.policy import POLICIES, build_policy, sample_view, seeded_generator
 
 SIZE, DRAWS = 32, 4000
 
 
 class GaussianBlur:
-    """The blur of the official loader: a radius drawn per image, PIL's filter."""
+    """The blur of the official loader: a radius sampled per image, PIL's filter."""
 
     def __call__(self, image):
         return image.filter(ImageFilter.GaussianBlur(radius=torch.empty(1).uniform_(0.1, 2.0).item()))
@@ -64,9 +64,9 @@ def test_views_equal_the_reference_transforms_with_the_same_seed(name):
         image = noise(width, height, seed)
         torch.manual_seed(seed)
         expected = reference(image)
-        draw = draw_view(policy, width, height, torch.Generator().manual_seed(seed))
-        view = render_view(image, draw, SIZE, policy)
-        assert torch.equal(view, expected), f"{width}x{height}, seed {seed}: {draw}"
+        params = sample_view(policy, width, height, torch.Generator().manual_seed(seed))
+        view = render_view(image, params, SIZE, policy)
+        assert torch.equal(view, expected), f"{width}x{height}, seed {seed}: {params}"
 
 
 def test_drawing_leaves_the_generator_where_the_reference_leaves_it():
@@ -75,26 +75,26 @@ def test_drawing_leaves_the_generator_where_the_reference_leaves_it():
         torch.manual_seed(5)
         for image in (noise(60, 40), noise(500, 20)):
             T.Compose(steps)(image)
-            draw_view(POLICIES[name], *image.size, generator)
+            sample_view(POLICIES[name], *image.size, generator)
         assert torch.equal(generator.get_state(), torch.get_rng_state()), name
 
 
 def test_very_long_images_give_the_largest_centred_box_of_an_allowed_shape():
     generator = torch.Generator().manual_seed(0)
     for policy in POLICIES.values():
-        assert draw_view(policy, 500, 20, generator).box == (0, (500 - 27) // 2, 20, 27)  # 27 = 20 * 4 / 3
-        assert draw_view(policy, 20, 500, generator).box == ((500 - 27) // 2, 0, 27, 20)
+        assert sample_view(policy, 500, 20, generator).box == (0, (500 - 27) // 2, 20, 27)  # 27 = 20 * 4 / 3
+        assert sample_view(policy, 20, 500, generator).box == ((500 - 27) // 2, 0, 27, 20)
 
 
 @pytest.fixture(scope="module", params=POLICIES)
-def draws(request):
-    """A policy's name and its draws for an image so large that rounding does not matter."""
+def sampled(request):
+    """A policy's name and its sampled for an image so large that rounding does not matter."""
     generator = torch.Generator().manual_seed(1)
-    return request.param, [draw_view(POLICIES[request.param], 1000, 1000, generator) for _ in range(DRAWS)]
+    return request.param, [sample_view(POLICIES[request.param], 1000, 1000, generator) for _ in range(DRAWS)]
 
 
-def test_operations_happen_as_often_as_published(draws):
-    name, views = draws
+def test_operations_happen_as_often_as_published(sampled):
+    name, views = sampled
     published = {
         "v1": {"jitter": 1.0, "gray": 0.2, "blur": 0.0, "flip": 0.5},
         "v2": {"jitter": 0.8, "gray": 0.2, "blur": 0.5, "flip": 0.5},
@@ -112,8 +112,8 @@ def fills(values: list[float], low: float, high: float, gap: float = 0.01) -> bo
     return low <= min(values) <= low + gap and high - gap <= max(values) <= high
 
 
-def test_jitter_factors_fill_their_range_in_all_orders(draws):
-    name, views = draws
+def test_jitter_factors_fill_their_range_in_all_orders(sampled):
+    name, views = sampled
     hue = {"v1": 0.4, "v2": 0.1, "cifar": 0.1, "crop": 0.0}[name]
     jitters = [view.jitter for view in views if view.jitter]
     if not hue:
@@ -125,8 +125,8 @@ def test_jitter_factors_fill_their_range_in_all_orders(draws):
     assert fills([dict(jitter)["hue"] for jitter in jitters], -hue - 1e-6, hue + 1e-6)
 
 
-def test_boxes_and_blurs_fill_their_range(draws):
-    name, views = draws
+def test_boxes_and_blurs_fill_their_range(sampled):
+    name, views = sampled
     smallest = {"v1": 0.2, "v2": 0.2, "cifar": 0.08, "crop": 0.08}[name]
     tops, lefts, heights, widths = np.array([view.box for view in views]).T
     # Boxes of nearly the whole image are rarer: they must be nearly square to fit.
@@ -143,14 +143,14 @@ def test_without_horizontal_flip_nothing_is_flipped_and_the_rest_stays(name):
     policy = build_policy(name, horizontal_flip=False)
     assert replace(policy, flip_p=0.5) == build_policy(name)
     generator = torch.Generator().manual_seed(2)
-    assert not any(draw_view(policy, 40, 30, generator).flip for _ in range(DRAWS))
+    assert not any(sample_view(policy, 40, 30, generator).flip for _ in range(DRAWS))
 
 
 def test_another_smallest_crop_changes_the_boxes_and_nothing_else():
     policy = build_policy("v2", min_scale=0.6)
     assert replace(policy, min_scale=0.2) == build_policy("v2")
     generator = torch.Generator().manual_seed(3)
-    boxes = [draw_view(policy, 1000, 1000, generator).box for _ in range(DRAWS)]
+    boxes = [sample_view(policy, 1000, 1000, generator).box for _ in range(DRAWS)]
     assert fills([height * width / 1e6 for _, _, height, width in boxes], 0.6 - 0.002, 1.0, gap=0.05)
 
 
@@ -182,7 +182,7 @@ def test_two_views_differ_and_depend_on_seed_epoch_and_index_alone():
         assert not any(torch.equal(first[name], others[name]) for name in first), key
 
 
-def test_the_two_views_of_a_pair_are_drawn_from_one_distribution():
+def test_the_two_views_of_a_pair_are_sampled_from_one_distribution():
     # Each view of a bright and a dark half is about as often brighter than the other.
     image = Image.fromarray(np.tile(np.repeat([0, 255], 50).astype(np.uint8)[:, None], (100, 1, 3)))
     two_views = TwoViews(POLICIES["v2"], 8)

@@ -1,1 +1,1 @@
-"""Measure what this project claims."""
+"""Benchmarks of this project's claims about speed and memory."""

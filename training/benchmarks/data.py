@@ -1,8 +1,8 @@
-"""Views: milliseconds of one core for an image and its two views, and images a second of a DataLoader.
+"""Views: milliseconds of one core per image and its two views, and images per second of a DataLoader.
 
-Limit: decoding the files and nothing else. Baselines: the transforms of the official loader (torchvision on PIL images, each
-view ending as a normalised float tensor), and lightly's where it is installed. Ours end as uint8, which the model normalises
-on its device.
+The limit is decoding alone. The baselines are the transforms of the official loader (torchvision on PIL images, which end in
+normalised float tensors), and those of lightly if it is installed. Our transforms end in uint8 tensors, which the model
+normalises on its device.
 """
 
 import argparse
@@ -25,30 +25,30 @@ from torchvision import transforms as T
 from ..data.decode import decode_image, decode_tensor
 from ..data.images import MapImages, collate
 from ..data.memory_images import MemoryImages
-from ..data.sources import DataArguments, load_images
-from ..views.device import DeviceViews, TwoCrops
+from ..data.sources import EvaluationDataArguments, load_images
+from ..views.device import DeviceCrops, DeviceViews
 from ..views.opencv import render_view_cv2
 from ..views.pil import TwoViews
 from ..views.policy import build_policy
 from .measure import Benchmark, time_rounds
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SMALL = 32  # pixels of the images in memory
+SMALL_PX = 32  # side of the small images, which are in memory
 OFFICIAL, DECODE_ALONE = "official transforms", "decode alone"
 
 
 class PILBlur:
-    """Gaussian blur as the official loader has it."""
+    """Gaussian blur of the official loader."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(radius=np.random.uniform(0.1, 2.0)))
 
 
 class OfficialViews:
-    """Two views of a PIL image by torchvision's transforms: v2 for photographs, those of the notebook for small images."""
+    """Two views of a PIL image by torchvision's transforms: of MoCo v2 for photographs, of the notebook for small images."""
 
     def __init__(self, size: int):
-        blur = [T.RandomApply([PILBlur()], p=0.5)] if size > SMALL else []
+        blur = [T.RandomApply([PILBlur()], p=0.5)] if size > SMALL_PX else []
         self.view = T.Compose(
             [
                 T.RandomResizedCrop(size, scale=(0.2, 1.0)),
@@ -66,7 +66,7 @@ class OfficialViews:
 
 
 class LightlyViews:
-    """lightly's transform for MoCo v2 (an extra: `pip install lightly`)."""
+    """lightly's transform for MoCo v2 (an optional dependency: `pip install lightly`)."""
 
     def __init__(self, size: int):
         from lightly.transforms import MoCoV2Transform
@@ -80,13 +80,15 @@ class LightlyViews:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dataset_name", help="photographs: folder or Hub dataset; by default drawn ones of 500 x 375 px"
+        "--dataset_name", help="Folder or Hub dataset of photographs. By default random images of 500 x 375 px."
     )
-    parser.add_argument("--images", type=int, default=100, help="photographs of one round")
-    parser.add_argument("--image_size", type=int, default=224, help="pixels of a view of them")
-    parser.add_argument("--batch_size", type=int, default=512, help="small images of one round")
-    parser.add_argument("--loader_images", type=int, default=400, help="photographs of one round of a DataLoader")
-    parser.add_argument("--rounds", type=int, default=5, help="of all variants in turns")
+    parser.add_argument("--images", type=int, default=100, help="Number of photographs per round.")
+    parser.add_argument("--image_size", type=int, default=224, help="Side of a view of a photograph in pixels.")
+    parser.add_argument("--batch_size", type=int, default=512, help="Number of small images per round.")
+    parser.add_argument(
+        "--loader_images", type=int, default=400, help="Number of photographs per round of a DataLoader."
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="Number of rounds, each of which runs all variants.")
 
 
 def run(args: argparse.Namespace) -> list[Benchmark]:
@@ -108,10 +110,10 @@ def one_thread() -> Iterator[None]:
 
 
 def photographs(args: argparse.Namespace) -> datasets.Dataset:
-    """Rows with encoded images."""
+    """Rows with encoded photographs, of the dataset or random."""
     count = max(args.images, args.loader_images)
     if args.dataset_name:
-        rows = load_images(DataArguments(dataset_name=args.dataset_name)).train
+        rows = load_images(EvaluationDataArguments(dataset_name=args.dataset_name)).train
         return rows.select(range(min(count, len(rows))))
     random = np.random.default_rng(0)
     rows = []
@@ -120,40 +122,40 @@ def photographs(args: argparse.Namespace) -> datasets.Dataset:
             (500, 375), Image.Resampling.BICUBIC
         )
         grain = random.normal(0, 8, (375, 500, 3))
-        picture = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
-        rows.append(encoded(picture, "JPEG"))
+        image = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
+        rows.append(encoded(image, "JPEG"))
     features = datasets.Features({"image": datasets.Image(decode=False)})
     return datasets.Dataset.from_dict({"image": rows}, features=features)
 
 
-def encoded(picture: Image.Image, format: str) -> dict[str, Any]:
+def encoded(image: Image.Image, format: str) -> dict[str, Any]:
     file = io.BytesIO()
-    picture.save(file, format)
+    image.save(file, format)
     return {"bytes": file.getvalue(), "path": None}
 
 
 def transforms(size: int, policy: str) -> dict[str, tuple[Any, Callable]]:
-    """Transform of an image and what decodes it, by name of the variant."""
+    """The transform of each variant, and the decoder of its images."""
     views = TwoViews(build_policy(policy, min_scale=0.2), size)
     found: dict[str, tuple[Any, Callable]] = {
         OFFICIAL: (OfficialViews(size), decode_image),
         "pil": (views, decode_image),
         "cv2": (TwoViews(views.policy, size, render_view_cv2), decode_tensor),
     }
-    if size > SMALL:
-        found["device, the CPU's share"] = (TwoCrops(views.policy, size), decode_tensor)
+    if size > SMALL_PX:
+        found["device, the CPU's share"] = (DeviceCrops(views.policy, size), decode_tensor)
         if find_spec("lightly"):
             found["lightly"] = (LightlyViews(size), decode_image)
     return found
 
 
 def photograph_transforms(size: int) -> dict[str, tuple[Any, Callable]]:
-    """`transforms` of photographs and their limit, which decodes as the fastest of them do."""
+    """`transforms` of photographs, and their limit, which decodes like the fastest of them."""
     return {DECODE_ALONE: (lambda image, generator: None, decode_tensor)} | transforms(size, "v2")
 
 
 def photograph_views(rows: datasets.Dataset, args: argparse.Namespace) -> Benchmark:
-    """From encoded photographs in memory to two views of each, on one core."""
+    """Decode photographs in memory and make two views of each, on one core."""
     images = [row["image"] for row in rows.select(range(min(args.images, len(rows))))]
     generator = torch.Generator().manual_seed(0)
 
@@ -169,15 +171,15 @@ def photograph_views(rows: datasets.Dataset, args: argparse.Namespace) -> Benchm
 
 
 def small_views(args: argparse.Namespace) -> Benchmark:
-    """Small images in memory, decoded, to two views of each, on one core."""
+    """Make two views of each of some small decoded images in memory, on one core."""
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (args.batch_size, 8, 8, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(x).resize((SMALL, SMALL), Image.Resampling.BICUBIC) for x in pixels]
-    tensors = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
+    small = [Image.fromarray(x).resize((SMALL_PX, SMALL_PX), Image.Resampling.BICUBIC) for x in pixels]
+    tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in small]
     generator = torch.Generator().manual_seed(0)
     policy = build_policy("cifar", min_scale=0.2)
-    source: Any = [{"image": encoded(picture, "PNG")} for picture in pictures]
-    memory, render = MemoryImages(source, policy), DeviceViews(policy, SMALL)
+    source: Any = [{"image": encoded(image, "PNG")} for image in small]
+    memory, render = MemoryImages(source, policy), DeviceViews(policy, SMALL_PX)
 
     def make(transform: Any, images: list) -> None:
         for image in images:
@@ -187,16 +189,16 @@ def small_views(args: argparse.Namespace) -> Benchmark:
         render(memory.__getitems__(list(range(len(memory)))))
 
     variants: dict[str, Callable] = {
-        name: partial(make, transform, pictures if decode is decode_image else tensors)
-        for name, (transform, decode) in transforms(SMALL, "cifar").items()
+        name: partial(make, transform, small if decode is decode_image else tensors)
+        for name, (transform, decode) in transforms(SMALL_PX, "cifar").items()
     }
     variants["device, in one batch"] = in_batches
-    title = f"{len(memory)} images of {SMALL} px from memory, two views each, one core"
+    title = f"{len(memory)} images of {SMALL_PX} px from memory, two views each, one core"
     return _per_image(title, time_rounds(variants, args.rounds), len(memory), (OFFICIAL,))
 
 
 def loaders(rows: datasets.Dataset, args: argparse.Namespace) -> Benchmark:
-    """The same photographs through a DataLoader with one and two worker processes."""
+    """Read the same photographs through a DataLoader with one and with two worker processes."""
     batches = max(1, min(args.loader_images, len(rows)) // 32)
     variants: dict[str, Callable] = {}
     for name, (transform, decode) in transforms(args.image_size, "v2").items():
@@ -217,10 +219,10 @@ def _read(loader: DataLoader, batches: int) -> None:
 
 
 def device_views(args: argparse.Namespace) -> Benchmark:
-    """The GPU's share of the device views: everything after the crop."""
+    """The GPU's share of the view backend `device`: everything after the crop."""
     policy, size, n = build_policy("v2"), args.image_size, 256
     image = torch.zeros(3, size, size, dtype=torch.uint8)
-    crops = TwoCrops(policy, size)
+    crops = DeviceCrops(policy, size)
     rows = [crops(image, torch.Generator().manual_seed(seed)) for seed in range(n)]
     batch = {name: tensor.cuda() for name, tensor in collate(rows).items()}
     views = DeviceViews(policy, size)

@@ -24,14 +24,14 @@ DIM = 128  # of a key
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=int, default=2, help="gloo processes on this machine")
-    parser.add_argument("--batch_size", type=int, default=32, help="images per process")
-    parser.add_argument("--image_size", type=int, default=224, help="pixels")
-    parser.add_argument("--rounds", type=int, default=20, help="measured steps of each variant")
+    parser.add_argument("--ranks", type=int, default=2, help="Number of gloo processes on this machine.")
+    parser.add_argument("--batch_size", type=int, default=32, help="Number of images per process.")
+    parser.add_argument("--image_size", type=int, default=224, help="Side of an image in pixels.")
+    parser.add_argument("--rounds", type=int, default=20, help="Number of measured steps of each variant.")
 
 
 def ours(images: torch.Tensor, keys: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Shuffling as MoCoModel does it: images of uint8 to where they are encoded, keys gathered once."""
+    """Shuffle as MoCoModel does: send uint8 images to the processes that encode them, and gather the keys once."""
     model = tiny_model()
     model.shuffle_generator = generator
     mine, restore = model.shuffle(images)
@@ -45,7 +45,7 @@ def tiny_model() -> MoCoModel:
 
 
 def official_style(images: torch.Tensor, keys: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Shuffling as the official code does it: all images and all keys to everyone in float32, the keys twice."""
+    """Shuffle as the official code does: gather all float32 images and, twice, all keys on every process."""
 
     def all_gather(x: torch.Tensor) -> torch.Tensor:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -66,7 +66,12 @@ VARIANTS: dict[str, Callable] = {"ours": ours, "official style": official_style}
 
 
 def computed_bytes(variant: str, ranks: int, batch: int, size: int) -> int:
-    """Bytes that one process receives in a step, on average over orders."""
+    """Bytes that one process receives in a step, averaged over random orders.
+
+    Args:
+        batch: images per process.
+        size: side of an image in pixels.
+    """
     pixels, others = 3 * size * size, ranks - 1
     if variant == "ours":
         return round(batch * others / ranks * pixels) + others * batch * DIM * 4
@@ -74,13 +79,13 @@ def computed_bytes(variant: str, ranks: int, batch: int, size: int) -> int:
 
 
 def loopback_bytes() -> int:
-    """Bytes that this machine has sent to itself."""
+    """Bytes that this machine has sent to itself since it started."""
     line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[0])
 
 
 def exchange_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
-    """One process of the exchange benchmark; rank 0 writes what it measured."""
+    """One process of the exchange benchmark; rank 0 writes its measurements."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.ranks)
     images = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
@@ -94,7 +99,7 @@ def exchange_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
             variant(images, keys, generator)
             elapsed = time.perf_counter() - start
             dist.barrier()
-            if step:  # the first one connects
+            if step:  # the first step opens the connections
                 seconds[name].append(elapsed)
                 moved[name].append((loopback_bytes() - before) // args.ranks)
     if rank == 0:
@@ -110,7 +115,7 @@ def run(args: argparse.Namespace) -> list[Benchmark]:
         f"shuffling BatchNorm: {args.ranks} gloo processes on {os.cpu_count()} cores, {args.batch_size} images of "
         f"{args.image_size} px per process, {args.rounds} interleaved steps"
     )
-    remarks = ["MB are received per process and step. Measured: with TCP headers and barriers. Computed:"]
+    remarks = ["MB received per process and step. The measured ones include TCP headers and barriers. Computed:"]
     for ranks in sorted({2, 8, 64, args.ranks}):
         theirs, mine = (computed_bytes(v, ranks, args.batch_size, args.image_size) for v in ("official style", "ours"))
         remarks.append(

@@ -15,17 +15,23 @@ from .measure import Benchmark, PeakMemory, in_own_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bank", type=int, default=50_000, help="images")
-    parser.add_argument("--queries", type=int, default=10_000, help="images")
-    parser.add_argument("--dim", type=int, default=512, help="feature width")
-    parser.add_argument("--classes", type=int, default=10, help="in the labels")
-    parser.add_argument("--k", type=int, default=200, help="neighbours")
-    parser.add_argument("--variants", nargs="+", choices=KNN, default=list(KNN), help="the last is the reference")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds")
+    parser.add_argument("--bank", type=int, default=50_000, help="Number of images in the bank.")
+    parser.add_argument("--queries", type=int, default=10_000, help="Number of images to classify.")
+    parser.add_argument("--dim", type=int, default=512, help="Width of a feature.")
+    parser.add_argument("--classes", type=int, default=10, help="Number of classes.")
+    parser.add_argument("--k", type=int, default=200, help="Number of neighbours that vote.")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=KNN,
+        default=list(KNN),
+        help="Variants to run. The predictions of the last one are the reference.",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="Number of rounds, each of which runs all variants.")
 
 
 def knn_inputs(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, bank and its labels: overlapping clusters of unit length."""
+    """Queries, bank and labels of the bank: features of unit length in overlapping clusters."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(args.classes, (args.queries + args.bank,), generator=generator)
     centres = torch.randn(args.classes, args.dim, generator=generator)
@@ -43,7 +49,7 @@ def knn_ours(queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, ar
 def knn_one_hot(
     queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace
 ) -> torch.Tensor:
-    """As other libraries vote: every neighbour as a one-hot row, in chunks of 256 queries."""
+    """Vote as other libraries do: one one-hot row per neighbour, in chunks of 256 queries."""
     predictions = []
     for rows in queries.split(256):
         similarity, index = (rows @ bank.T).topk(args.k, dim=1)
@@ -65,7 +71,7 @@ KNN: dict[str, Callable] = {"ours": knn_ours, "one-hot vote": knn_one_hot, "scik
 
 
 def knn_process(name: str, args: argparse.Namespace) -> tuple[float, int, list[int]]:
-    """Seconds, bytes beside the features, and predictions of one variant."""
+    """Seconds, peak memory in bytes beside the features, and predictions of one variant."""
     queries, bank, labels = knn_inputs(args)
     small = argparse.Namespace(**vars(args) | {"k": min(10, args.k)})
     KNN[name](queries[:64], bank[:1000], labels[:1000], small)  # warm up
@@ -79,7 +85,7 @@ def knn_process(name: str, args: argparse.Namespace) -> tuple[float, int, list[i
 def run(args: argparse.Namespace) -> list[Benchmark]:
     measured: dict[str, list[tuple[float, int, list[int]]]] = {name: [] for name in args.variants}
     for _ in range(args.rounds):
-        for name in args.variants:  # each in a process of its own, whose peak memory is then its own too
+        for name in args.variants:  # one process each, so that its peak memory is the variant's
             measured[name].append(in_own_process(knn_process, name, args))
     reference = args.variants[-1]
     expected = np.array(measured[reference][0][2])

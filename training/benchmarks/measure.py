@@ -1,4 +1,4 @@
-"""What benchmarks share: variants timed in turns, peak memory, and one form for what came out.
+"""Tools of the benchmarks: time variants in turns, measure peak memory, and report results in one form.
 
 A benchmark is a module with `add_arguments(parser)` and `run(args) -> list[Benchmark]`, named in `scripts/benchmark.py`, which
 prints the tables and writes `--json` and `--figure`:
@@ -8,8 +8,8 @@ seconds = time_rounds({"ours": our_call, "other": other_call}, rounds=5)
 return [Benchmark("two views of 32 images", seconds, images=32, references=("other",))]
 ```
 
-The first of `references` is the limit where there is one: a variant that does only what cannot be avoided. All variants are
-timed in the same run and in turns, because a machine is not equally fast all day. Memory is measured apart from time.
+If there is a limit, it is the first of `references`: a variant that does only the unavoidable work. All variants are timed in
+the same run and in turns, because the speed of a machine varies over a day. Memory is measured separately from time.
 """
 
 import textwrap
@@ -33,16 +33,16 @@ from ..plots import BLUE, GRAY, INK, figure
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Variants of the same work and how long each took.
+    """Variants of the same work, and the time that each took.
 
     Args:
-        title: the work in a few words, with the settings that decide about its time.
-        seconds: of every variant, one for each round.
-        references: variants that all are compared with.
-        images: of one round of one variant; 0 where the work is not counted in images.
-        columns: other numbers, by what the table calls them and by variant.
+        title: the work in a few words, with the settings that determine its time.
+        seconds: of each variant, one number per round.
+        references: variants that all variants are compared with.
+        images: number of images in one round of one variant; 0 where the work is not counted in images.
+        columns: other numbers, by column name and by variant.
         remarks: lines below the table.
-        paired: whether the n-th seconds of all variants are of the same round, so that rounds can be won.
+        paired: whether the n-th seconds of all variants belong to the same round, so that rounds can be compared.
     """
 
     title: str
@@ -54,15 +54,15 @@ class Benchmark:
     paired: bool = True
 
     def median(self, variant: str) -> float:
-        """Seconds."""
+        """Median seconds of a variant."""
         return median(self.seconds[variant])
 
     def ratio(self, variant: str, reference: str) -> float:
-        """How many times as long as the reference the variant takes (medians)."""
+        """Median time of the variant divided by that of the reference."""
         return self.median(variant) / self.median(reference)
 
     def faster(self, variant: str, reference: str) -> int:
-        """In how many rounds the variant was faster."""
+        """Number of rounds in which the variant was faster than the reference."""
         assert self.paired
         return sum(a < b for a, b in zip(self.seconds[variant], self.seconds[reference], strict=True))
 
@@ -83,7 +83,7 @@ class Benchmark:
         return found | {name: values[variant] for name, values in self.columns.items() if variant in values}
 
     def table(self) -> str:
-        """Title, a line for each variant, and the remarks."""
+        """The title, a line for each variant, and the remarks."""
         header = ["", "min", "median", "max ms"] + ["images/s"] * bool(self.images)
         header += [f"x {reference}" + " (faster)" * self.paired for reference in self.references]
         rows = [header + list(self.columns)]
@@ -120,10 +120,10 @@ def write_numbers(benchmarks: list[Benchmark], path: Path) -> None:
 
 
 def time_rounds(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round, after two that are not counted: torch.compile may compile twice.
+    """Seconds of each call in each round, after two calls that are not counted: torch.compile may compile twice.
 
-    Every round calls all variants, and begins with another one than the round before: the caches are not always the same
-    one's.
+    Each round calls all variants. It starts with another variant than the round before, so that no variant always finds the
+    caches of the same predecessor.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
@@ -137,7 +137,7 @@ def time_rounds(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str
 
 
 def elapsed(call: Callable[[], Any]) -> float:
-    """Seconds of one call, the GPU's work included."""
+    """Seconds of one call, including its work on the GPU."""
     _finish_gpu_work()
     start = time.perf_counter()
     call()
@@ -151,9 +151,9 @@ def _finish_gpu_work() -> None:
 
 
 class PeakMemory:
-    """`with PeakMemory() as memory: ...`, then `memory.bytes`: resident memory at its highest, above what it was before.
+    """`with PeakMemory() as memory: ...` sets `memory.bytes`: the peak resident memory above that at the start.
 
-    Of this process, and of Linux. What was freed before may be used again unseen: measure in a process of its own.
+    It measures this process, on Linux. Memory that was freed before the start can be reused unseen: measure in a new process.
     """
 
     bytes: int
@@ -179,7 +179,7 @@ def in_own_process(call: Callable[..., Any], *args: Any) -> Any:
 
 
 def draw_timings(benchmarks: list[Benchmark], path: Path) -> None:
-    """Medians as bars from the fastest to the slowest round, a panel for each benchmark; the first reference is dashed."""
+    """Draw a panel for each benchmark: medians as bars, fastest and slowest rounds as error bars, first reference dashed."""
     heights = [0.75 + 0.3 * len(benchmark.seconds) for benchmark in benchmarks]
     with figure(path, sum(heights), layout="constrained") as fig:
         rows = fig.subplots(len(benchmarks), squeeze=False, height_ratios=heights)[:, 0]
@@ -191,10 +191,10 @@ def _draw_timings(axis: Axes, benchmark: Benchmark) -> None:
     names, reference = list(benchmark.seconds), benchmark.references[:1]
     milliseconds = [1000 * np.array(benchmark.seconds[name]) for name in names]
     medians = [1000 * benchmark.median(name) for name in names]
-    spread = [[m - x.min() for m, x in zip(medians, milliseconds, strict=True)]]
-    spread += [[x.max() - m for m, x in zip(medians, milliseconds, strict=True)]]
+    errors = [[m - x.min() for m, x in zip(medians, milliseconds, strict=True)]]
+    errors += [[x.max() - m for m, x in zip(medians, milliseconds, strict=True)]]
     colours = [GRAY if name in benchmark.references else BLUE for name in names]
-    axis.barh(names, medians, color=colours, height=0.6, xerr=spread, error_kw={"ecolor": INK, "elinewidth": 1})
+    axis.barh(names, medians, color=colours, height=0.6, xerr=errors, error_kw={"ecolor": INK, "elinewidth": 1})
     for name, middle, values in zip(names, medians, milliseconds, strict=True):
         ratio = "".join(f"  ({benchmark.ratio(name, r):.2f} x {r})" for r in reference if r != name)
         axis.annotate(f"{middle:,.4g}{ratio}", (values.max(), name), (4, 0), textcoords="offset points", va="center")

@@ -1,15 +1,15 @@
-"""Time and memory of a training step, against the encoders alone and against a step as the official code writes it.
+"""Time and memory of a training step, compared with the encoders alone and with a step in the style of the official code.
 
-Variants, which begin with the same weights and see the same images:
+All variants start from the same weights and see the same images:
 
-- encoder only, the limit: query encoder and projector forward and backward, key encoder and projector forward, nothing else.
+- encoder only is the limit: forward and backward of query encoder and projector, forward of key encoder and projector.
 - this project: a step of `MoCoTrainer` from uint8 views, with momentum update, contrast accuracy, gradient norm, SGD and
   the queue.
-- official style: the same step by the order and the operations of the official code (NCHW, one parameter at a time, joined
-  logits, a copy of the queue, numbers read from the device), from images that are normalised already. Never compiled.
+- official style: the same step with the order and the operations of the official code (NCHW, one parameter at a time, joined
+  logits, a copy of the queue, numbers read from the device), from normalised images. It is never compiled.
 
-One process. Memory is measured first, each variant alone: on a GPU all that is allocated, on a CPU resident memory above
-that of the process without a model.
+The benchmark uses one process. It first measures the memory of each variant alone: on a GPU the allocated memory, on a CPU
+the resident memory above that of the process without a model.
 """
 
 import argparse
@@ -31,14 +31,20 @@ SGD: dict[str, Any] = {"lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--architecture", default="resnet50", help="timm model")
-    parser.add_argument("--batch_size", type=int, default=32, help="images")
-    parser.add_argument("--image_size", type=int, default=224, help="pixels")
-    parser.add_argument("--queue_size", type=int, default=65536, help="keys, a multiple of the batch")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
-    parser.add_argument("--batch_norm", choices=("plain", "split"), default="plain", help="split: as one GPU trains")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the first two variants")
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each variant")
+    parser.add_argument("--architecture", default="resnet50", help="Name of a timm model.")
+    parser.add_argument("--batch_size", type=int, default=32, help="Number of images per step.")
+    parser.add_argument("--image_size", type=int, default=224, help="Side of a view in pixels.")
+    parser.add_argument(
+        "--queue_size", type=int, default=65536, help="Number of keys in the queue, a multiple of the batch size."
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="Precision of the step; bf16 uses autocast."
+    )
+    parser.add_argument(
+        "--batch_norm", choices=("plain", "split"), default="plain", help="Mode of BatchNorm; split is for one GPU."
+    )
+    parser.add_argument("--compile", action="store_true", help="Compile the first two variants with torch.compile.")
+    parser.add_argument("--rounds", type=int, default=5, help="Number of measured steps of each variant.")
 
 
 def encoder_only(model: MoCoModel, views: torch.Tensor, precision: str, compiled: bool) -> Step:
@@ -143,7 +149,7 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def build_steps(names: list[str], args: argparse.Namespace) -> dict[str, Step]:
-    """A step of each of these variants, all from the same weights, on two views of random pixels."""
+    """A step of each of these variants, from the same weights, on two views of random pixels."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     config = MoCoConfig(architecture=args.architecture, queue_size=args.queue_size, batch_norm=args.batch_norm)
@@ -154,7 +160,7 @@ def build_steps(names: list[str], args: argparse.Namespace) -> dict[str, Step]:
 
 
 def peak_bytes(name: str, args: argparse.Namespace, threads: int) -> int:
-    """Most memory that a variant holds from its model on, over two steps."""
+    """Peak memory of a variant in bytes over two steps, with its model."""
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -170,8 +176,8 @@ def peak_bytes(name: str, args: argparse.Namespace, threads: int) -> int:
 def run(args: argparse.Namespace) -> list[Benchmark]:
     if args.queue_size % args.batch_size:
         raise ValueError(
-            f"queue_size ({args.queue_size}) must be a multiple of batch_size ({args.batch_size}): the official code "
-            "refuses others"
+            f"queue_size ({args.queue_size}) must be a multiple of batch_size ({args.batch_size}), as the official code "
+            "requires: change either"
         )
     threads = torch.get_num_threads()
     gigabytes = {name: in_own_process(peak_bytes, name, args, threads) / 1e9 for name in VARIANTS}

@@ -1,4 +1,4 @@
-"""Images a second of a stream, and what it costs to resume one."""
+"""Images per second of a stream, and the time to resume it."""
 
 import argparse
 import os
@@ -18,16 +18,16 @@ WORKERS = (0, 1, 2)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset_name", required=True, help="folder of parquet or tar files, or a Hub dataset")
-    parser.add_argument("--batch_size", type=int, default=32, help="images")
-    parser.add_argument("--image_size", type=int, default=224, help="pixels")
-    parser.add_argument("--shuffle_buffer", type=int, default=500, help="images")
-    parser.add_argument("--batches", type=int, default=8, help="batches timed for the speed")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds")
+    parser.add_argument("--dataset_name", required=True, help="Folder of parquet or tar files, or a Hub dataset.")
+    parser.add_argument("--batch_size", type=int, default=32, help="Number of images per batch.")
+    parser.add_argument("--image_size", type=int, default=224, help="Side of a view in pixels.")
+    parser.add_argument("--shuffle_buffer", type=int, default=500, help="Number of images in the shuffle buffer.")
+    parser.add_argument("--batches", type=int, default=8, help="Number of batches whose time is measured.")
+    parser.add_argument("--rounds", type=int, default=5, help="Number of rounds, each of which runs all variants.")
 
 
 def seconds_to_first_batch(images: StreamedImages, batch_size: int, workers: int, epoch: int, skip: int) -> float:
-    """How long a resumed epoch takes to begin after so many batches."""
+    """Seconds until a resumed epoch returns its first batch after `skip` skipped ones."""
     images.set_epoch(epoch, skip_batches=skip)
     start = time.perf_counter()
     loader = DataLoader(images, batch_size, num_workers=workers)
@@ -62,14 +62,14 @@ def run(args: argparse.Namespace) -> list[Benchmark]:
     )
     costs = {}
     for workers in WORKERS:
-        for skip in skips[1:]:  # what all skips have, opening files and filling the buffer, is not the images'
+        for skip in skips[1:]:  # relative to the shortest skip: every skip opens files and fills the buffer
             more = (skip - skips[0]) * args.batch_size
             pairs = zip(first[_name(workers, skip)], first[_name(workers, skips[0])], strict=True)
             costs[_name(workers, skip)] = median(1000 * (s - b) / more for s, b in pairs)
     return [
         Benchmark(f"{title}: {timed} batches of {args.batch_size}", speed, images=timed * args.batch_size),
         Benchmark(
-            f"{title}: to the first batch after a skip", first, columns={"ms for each image more than the least": costs}
+            f"{title}: time to the first batch after a skip", first, columns={"ms per further image skipped": costs}
         ),
     ]
 

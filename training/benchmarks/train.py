@@ -1,10 +1,10 @@
-"""Whole runs of scripts/pretrain.py, against what their data and their step allow.
+"""Speed of whole runs of scripts/pretrain.py, compared with the limits of their data and of their step.
 
-For 1 and 2 loader workers each: the run, with the images per second that it logs itself; the same DataLoader consumed alone;
-and the same model's step on one batch. The slower of the last two is the limit. Where they compete for the same cores a run
-cannot reach it, and the remark says how far both in turn would come.
+For 1 and for 2 loader workers, the benchmark measures the images per second that a run logs, the same DataLoader alone, and
+the step of the same model on one batch. The slower of the last two is the limit. A run cannot reach it where data and step
+compete for the same cores; the remark states the speed of both in turn.
 
-Then what transformers.Trainer costs per step: a tiny model, trained by `MoCoTrainer` and by a plain loop.
+A second benchmark measures the cost of transformers.Trainer per step: `MoCoTrainer` and a plain loop train a tiny model.
 """
 
 import argparse
@@ -30,20 +30,28 @@ from ..trainer import VIEWS, MoCoTrainer, MoCoTrainingArguments
 from .measure import Benchmark, elapsed
 from .step import Step, this_project
 
-PRETRAIN = f"{__package__.rsplit('.', 1)[0]}.commands.pretrain"  # run as a module, in a process of its own
+PRETRAIN = f"{__package__.rsplit('.', 1)[0]}.commands.pretrain"  # the module that a new process runs
 WORKERS = (1, 2)
 TINY_BATCH, TINY_STEPS = 8, 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", default="quickstart", help="of the runs; its rate and epochs do not matter")
-    parser.add_argument("--dataset_name", default="digits", help="as in scripts/pretrain.py")
-    parser.add_argument("--architecture", default="test_resnet", help="timm model")
-    parser.add_argument("--batch_size", type=int, default=128, help="images")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
-    parser.add_argument("--max_steps", type=int, default=40, help="steps of a run, the first third not counted")
-    parser.add_argument("--logging_steps", type=int, default=5, help="steps whose mean speed is one number")
-    parser.add_argument("--rounds", type=int, default=1, help="runs for each number of workers")
+    parser.add_argument(
+        "--recipe", default="quickstart", help="Recipe of the runs. Its learning rate and epochs do not matter."
+    )
+    parser.add_argument("--dataset_name", default="digits", help="Dataset, as in scripts/pretrain.py.")
+    parser.add_argument("--architecture", default="test_resnet", help="Name of a timm model.")
+    parser.add_argument("--batch_size", type=int, default=128, help="Number of images per step.")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="Precision of the runs; bf16 uses autocast."
+    )
+    parser.add_argument(
+        "--max_steps", type=int, default=40, help="Number of steps of a run, of which the first third is not counted."
+    )
+    parser.add_argument(
+        "--logging_steps", type=int, default=5, help="Number of steps over which one speed is averaged."
+    )
+    parser.add_argument("--rounds", type=int, default=1, help="Number of runs for each number of workers.")
 
 
 def run(args: argparse.Namespace) -> list[Benchmark]:
@@ -69,7 +77,7 @@ def _against_limit(args: argparse.Namespace, workers: int, seconds: dict[str, li
     data, step = median(seconds["data alone"]), median(seconds["step alone"])
     limit = "data alone" if data > step else "step alone"
     in_turn = args.batch_size / (data + step)
-    remarks = [f"the limit is {limit}; data and step one after the other would make {in_turn:.4g} images/s"]
+    remarks = [f"the limit is {limit}; data and step in turn would process {in_turn:.4g} images/s"]
     return Benchmark(title, seconds, (limit,), args.batch_size, remarks=remarks, paired=False)
 
 
@@ -80,7 +88,7 @@ def pretrain_flags(args: argparse.Namespace, workers: int, folder: Path) -> list
         "architecture": args.architecture,
         "global_batch_size": args.batch_size,
         "bf16": args.precision == "bf16",
-        "use_cpu": not torch.cuda.is_available(),  # or Trainer would refuse bf16 there
+        "use_cpu": not torch.cuda.is_available(),  # without it Trainer refuses bf16 on a CPU
         "max_steps": args.max_steps,
         "logging_steps": args.logging_steps,
         "dataloader_num_workers": workers,
@@ -94,7 +102,7 @@ def pretrain_flags(args: argparse.Namespace, workers: int, folder: Path) -> list
 
 
 def seconds_of_run(flags: list[str], batch_size: int) -> list[float]:
-    """Seconds per step in every entry of a run's log, the first third left out.
+    """Run pretraining and return the seconds per step of each entry of its log, without the first third.
 
     Raises:
         RuntimeError: the run failed.
@@ -117,7 +125,7 @@ def _build(flags: list[str]) -> MoCoTrainer:
 
 
 def seconds_of_data(trainer: MoCoTrainer, args: argparse.Namespace) -> list[float]:
-    """Seconds per batch of the trainer's own loader, with nothing else to do, over as many batches as a run has."""
+    """Seconds per batch of the trainer's DataLoader alone, over as many batches as a run has."""
     batches = _epochs(trainer)
     windows = args.max_steps // args.logging_steps
     return _steady(
@@ -143,7 +151,7 @@ def seconds_of_steps(trainer: MoCoTrainer, args: argparse.Namespace) -> list[flo
 
 
 class RandomViews(torch.utils.data.Dataset):
-    """As many views of random pixels as a run has images, made beforehand."""
+    """Two views of random pixels for each image of a run, made in advance."""
 
     def __init__(self, images: int):
         self.views = torch.randint(256, (images, 2, 3, 32, 32), dtype=torch.uint8)
@@ -160,7 +168,7 @@ class RandomViews(torch.utils.data.Dataset):
 
 
 def trainer_overhead(rounds: int) -> Benchmark:
-    """`MoCoTrainer` and a plain loop with a tiny model on images in memory, without workers; entries of ten steps."""
+    """Compare `MoCoTrainer` with a plain loop, on a tiny model and images in memory, without workers; means of ten steps."""
     seconds: dict[str, list[float]] = {"plain loop": [], "Trainer": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from modeling_moco import MoCoModel
 
 from ..data.images import MapImages
-from ..data.sources import DataArguments, load_images
+from ..data.sources import EvaluationDataArguments, load_images
 from ..engine.record import record
 from ..engine.results import encoder_digest, table
 from ..engine.run_folder import FEATURES
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         print(table(results))
 
 
-def parse_knn(argv: list[str]) -> tuple[Encoder, DataArguments, KNNArguments]:
+def parse_knn(argv: list[str]) -> tuple[Encoder, EvaluationDataArguments, KNNArguments]:
     """Flags over the data and monitor settings of the pretraining run that the model came from.
 
     Raises:
@@ -57,7 +57,7 @@ def parse_knn(argv: list[str]) -> tuple[Encoder, DataArguments, KNNArguments]:
 
     encoder, (data, args), _, _ = parse_evaluation(
         argv,
-        {"data": DataArguments, "knn": KNNArguments},
+        {"data": EvaluationDataArguments, "knn": KNNArguments},
         command="knn",
         description="Classify images by their nearest neighbours among the train split's frozen features.",
         defaults=of_monitor,

@@ -1,1 +1,1 @@
-"""From the name of a dataset to rows, and from rows to images."""
+"""Open a dataset by its name, decode its images, and index, cache or stream them."""

@@ -1,7 +1,4 @@
-"""From a dataset's rows to uint8 views: decoded, transformed by `augment.py`, indexed or streamed.
-
-Images are decoded here and not by `datasets`, so that one broken file costs one file.
-"""
+"""Decode the rows of a dataset and transform them to uint8 views, by index or from a stream."""
 
 import copy
 import random
@@ -15,39 +12,39 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers import default_data_collator
 
-from ..views.policy import ViewDraw, seeded_generator
+from ..views.policy import ViewParams, seeded_generator
 from .decode import decode_image, log_skipped
 from .shards import ShardedRows, batches_per_epoch, plan_epoch
 
 Transform = Any  # callable: (image, torch.Generator) -> dict of tensors
-Decode = Callable[[dict[str, Any]], Any]  # from a row's image to what the transform takes
+Decode = Callable[[dict[str, Any]], Any]  # from the image of a row to the input of the transform
 
 
 class TrainingImages(Protocol):
-    """What a trainer asks of its images, whether they are indexed, kept in memory or streamed."""
+    """The interface of training images, whether they are indexed, kept in memory or streamed."""
 
     def __len__(self) -> int: ...
 
     @property
     def images_per_epoch(self) -> int:
-        """Over all processes."""
+        """Number of images that all processes see in one epoch."""
 
     @property
     def skipped(self) -> int:
-        """Images passed over so far because they could not be read."""
+        """Number of images skipped so far because they could not be read."""
 
     def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
-        """Give the images the order and the views of an epoch."""
+        """Select the order and the views of an epoch."""
 
-    def view_draws(self, index: int, image: Any) -> list[ViewDraw]:
-        """The random numbers of both views of a decoded image in this epoch."""
+    def view_params(self, index: int, image: Any) -> list[ViewParams]:
+        """Parameters of both views of a decoded image in this epoch."""
 
-    def draw(self, count: int, epoch: int, rank: int, world_size: int) -> Any:
-        """A part of `count` images for each process with the views of `epoch`, as `collate` takes them."""
+    def sample(self, count: int, epoch: int, rank: int, world_size: int) -> Any:
+        """Up to `count` images for this process with their views of `epoch`, in a form that `collate` takes."""
 
 
 class _Images:
-    # The epoch and the count live in shared memory: worker processes read the one and write the other.
+    # Shared memory: worker processes read the epoch and increase the count.
     def __init__(self, transform: Transform, seed: int, decode: Decode = decode_image):
         self.transform = transform
         self.seed = seed
@@ -56,32 +53,33 @@ class _Images:
         self._skipped = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
-        """Other epochs have other views. Reaches workers that are already running.
+        """Select the views of an epoch, also in workers that are already running.
 
         Args:
-            skip_batches: for streams; here the sampler skips.
+            epoch: from 0.
+            skip_batches: used by streams only; here the sampler skips.
         """
         self._epoch.fill_(epoch)
 
     def at_epoch(self, epoch: int) -> Self:
-        """The same images with the views of another epoch; this one stays where it is."""
+        """A copy with the views of another epoch."""
         other = copy.copy(self)
         other._epoch = torch.tensor(epoch)
         return other
 
     @property
     def skipped(self) -> int:
-        """Images passed over so far because they could not be read."""
+        """Number of images skipped so far because they could not be read."""
         return int(self._skipped)
 
     def generator(self, index: int) -> torch.Generator:
-        """What the views of an image are drawn from in this epoch."""
+        """The generator that the views of an image are sampled from in this epoch."""
         return seeded_generator(self.seed, int(self._epoch), index)
 
-    def view_draws(self, index: int, image: Any) -> list[ViewDraw]:
-        """The random numbers of all views of a decoded image in this epoch."""
-        draws: list[ViewDraw] = self.transform.draws(image, self.generator(index))
-        return draws
+    def view_params(self, index: int, image: Any) -> list[ViewParams]:
+        """Parameters of all views of a decoded image in this epoch."""
+        params: list[ViewParams] = self.transform.sample(image, self.generator(index))
+        return params
 
     def _views(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         views: dict[str, Any] = self.transform(self.decode(row["image"]), self.generator(index))
@@ -97,8 +95,17 @@ class _Images:
 class MapImages(_Images, torch.utils.data.Dataset):
     """Transformed images by index. The views of one image depend on (seed, epoch, index) alone.
 
-    An image that cannot be read is named and counted, and the next readable one takes its place: batches keep their
-    size, which the queue and the other processes rely on.
+    An image that cannot be read is logged and counted, and the next readable image replaces it. Batches therefore keep
+    their size, which the queue and the other processes rely on.
+
+    Args:
+        source: rows of `load_images`.
+        transform: makes the views of a decoded image.
+        seed: of the random views.
+        decode: decodes the image of a row.
+
+    Raises:
+        ValueError: no image can be read; raised where the first one is asked for.
     """
 
     def __init__(self, source: datasets.Dataset, transform: Transform, seed: int = 0, decode: Decode = decode_image):
@@ -110,27 +117,27 @@ class MapImages(_Images, torch.utils.data.Dataset):
 
     @property
     def images_per_epoch(self) -> int:
-        """Over all processes."""
+        """Number of images that all processes see in one epoch."""
         return len(self)
 
     def rows(self, start: int, stop: int) -> "MapImages":
-        """The images from `start` up to `stop`, or up to the last where there are fewer."""
+        """Images `start` to `stop` (exclusive), or to the last one where there are fewer."""
         return self._select(range(start, min(stop, len(self))))
 
-    def spread(self, count: int) -> "MapImages":
-        """So many images at equal distances (folders are sorted by class), or all where there are fewer."""
+    def evenly_spaced(self, count: int) -> "MapImages":
+        """`count` evenly spaced images, or all where there are fewer. The first ones would be of few classes."""
         if count >= len(self):
             return self
         return self._select([i * len(self) // count for i in range(count)])
 
-    def draw(self, count: int, epoch: int, rank: int, world_size: int) -> list[dict[str, Any]]:
-        """So many random images of this process's part, with the views that `epoch` has for them; fewer if there are fewer."""
+    def sample(self, count: int, epoch: int, rank: int, world_size: int) -> list[dict[str, Any]]:
+        """Up to `count` random images of this process's part, with their views of `epoch`."""
         order = torch.randperm(len(self), generator=seeded_generator(self.seed, epoch)).tolist()
         images = self.at_epoch(epoch)
         return [images[i] for i in order[: count * world_size][rank::world_size]]
 
     def _select(self, indices: Iterable[int]) -> "MapImages":
-        other = copy.copy(self)  # which shares the count of skipped images
+        other = copy.copy(self)  # the copy shares the count of skipped images
         other.source = self.source.select(indices)
         return other
 
@@ -145,7 +152,7 @@ class MapImages(_Images, torch.utils.data.Dataset):
 
 
 def collate(rows: Any) -> dict[str, torch.Tensor]:
-    """Images to a batch; what `MemoryImages` gives is one."""
+    """Collate images to a batch. `MemoryImages` returns batches, which pass unchanged."""
     batch: dict[str, torch.Tensor] = rows if isinstance(rows, dict) else default_data_collator(rows)
     return batch
 
@@ -153,15 +160,22 @@ def collate(rows: Any) -> dict[str, torch.Tensor]:
 class StreamedImages(_Images, torch.utils.data.IterableDataset):
     """Transformed images of a stream, divided over processes and workers.
 
-    In every epoch each image is seen once, but for less than one batch of all processes, whatever the number of shards,
-    processes and workers. The views of one image depend on (seed, epoch, index) alone, as those of `MapImages`. An image
-    that cannot be read is named and counted, and the next readable one of its worker takes its place.
+    Every epoch reads each image once, except for a rest of less than one global batch, for any number of shards, processes
+    and workers. The views of one image depend on (seed, epoch, index) alone, as in `MapImages`. An image that cannot be
+    read is logged and counted, and the next readable image of its worker replaces it.
 
     Args:
-        rows: of `load_images`.
-        batch_size: per process, as in the DataLoader.
-        rank, world_size: this process and how many there are.
-        buffer_size: images per process among which the next one is drawn; they are kept undecoded.
+        rows: training rows of `load_images`.
+        transform: makes the views of a decoded image.
+        batch_size: images per process, as in the DataLoader.
+        seed: of the order and of the random views.
+        rank: number of this process.
+        world_size: number of processes.
+        buffer_size: images per process in the shuffle buffer; they are not decoded there.
+        decode: decodes the image of a row.
+
+    Raises:
+        ValueError: a worker finds no image that can be read; raised in iteration.
     """
 
     def __init__(
@@ -190,26 +204,27 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
 
     @property
     def images_per_epoch(self) -> int:
-        """Over all processes."""
+        """Number of images in the stream. An epoch leaves out less than one global batch of them."""
         return len(self.rows)
 
     @property
     def shards(self) -> int:
-        """Files, or other parts of the stream, that hold images."""
+        """Number of files, or other parts of the stream, that contain images."""
         return sum(length > 0 for length in self.rows.lengths)
 
     def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
-        """Other epochs have another order and other views. Reaches workers that are already running.
+        """Select the order and the views of an epoch, also in workers that are already running.
 
         Args:
-            skip_batches: first batches of this process that will be thrown away: they are blank, and nothing is decoded
-                for them. The batches that follow are those of an epoch without a skip.
+            epoch: from 0.
+            skip_batches: number of first batches that this process discards. They are blank and cost no decoding; the
+                batches after them equal those of an epoch without a skip.
         """
         super().set_epoch(epoch)
         self._skip_batches.fill_(skip_batches)
 
-    def draw(self, count: int, epoch: int, rank: int, world_size: int) -> list[dict[str, Any]]:
-        """The first so many images of this process's part of `epoch`; fewer if there are fewer."""
+    def sample(self, count: int, epoch: int, rank: int, world_size: int) -> list[dict[str, Any]]:
+        """Up to `count` first images of this process's part of `epoch`."""
         assert (rank, world_size) == (self.rank, self.world_size)
         images = self.at_epoch(epoch)
         images.buffer_size, images._skip_batches = count, torch.tensor(0)
@@ -220,7 +235,7 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         skip = len(range(worker, int(self._skip_batches), workers)) * self.batch_size
         yield from repeat({"pixel_values": torch.empty(0)}, skip)
-        waiting = 0  # places of broken images that the next readable one takes
+        waiting = 0  # places that the next readable image fills: its own, and those of the broken images before it
         for index, row in self._shuffled_rows(worker, workers, skip):
             waiting += 1
             try:
@@ -249,8 +264,8 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
         return self.rows.read_shuffled(pieces, max(1, self.buffer_size // workers), generator, skip)
 
     def _first_readable(self, worker: int, workers: int) -> dict[str, Any]:
-        # Read again and not remembered: after a skip nobody knows which image it is, and last images are seldom broken.
+        # Broken images at the very end are rare, so the part is read again: after a skip its first image is unknown.
         for index, row in self._shuffled_rows(worker, workers):
-            with suppress(OSError):  # named before
+            with suppress(OSError):  # it was logged before
                 return self._views(row, index)
         raise ValueError("a part of the stream has no image that can be read: is this an image dataset?")

@@ -1,6 +1,6 @@
-"""Whether an evaluation can use the labels of two splits: what would break or falsify it, in one line with a remedy.
+"""Check whether an evaluation can use the labels of two splits. A problem is one line with a remedy.
 
-Labels are class numbers from 0, one for each of `n` images; -1 stands for none, as in the Hub's ImageNet test split.
+Labels are class numbers from 0, one for each of `n` images; -1 means no label, as in the Hub's ImageNet test split.
 """
 
 import os
@@ -15,7 +15,13 @@ import pyarrow.parquet as pq
 
 @dataclass(frozen=True)
 class SplitLabels:
-    """Labels of a split (n,), of which the first `kept` are used."""
+    """Labels of a split.
+
+    Args:
+        split: its name.
+        whole: labels of all its images (n,).
+        kept: number of first images that are used.
+    """
 
     split: str
     whole: np.ndarray
@@ -23,11 +29,12 @@ class SplitLabels:
 
     @property
     def used(self) -> np.ndarray:
+        """Labels of the images that are used (kept,)."""
         return self.whole[: self.kept]
 
 
 def read_labels(rows: datasets.Dataset) -> np.ndarray:
-    """Labels (n,) of all rows."""
+    """Labels (n,) of all rows; -1 where a row has none."""
     if "label" not in rows.column_names:
         return np.full(len(rows), -1)
     labels: np.ndarray = rows.with_format("arrow")["label"][:].fill_null(-1).to_numpy()
@@ -35,63 +42,74 @@ def read_labels(rows: datasets.Dataset) -> np.ndarray:
 
 
 def number_classes(labels: np.ndarray) -> list[str]:
-    """Names of classes that have only numbers. None where the labels (n,) do not number classes from 0."""
+    """Names for classes that have only numbers: "0", "1", ... Empty where the labels (n,) are not class numbers from 0."""
     largest = int(labels.max())
     return [str(number) for number in range(largest + 1)] if largest < len(labels) else []
 
 
-def find_flaw(names: list[str], train: SplitLabels, test: SplitLabels, from_folders: bool = False) -> str | None:
-    """Why no classifier of these classes can be trained on one split and evaluated on the other; None if it can.
+def find_label_problem(
+    names: list[str], train: SplitLabels, test: SplitLabels, from_folders: bool = False
+) -> str | None:
+    """Find why a classifier cannot be trained on one split and evaluated on the other.
 
     Args:
-        from_folders: the names are those of folders, which ought to be the same in both splits. Elsewhere a class without
-            training images is what a small sample of a large dataset has.
+        names: of the classes.
+        train, test: labels of the two splits.
+        from_folders: whether the classes are folders, which must have the same names in both splits. Elsewhere a class
+            without training images is allowed, because a small sample of a large dataset has such classes.
+
+    Returns:
+        the problem with a remedy; None without one.
     """
     for labels, flag in ((train, "--train_split"), (test, "--eval_split")):
         unlabelled = int((labels.used < 0).sum())
         if unlabelled:
             return (
-                f"{unlabelled:,} of {labels.kept:,} images of split {labels.split!r} have no label (nothing, or -1): choose "
-                f"another split with {flag}, or leave them out of the dataset"
+                f"{unlabelled:,} of {labels.kept:,} images of split {labels.split!r} have no label (null or -1): choose "
+                f"another split with {flag}, or remove them from the dataset"
             )
     if not names:
         return (
-            f"split {train.split!r} has {len(train.whole):,} images and labels up to {train.whole.max():,}, which do not "
-            "number classes from 0: turn them into a ClassLabel with `datasets`' class_encode_column, or name another column "
+            f"split {train.split!r} has {len(train.whole):,} images and labels up to {train.whole.max():,}, which are not "
+            "class numbers from 0: convert them to a ClassLabel with `datasets`' class_encode_column, or name another column "
             "with --label_column"
         )
     for labels, flag in ((train, "--train_split"), (test, "--eval_split")):
         if labels.used.max() >= len(names):
             return (
-                f"label {labels.used.max():,} of split {labels.split!r} is none of the {len(names):,} classes of "
-                f"{train.split!r}, 0 to {len(names) - 1:,}: leave its images out, or choose another split with {flag}"
+                f"label {labels.used.max():,} of split {labels.split!r} is not one of the {len(names):,} classes of "
+                f"{train.split!r}, 0 to {len(names) - 1:,}: remove its images, or choose another split with {flag}"
             )
     classes = np.unique(train.used)
     if len(classes) < 2:
         some = train.kept < len(train.whole)
         return (
-            f"{f'the first {train.kept:,}' if some else 'all'} images of split {train.split!r} are of one class, "
+            f"{f'the first {train.kept:,}' if some else 'all'} images of split {train.split!r} belong to one class, "
             f"{names[classes[0]]!r}: "
             + ("raise --max_train_samples" if some else "use images of two classes, or another --label_column")
         )
     unseen = np.setdiff1d(test.used, train.whole)
     if len(unseen) and (from_folders or len(unseen) == len(np.unique(test.used))):
         return (
-            f"class {names[unseen[0]]!r} of split {test.split!r} has no image in split {train.split!r}: name the classes of "
-            "both alike, or leave it out"
+            f"class {names[unseen[0]]!r} of split {test.split!r} has no image in split {train.split!r}: use the same class "
+            "names in both, or remove it"
         )
     return None
 
 
 def find_renamed_class(label: datasets.ClassLabel | datasets.Value, column: str, files: list[str]) -> str | None:
-    """Where a parquet file on this machine names its classes otherwise than the dataset does.
+    """Find a local parquet file whose class names differ from the dataset's.
 
-    `datasets` reads all files with the features of the first: a class that is number 0 here and number 2 there would be
-    taken for another without a word. (Splits pushed to the Hub have been compared on the way.)
+    `datasets` reads all files with the features of the first file. A class with number 0 in one file and number 2 in another
+    would silently be confused. (push_to_hub already compares the splits of Hub datasets.)
 
     Args:
-        label: feature of the label column, as the dataset was opened.
+        label: feature of the label column in the opened dataset.
+        column: name of the label column in the files.
         files: of the splits that are used.
+
+    Returns:
+        the problem with a remedy; None without one.
     """
     for file in files:
         if not (isinstance(label, datasets.ClassLabel) and file.endswith(".parquet") and os.path.isfile(file)):
@@ -101,8 +119,8 @@ def find_renamed_class(label: datasets.ClassLabel | datasets.Value, column: str,
         for number, (name, other) in enumerate(zip_longest(label.names, theirs)):
             if name != other:
                 return (
-                    f"class {number} is {_quoted(name)} in the dataset and {_quoted(other)} in {file}: write its files again "
-                    "with the same class names in the same order"
+                    f"class {number} is {_quoted(name)} in the dataset and {_quoted(other)} in {file}: write all files with "
+                    "the same class names in the same order"
                 )
     return None
 
@@ -112,17 +130,22 @@ def _quoted(name: str | None) -> str:
 
 
 def subset_warnings(names: list[str], train: SplitLabels, test: SplitLabels) -> Iterator[str]:
-    """Where a part of the classes is missing."""
+    """Warn where a split lacks some of the classes.
+
+    Args:
+        names: of the classes.
+        train, test: labels of the two splits.
+    """
     for labels, flag in ((train, "--max_train_samples"), (test, "--max_eval_samples")):
         there, used = len(np.unique(labels.whole)), len(np.unique(labels.used))
         if used < there:
             yield (
-                f"the first {labels.kept:,} images of split {labels.split!r} have {used:,} of its {there:,} classes: raise "
+                f"the first {labels.kept:,} images of split {labels.split!r} cover {used:,} of its {there:,} classes: raise "
                 f"{flag}, or shuffle the dataset"
             )
     unseen = np.setdiff1d(test.used, train.whole)
     if len(unseen):
         yield (
             f"{len(unseen):,} of the {len(np.unique(test.used)):,} classes of split {test.split!r} have no image in split "
-            f"{train.split!r}, {names[unseen[0]]!r} for one: no classifier will find them"
+            f"{train.split!r}, for example {names[unseen[0]]!r}: a classifier cannot predict them"
         )

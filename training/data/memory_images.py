@@ -1,4 +1,4 @@
-"""Small images of one size, decoded once and kept in memory."""
+"""Decode small images of one size once and keep them in memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,23 +8,25 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..views.device import draw_operations, draw_views, unpack_draw
-from ..views.policy import ViewDraw, ViewPolicy, seeded_generator
+from ..views.device import sample_operations, sample_views, unpack_params
+from ..views.policy import ViewParams, ViewPolicy, seeded_generator
 from .decode import decode_tensor, log_skipped
-from .sources import SMALL
+from .sources import MAX_IN_MEMORY_PX
 
 
 class MemoryImages(torch.utils.data.Dataset):
-    """Small images of one size, decoded once: a batch is a selection of them and what `DeviceViews` draws from.
+    """Small images of one size, decoded once. A batch holds whole images and random numbers for `DeviceViews`.
 
-    The views of one image depend on (seed, epoch, index) alone. One that cannot be read is named and counted, and the
-    one before it (for the first ones, the next readable) takes its place.
+    The views of one image depend on (seed, epoch, index) alone. An image that cannot be read is logged and counted, and the
+    image before it replaces it (the next readable one, at the start).
 
     Args:
         source: rows of `load_images`.
+        policy: distribution of the views.
+        seed: of the random views.
 
     Raises:
-        ValueError: no image can be read, or they are not of one size.
+        ValueError: no image can be read, or the images differ in size.
     """
 
     def __init__(self, source: datasets.Dataset, policy: ViewPolicy, seed: int = 0):
@@ -32,7 +34,7 @@ class MemoryImages(torch.utils.data.Dataset):
         self.seed = seed
         self.skipped = 0
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.images = self._decode(source)  # (images, 3, H, W), uint8; workers are forked and share it
+        self.images = self._decode(source)  # uint8 (images, 3, H, W); forked workers share it
 
     def _decode(self, source: datasets.Dataset) -> torch.Tensor:
         images: torch.Tensor | None = None
@@ -51,8 +53,8 @@ class MemoryImages(torch.utils.data.Dataset):
             elif pixels.shape != images.shape[1:]:
                 (height, width), other = images.shape[2:], pixels.shape[1:]
                 raise ValueError(
-                    f"images are of {width} x {height} and {other[1]} x {other[0]} pixels: with --augment device images of up "
-                    f"to {SMALL} px must all be of one size; choose another --augment"
+                    f"images have {width} x {height} and {other[1]} x {other[0]} pixels: --view_backend device needs one size "
+                    f"for images of up to {MAX_IN_MEMORY_PX} px; choose another --view_backend"
                 )
             images[index] = pixels
         if images is None:
@@ -64,17 +66,22 @@ class MemoryImages(torch.utils.data.Dataset):
 
     @property
     def images_per_epoch(self) -> int:
-        """Over all processes."""
+        """Number of images that all processes see in one epoch."""
         return len(self)
 
     def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
-        """Other epochs have other views. `skip_batches` is for streams."""
+        """Select the views of an epoch. Streams alone use `skip_batches`."""
         self._epoch.fill_(epoch)
 
     def batch(self, indices: Sequence[int], epoch: int) -> dict[str, torch.Tensor]:
-        """Images (N, 3, H, W), uint8, and of their two views in that epoch the boxes (N, 2, 4) and numbers (N, 2, NUMBERS)."""
+        """A batch for `DeviceViews`.
+
+        Returns:
+            "images", uint8 (N, 3, H, W), and of their two views in this epoch "boxes" (N, 2, 4) and "numbers"
+            (N, 2, NUMBERS), both float32.
+        """
         height, width = self.images.shape[2:]
-        boxes, numbers = draw_views(
+        boxes, numbers = sample_views(
             self.policy, width, height, views=2, seed=self.seed, epoch=epoch, indices=np.asarray(indices)
         )
         return {"images": self.images.index_select(0, torch.as_tensor(indices)), "boxes": boxes, "numbers": numbers}
@@ -82,13 +89,13 @@ class MemoryImages(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         return self.batch(indices, int(self._epoch))
 
-    def draw(self, count: int, epoch: int, rank: int, world_size: int) -> dict[str, torch.Tensor]:
-        """A batch of so many random images of this process's part, as `epoch` draws them; fewer if there are fewer."""
+    def sample(self, count: int, epoch: int, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+        """A batch of up to `count` random images of this process's part, with their numbers of `epoch`."""
         order = torch.randperm(len(self), generator=seeded_generator(self.seed, epoch)).tolist()
         return self.batch(order[: count * world_size][rank::world_size], epoch)
 
-    def view_draws(self, index: int, image: Any) -> list[ViewDraw]:
-        """The random numbers of both views of an image in this epoch. All images have one size: `image` is not looked at."""
+    def view_params(self, index: int, image: Any) -> list[ViewParams]:
+        """Parameters of both views of an image in this epoch. `image` is not used: all images have one size."""
         batch = self.batch([index], int(self._epoch))
-        rows = draw_operations(batch["numbers"][0], self.policy)
-        return [unpack_draw(box, row) for box, row in zip(batch["boxes"][0], rows, strict=True)]
+        rows = sample_operations(batch["numbers"][0], self.policy)
+        return [unpack_params(box, row) for box, row in zip(batch["boxes"][0], rows, strict=True)]

@@ -1,4 +1,4 @@
-"""The training images of a run, and what renders their views, for the chosen view back end."""
+"""Build the training images of a run, and the renderer of their views, for the chosen view backend."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -7,30 +7,31 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..views.device import DeviceViews, TwoCrops
+from ..views.device import DeviceCrops, DeviceViews
 from ..views.opencv import render_view_cv2
 from ..views.pil import TwoViews, render_view
 from ..views.policy import build_policy
 from .decode import decode_image, decode_tensor
 from .images import MapImages, StreamedImages, TrainingImages
 from .memory_images import MemoryImages
-from .sources import SMALL, DataArguments
+from .sources import MAX_IN_MEMORY_PX, DataArguments
 
 
 def training_images(data: DataArguments, rows: Any, training: TrainingArguments) -> TrainingImages:
-    """Images with the two views that training sees.
+    """The training images with their two views.
 
     Args:
-        rows: `ImageSplits.train` of the same arguments.
-        training: whose seed, batch and processes they are for.
+        data: settings of the views.
+        rows: `ImageSplits.train` of the same settings.
+        training: sets seed, batch size and processes.
 
     Raises:
-        ValueError: the images do not suit the view back end, or none can be read.
+        ValueError: the view backend cannot use the images, or no image can be read.
     """
     transform = two_views(data)
-    decode = decode_image if data.augment == "pil" else decode_tensor
+    decode = decode_image if data.view_backend == "pil" else decode_tensor
     if not data.streaming:
-        if data.augment == "device" and _are_small(rows):
+        if data.view_backend == "device" and _are_small(rows):
             return MemoryImages(rows, transform.policy, training.seed)
         return MapImages(rows, transform, training.seed, decode)
     return StreamedImages(
@@ -45,17 +46,17 @@ def training_images(data: DataArguments, rows: Any, training: TrainingArguments)
     )
 
 
-def two_views(data: DataArguments) -> TwoViews | TwoCrops:
-    """The transform from an image to its two views, or to the crops that `build_render` makes views of."""
+def two_views(data: DataArguments) -> TwoViews | DeviceCrops:
+    """The transform of an image to its two views, or to the two crops that `build_render` turns into views."""
     policy = build_policy(data.augmentation, data.horizontal_flip, data.crop_min_scale)
-    if data.augment == "device":
-        return TwoCrops(policy, data.image_size)
-    return TwoViews(policy, data.image_size, render_view_cv2 if data.augment == "cv2" else render_view)
+    if data.view_backend == "device":
+        return DeviceCrops(policy, data.image_size)
+    return TwoViews(policy, data.image_size, render_view_cv2 if data.view_backend == "cv2" else render_view)
 
 
 def build_render(data: DataArguments, compiled: bool) -> Callable | None:
-    """What makes the views of a batch on the device; None where the images come as views."""
-    if data.augment != "device":
+    """The renderer of a batch of views on the training device; None where the transform already makes the views."""
+    if data.view_backend != "device":
         return None
     views = two_views(data)
     render = DeviceViews(views.policy, views.size)
@@ -65,5 +66,5 @@ def build_render(data: DataArguments, compiled: bool) -> Callable | None:
 def _are_small(rows: Any) -> bool:
     for row in rows:
         with suppress(OSError):
-            return max(decode_image(row["image"]).size) <= SMALL
+            return max(decode_image(row["image"]).size) <= MAX_IN_MEMORY_PX
     return False

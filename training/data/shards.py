@@ -1,6 +1,6 @@
-"""Which rows of which shards every worker of every process reads in an epoch, and in what order.
+"""Plan which rows of which shards each worker of each process reads in an epoch, and in which order.
 
-The rows of a stream are numbered through its shards: row `i` is the same image in every epoch.
+The rows of a stream have one numbering over all its shards: row `i` is the same image in every epoch.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from modeling_moco.distributed_moco import world_size
 
-CHUNK = 32  # rows that `datasets` hands over at a time: one by one it takes longer
-OPEN_FOOTERS = 16  # parquet files asked at once for their length: on the Hub each answer takes a while
+CHUNK = 32  # rows to ask `datasets` for at a time: single rows take longer
+OPEN_FOOTERS = 16  # parquet footers to read in parallel: on the Hub each request takes a while
 
 
 class Piece(NamedTuple):
@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 
 
 def batches_per_epoch(lengths: Sequence[int], batch_size: int, ranks: int = 1) -> int:
-    """Whole batches of `batch_size` images on each of `ranks` processes, from shards of so many rows."""
+    """Number of whole batches of `batch_size` images on each of `ranks` processes, from shards with these `lengths` in rows."""
     return sum(lengths) // (batch_size * ranks)
 
 
@@ -51,15 +51,18 @@ def plan_epoch(
     worker: int = 0,
     workers: int = 1,
 ) -> list[Piece]:
-    """What one worker of one process reads, in this order.
+    """The pieces that one worker of one process reads, in order.
 
-    The shards are shuffled and their rows cut into contiguous ranges, one for every worker of every process, so that
-    no two read the same row. Less than one batch of all processes remains at the end, of other shards in other epochs.
+    The plan shuffles the shards and divides their rows into contiguous ranges, one for each worker of each process, so that
+    no two workers read the same row. Less than one global batch remains unread, from other shards in other epochs.
 
     Args:
-        lengths: rows of every shard.
-        batch_size: per process.
-        workers: per process. They deliver whole batches in turn, as the DataLoader asks for them.
+        lengths: number of rows of each shard.
+        seed, epoch: determine the order of the shards.
+        batch_size: images per process.
+        rank, ranks: number of this process, and how many there are.
+        worker, workers: number of this worker, and how many each process has. The DataLoader takes whole batches from them in
+            turn.
     """
     batches = batches_per_epoch(lengths, batch_size, ranks)
     shares = [len(range(w, batches, workers)) * batch_size for w in range(workers)]
@@ -76,7 +79,7 @@ def plan_epoch(
 
 
 def shuffled_places(count: int, size: int, generator: random.Random) -> Iterator[int]:
-    """The numbers below `count`, each drawn from a buffer of `size` that is filled in their order."""
+    """Shuffle the numbers below `count` with a buffer of `size`, which is filled in ascending order."""
     buffer = list(range(min(size, count)))
     for place in range(size, count):
         i = generator.randrange(size)
@@ -89,12 +92,12 @@ def shuffled_places(count: int, size: int, generator: random.Random) -> Iterator
 
 @dataclass(frozen=True)
 class ShardedRows:
-    """A stream that can be read from the middle.
+    """A stream of rows that can start at any row.
 
     Args:
-        source: images undecoded, in their own column names.
-        columns: name in `source` to name in the rows.
-        lengths: rows of every shard that count, its first ones, in the order of `source.shard`.
+        source: the dataset, with undecoded images and its own column names.
+        columns: maps column names of `source` to names in the rows.
+        lengths: number of first rows that are used of each shard, in the order of `source.shard`.
     """
 
     source: datasets.IterableDataset
@@ -110,7 +113,7 @@ class ShardedRows:
                 yield row
 
     def first(self, count: int) -> "ShardedRows":
-        """The first rows, or all where there are fewer."""
+        """A stream of the first `count` rows, or of all where there are fewer."""
         ends = accumulate(self.lengths)
         kept = [min(n, max(0, count - end + n)) for n, end in zip(self.lengths, ends, strict=True)]
         return replace(self, lengths=kept)
@@ -118,9 +121,18 @@ class ShardedRows:
     def read_shuffled(
         self, pieces: list[Piece], buffer_size: int, generator: random.Random, skip: int = 0
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Rows of `pieces` and their numbers, shuffled within a buffer of so many rows, without the first `skip`.
+        """Read the rows of `pieces` in shuffled order.
 
-        The order is drawn before anything is read: what was skipped is not read where nothing of its file is left.
+        The order is fixed before anything is read. A piece of which every row is skipped is not read.
+
+        Args:
+            pieces: in the order of reading.
+            buffer_size: rows in the shuffle buffer.
+            generator: of the order.
+            skip: number of first rows, in shuffled order, to leave out.
+
+        Yields:
+            the number of a row in the whole stream, and the row.
         """
         count = sum(piece.stop - piece.start for piece in pieces)
         order = array("q", shuffled_places(count, buffer_size, generator))[skip:]
@@ -147,7 +159,10 @@ class ShardedRows:
                         yield place, row
 
     def read(self, piece: Piece) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Rows of one shard and their numbers in the whole stream.
+        """Read rows of one shard in order.
+
+        Yields:
+            the number of a row in the whole stream, and the row.
 
         Raises:
             ValueError: the shard has fewer rows than were counted.
@@ -155,7 +170,7 @@ class ShardedRows:
         number = sum(self.lengths[: piece.shard]) + piece.start
         end = number + piece.stop - piece.start
         shard = self.source.shard(num_shards=len(self.lengths), index=piece.shard).skip(piece.start)
-        # Not `for row in shard`: in a worker of a DataLoader it would divide the shard among the workers once more.
+        # Not `for row in shard`, which would divide the shard among the workers of a DataLoader a second time.
         for chunk in shard.iter(batch_size=CHUNK):
             for values in zip(*(chunk[name] for name in self.columns), strict=True):
                 if number == end:
@@ -165,7 +180,7 @@ class ShardedRows:
         if number < end:
             raise ValueError(
                 f"shard {piece.shard} of the stream has {end - number} images fewer than were counted: its file has "
-                "changed, start again"
+                "changed, start the run again"
             )
 
 
@@ -175,12 +190,15 @@ def are_parquet(files: list[str]) -> bool:
 
 
 def count_rows(source: datasets.IterableDataset, files: list[str], limit: int | None = None) -> list[int]:
-    """Rows of every shard of a stream, in the order of `source.shard`. The processes share the work.
+    """Count the rows of each shard of a stream, in the order of `source.shard`. The processes share the work.
+
+    The footer of a parquet file states its length. Other shards are read once from start to end, and their lengths are
+    cached beside the cache of `datasets` until the files change.
 
     Args:
-        files: of the shards, if any. Parquet files state their length, other shards are read from end to end, once: their
-            lengths are remembered beside the cache of `datasets`, as long as the files do not change.
-        limit: stop reading after so many rows; what lies behind them may then be too short.
+        source: the stream.
+        files: of the shards; empty where the stream has none.
+        limit: stop after this many rows. Later shards may then be counted as too short.
     """
     if are_parquet(files):
         assert len(files) == source.num_shards, f"{len(files)} files, but {source.num_shards} shards"
@@ -191,7 +209,7 @@ def count_rows(source: datasets.IterableDataset, files: list[str], limit: int | 
     if remembered is not None:
         return remembered
     if not quiet:
-        print(f"Counting the images of {len(files)} files by reading them, once. Parquet files would not need it.")
+        print(f"Counting the images of {len(files)} files by reading them once. Parquet files would not need this.")
     lengths = _share(source.num_shards, lambda mine: _count_by_reading(source, mine, limit, quiet))
     if not quiet:
         memory.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +220,7 @@ def count_rows(source: datasets.IterableDataset, files: list[str], limit: int | 
 
 
 def _memory(files: list[str], limit: int | None) -> Path:
-    # Files of the Hub have their revision in their address.
+    # The address of a file on the Hub contains its revision, so local files alone need size and time.
     states = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files if os.path.isfile(file)]
     key = hashlib.sha256(repr((files, states, limit)).encode()).hexdigest()
     return Path(datasets.config.HF_DATASETS_CACHE) / "shard_lengths" / f"{key}.json"

@@ -21,7 +21,7 @@ from modeling_moco import MoCoForImageClassification
 from modeling_moco.distributed_moco import rank
 
 from ..data.images import MapImages
-from ..data.sources import DataArguments, ImageSplits
+from ..data.sources import EvaluationDataArguments, ImageSplits
 from ..engine.schedule import epoch_schedule
 from .features import cached_features
 from .probe_arguments import LinearProbeArguments
@@ -128,7 +128,11 @@ def class_logits(model: Pipeline, features: Any, classes: int) -> torch.Tensor:
 
 
 def build_cached(
-    model: MoCoForImageClassification, args: LinearProbeArguments, data: DataArguments, splits: ImageSplits, cache: Path
+    model: MoCoForImageClassification,
+    args: LinearProbeArguments,
+    data: EvaluationDataArguments,
+    splits: ImageSplits,
+    cache: Path,
 ) -> Iterator[Probe]:
     """SGD at every learning rate, then L-BFGS at every regularisation, on features kept in `cache`.
 

@@ -1,7 +1,7 @@
 """What all evaluations share: the encoder that is evaluated, the data it was trained on, and where results go."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,12 +13,9 @@ from transformers.utils import logging
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 
 from ..cli import build_parser, how_to_run, parse_flags
-from ..data.sources import DataArguments
+from ..data.sources import EvaluationDataArguments
 from ..engine.results import read_results
 from ..engine.run_folder import SAVED_RECIPE
-
-# Of the data settings of a pretraining run: its views are not an evaluation's, and its images may be a stream.
-ONLY_FOR_PRETRAINING = ("augmentation", "crop_min_scale", "streaming", "shuffle_buffer")
 
 Model = TypeVar("Model", MoCoModel, MoCoForImageClassification)
 
@@ -96,13 +93,22 @@ class MoCoQueryModel(MoCoModel):
     _keys_to_ignore_on_load_missing = [r"^encoder_k\.", r"^projector_k\.", r"^dictionary\."]
 
 
-def pretraining_recipe(source: str) -> dict[str, Any]:
-    """Sections of the `recipe.yaml` of the run that a model, or its checkpoint, came from; what is known without one."""
+def pretraining_recipe(source: str, kind: type[EvaluationDataArguments] = EvaluationDataArguments) -> dict[str, Any]:
+    """The recipe of the pretraining run that saved a model or its checkpoint.
+
+    Args:
+        source: folder or Hub repository of the model.
+        kind: flags of the evaluation's data. The section `data` keeps their values and drops those of pretraining alone.
+
+    Returns:
+        the sections of `recipe.yaml`; without that file a section `data` with the sizes of the image processor, if there is
+        one.
+    """
     for folder in (Path(source), Path(source).parent):
         if (folder / SAVED_RECIPE).is_file():
             recipe = yaml.safe_load((folder / SAVED_RECIPE).read_text(encoding="utf-8"))
-            data = {key: value for key, value in recipe["data"].items() if key not in ONLY_FOR_PRETRAINING}
-            return recipe | {"data": data}
+            known = {f.name for f in fields(kind)}
+            return recipe | {"data": {key: value for key, value in recipe["data"].items() if key in known}}
     try:
         processor = MoCoImageProcessor.from_pretrained(source)
     except OSError:
@@ -123,7 +129,7 @@ def parse_evaluation(
 
     Args:
         command: its name in `moco`.
-        parts: dataclasses of flags; `DataArguments` is among them as "data".
+        parts: dataclasses of flags; "data" is `EvaluationDataArguments` or a subclass.
         defaults: from the run's recipe to values for other flags than those of the data.
         output: name of the folder in the encoder's results_dir that `--output_dir` defaults to.
 
@@ -148,15 +154,12 @@ def parse_evaluation(
     given = parser.given(argv)
     encoder = Encoder(known.model, known.random_encoder)
     read_results(encoder.results_dir)  # what is there can be added to
-    recipe = pretraining_recipe(known.model)
+    recipe = pretraining_recipe(known.model, parts["data"])
     if "dataset_name" not in recipe["data"] and "dataset_name" not in given:
         raise ValueError(f"{known.model} does not say what it was trained on: pass --dataset_name")
     values = recipe["data"] | defaults(recipe)
     if output is not None:
         values = {"output_dir": str(encoder.results_dir / output)} | values
     _, instances, settings = parse_flags(parser, parts, argv, values)
-    for instance in instances:
-        if isinstance(instance, DataArguments) and instance.streaming:
-            raise ValueError("streaming (True) is for pretraining: an evaluation reads its images by index")
     settings["encoder"] = {"model": encoder.source, "random_encoder": encoder.random}
     return encoder, instances, settings, given

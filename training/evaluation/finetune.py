@@ -29,7 +29,7 @@ from modeling_moco.distributed_moco import world_size
 from .. import plots
 from ..data.images import MapImages
 from ..data.labels import read_labels
-from ..data.sources import DataArguments, ImageSplits
+from ..data.sources import CropDataArguments, ImageSplits
 from ..engine.record import record
 from ..engine.results import encoder_digest
 from ..engine.run_folder import METRICS, SPLIT, write_json
@@ -206,7 +206,7 @@ class FinetuneRun:
     """A parsed command line. `settings` are the values that it, or the pretraining run, gave."""
 
     encoder: Encoder
-    data: DataArguments
+    data: CropDataArguments
     training: FinetuneArguments
     settings: dict[str, dict[str, Any]]
 
@@ -228,7 +228,7 @@ def parse_finetune(argv: list[str]) -> FinetuneRun:
     """
     encoder, (data, training), settings, given = parse_evaluation(
         argv,
-        {"data": DataArguments, "training": FinetuneArguments},
+        {"data": CropDataArguments, "training": FinetuneArguments},
         command="finetune",
         description="Train an encoder and a new classifier with a share of the labels, or all.",
         output="finetune",

@@ -24,7 +24,7 @@ from modeling_moco.modeling_moco import MoCoPreTrainedModel
 from .. import plots
 from ..cli import offered
 from ..data.images import MapImages
-from ..data.sources import DataArguments, ImageSplits
+from ..data.sources import CropDataArguments, ImageSplits
 from ..engine.record import record
 from ..engine.results import encoder_digest
 from ..engine.run_folder import METRICS, write_json
@@ -45,7 +45,7 @@ class ProbeRun:
     """A parsed command line. `settings` are the values that it, or the pretraining run, gave."""
 
     encoder: Encoder
-    data: DataArguments
+    data: CropDataArguments
     training: LinearProbeArguments
     settings: dict[str, dict[str, Any]]
 
@@ -63,7 +63,7 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
     """
     encoder, (data, training), settings, given = parse_evaluation(
         argv,
-        {"data": DataArguments, "training": LinearProbeArguments},
+        {"data": CropDataArguments, "training": LinearProbeArguments},
         command="probe",
         description="Train a linear classifier on a frozen encoder, as the papers evaluate.",
         defaults=lambda recipe: recipe.get("probe", {}),
@@ -229,7 +229,7 @@ class LinearProbeTrainer(SGDTrainer):
 
 
 def build_trainer(
-    model: MoCoForImageClassification, args: LinearProbeArguments, data: DataArguments, splits: ImageSplits
+    model: MoCoForImageClassification, args: LinearProbeArguments, data: CropDataArguments, splits: ImageSplits
 ) -> LinearProbeTrainer:
     """The official protocol on the given images. With several learning rates a part of the train split is held out.
 

@@ -1,1 +1,1 @@
-"""Random views for training and fixed ones for evaluation: what is drawn, and three ways to render it."""
+"""Random views for training and fixed views for evaluation: `policy` samples their parameters, three backends render them."""

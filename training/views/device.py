@@ -1,7 +1,8 @@
-"""The views of `augment.py` for a whole batch at once, on the device that trains: every image has draws of its own.
+"""The backend `device`: the training device renders the views of a whole batch at once, each with its own parameters.
 
-The CPU decodes and crops (or, for small images in memory, does nothing at all); jitter, grayscale, blur and flip are
-arithmetic on tensors. So are their draws: an image comes with uniform numbers, of which only its boxes have been made.
+The CPU decodes and crops the images; small images in memory are cropped on the device too. Jitter, grayscale, blur and flip
+are tensor operations. An image comes with uniform random numbers: the CPU turns some of them into crop boxes, and the device
+turns the rest into the parameters of the operations.
 Shapes: `N` images, `V` views, `S` view size, `H`, `W` image size.
 """
 
@@ -14,33 +15,36 @@ import torch
 import torch.nn.functional as F
 
 from .opencv import crop_and_resize
-from .policy import ASPECT_RATIO, BLUR_SIGMA, ViewDraw, ViewPolicy, centred_box, image_size
+from .policy import ASPECT_RATIO, BLUR_SIGMA, ViewParams, ViewPolicy, centred_box, image_size
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
-# A draw is a row of float32 numbers: which operation of JITTER comes at each place (-1: none); the factor of each operation;
-# whether gray; the blur's deviation in pixels; whether flipped.
+# The operations of a view are a row of float32 numbers: the index in JITTER of the operation at each place (-1: none); the
+# factor of each operation; whether gray; the standard deviation of the blur in pixels; whether flipped.
 ORDER, FACTORS = slice(0, 4), slice(4, 8)
 GRAY, BLUR, FLIP = 8, 9, 10
-AT_ONCE = 128  # images on a CPU
-TRIES = 10  # boxes tried before the largest centred one is taken, as torchvision does
-BOX_NUMBERS = 2 * TRIES + 2  # uniform ones that a box is drawn from: areas, aspect ratios, top, left
-NUMBERS = 13  # and those of the rest, as `draw_operations` takes them
+CPU_CHUNK = 128  # images that a CPU renders together: they fit into its cache
+TRIES = 10  # boxes to try before the largest centred box is used, as in torchvision
+BOX_NUMBERS = 2 * TRIES + 2  # uniform numbers that determine a box: areas, aspect ratios, top, left
+NUMBERS = 13  # uniform numbers that determine the operations, see `sample_operations`
 LOG_RATIO = tuple(map(math.log, ASPECT_RATIO))
 
 
-def unpack_draw(box: torch.Tensor, row: torch.Tensor) -> ViewDraw:
-    """The draw of a box (4,) and a row of `draw_operations`."""
+def unpack_params(box: torch.Tensor, row: torch.Tensor) -> ViewParams:
+    """The parameters of a view, from its box (4,) and its row of `sample_operations`."""
     top, left, height, width = (int(number) for number in box)
     factors = row[FACTORS].tolist()
     jitter = tuple((JITTER[int(i)], factors[int(i)]) for i in row[ORDER] if i >= 0)
-    return ViewDraw((top, left, height, width), jitter, bool(row[GRAY]), float(row[BLUR]), bool(row[FLIP]))
+    return ViewParams((top, left, height, width), jitter, bool(row[GRAY]), float(row[BLUR]), bool(row[FLIP]))
 
 
-# Drawing
+# Sampling
 
 
 def uniform_numbers(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
-    """Numbers in [0, 1), float32 (len(indices), count): number j of an image depends on (seed, epoch, index, j) alone."""
+    """Uniform numbers in [0, 1), float32 (N, count), for images with these indices (N,).
+
+    Number j of an image depends on (seed, epoch, index, j) alone.
+    """
     # SplitMix64 (Steele, Lea and Flood, 2014) on a counter.
     start = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
     with np.errstate(over="ignore"):
@@ -51,18 +55,25 @@ def uniform_numbers(seed: int, epoch: int, indices: np.ndarray, count: int) -> n
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
-def draw_views(
+def sample_views(
     policy: ViewPolicy, width: int, height: int, *, views: int, seed: int, epoch: int, indices: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of images of one size: boxes (N, views, 4), float32, and the numbers for `draw_operations` (N, views, NUMBERS)."""
+    """Sample views of images of `width` x `height` pixels.
+
+    Args:
+        indices: of the images (N,).
+
+    Returns:
+        boxes in pixels (N, views, 4) and the numbers for `sample_operations` (N, views, NUMBERS), both float32.
+    """
     u = uniform_numbers(seed, epoch, indices, views * (BOX_NUMBERS + NUMBERS)).reshape(len(indices), views, -1)
-    boxes = draw_boxes(u[:, :, :BOX_NUMBERS].reshape(-1, BOX_NUMBERS), width, height, policy.min_scale)
+    boxes = sample_boxes(u[:, :, :BOX_NUMBERS].reshape(-1, BOX_NUMBERS), width, height, policy.min_scale)
     numbers = np.ascontiguousarray(u[:, :, BOX_NUMBERS:])
     return torch.from_numpy(boxes).view(len(indices), views, 4), torch.from_numpy(numbers)
 
 
-def draw_box(u: list[float], width: int, height: int, min_scale: float) -> tuple[int, int, int, int]:
-    """Top, left, height and width in pixels, of BOX_NUMBERS uniform numbers: the distribution of `augment.draw_view`."""
+def sample_box(u: list[float], width: int, height: int, min_scale: float) -> tuple[int, int, int, int]:
+    """Turn BOX_NUMBERS uniform numbers into top, left, height and width in pixels, with the distribution of `sample_view`."""
     low, high = LOG_RATIO
     for share, ratio in zip(u[:TRIES], u[TRIES : 2 * TRIES], strict=True):
         area, ratio = width * height * (min_scale + (1 - min_scale) * share), math.exp(low + (high - low) * ratio)
@@ -72,8 +83,8 @@ def draw_box(u: list[float], width: int, height: int, min_scale: float) -> tuple
     return centred_box(width, height)
 
 
-def draw_boxes(u: np.ndarray, width: int, height: int, min_scale: float) -> np.ndarray:
-    """`draw_box` for each row of numbers (V, BOX_NUMBERS), float32 (V, 4). For one image numpy's calls take far longer."""
+def sample_boxes(u: np.ndarray, width: int, height: int, min_scale: float) -> np.ndarray:
+    """`sample_box` for each row of `u` (V, BOX_NUMBERS): float32 (V, 4). For a single image `sample_box` is far faster."""
     u = u.astype(np.float64)
     area = width * height * (min_scale + (1 - min_scale) * u[:, :TRIES])
     low, high = LOG_RATIO
@@ -89,8 +100,8 @@ def draw_boxes(u: np.ndarray, width: int, height: int, min_scale: float) -> np.n
     return boxes
 
 
-def draw_operations(u: torch.Tensor, policy: ViewPolicy) -> torch.Tensor:
-    """What follows the crop, of uniform numbers (V, NUMBERS): one draw a row, the distribution of `augment.draw_view`."""
+def sample_operations(u: torch.Tensor, policy: ViewPolicy) -> torch.Tensor:
+    """Turn uniform numbers (V, NUMBERS) into one row of operations per view, with the distribution of `sample_view`."""
     order = torch.where(u[:, :1] < policy.jitter_p, u[:, 1:5].argsort(dim=1), -1)
     factors = [
         centre + (2 * u[:, 5 + i] - 1) * strength
@@ -107,70 +118,83 @@ def draw_operations(u: torch.Tensor, policy: ViewPolicy) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DeviceViews:
-    """Two views of every image of a batch: from `images` (N, 3, H, W), or from crops that are already of their size."""
+    """Renders two views of every image of a batch, from whole images or from crops that already have the view size.
+
+    Args:
+        policy: distribution of the views.
+        size: S, the side of a view in pixels.
+    """
 
     policy: ViewPolicy
     size: int
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`pixel_values` and `key_pixel_values`, uint8 (N, 3, S, S).
+        """Render a batch.
 
         Args:
-            batch: "numbers" (N, 2, NUMBERS), and either crops (N, S, S, 3) as "pixel_values", "key_pixel_values", or "images"
-                and "boxes" (N, 2, 4); pixels are uint8.
+            batch: "numbers" (N, 2, NUMBERS), and either crops "pixel_values" and "key_pixel_values" (N, S, S, 3), or "images"
+                (N, 3, H, W) and "boxes" (N, 2, 4); pixels are uint8.
+
+        Returns:
+            "pixel_values" and "key_pixel_values", uint8 (N, 3, S, S).
         """
-        draws = draw_operations(_queries_first(batch["numbers"]), self.policy)
+        operations = sample_operations(_queries_first(batch["numbers"]), self.policy)
         if "images" in batch:
-            x = self.crop(batch["images"].repeat(2, 1, 1, 1), _queries_first(batch["boxes"]), draws[:, FLIP] > 0)
+            x = self.crop(batch["images"].repeat(2, 1, 1, 1), _queries_first(batch["boxes"]), operations[:, FLIP] > 0)
         else:
             x = torch.cat([batch["pixel_values"], batch["key_pixel_values"]]).movedim(3, 1)
-            x = _where(draws[:, FLIP] > 0, x, _flip)
-        query, key = self.render(x, draws).chunk(2)
+            x = _where(operations[:, FLIP] > 0, x, _flip)
+        query, key = self.render(x, operations).chunk(2)
         return {"pixel_values": query, "key_pixel_values": key}
 
     def crop(self, images: torch.Tensor, boxes: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-        """Crops (V, 3, S, S) of images (V, 3, H, W), both uint8, by boxes (V, 4), mirrored where `flip` (V,) is true."""
-        at_once = len(images) if _all_at_once(images) else AT_ONCE  # as many as a CPU's cache holds
-        parts = zip(*(tensor.split(at_once) for tensor in (images, boxes, flip)), strict=True)
+        """Crop images (V, 3, H, W) to boxes (V, 4) and mirror those where `flip` (V,) is true: (V, 3, S, S), all uint8."""
+        chunk = len(images) if _all_at_once(images) else CPU_CHUNK
+        parts = zip(*(tensor.split(chunk) for tensor in (images, boxes, flip)), strict=True)
         return torch.cat([_to_uint8(crop_views(x.float(), box, mirror, self.size)) for x, box, mirror in parts])
 
-    def render(self, x: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """What follows the crop and the flip: views of crops, both uint8 (V, 3, S, S)."""
+    def render(self, x: torch.Tensor, operations: torch.Tensor) -> torch.Tensor:
+        """Apply jitter, grayscale and blur to crops `x`: both uint8 (V, 3, S, S)."""
         if _all_at_once(x):
-            return render_views(x.float(), draws, self.policy)
-        # A CPU takes those with the same order of operations together: none is done in vain, and they fit into its cache.
-        code = (draws[:, ORDER] @ torch.tensor([64.0, 16.0, 4.0, 1.0])).int()
+            return render_views(x.float(), operations, self.policy)
+        # A CPU renders the views with the same order of operations together, so that it computes no unused result.
+        code = (operations[:, ORDER] @ torch.tensor([64.0, 16.0, 4.0, 1.0])).int()
         rows, counts = code.argsort(), code.unique(return_counts=True)[1]
-        groups = [index for group in rows.split(counts.tolist()) for index in group.split(AT_ONCE)]
-        views = [render_views(x.index_select(0, index).float(), draws[index], self.policy) for index in groups]
+        groups = [index for group in rows.split(counts.tolist()) for index in group.split(CPU_CHUNK)]
+        views = [render_views(x.index_select(0, index).float(), operations[index], self.policy) for index in groups]
         return torch.cat(views).index_select(0, rows.argsort())
 
 
 @dataclass(frozen=True)
-class TwoCrops:
-    """What is left to the CPU: two crops of one image, and the numbers that `DeviceViews` draws the rest from."""
+class DeviceCrops:
+    """The work that remains for the CPU: two crops of one image. `DeviceViews` makes views of them.
+
+    Args:
+        policy: distribution of the views.
+        size: S, the side of a view in pixels.
+    """
 
     policy: ViewPolicy
     size: int
 
     def __call__(self, image: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Crops (S, S, 3) of an image (3, H, W), both uint8, and their numbers (2, NUMBERS)."""
-        boxes, numbers = self._draw(image, generator)
-        # Colours last, as the resize leaves them: put first, collating them would take as long as a crop.
+        """Crops (S, S, 3) of an image (3, H, W), both uint8, and the numbers of their operations (2, NUMBERS)."""
+        boxes, numbers = self._sample(image, generator)
+        # Channels stay last, as the resize returns them: collating channels-first crops would take as long as cropping.
         query, key = (crop_and_resize(image, box, self.size).permute(1, 2, 0) for box in boxes)
         return {"pixel_values": query, "key_pixel_values": key, "numbers": numbers}
 
-    def draws(self, image: Any, generator: torch.Generator) -> list[ViewDraw]:
-        """The random numbers of the query's view and of the key's."""
-        boxes, numbers = self._draw(image, generator)
-        rows = draw_operations(numbers, self.policy)
-        return [unpack_draw(torch.tensor(box), row) for box, row in zip(boxes, rows, strict=True)]
+    def sample(self, image: Any, generator: torch.Generator) -> list[ViewParams]:
+        """Sample the parameters of the query view and of the key view."""
+        boxes, numbers = self._sample(image, generator)
+        rows = sample_operations(numbers, self.policy)
+        return [unpack_params(torch.tensor(box), row) for box, row in zip(boxes, rows, strict=True)]
 
-    def _draw(self, image: Any, generator: torch.Generator) -> tuple[list[tuple[int, int, int, int]], torch.Tensor]:
+    def _sample(self, image: Any, generator: torch.Generator) -> tuple[list[tuple[int, int, int, int]], torch.Tensor]:
         u = torch.rand(2, BOX_NUMBERS + NUMBERS, generator=generator)
         rows = u[:, :BOX_NUMBERS].tolist()
-        return [draw_box(row, *image_size(image), self.policy.min_scale) for row in rows], u[:, BOX_NUMBERS:]
+        return [sample_box(row, *image_size(image), self.policy.min_scale) for row in rows], u[:, BOX_NUMBERS:]
 
 
 def _queries_first(x: torch.Tensor) -> torch.Tensor:
@@ -178,27 +202,33 @@ def _queries_first(x: torch.Tensor) -> torch.Tensor:
 
 
 def _all_at_once(x: torch.Tensor) -> bool:
-    # To work on a part of the images a GPU would have to tell the host which, and wait.
+    # Selecting some of the images on a GPU would make the host wait for their indices.
     return x.is_cuda or torch.compiler.is_compiling()
 
 
 def crop_views(images: torch.Tensor, boxes: torch.Tensor, flip: torch.Tensor, size: int) -> torch.Tensor:
-    """Boxes (N, 4) of images (N, 3, H, W), resized (N, 3, S, S): two matrix products with PIL's antialiased weights.
+    """Crop and resize images by two matrix products with PIL's antialiasing weights.
 
     Args:
-        flip: which are mirrored (N,).
+        images: float32 (N, 3, H, W), 0 to 255.
+        boxes: top, left, height, width in pixels (N, 4).
+        flip: whether each crop is mirrored (N,).
+        size: S, the side of a crop in pixels.
+
+    Returns:
+        crops, float32 (N, 3, S, S), rounded.
     """
     n, channels, height, width = images.shape
     top, left, h, w = boxes.unbind(dim=1)
     rows = _resize_weights(top, h, height, size)
     columns = _resize_weights(torch.where(flip, left + w, left), torch.where(flip, -w, w), width, size)
     wide = torch.bmm(images.reshape(n, channels * height, width), columns.mT).view(n, channels, height, size)
-    return torch.matmul(rows[:, None], wide.round_()).round_()  # PIL too rounds after each direction
+    return torch.matmul(rows[:, None], wide.round_()).round_()  # PIL rounds after each direction too
 
 
 def _resize_weights(start: torch.Tensor, length: torch.Tensor, pixels: int, size: int) -> torch.Tensor:
-    # (N, size, pixels): a triangle around each output pixel's centre, as wide as it is apart from the next one, within the
-    # box. `inside` is at least 1 for the pixels of the box and negative for others. A negative length runs backwards.
+    # (N, size, pixels): a triangle around the centre of each output pixel. Its half-width is the distance between output
+    # pixels, at least 1. `inside` is at least 1 for pixels of the box and negative elsewhere. A negative length mirrors.
     step = (length / size)[:, None, None]
     places = torch.arange(size, device=start.device)[:, None] + 0.5
     sources = torch.arange(pixels, device=start.device) + 0.5
@@ -208,24 +238,29 @@ def _resize_weights(start: torch.Tensor, length: torch.Tensor, pixels: int, size
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
-def render_views(x: torch.Tensor, draws: torch.Tensor, policy: ViewPolicy) -> torch.Tensor:
-    """Everything but crop and flip: views uint8 (N, 3, S, S) of crops (N, 3, S, S) in float32, 0 to 255.
+def render_views(x: torch.Tensor, operations: torch.Tensor, policy: ViewPolicy) -> torch.Tensor:
+    """Apply jitter, grayscale and blur to crops.
 
-    On a CPU all must have the same order of operations, and the crops may be overwritten.
+    Args:
+        x: crops, float32 (V, 3, S, S), 0 to 255. On a CPU they may be overwritten.
+        operations: a row for each crop. On a CPU all rows must have the same order of jitter.
+
+    Returns:
+        views, uint8 (V, 3, S, S).
     """
-    gray = draws[:, GRAY] > 0
+    gray = operations[:, GRAY] > 0
     if policy.gray_first:
         x = _where(gray, x, _grayscale)
-    x = _jitter(x, draws[:, ORDER], draws[:, FACTORS])
+    x = _jitter(x, operations[:, ORDER], operations[:, FACTORS])
     if not policy.gray_first:
         x = _where(gray, x, _grayscale)
     if policy.blur_p > 0:
-        x = _where(draws[:, BLUR] > 0, x, _blur, draws[:, BLUR])
+        x = _where(operations[:, BLUR] > 0, x, _blur, operations[:, BLUR])
     return _to_uint8(x.round())
 
 
 def _to_uint8(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.int16).to(torch.uint8)  # a CPU is slow at the direct way from float32
+    return x.to(torch.int16).to(torch.uint8)  # on a CPU the direct cast from float32 is slow
 
 
 def _jitter(x: torch.Tensor, order: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -257,7 +292,7 @@ def _grayscale(x: torch.Tensor) -> torch.Tensor:
 
 
 def _truncate(x: torch.Tensor) -> torch.Tensor:
-    return x.clamp_(0, 255).floor_()  # as PIL's enhancers: other + factor (x - other)
+    return x.clamp_(0, 255).floor_()  # as PIL's enhancers do: other + factor (x - other)
 
 
 def _brightness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -275,12 +310,13 @@ def _saturation(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def _hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    # Small images cost calls more than arithmetic, and masks of booleans are slow: 1 where a colour is the largest, else 0.
+    # Few calls: on small images a call costs more than its arithmetic. `red` and `green` are 1 where that colour is the
+    # largest, else 0; they are floats because boolean masks are slow.
     r, g, b = x.unbind(dim=1)
     value, least = x.amax(dim=1), x.amin(dim=1)
     chroma = value - least
     red, green = r.clone().eq_(value), g.clone().eq_(value)
-    # The hue in sixths of a turn, red at 0, times the chroma: where blue is the largest, else green, else red.
+    # The hue in sixths of a turn (red is 0) times the chroma, for blue as the largest colour, then for green, then for red.
     hue = (r - g).add_(chroma, alpha=4).lerp_((b - r).add_(chroma, alpha=2), green).lerp_(g - b, red)
     shift = (turns * 255).trunc() / 256 + 1  # in turns, positive; PIL's hue is a byte
     hue = hue.div_((6 * chroma).clamp_(min=1)).add_(shift[:, None, None]).frac_().mul_(6)

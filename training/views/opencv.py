@@ -1,7 +1,7 @@
-"""The drawn views of `augment.py` rendered by torch and OpenCV instead of PIL: the same draws, more than three times as fast.
+"""The backend `cv2`: torch and OpenCV render the views of `pil.py` from the same parameters, more than three times as fast.
 
-Against PIL the mean difference of a view is half a level of 255 (tests/test_augment_backends.py): the crop is PIL's
-filter in another arithmetic, hues are rounded otherwise, and the blur is a Gaussian where PIL runs three boxes.
+A view differs from PIL's by half a level of 255 on average (tests/views/test_renderers.py). The crop uses PIL's filter in
+another arithmetic, hues are rounded differently, and the blur is a true Gaussian, which PIL approximates by three box blurs.
 """
 
 import cv2
@@ -9,31 +9,43 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .policy import ViewDraw, ViewPolicy
+from .policy import ViewParams, ViewPolicy
 
-cv2.setNumThreads(1)  # workers are processes: threads of theirs would fight for the same cores
+cv2.setNumThreads(1)  # each worker is a process: threads inside the workers would compete for the same cores
 
 
 def crop_and_resize(image: torch.Tensor, box: tuple[int, int, int, int], size: int) -> torch.Tensor:
-    """The box (top, left, height, width) of an image (3, H, W), uint8, as (3, size, size), antialiased like PIL's."""
+    """Crop an image (3, H, W) to a box (top, left, height, width) and resize it with PIL's antialiasing; uint8.
+
+    Returns:
+        the crop (3, size, size), uint8.
+    """
     top, left, h, w = box
-    # torch has fast code for the layout that decoders leave, channels last; it takes no part of an image, hence the copy.
+    # torch resizes fastest in channels-last layout, which decoders return. A slice is not in that layout, hence the copy.
     crop = image[None, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
     return F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True, align_corners=False)[0]
 
 
-def render_view_cv2(image: torch.Tensor, draw: ViewDraw, size: int, policy: ViewPolicy) -> torch.Tensor:
-    """The drawn view of an RGB image (3, H, W), uint8 (3, size, size)."""
-    view = crop_and_resize(image, draw.box, size).permute(1, 2, 0).contiguous().numpy()
-    if draw.gray and policy.gray_first:
+def render_view_cv2(image: torch.Tensor, params: ViewParams, size: int, policy: ViewPolicy) -> torch.Tensor:
+    """Render the view with these parameters.
+
+    Args:
+        image: RGB, uint8 (3, H, W).
+        size: side of the view in pixels.
+
+    Returns:
+        the view, uint8 (3, size, size).
+    """
+    view = crop_and_resize(image, params.box, size).permute(1, 2, 0).contiguous().numpy()
+    if params.gray and policy.gray_first:
         view = _grayscale(view)
-    for name, factor in draw.jitter:
+    for name, factor in params.jitter:
         view = _JITTER[name](view, factor)
-    if draw.gray and not policy.gray_first:
+    if params.gray and not policy.gray_first:
         view = _grayscale(view)
-    if draw.blur:
-        view = cv2.GaussianBlur(view, (0, 0), draw.blur, borderType=cv2.BORDER_REPLICATE)
-    if draw.flip:
+    if params.blur:
+        view = cv2.GaussianBlur(view, (0, 0), params.blur, borderType=cv2.BORDER_REPLICATE)
+    if params.flip:
         view = cv2.flip(view, 1)
     return torch.from_numpy(view).permute(2, 0, 1)
 
@@ -50,7 +62,7 @@ LEVELS = np.arange(256, dtype=np.float32)
 
 
 def _blend_with(level: float, view: np.ndarray, factor: float) -> np.ndarray:
-    return cv2.LUT(view, np.clip(level + factor * (LEVELS - level), 0, 255).astype(np.uint8))  # truncated, as PIL
+    return cv2.LUT(view, np.clip(level + factor * (LEVELS - level), 0, 255).astype(np.uint8))  # PIL truncates too
 
 
 def _brightness(view: np.ndarray, factor: float) -> np.ndarray:
@@ -62,12 +74,12 @@ def _contrast(view: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _saturation(view: np.ndarray, factor: float) -> np.ndarray:
-    return cv2.addWeighted(view, factor, _grayscale(view), 1 - factor, -0.499)  # rounded, where PIL truncates
+    return cv2.addWeighted(view, factor, _grayscale(view), 1 - factor, -0.499)  # it rounds, PIL truncates
 
 
 def _hue(view: np.ndarray, factor: float) -> np.ndarray:
     hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(int(factor * 255) % 256)  # 256 steps to the turn; it wraps around
+    hsv[..., 0] += np.uint8(int(factor * 255) % 256)  # a turn has 256 steps; the sum wraps around
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 

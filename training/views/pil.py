@@ -1,9 +1,9 @@
-"""The views: random ones for pretraining and probing, a fixed one for evaluation.
+"""The reference backend `pil`: random views for pretraining and probing, a fixed view for evaluation.
 
-A random view is drawn first (`draw_view`: a few numbers) and rendered afterwards (`render_view`: pixels), so that every
-draw can be seen, tested and reproduced. Draws consume the generator exactly as torchvision's reference transforms
-consume the global one: equal seeds give equal images. Views leave as uint8 and the model normalises them, which moves a
-quarter of the bytes. Sizes are pixels, probabilities lie in [0, 1].
+`sample_view` samples the parameters of a random view (a few numbers), then `render_view` makes its pixels. Parameters can
+therefore be shown, tested and reproduced. Sampling consumes the generator exactly as torchvision's reference transforms
+consume the global generator: equal seeds give equal images. Views are uint8, a quarter of the bytes of float32; the model
+normalises them. Sizes are in pixels, probabilities lie in [0, 1].
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
 from torchvision.transforms import InterpolationMode
 
-from .policy import ViewDraw, ViewPolicy, draw_view, image_size
+from .policy import ViewParams, ViewPolicy, image_size, sample_view
 
 _JITTER = {
     "brightness": TF.adjust_brightness,
@@ -26,19 +26,19 @@ _JITTER = {
 }
 
 
-def render_view(image: Image.Image, draw: ViewDraw, size: int, policy: ViewPolicy) -> torch.Tensor:
-    """The drawn view of an RGB image, uint8 (3, size, size)."""
-    top, left, h, w = draw.box
+def render_view(image: Image.Image, params: ViewParams, size: int, policy: ViewPolicy) -> torch.Tensor:
+    """Render the view of an RGB image with these parameters: uint8 (3, size, size)."""
+    top, left, h, w = params.box
     view = TF.resized_crop(image, top, left, h, w, [size, size], InterpolationMode.BILINEAR)
-    if draw.gray and policy.gray_first:
+    if params.gray and policy.gray_first:
         view = TF.rgb_to_grayscale(view, num_output_channels=3)
-    for name, factor in draw.jitter:
+    for name, factor in params.jitter:
         view = _JITTER[name](view, factor)
-    if draw.gray and not policy.gray_first:
+    if params.gray and not policy.gray_first:
         view = TF.rgb_to_grayscale(view, num_output_channels=3)
-    if draw.blur:
-        view = view.filter(ImageFilter.GaussianBlur(radius=draw.blur))
-    if draw.flip:
+    if params.blur:
+        view = view.filter(ImageFilter.GaussianBlur(radius=params.blur))
+    if params.flip:
         view = TF.hflip(view)
     return _to_uint8(view)
 
@@ -52,37 +52,40 @@ class TwoViews:
     """Pretraining: two independent random views of one image.
 
     Args:
-        render: `render_view` for PIL images, or `augment_cv2.render_view_cv2` for tensors.
+        policy: distribution of the views.
+        size: side of a view in pixels.
+        render: `render_view` for PIL images, or `render_view_cv2` for tensors.
     """
 
     policy: ViewPolicy
     size: int
-    render: Callable[[Any, ViewDraw, int, ViewPolicy], torch.Tensor] = render_view
+    render: Callable[[Any, ViewParams, int, ViewPolicy], torch.Tensor] = render_view
 
     def __call__(self, image: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        query, key = (self.render(image, draw, self.size, self.policy) for draw in self.draws(image, generator))
+        """Views of an image: `pixel_values` (the query) and `key_pixel_values`, uint8 (3, size, size)."""
+        query, key = (self.render(image, params, self.size, self.policy) for params in self.sample(image, generator))
         return {"pixel_values": query, "key_pixel_values": key}
 
-    def draws(self, image: Any, generator: torch.Generator) -> list[ViewDraw]:
-        """The random numbers of the query's view and of the key's."""
-        return [draw_view(self.policy, *image_size(image), generator) for _ in range(2)]
+    def sample(self, image: Any, generator: torch.Generator) -> list[ViewParams]:
+        """Sample the parameters of the query view and of the key view."""
+        return [sample_view(self.policy, *image_size(image), generator) for _ in range(2)]
 
 
 @dataclass(frozen=True)
 class OneView:
-    """Training view of the linear protocol."""
+    """A random view of one image, to train a classifier (official linear protocol)."""
 
     policy: ViewPolicy
     size: int
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        draw = draw_view(self.policy, image.width, image.height, generator)
-        return {"pixel_values": render_view(image, draw, self.size, self.policy)}
+        params = sample_view(self.policy, image.width, image.height, generator)
+        return {"pixel_values": render_view(image, params, self.size, self.policy)}
 
 
 @dataclass(frozen=True)
 class EvaluationView:
-    """Short side to `resize`, then the centre `size` x `size`."""
+    """Resize the short side to `resize` pixels, then cut out the centre of `size` x `size` pixels."""
 
     resize: int
     size: int

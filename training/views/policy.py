@@ -1,3 +1,5 @@
+"""The random parameters of a view: their published distributions, and how they are sampled."""
+
 import math
 from dataclasses import dataclass, replace
 
@@ -14,10 +16,10 @@ class ViewPolicy:
     """Distribution of one random view.
 
     Args:
-        min_scale: smallest area of the crop, as a share of the image; the largest is 1.
+        min_scale: smallest area of the crop, as a fraction of the image; the largest is 1.
         jitter: strength of brightness, contrast, saturation (factor in 1 ± strength) and hue (shift in ± strength turns).
         jitter_p, gray_p, blur_p, flip_p: probability of each operation.
-        gray_first: grayscale before the colour jitter (v1) instead of after it.
+        gray_first: whether grayscale comes before the colour jitter (v1) or after it.
     """
 
     min_scale: float = 0.2
@@ -42,7 +44,12 @@ POLICIES = {
 
 
 def build_policy(name: str, horizontal_flip: bool = True, min_scale: float | None = None) -> ViewPolicy:
-    """The policy of that name; without flips for images whose mirror image means something else; with other crops."""
+    """The policy called `name` in `POLICIES`, with changes.
+
+    Args:
+        horizontal_flip: false turns flips off, for images whose mirror image has another meaning.
+        min_scale: replaces the policy's own; None keeps it.
+    """
     policy = POLICIES[name]
     return replace(
         policy,
@@ -52,14 +59,15 @@ def build_policy(name: str, horizontal_flip: bool = True, min_scale: float | Non
 
 
 @dataclass(frozen=True)
-class ViewDraw:
-    """The random numbers of one view.
+class ViewParams:
+    """The sampled parameters of one view.
 
     Args:
-        box: top, left, height, width of the crop.
-        jitter: operations in order, as (name, factor); empty where there is none.
-        gray, flip: whether.
-        blur: standard deviation, 0 where there is none.
+        box: top, left, height and width of the crop in pixels.
+        jitter: colour operations in order, as (name, factor); empty without jitter.
+        gray: whether the view is turned to grayscale.
+        blur: standard deviation of the blur in pixels; 0 without blur.
+        flip: whether the view is mirrored.
     """
 
     box: tuple[int, int, int, int]
@@ -74,18 +82,18 @@ def _uniform(low: float, high: float, generator: torch.Generator) -> float:
 
 
 def _happens(p: float, generator: torch.Generator) -> bool:
-    # An operation that is never or always wanted draws nothing, like a transform that is not wrapped in RandomApply.
+    # Probabilities 0 and 1 consume no random number, as a transform outside RandomApply consumes none.
     return p > 0 and (p == 1 or torch.rand(1, generator=generator).item() < p)
 
 
 def centred_box(width: int, height: int) -> tuple[int, int, int, int]:
-    """Of very long images, where no drawn box fits: the largest whose aspect ratio is allowed (top, left, height, width)."""
+    """The largest centred box with an allowed aspect ratio (top, left, height, width): used where no sampled box fits."""
     w = min(width, round(height * ASPECT_RATIO[1]))
     h = min(height, round(width / ASPECT_RATIO[0]))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _draw_box(width: int, height: int, min_scale: float, generator: torch.Generator) -> tuple[int, int, int, int]:
+def _sample_box(width: int, height: int, min_scale: float, generator: torch.Generator) -> tuple[int, int, int, int]:
     area = height * width
     log_ratio = torch.log(torch.tensor(ASPECT_RATIO)).tolist()
     for _ in range(10):
@@ -99,7 +107,7 @@ def _draw_box(width: int, height: int, min_scale: float, generator: torch.Genera
     return centred_box(width, height)
 
 
-def _draw_jitter(policy: ViewPolicy, generator: torch.Generator) -> tuple[tuple[str, float], ...]:
+def _sample_jitter(policy: ViewPolicy, generator: torch.Generator) -> tuple[tuple[str, float], ...]:
     if not _happens(policy.jitter_p, generator):
         return ()
     order = torch.randperm(4, generator=generator).tolist()
@@ -109,25 +117,25 @@ def _draw_jitter(policy: ViewPolicy, generator: torch.Generator) -> tuple[tuple[
     return tuple((names[i], factors[i]) for i in order)
 
 
-def draw_view(policy: ViewPolicy, width: int, height: int, generator: torch.Generator) -> ViewDraw:
-    """Draw one view of an image of that size."""
-    box = _draw_box(width, height, policy.min_scale, generator)
+def sample_view(policy: ViewPolicy, width: int, height: int, generator: torch.Generator) -> ViewParams:
+    """Sample the parameters of one view of an image of `width` x `height` pixels."""
+    box = _sample_box(width, height, policy.min_scale, generator)
     if policy.gray_first:
         gray = _happens(policy.gray_p, generator)
-        jitter = _draw_jitter(policy, generator)
+        jitter = _sample_jitter(policy, generator)
     else:
-        jitter = _draw_jitter(policy, generator)
+        jitter = _sample_jitter(policy, generator)
         gray = _happens(policy.gray_p, generator)
     blur = _uniform(*BLUR_SIGMA, generator) if _happens(policy.blur_p, generator) else 0.0
-    return ViewDraw(box, jitter, gray, blur, flip=_happens(policy.flip_p, generator))
+    return ViewParams(box, jitter, gray, blur, flip=_happens(policy.flip_p, generator))
 
 
 def seeded_generator(*key: int) -> torch.Generator:
-    """A generator whose stream depends on all of `key`, e.g. (seed, epoch, index), and on nothing else."""
+    """A generator that depends on all numbers of `key`, for example (seed, epoch, index), and on nothing else."""
     seed = np.random.SeedSequence(key).generate_state(1)[0]
     return torch.Generator().manual_seed(int(seed))
 
 
 def image_size(image: Image.Image | torch.Tensor) -> tuple[int, int]:
-    """Width and height of an image of PIL's, or of a tensor (3, H, W)."""
+    """Width and height in pixels of a PIL image or of a tensor (3, H, W)."""
     return (image.shape[2], image.shape[1]) if isinstance(image, torch.Tensor) else image.size
