@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from transformers import TrainerCallback, pipeline
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
+from training.commands import finetune
 from training.data.sources import load_digits, load_images
 from training.engine.results import encoder_digest
 from training.evaluation.encoder import Encoder
@@ -193,11 +194,10 @@ class Terminate(TrainerCallback):
 
 
 def test_the_script_can_be_stopped_continued_and_leaves_a_classifier_with_its_results(
-    encoder, tmp_path, script, capsys, monkeypatch
+    encoder, tmp_path, capsys, monkeypatch
 ):
     folder = tmp_path / "run"
     command = [str(encoder), *TINY, "--label_fraction", "0.3", "--output_dir", str(folder)]
-    finetune = script("finetune")
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "announce", lambda run, trainer: trainer.add_callback(Terminate()))
         with pytest.raises(SystemExit) as end:
