@@ -19,6 +19,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 SCRIPTS = {name: module for name, (module, _) in COMMANDS.items()}
 # By python, by a launcher or by SLURM. One without flags is the name of a script in a sentence.
 STARTED = re.compile(r"(?:python |accelerate launch .*|sbatch )(?:scripts|configs/slurm)/(\w+)\.(?:py|sbatch)\b(.*)")
+# By python, by a launcher or by SLURM. One without flags is the name of a script in a sentence.
+STARTED = re.compile(r"(?:python |accelerate launch .*|sbatch )(?:scripts|configs/slurm)/(\w+)\.(?:py|sbatch)\b(.*)")
 PARSERS = {
     "pretrain": parse_pretrain,
     "knn": parse_knn,
@@ -38,11 +40,9 @@ def shown(page: Path) -> list[tuple[str, str]]:
     commands = []
     for line in lines:
         line = line.split(" #")[0].strip()
-        if found := re.match(
-            r"(?:python |accelerate launch .*|sbatch )(?:scripts|configs/slurm)/(\w+)\.(?:py|sbatch)\b(.*)", line
-        ):
+        if (found := STARTED.match(line)) and found[1] in SCRIPTS.values() and found[2].strip():
             commands.append((found[1], found[2].strip()))
-        elif (found := re.match(r"moco (\w+)(.*)", line)) and found[1] in SCRIPTS:
+        elif (found := re.match(r"moco (\w+) (.+)", line)) and found[1] in SCRIPTS:
             commands.append((SCRIPTS[found[1]], found[2].strip()))
     return commands
 

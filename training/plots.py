@@ -92,8 +92,8 @@ PANELS = (
     Panel("Uniformity", {"uniformity": "uniformity"}),
     Panel("RankMe", {"eval_rankme": "RankMe"}),
     Panel(
-        "Keys in other company, %",
-        {"eval_contrast_top1": "as trained", "eval_contrast_top1_shuffled": "dealt out anew"},
+        "Contrast accuracy with regrouped keys, %",
+        {"eval_contrast_top1": "as trained", "eval_contrast_top1_shuffled": "regrouped"},
     ),
     Panel("Queue age, steps", {"queue_age": "age"}),
     Panel("Key drift, %", {"key_drift": "lag"}),

@@ -97,7 +97,7 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer) -> None:
     print(
         f"      run: {trainer.train_dataset.images_per_epoch:,} images, global batch {training.global_batch_size} "
         f"({training.world_size} x {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
-        f"accumulated), rate {training.learning_rate:g}, {config.architecture}, K {config.queue_size:,}, "
+        f"accumulated), learning rate {training.learning_rate:g}, {config.architecture}, K {config.queue_size:,}, "
         f"m {config.key_momentum:g}, T {config.temperature:g}, to {training.output_dir}"
     )
     print(
@@ -115,7 +115,7 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
     recipe_batch, recipe_rate = (args.recipe.values.get(key) for key in ("global_batch_size", "learning_rate"))
     if recipe_batch not in (None, batch) and rate == recipe_rate:
         yield (
-            f"the recipe's rate {rate:g} is for a global batch of {recipe_batch}; for {batch} the linear rule gives "
+            f"the recipe's learning rate {rate:g} is for a global batch of {recipe_batch}; for {batch} the linear rule gives "
             f"{rate * batch / recipe_batch:g} (--learning_rate)"
         )
     if training.world_size == 1 and config.batch_norm == "shuffle":

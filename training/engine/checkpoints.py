@@ -168,8 +168,8 @@ def check_layout(checkpoint: Path, now: BatchLayout) -> str | None:
     if then.global_batch_size != now.global_batch_size:
         raise ValueError(
             f"{checkpoint} was trained with a global batch of {then.global_batch_size} ({_product(then)}), this run has "
-            f"{now.global_batch_size} ({_product(now)}): its place in the epoch and its rate count in such batches. Launch it "
-            "with the same global batch, or pass another --output_dir"
+            f"{now.global_batch_size} ({_product(now)}): its place in the epoch and its learning rate count in such "
+            "batches. Launch it with the same global batch, or pass another --output_dir"
         )
     if (then.images, then.steps_per_epoch) != (now.images, now.steps_per_epoch):
         raise ValueError(

@@ -16,11 +16,11 @@ def epoch_factor(epoch: int, epochs: int, milestones: list[int] | None) -> float
 def epoch_schedule(
     optimizer: Optimizer, steps_per_epoch: int, epochs: int, milestones: list[int] | None = None
 ) -> LambdaLR:
-    """A scheduler that is stepped at every optimizer step and changes the rate at the start of every epoch.
+    """A scheduler that is stepped at every optimizer step and changes the learning rate at the start of every epoch.
 
     Args:
         steps_per_epoch: optimizer steps of one epoch.
         epochs: epochs of the run.
-        milestones: epochs at which the rate drops to a tenth; none for the cosine.
+        milestones: epochs at which the learning rate drops to a tenth; none for the cosine.
     """
     return LambdaLR(optimizer, lambda step: epoch_factor(step // steps_per_epoch, epochs, milestones))
