@@ -222,7 +222,7 @@ def test_linear_classifier_computes_what_torchvision_does_and_comes_back_bit_for
     there = lincls(tmp_path / "there.pth.tar")
     words = convert(tmp_path / "there.pth.tar", tmp_path / "ours")
     assert "official linear classifier, resnet18, 10 classes, epoch 100, best_acc1 67.7" in words
-    assert "cannot be told" not in words
+    assert "may be supervised" not in words
     model = MoCoForImageClassification.from_pretrained(tmp_path / "ours").eval()
     x = pixels()
     with torch.no_grad():
@@ -241,7 +241,7 @@ def test_classifier_without_its_optimizer_may_be_a_supervised_one(convert, tmp_p
     lincls(tmp_path / "there.pth.tar")
     resave(tmp_path / "there.pth.tar", optimizer=optimizer)
     words = convert(tmp_path / "there.pth.tar", tmp_path / "ours")
-    assert "whether MoCo trained the encoder cannot be told" in words
+    assert "it has no optimizer of fc, so that the encoder may be supervised and not MoCo's" in words
     MoCoForImageClassification.from_pretrained(tmp_path / "ours")
 
 
@@ -329,7 +329,7 @@ def test_query_encoder_alone_gets_a_copy_and_a_fresh_queue_when_loaded(convert, 
 def test_tensors_win_over_the_name_that_a_file_gives_itself(convert, tmp_path):
     lincls(tmp_path / "there.pth.tar")
     resave(tmp_path / "there.pth.tar", arch="resnet50")
-    assert "calls itself resnet50, but its tensors are those of resnet18" in convert(
+    assert "its arch is resnet50, but its tensors are those of resnet18" in convert(
         tmp_path / "there.pth.tar", tmp_path / "ours"
     )
     convert(tmp_path / "ours", tmp_path / "back.pth.tar", "--to", "official")
@@ -415,7 +415,7 @@ def test_solo_learn_checkpoint_computes_what_its_modules_do(convert, tmp_path):
     words = convert(tmp_path / "there.ckpt", tmp_path / "ours")
     assert "solo-learn MoCo v2, resnet18, K 48, dim 16" in words
     assert "left out: classifier.weight, classifier.bias" in words
-    assert "of its two queues, one for each view, the first is kept" in words
+    assert "it has two queues, one for each view: the first is kept" in words
     model = MoCoModel.from_pretrained(tmp_path / "ours")
     assert_computes(model, query, key)
     assert torch.equal(model.dictionary.queue, state["queue"][0])
@@ -504,7 +504,7 @@ def test_models_that_the_others_cannot_hold_are_refused(refuse, tmp_path, config
     MoCoModel(moco_config(**config)).save_pretrained(tmp_path / "ours")
     for to in set(FORMATS) - {"moco"}:
         error = refuse(tmp_path / "ours", tmp_path / "out", "--to", to)
-        assert f"--to {to} is for torchvision's ResNets as they are" in error
+        assert f"--to {to} writes torchvision's ResNets alone" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -568,62 +568,66 @@ def v3(_):
     return {"state_dict": prefixed(resnet(), "module.base_encoder.") | prefixed(resnet(), "module.momentum_encoder.")}
 
 
-UNREADABLE = "is no file of torch.save, or a damaged one: download or copy it again"
+UNREADABLE = "is not a torch checkpoint, or is damaged: download or copy it again"
 REFUSED = {
-    "code": (saved(code), "asks for posix.mkdir, which tensors do not need and which may run code: it is not loaded"),
-    "code, as torch 1.3 wrote": (saved(code, legacy=True), "asks for posix.mkdir"),
+    "code": (
+        saved(code),
+        "needs posix.mkdir, which is not a tensor and may run code, so that it is not loaded: ask its author",
+    ),
+    "code, as torch 1.3 wrote": (saved(code, legacy=True), "needs posix.mkdir"),
     "code in a plain pickle": (
         lambda path: path.write_bytes(pickle.dumps(RunsCode(path.parent / "canary"), protocol=2)),
-        "asks for posix.mkdir",
+        "needs posix.mkdir",
     ),
     "code of a name that terminals obey": (
         lambda path: path.write_bytes(b"\x80\x02cos\x1b[31m\nmkdir\n)R."),
-        "asks for os, which tensors do not need",
+        "needs os, which is not a tensor",
     ),
     "cut off": (cut_official(0.6, legacy=False), UNREADABLE),
     "cut off, as torch 1.3 wrote": (cut_official(0.6, legacy=True), UNREADABLE),
     "cut off early": (cut_official(0.001, legacy=True), UNREADABLE),
-    "empty": (lambda path: path.touch(), "(0 bytes) is no file of torch.save"),
+    "empty": (lambda path: path.touch(), "(0 bytes) is not a torch checkpoint"),
     "web page": (lambda path: path.write_text("<!DOCTYPE html><html>Not Found</html>"), UNREADABLE),
     "image": (lambda path: Image.new("RGB", (9, 9)).save(path, "PNG"), UNREADABLE),
     "TorchScript": (lambda path: torch.jit.save(torch.jit.trace(nn.ReLU(), pixels()), path), UNREADABLE),
     "DINO": (
         saved({"student": {"module.head.weight": torch.ones(1)}, "teacher": {}, "epoch": 1}),
-        "holds a DINO checkpoint (student and teacher): what can be converted is official MoCo, official linear classifier,",
+        "contains a DINO checkpoint (student and teacher): this script converts official MoCo, official linear classifier,",
     ),
     "DINO with its arguments": (
         saved({"student": {}, "teacher": {}, "args": Namespace(lr=1)}),
-        "asks for argparse.Namespace",
+        "needs argparse.Namespace",
     ),
-    "MoCo v3": (saved(v3), "holds a MoCo v3 checkpoint (no queue)"),
+    "MoCo v3": (saved(v3), "contains a MoCo v3 checkpoint (no queue)"),
     "supervised torchvision": (
         saved(lambda _: resnet(head=linear).state_dict()),
-        "holds the weights of a ResNet alone, which timm and torchvision load themselves",
+        "contains the weights of a ResNet alone, which timm and torchvision load themselves",
     ),
     "official notebook": (
         saved({"state_dict": {"queue": keys(), "encoder_q.net.0.weight": torch.ones(64, 3, 3, 3)}}),
-        "holds a checkpoint of the official CIFAR-10 notebook",
+        "contains a checkpoint of the official CIFAR-10 notebook",
     ),
     "something else": (
         saved({"model": {"a": torch.ones(1)}}),
-        "holds nothing that is known (model): what can be converted is",
+        "contains unknown names (model): this script converts",
     ),
-    "tensor": (saved(torch.ones(1)), "holds a Tensor, not a checkpoint"),
+    "tensor": (saved(torch.ones(1)), "contains a Tensor, not a checkpoint"),
     "supervised, of pytorch/examples": (
         lambda path: lincls(path, supervised=True),
-        "holds a supervised ResNet (its optimizer has 62 parameters, a linear classifier's has fc.weight and fc.bias): timm",
+        "contains a supervised ResNet (its optimizer has 62 parameters, that of a linear classifier has fc.weight and "
+        "fc.bias alone): load it with timm or torchvision",
     ),
     "with the prefix of DDP and without": (
         lambda path: torch.save(
             {"state_dict": prefixed(Official("resnet18", linear), "module.") | {"queue": keys()}}, path
         ),
-        "holds queue without module. before the name, and other tensors with it: delete one",
+        "contains queue without the prefix module., and other tensors with it: delete one",
     ),
-    "sparse": (with_state(queue=keys().to_sparse()), "holds queue, which are no plain tensors"),
-    "without data": (with_state(queue=keys().to("meta")), "holds queue, which are no plain tensors"),
+    "sparse": (with_state(queue=keys().to_sparse()), "contains queue, which are not dense tensors with data"),
+    "without data": (with_state(queue=keys().to("meta")), "contains queue, which are not dense tensors with data"),
     "quantised": (
         lambda path: with_state(encoder_q__conv1__weight=quantised())(path),
-        "holds encoder_q.conv1.weight, which are no plain tensors",
+        "contains encoder_q.conv1.weight, which are not dense tensors with data",
     ),
     "complex queue": (
         with_state(queue=torch.ones(C, K, dtype=torch.complex64)),
@@ -648,35 +652,35 @@ REFUSED = {
     ),
     "no tensors": (
         with_state(encoder_q__conv1__weight="?"),
-        "holds encoder_q.conv1.weight, which are no plain tensors",
+        "contains encoder_q.conv1.weight, which are not dense tensors with data",
     ),
     "tensor missing": (
         with_state(encoder_q__layer1__0__bn1__weight=None),
-        "holds no ResNet of torchvision's; against resnet18, layer1.0.bn1.weight is missing",
+        "does not contain a ResNet of torchvision; compared with resnet18, layer1.0.bn1.weight is missing",
     ),
     "key tensor missing": (
         with_state(encoder_k__layer1__0__bn1__weight=None),
-        "does not fit together: encoder_k.layer1.0.bn1.weight is missing",
+        "is not a complete model: encoder_k.layer1.0.bn1.weight is missing",
     ),
     "key encoder without its head": (half_a_key_encoder(head=False), "projector_k.weight is missing"),
     "key head without its encoder": (half_a_key_encoder(head=True), "encoder_k.conv1.weight is missing"),
     "half a key head": (with_state(encoder_k__fc__bias=None), "projector_k.bias is missing"),
     "other shape": (
         with_state(queue=torch.ones(C + 1, K)),
-        f"dictionary.queue is ({C + 1}, {K}), not ({C}, {K}). It is damaged, or another model",
+        f"dictionary.queue is ({C + 1}, {K}), not ({C}, {K}). It is damaged or another model",
     ),
     "more than MoCo": (
         with_state(predictor__0__weight=torch.ones(1)),
-        "holds predictor.0.weight, for which MoCo has no place",
+        "contains predictor.0.weight, which MoCo does not have",
     ),
     "scalar": (with_state(queue=torch.ones(())), "dictionary.queue is (), not (16, 1)"),
     "solo-learn on CIFAR": (
         lambda path: solo_learn(path, **{"backbone.conv1.weight": torch.ones(64, 3, 3, 3)}),
-        "begins with a 3x3 convolution and does not say how it pads (solo-learn by 2, the official notebook by 1)",
+        "begins with a 3x3 convolution of unknown padding (solo-learn pads by 2, the official notebook by 1)",
     ),
     "solo-learn without a queue": (
         lambda path: solo_learn(path, queue=None, queue_ptr=None),
-        "holds a checkpoint of another solo-learn method",
+        "contains a checkpoint of another solo-learn method",
     ),
 }
 
@@ -702,7 +706,7 @@ def test_damage_anywhere_is_one_line(tmp_path, legacy):
         damaged = whole.copy()
         damaged[random.integers(0, len(whole), 3)] = random.integers(0, 256, 3)
         path.write_bytes(damaged[: random.integers(1, 2 * len(whole))].tobytes())
-        with pytest.raises(ValueError, match=r"damaged|holds|asks for"):
+        with pytest.raises(ValueError, match=r"damaged|contains?|needs"):
             read(str(path))
 
 
@@ -717,12 +721,12 @@ def test_sources_that_are_no_checkpoint_are_refused(refuse, tmp_path):
     (tmp_path / "edited" / "conversion.json").write_text('{"epoch": 3,')
     for source, message in {
         "absent.pth.tar": "does not exist",
-        "absent/folder": "is no file, no folder and no Hub repository in reach",
-        "empty": "holds no MoCo model",
-        "vit": "holds no MoCo model (model_type vit in config.json)",
-        "config": "holds no MoCo model",
-        "damaged": "holds no MoCo model",
-        "edited": "edited/conversion.json is no JSON of names and values",
+        "absent/folder": "is not a file, a folder or a Hub repository that can be reached",
+        "empty": "does not contain a MoCo model",
+        "vit": "does not contain a MoCo model (model_type vit in config.json)",
+        "config": "does not contain a MoCo model",
+        "damaged": "does not contain a MoCo model",
+        "edited": "edited/conversion.json is not a JSON object",
         "/proc/self/mem": "cannot be read",
     }.items():
         error = refuse(tmp_path / source, tmp_path / "out.pkl", "--to", "detectron2")
@@ -743,8 +747,14 @@ def test_wrong_commands_are_told_what_would_be_right(refuse, tmp_path):
         (source,): "two names are needed",
         (source, tmp_path / "out", "--to", "offical"): "to ('offical') is unknown: did you mean 'official'?",
         (source, tmp_path / "out", "--too", "official"): "flag --too is unknown: did you mean '--to'?",
-        (tmp_path / "ours", tmp_path / "out"): "is a folder already: pass --to official, detectron2 or torchvision",
-        (source, tmp_path / "out.pth"): "would be a folder: for a file pass --to official, detectron2 or torchvision",
+        (
+            tmp_path / "ours",
+            tmp_path / "out",
+        ): "is already a model directory: pass --to official or another format",
+        (
+            source,
+            tmp_path / "out.pth",
+        ): "looks like a file, but --to moco writes a folder: pass --to official",
     }.items():
         error = refuse(*words)
         print(error.replace(str(tmp_path), ""))
@@ -758,7 +768,7 @@ def test_names_longer_than_a_file_system_takes_are_refused(refuse, tmp_path):
         error = refuse(tmp_path / "there.pth.tar", tmp_path / ("n" * 300), "--to", to)
         assert "File name too long" in error
         assert "name another output" in error
-    assert "is no file, no folder and no Hub repository" in refuse("n" * 300, tmp_path / "out")
+    assert "is not a file, a folder or a Hub repository" in refuse("n" * 300, tmp_path / "out")
     assert "does not exist" in refuse("n" * 300 + ".pth", tmp_path / "out")
 
 
@@ -770,7 +780,7 @@ def test_what_is_there_is_never_overwritten(refuse, tmp_path):
     for name in ("file", "folder", "link"):
         for to in FORMATS:
             error = refuse(tmp_path / "there.pth.tar", tmp_path / name, "--to", to)
-            assert f"{name} is already there and is left as it is: name another output" in error
+            assert f"{name} exists and is not overwritten: name another output" in error
     assert (tmp_path / "file").read_text() == "mine"
     assert not list((tmp_path / "folder").iterdir())
 

@@ -1,1 +1,1 @@
-"""Checkpoints of other MoCo code, in and out."""
+"""Convert checkpoints of other MoCo code to a model directory, and back."""

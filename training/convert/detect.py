@@ -1,6 +1,6 @@
-"""What a checkpoint holds: its kind by the names of its tensors, the encoder, head, K and dim by their shapes.
+"""Recognise a checkpoint: its kind by the names of its tensors; encoder, head, K and dimension by their shapes.
 
-Files are read with `torch.load(weights_only=True)`, which makes tensors and plain values and runs nothing.
+Files are read with `torch.load(weights_only=True)`, which returns tensors and plain values and runs no code.
 """
 
 import pickle
@@ -21,10 +21,10 @@ from modeling_moco.modeling_moco import build_encoder, build_projector
 
 from .key_maps import CLASSIFIER, FOREIGN, LAYOUTS, OFFICIAL, RESNETS, WRAPPED, Layout, State, rename
 
-KNOWN = ("epoch", "arch", "best_acc1")  # what official files say of themselves
-PUBLISHED = {"linear": ("v1", 0.07), "mlp": ("v2", 0.2)}  # version and temperature that belong to a projection head
+KNOWN = ("epoch", "arch", "best_acc1")  # values that official files contain beside the tensors
+PUBLISHED = {"linear": ("v1", 0.07), "mlp": ("v2", 0.2)}  # version and temperature of each projection head
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# What torch.load raises for files that were cut off, changed or are something else.
+# torch.load raises these for truncated or changed files, and for files of another kind.
 UNREADABLE = (
     *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, LookupError, ValueError, TypeError),
     *(AttributeError, AssertionError, MemoryError, OverflowError, SafetensorError),
@@ -33,16 +33,16 @@ UNREADABLE = (
 
 @dataclass
 class Checkpoint:
-    """What was read.
+    """A checkpoint in the names of this project.
 
     Args:
         source: file, folder or Hub repository.
-        title: what kind of checkpoint it is.
+        title: name of its kind.
         config: of the model.
         state: tensors under the names of [`MoCoModel`], or of [`MoCoForImageClassification`], and in its order. Projectors,
             key encoder and queue may be absent.
-        about: what else is known, see `KNOWN`; of official files also the `prefix` of their names, `module.` or none.
-        notes: what was not taken as it is.
+        about: other known values, see `KNOWN`; for official files also the `prefix` of their names, `module.` or empty.
+        notes: sentences about what the conversion changed, assumed or left out.
     """
 
     source: str
@@ -54,22 +54,24 @@ class Checkpoint:
 
     @property
     def is_classifier(self) -> bool:
+        """Whether it has a linear classifier."""
         return "classifier.weight" in self.state
 
     @property
     def parts(self) -> set[str]:
+        """Names of its top-level modules."""
         return {name.split(".")[0] for name in self.state}
 
     def empty_model(self) -> MoCoModel | MoCoForImageClassification:
-        """The model that this is the state of, on the meta device."""
+        """A model for this state, on the meta device."""
         with torch.device("meta"):
             return MoCoForImageClassification(self.config) if self.is_classifier else MoCoModel(self.config)
 
     def checked(self) -> "Checkpoint":
-        """Itself with tensors that share no memory, if they fit together.
+        """A copy whose tensors share no memory, after a check that they make a model.
 
         Raises:
-            ValueError: one is missing, unexpected, of another shape or of another kind of number.
+            ValueError: a tensor is missing or unexpected, or has another shape or another kind of number.
         """
         parts = self.parts | ({"moco", "classifier"} if self.is_classifier else {"encoder_q"})
         if parts & {"encoder_k", "projector_k"}:
@@ -82,7 +84,8 @@ class Checkpoint:
         ]
         if wrong:
             raise ValueError(
-                f"{self.source} ({self}) does not fit together: {_few(wrong)}. It is damaged, or another model"
+                f"{self.source} ({self}) is not a complete model: {_few(wrong)}. It is damaged or another model: download or "
+                "copy it again"
             )
         copies = {name: self.state[name].detach().clone(memory_format=torch.contiguous_format) for name in expected}
         return replace(self, state=copies)
@@ -101,10 +104,10 @@ class Checkpoint:
 
 
 def read_file(path: Path) -> Checkpoint:
-    """A checkpoint of any kind in `LAYOUTS`.
+    """Read a checkpoint file of any kind in `LAYOUTS`.
 
     Raises:
-        ValueError: it is damaged, of another kind, or asks for code; its tensors do not fit together.
+        ValueError: the file is damaged, is of another kind or needs code; or its tensors are not a complete model.
     """
     content = _load(path)
     layout, there, prefix = _recognise(path, content)
@@ -112,14 +115,14 @@ def read_file(path: Path) -> Checkpoint:
     unknown = [name for name in there if name not in left_out and rename(name, layout.names) is None]
     if unknown:
         raise ValueError(
-            f"{path} ({layout.title}) holds {_few(unknown)}, for which MoCo has no place: it is another model"
+            f"{path} ({layout.title}) contains {_few(unknown)}, which MoCo does not have: it is another model. {_convertible()}"
         )
     state = {rename(name, layout.names) or "": tensor for name, tensor in there.items() if name not in left_out}
     notes = [f"left out: {_few(left_out)}"] if left_out else []
     queue = state.get("dictionary.queue")
     if queue is not None and queue.dim() == 3 and len(queue) == 2:
         state["dictionary.queue"] = queue[0]
-        notes.append("of its two queues, one for each view, the first is kept")
+        notes.append("it has two queues, one for each view: the first is kept")
     about = known_values(content) | ({"prefix": prefix} if layout.names in (OFFICIAL, CLASSIFIER) else {})
     classifier = "classifier.weight" in state
     architecture = recognise_resnet(path, _part(state, "moco.encoder_q." if classifier else "encoder_q."))
@@ -130,18 +133,18 @@ def read_file(path: Path) -> Checkpoint:
         config, state, remarks = _recognise_moco(architecture, state)
         notes += remarks
     if about.get("arch", config.architecture) != config.architecture:
-        notes.append(f"it calls itself {about['arch']}, but its tensors are those of {config.architecture}")
+        notes.append(f"its arch is {about['arch']}, but its tensors are those of {config.architecture}")
     return Checkpoint(str(path), layout.title, config, state, about, notes).checked()
 
 
 def known_values(content: dict[Any, Any]) -> dict[str, Any]:
-    """Of a checkpoint, or of what was kept of it: the values that `KNOWN` names, if they are numbers and `arch` a name."""
+    """The values of `KNOWN` in a checkpoint or in a saved part of it: those that are numbers, and `arch` if it is a name."""
     values = {key: content[key] for key in KNOWN if key in content}
     for key, value in values.items():
         if _is_plain(value) and value.numel() == 1:
             values[key] = value.item()
     arch = values.pop("arch", None)
-    printable = isinstance(arch, str) and re.fullmatch(r"[\w.-]+", arch)  # it goes to the terminal
+    printable = isinstance(arch, str) and re.fullmatch(r"[\w.-]+", arch)  # it is printed on the terminal
     numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
     return numbers | ({"arch": arch} if printable else {})
 
@@ -149,7 +152,7 @@ def known_values(content: dict[Any, Any]) -> dict[str, Any]:
 def _load(path: Path) -> dict[Any, Any]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a TorchScript archive, which is then refused
+            warnings.simplefilter("ignore")  # torch warns of a TorchScript archive, which is refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(
@@ -159,43 +162,43 @@ def _load(path: Path) -> dict[Any, Any]:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if asked:
             raise ValueError(
-                f"{path} asks for {asked[1]}, which tensors do not need and which may run code: it is not loaded. Ask for a "
-                "file with the state_dict alone"
+                f"{path} needs {asked[1]}, which is not a tensor and may run code, so that it is not loaded: ask its author "
+                "for a file with the state_dict alone"
             ) from error
         raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is no file of torch.save, or a damaged one: download or copy it again"
+            f"{path} ({path.stat().st_size:,} bytes) is not a torch checkpoint, or is damaged: download or copy it again"
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint: {_convertible()}")
+        raise ValueError(f"{path} contains a {type(content).__name__}, not a checkpoint: {_convertible()}")
     return content
 
 
 def _recognise(path: Path, content: dict[Any, Any]) -> tuple[Layout, State, str]:
-    """The kind of a checkpoint, its tensors, and what stood before their names."""
+    """The kind of a checkpoint, its tensors, and the prefix that was removed from their names."""
     inner = content.get("state_dict", content)
     if not isinstance(inner, dict):
-        raise ValueError(f"{path} holds a {type(inner).__name__} as state_dict, not tensors: {_convertible()}")
+        raise ValueError(f"{path} contains a {type(inner).__name__} as state_dict, not tensors: {_convertible()}")
     state = {str(name).removeprefix(WRAPPED): tensor for name, tensor in inner.items()}
     names = [*state, *map(str, content)]
 
-    def has(marks: Iterable[str]) -> bool:
-        return all(any(name.startswith(mark) for name in names) for mark in marks)
+    def has(signature: Iterable[str]) -> bool:
+        return all(any(name.startswith(start) for name in names) for start in signature)
 
-    layout = next((layout for layout in LAYOUTS if has(layout.marks)), None)
+    layout = next((layout for layout in LAYOUTS if has(layout.signature)), None)
     if layout is None:
-        what = next((what for marks, what in FOREIGN if has(marks)), f"nothing that is known ({_few(list(state))})")
-        raise ValueError(f"{path} holds {what}: {_convertible()}")
+        what = next((what for signature, what in FOREIGN if has(signature)), f"unknown names ({_few(list(state))})")
+        raise ValueError(f"{path} contains {what}: {_convertible()}")
     bare = [str(name) for name in inner if not str(name).startswith(WRAPPED)]
     if 0 < len(bare) < len(inner):
         raise ValueError(
-            f"{path} ({layout.title}) holds {_few(bare)} without {WRAPPED} before the name, and other tensors with it: delete "
+            f"{path} ({layout.title}) contains {_few(bare)} without the prefix {WRAPPED}, and other tensors with it: delete "
             "one of the two kinds, or rename it"
         )
     wrong = [name for name, tensor in state.items() if not _is_plain(tensor)]
     if wrong:
         raise ValueError(
-            f"{path} ({layout.title}) holds {_few(wrong)}, which are no plain tensors (but sparse, quantised, without data or "
-            "no tensors at all): ask for a file with dense ones"
+            f"{path} ({layout.title}) contains {_few(wrong)}, which are not dense tensors with data: ask its author for a file "
+            "with dense tensors"
         )
     return layout, state, "" if bare else WRAPPED
 
@@ -204,32 +207,36 @@ def _is_plain(value: Any) -> bool:
     return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
-        and value.device.type == "cpu"  # and not meta
+        and value.device.type == "cpu"  # a tensor on the meta device has no data
         and not value.is_quantized
         and not value.is_nested
     )
 
 
 def _check_linear(path: Path, content: dict[Any, Any]) -> list[str]:
-    """Remarks on a ResNet with a classifier, if fc alone was trained: pytorch/examples writes files of the same layout."""
+    """Refuse a supervised ResNet, which pytorch/examples saves in the same layout, and return notes on a classifier.
+
+    Raises:
+        ValueError: the optimizer has more parameters than those of fc.
+    """
     try:
         trained = sum(len(group["params"]) for group in content["optimizer"]["param_groups"])
     except (LookupError, TypeError):
         trained = 0
     if trained > 2:
         raise ValueError(
-            f"{path} holds a supervised ResNet (its optimizer has {trained} parameters, a linear classifier's has fc.weight "
-            "and fc.bias): timm and torchvision load it themselves"
+            f"{path} contains a supervised ResNet (its optimizer has {trained} parameters, that of a linear classifier has "
+            "fc.weight and fc.bias alone): load it with timm or torchvision"
         )
-    return [] if trained == 2 else ["it has no optimizer of fc: whether MoCo trained the encoder cannot be told"]
+    return [] if trained == 2 else ["it has no optimizer of fc, so that the encoder may be supervised and not MoCo's"]
 
 
 def _convertible() -> str:
-    return f"what can be converted is {', '.join(layout.title for layout in LAYOUTS)}"
+    return f"this script converts {', '.join(layout.title for layout in LAYOUTS)}"
 
 
 def _recognise_moco(architecture: str, state: State) -> tuple[MoCoConfig, State, list[str]]:
-    """Configuration by the projection head and the queue, what is kept of the state, and remarks on both."""
+    """The configuration from the projection head and the queue, the part of the state that is kept, and notes."""
     head = _part(state, "projector_q.")
     for kind, (_, temperature) in PUBLISHED.items():
         config = MoCoConfig(architecture=architecture, projection_head=kind, temperature=temperature)
@@ -239,31 +246,35 @@ def _recognise_moco(architecture: str, state: State) -> tuple[MoCoConfig, State,
             projector = build_projector(config, build_encoder(config).head_hidden_size)
         if not _differences(head, projector.state_dict()):
             break
-    else:  # a queue and a key encoder mean nothing without the head that made the keys
+    else:  # without the head that made the keys, the queue and the key encoder are useless
         kept = {name: tensor for name, tensor in state.items() if name.startswith("encoder_q.")}
         shapes = _few([f"{name} {tuple(tensor.shape)}" for name, tensor in head.items()]) or "none at all"
-        remark = (
-            f"only the encoder is kept: the projection head ({shapes}) is not one of MoCo's, and the keys belong to it"
-        )
+        remark = f"only the encoder is kept: the projection head ({shapes}) is not MoCo's, and the keys depend on it"
         return MoCoConfig(architecture=architecture), kept, [remark]
     version = PUBLISHED[config.projection_head][0]
-    published = f"T {config.temperature:g} and m {config.key_momentum:g} are {version}'s as published"
-    remarks = [f"{published}: a checkpoint has neither"]
+    remarks = [
+        f"the checkpoint has no T and m: T {config.temperature:g} and m {config.key_momentum:g} are the published values of "
+        f"{version}"
+    ]
     if "dictionary.queue" in state:
         config.queue_size = _length(state["dictionary.queue"], axis=-1)
     else:
-        remarks.append("it has no queue: loading the model begins a fresh one")
+        remarks.append("it has no queue: loading the model starts a random queue")
     if not _part(state, "encoder_k."):
         remarks.append("it has no key encoder: loading the model copies the query encoder")
     return config, state, remarks
 
 
 def recognise_resnet(path: Path, encoder: State) -> str:
-    """Name of the ResNet whose tensors have these names and shapes."""
+    """The name of the ResNet whose tensors have these names and shapes.
+
+    Raises:
+        ValueError: torchvision has no such ResNet.
+    """
     if "conv1.weight" in encoder and encoder["conv1.weight"].shape[2:] == (3, 3):
         raise ValueError(
-            f"{path} begins with a 3x3 convolution and does not say how it pads (solo-learn by 2, the official notebook by "
-            "1): only ResNets as torchvision builds them can be converted"
+            f"{path} begins with a 3x3 convolution of unknown padding (solo-learn pads by 2, the official notebook by 1): "
+            "convert a checkpoint of a ResNet with torchvision's stem"
         )
     wrong = {}
     for name in RESNETS:
@@ -272,7 +283,8 @@ def recognise_resnet(path: Path, encoder: State) -> str:
             return name
     nearest = min(wrong, key=lambda name: len(wrong[name]))
     raise ValueError(
-        f"{path} holds no ResNet of torchvision's; against {nearest}, {_few(wrong[nearest])}. It is damaged or another model"
+        f"{path} does not contain a ResNet of torchvision; compared with {nearest}, {_few(wrong[nearest])}. It is damaged or "
+        "another model: download or copy it again"
     )
 
 
@@ -291,7 +303,7 @@ def _length(tensor: torch.Tensor, axis: int = 0) -> int:
 
 
 def _differences(state: State, expected: State) -> list[str]:
-    """One phrase for every tensor that is missing, too many or of another shape."""
+    """A phrase for each tensor that is missing, unexpected or of another shape."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     return [
@@ -310,5 +322,5 @@ def _number(tensor: torch.Tensor) -> str:
 
 
 def _few(phrases: list[str]) -> str:
-    printable = [repr(phrase)[1:-1] for phrase in phrases[:3]]  # names come from files, and go to the terminal
+    printable = [repr(phrase)[1:-1] for phrase in phrases[:3]]  # names from files are printed on the terminal
     return ", ".join(printable) + (f" and {len(phrases) - 3:,} more" if len(phrases) > 3 else "")

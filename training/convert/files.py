@@ -1,7 +1,7 @@
-"""Checkpoints of other MoCo code in and out: the command line, and what is written.
+"""The command line of the converter, and the formats that it writes.
 
-In: whatever `recognise.py` reads. Out: a model directory, the official file again, detectron2's pickle and torchvision's state
-dict. An output is whole or not there. Optimizers are not converted.
+It reads what `detect.py` recognises, and model directories. It writes a model directory, the official file, detectron2's
+pickle or torchvision's state dict. An output is complete or absent. Optimizers are not converted.
 """
 
 import io
@@ -26,7 +26,7 @@ from ..engine.run_folder import CONVERSION, write_json
 from .detect import Checkpoint, known_values, read_file
 from .key_maps import CLASSIFIER, DETECTRON2, OFFICIAL, RESNETS, WITH_HEAD, WITHOUT_HEAD, WRAPPED, rename_back
 
-SUFFIXES = (".tar", ".pth", ".pt", ".pkl", ".ckpt")  # of checkpoints that are files
+SUFFIXES = (".tar", ".pth", ".pt", ".pkl", ".ckpt")  # suffixes of checkpoint files
 
 
 # The command line
@@ -37,8 +37,8 @@ class ConvertArguments:
     to: str = field(
         default="moco",
         metadata={
-            "help": "moco: a model directory; official: .pth.tar of the official code; detectron2: a pickle of the backbone; "
-            "torchvision: a state dict (.pth). The last three are pickles: keep them to yourself, publish the first"
+            "help": "Format of the output. moco: a model directory; official: .pth.tar of the official code; detectron2: a "
+            "pickle of the backbone; torchvision: a state dict (.pth). The last three are pickles: publish only the first."
         },
     )
 
@@ -48,10 +48,10 @@ class ConvertArguments:
 
 
 def parse_convert(argv: list[str]) -> tuple[str, Path, str]:
-    """Source, output and format of a command line.
+    """Parse source, output and format of a command line.
 
     Raises:
-        ValueError: one is missing or unknown, or the output cannot be what the format makes.
+        ValueError: one is missing or unknown, the output exists, or it does not suit the format.
     """
     parser = build_parser(
         [ConvertArguments],
@@ -70,11 +70,13 @@ def parse_convert(argv: list[str]) -> tuple[str, Path, str]:
     if not os.path.exists(args.checkpoint) and Path(args.checkpoint).suffix in SUFFIXES:  # no name of a Hub repository
         raise ValueError(f"{args.checkpoint} does not exist: pass a checkpoint, or the folder that a run saved to")
     if os.path.lexists(out):
-        raise ValueError(f"{out} is already there and is left as it is: name another output")
+        raise ValueError(f"{out} exists and is not overwritten: name another output")
     if to == "moco" and os.path.isdir(args.checkpoint):
-        raise ValueError(f"{args.checkpoint} is a folder already: pass --to official, detectron2 or torchvision")
+        raise ValueError(f"{args.checkpoint} is already a model directory: pass --to official or another format")
     if to == "moco" and Path(out).suffix in SUFFIXES:
-        raise ValueError(f"{out} would be a folder: for a file pass --to official, detectron2 or torchvision")
+        raise ValueError(
+            f"{out} looks like a file, but --to moco writes a folder: pass --to official or another format"
+        )
     return args.checkpoint, Path(out), to
 
 
@@ -82,10 +84,11 @@ def parse_convert(argv: list[str]) -> tuple[str, Path, str]:
 
 
 def read(source: str) -> Checkpoint:
-    """A checkpoint file of any kind in `LAYOUTS`, or a model directory or Hub repository of this project.
+    """Read a checkpoint file of any kind in `LAYOUTS`, or a model directory or Hub repository of this project.
 
     Raises:
-        ValueError: there is none; it is damaged, of another kind, or asks for code; its tensors do not fit together.
+        ValueError: the source does not exist, is damaged, is of another kind or needs code; or its tensors are not a complete
+            model.
     """
     return read_file(Path(source)) if os.path.isfile(source) else _read_model(source)
 
@@ -99,7 +102,9 @@ def _read_model(source: str) -> Checkpoint:
         state = load_file(str(cached_file(source, content.get("transformers_weights", SAFE_WEIGHTS_NAME))))
     except (OSError, SafetensorError) as error:
         what = (
-            "holds no MoCo model" if os.path.isdir(source) else "is no file, no folder and no Hub repository in reach"
+            "does not contain a MoCo model"
+            if os.path.isdir(source)
+            else "is not a file, a folder or a Hub repository that can be reached"
         )
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{source} {what} ({reason}): pass a checkpoint, or the folder that a run saved to") from error
@@ -113,7 +118,7 @@ def _read_about(path: Path) -> dict[str, Any]:
     try:
         content = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no JSON of names and values ({error}): delete it, and epoch with it") from error
+        raise ValueError(f"{path} is not a JSON object ({error}): delete it, which loses epoch and accuracy") from error
     return known_values(content) | ({"prefix": ""} if content.get("prefix") == "" else {})
 
 
@@ -121,15 +126,17 @@ def _read_about(path: Path) -> dict[str, Any]:
 
 
 def write(checkpoint: Checkpoint, out: Path, to: str) -> None:
-    """Write a checkpoint as one of `FORMATS`, whole or not at all.
+    """Write a checkpoint in one of `FORMATS`, complete or not at all.
 
     Raises:
-        ValueError: the format has no place for such a model, or the output cannot be written.
+        ValueError: the format cannot store this model, or the output cannot be written.
     """
     config = checkpoint.config
     if to != "moco" and (config.architecture not in RESNETS or config.stem != "default" or config.model_args):
         model = f"a {config.architecture} with stem={config.stem!r}, model_args={config.model_args}"
-        raise ValueError(f"{checkpoint.source} is {model}: --to {to} is for torchvision's ResNets as they are")
+        raise ValueError(
+            f"{checkpoint.source} is {model}, but --to {to} writes torchvision's ResNets alone: keep it as it is"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
@@ -152,7 +159,7 @@ def _save_model(checkpoint: Checkpoint, path: Path) -> None:
 
 def _save_official(checkpoint: Checkpoint, path: Path) -> None:
     state = rename_back(checkpoint.state, CLASSIFIER if checkpoint.is_classifier else OFFICIAL)
-    ordered = sorted(state, key=lambda name: not name.startswith("queue"))  # torch lists a module's own buffers first
+    ordered = sorted(state, key=lambda name: not name.startswith("queue"))  # torch lists the buffers of a module first
     about = checkpoint.about | {"arch": checkpoint.config.architecture}
     content: dict[str, Any] = {key: about[key] for key in ("epoch", "arch") if key in about}
     prefix = about.get("prefix", WRAPPED)
@@ -167,7 +174,9 @@ def _save_torchvision(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _torch_save(content: dict[str, Any], path: Path) -> None:
-    buffer = io.BytesIO()  # a full disk is an OSError below; torch.save would make something else of it
+    buffer = (
+        io.BytesIO()
+    )  # on a full disk write_bytes raises OSError, which `write` handles; torch.save raises another error
     torch.save(content, buffer)
     path.write_bytes(buffer.getbuffer())
 
@@ -190,10 +199,10 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "moco": Format(_save_model, "a model directory, for from_pretrained, pipelines and every script"),
-    "official": Format(_save_official, "without an optimizer, which --resume of the official code would ask for"),
-    "detectron2": Format(_save_detectron2, "for MODEL.WEIGHTS of detectron2; a pickle, not to be published"),
+    "moco": Format(_save_model, "a model directory for from_pretrained, pipelines and every script"),
+    "official": Format(_save_official, "without an optimizer, which --resume of the official code needs"),
+    "detectron2": Format(_save_detectron2, "for MODEL.WEIGHTS of detectron2; do not publish it, it is a pickle"),
     "torchvision": Format(
-        _save_torchvision, "for load_state_dict of torchvision's model; a pickle, not to be published"
+        _save_torchvision, "for load_state_dict of torchvision's model; do not publish it, it is a pickle"
     ),
 }

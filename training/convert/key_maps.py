@@ -1,8 +1,8 @@
-"""How other MoCo code names the tensors of a checkpoint, and by which names each kind is known.
+"""Tables of the tensor names in checkpoints of other MoCo code, and the names by which a checkpoint is recognised.
 
 Sources: facebookresearch/moco (main_moco.py, moco/builder.py, main_lincls.py, detection/convert-pretrain-to-detectron2.py),
-lightly (examples/pytorch*/moco.py, benchmarks/imagenet/resnet50/mocov2.py), solo-learn (solo/methods/mocov2plus.py). A table
-serves both directions.
+lightly (examples/pytorch*/moco.py, benchmarks/imagenet/resnet50/mocov2.py), solo-learn (solo/methods/mocov2plus.py). Each
+table is used in both directions.
 """
 
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 
 State = dict[str, torch.Tensor]
-Names = dict[str, str]  # how a name begins there: how it begins here. Of several that fit, the first counts
+Names = dict[str, str]  # prefix in the other code to prefix in this project; the first prefix that fits is used
 
-WRAPPED = "module."  # before every name of what DistributedDataParallel wraps
+WRAPPED = "module."  # prefix of every name in a model that DistributedDataParallel wraps
 
-# torchvision's ResNets, which timm has under the same names, and whose shapes tell all of them apart.
+# torchvision's ResNets. timm uses the same names, and their tensor shapes identify them.
 RESNETS = (
     *("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
@@ -30,7 +30,7 @@ CLASSIFIER = {"fc.": "classifier.", "": "moco.encoder_q."}
 WITHOUT_HEAD = {"": "encoder_q."}
 WITH_HEAD = {"fc.": "projector_q.", "": "encoder_q."}
 CHILDREN = {"0.": "conv1.", "1.": "bn1.", "4.": "layer1.", "5.": "layer2.", "6.": "layer3.", "7.": "layer4."}
-DETECTRON2 = {  # parts of torchvision's names; what lies outside `res` has `stem.` before it
+DETECTRON2 = {  # parts of torchvision's names; names outside `res` get the prefix `stem.`
     **{f"layer{i}.": f"res{i + 1}." for i in (1, 2, 3, 4)},
     **{f"bn{i}.": f"conv{i}.norm." for i in (1, 2, 3)},
     "downsample.0.": "shortcut.",
@@ -39,7 +39,7 @@ DETECTRON2 = {  # parts of torchvision's names; what lies outside `res` has `ste
 
 
 def _children(there: str, here: str) -> Names:
-    """Of an encoder that is `nn.Sequential(*resnet.children())`, or the ResNet itself."""
+    """Prefixes of an encoder that is `nn.Sequential(*resnet.children())` or a ResNet."""
     return {f"{there}{index}": f"{here}{name}" for index, name in CHILDREN.items()} | {there: here}
 
 
@@ -47,14 +47,14 @@ class Layout(NamedTuple):
     """A kind of checkpoint.
 
     Args:
-        title: for messages.
-        marks: beginnings of names that no other kind has all of.
-        names: of its tensors, a leading `WRAPPED` apart.
-        left_out: beginnings of names that have no place in a MoCo model.
+        title: its name in messages.
+        signature: prefixes of names; no other kind contains all of them.
+        names: prefixes of its tensors, after a leading `WRAPPED` is removed.
+        left_out: prefixes of tensors that a MoCo model does not have.
     """
 
     title: str
-    marks: tuple[str, ...]
+    signature: tuple[str, ...]
     names: Names
     left_out: tuple[str, ...] = ()
 
@@ -73,7 +73,7 @@ LAYOUTS = (
         },
         ("criterion.",),
     ),
-    Layout(  # here the plain names are the key encoder's
+    Layout(  # in this layout the plain names belong to the key encoder
         "lightly benchmark MoCo",
         ("query_backbone.", "query_projection_head."),
         {
@@ -107,11 +107,12 @@ FOREIGN = (
 
 
 def rename(name: str, names: Names) -> str | None:
+    """`name` with its prefix in `names` replaced; None if it has none of them."""
     return next((new + name[len(old) :] for old, new in names.items() if name.startswith(old)), None)
 
 
 def rename_back(state: State, names: Names) -> State:
-    """The tensors that `names` speaks of, under their names there."""
+    """The tensors that `names` covers, under their names in the other code."""
     back = {here: there for there, here in names.items()}
     renamed = {rename(name, back): tensor for name, tensor in state.items()}
     return {name: tensor for name, tensor in renamed.items() if name is not None}
