@@ -1,4 +1,4 @@
-"""MoCoConfig: everything that changes the weights or the loss."""
+"""MoCoConfig: all settings that change the weights or the loss."""
 
 from typing import Any
 
@@ -16,26 +16,25 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of [`MoCoModel`] and its siblings. The defaults are MoCo v2 (arXiv:2003.04297).
 
     Args:
-        architecture (`str`): name of a timm model: ResNet, ConvNeXt, ViT, ...
-        model_args (`dict`, *optional*): keyword arguments for `timm.create_model`, e.g. `{"img_size": 32}` for a ViT.
-        stem (`str`): `"default"` is timm's own. For ResNets also `"no_max_pool"`, and `"small"`: a 3x3 convolution of
-            stride 1 and no max-pool, for images of about 32 px (the official CIFAR-10 notebook).
+        architecture (`str`): Name of a timm model: ResNet, ConvNeXt, ViT, ...
+        model_args (`dict`, *optional*): Keyword arguments for `timm.create_model`, e.g. `{"img_size": 32}` for a ViT.
+        stem (`str`): First layers of the encoder. `"default"` keeps timm's. ResNets also have `"no_max_pool"`, and
+            `"small"`: a 3x3 convolution of stride 1 without max-pool, for images of about 32 px (official CIFAR-10 notebook).
         projection_head (`str`): `"linear"` (v1) or `"mlp"` (v2: one hidden layer as wide as the feature, ReLU).
-        projection_dim (`int`): C, the width of queries and keys. 128 in both papers.
-        queue_size (`int`): K, the number of keys in the dictionary. 65536 in both papers.
-        key_momentum (`float`): m in [0, 1], the share of the key encoder that an update keeps. 0.999 in both papers.
-        temperature (`float`): T > 0. 0.07 in v1, 0.2 in v2.
-        batch_norm (`str`): how the BatchNorm of the key encoder is kept from telling keys apart by their batch
-            (v1 paper, section 3.3). `"shuffle"`: keys are encoded in an order shuffled over all processes. `"split"`:
-            each process normalises interleaved groups of its batch by themselves and shuffles its keys, which
-            imitates several GPUs on one. `"sync"`: statistics are shared by all processes. `"plain"`: nothing is done.
-            State dicts are the same in every mode.
-        batch_norm_splits (`int`): groups per process for `"split"`. 8 in the official notebook.
-        symmetric_loss (`bool`): each view is the query once and the key once, and both losses are summed (official
-            CIFAR-10 notebook). Twice the computation and twice the keys a step.
-        image_mean (`list`): per channel, in [0, 1]. The model normalises images of dtype uint8.
-        image_std (`list`): per channel, in (0, 1].
-        out_features, out_indices (*optional*): stages that [`MoCoBackbone`] returns, as in every transformers backbone.
+        projection_dim (`int`): C, the width of queries and keys. Both papers use 128.
+        queue_size (`int`): K, the number of keys in the dictionary. Both papers use 65536.
+        key_momentum (`float`): m in [0, 1], the weight of the old key encoder in an update. Both papers use 0.999.
+        temperature (`float`): T > 0, which divides the similarities. v1 uses 0.07, v2 uses 0.2.
+        batch_norm (`str`): How to prevent BatchNorm statistics from leaking which key belongs to a query (v1 paper, section
+            3.3). `"shuffle"` encodes keys in an order that is shuffled over all processes. `"split"` normalises interleaved
+            groups of the batch of each process separately and shuffles its keys, which imitates several GPUs on one.
+            `"sync"` shares statistics between all processes. `"plain"` prevents nothing. All modes have the same state dict.
+        batch_norm_splits (`int`): Groups per process for `"split"`. The official notebook uses 8.
+        symmetric_loss (`bool`): Use each view once as query and once as key, and add both losses (official CIFAR-10
+            notebook). A step then has twice the computation and twice the keys.
+        image_mean (`list`): Mean per channel, in [0, 1], with which the model normalises uint8 images.
+        image_std (`list`): Standard deviation per channel, in (0, 1], with which the model normalises uint8 images.
+        out_features, out_indices (*optional*): Stages that [`MoCoBackbone`] returns, as in every transformers backbone.
 
     Raises:
         ValueError: a value is out of its range.
@@ -63,7 +62,7 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def set_output_features_output_indices(self, out_features, out_indices):
-        # The stages are known once timm has built the encoder: MoCoBackbone then names them and calls this again.
+        # The stages are known after timm has built the encoder. MoCoBackbone then sets their names and calls this again.
         if self.stage_names is None:
             self._out_features = out_features
             self._out_indices = None if out_indices is None else list(out_indices)
@@ -72,7 +71,7 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        # A published model has timm's configuration, of which ours is a section: see training/hub.py.
+        # The config.json of a published model is timm's, with this configuration as a section: see training/hub.
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return config.get("moco", config), kwargs
 
@@ -91,8 +90,8 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"key_momentum ({self.key_momentum}) must lie in [0, 1]: the papers use 0.999")
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
             raise ValueError(
-                f"image_mean ({self.image_mean}) and image_std ({self.image_std}) must be three numbers each, the latter "
-                "above 0"
+                f"image_mean ({self.image_mean}) and image_std ({self.image_std}) must have three numbers each, those of "
+                "image_std above 0: leave both out for ImageNet's"
             )
         if self.temperature <= 0:
             raise ValueError(f"temperature ({self.temperature}) must be above 0: v1 uses 0.07, v2 0.2")

@@ -15,7 +15,7 @@ from transformers import initialization as init
 
 from .configuration_moco import MoCoConfig
 
-COLUMNS = 8192  # of the queue that are worked on at once: 1 MB for 32 queries, which stays in a processor's cache
+COLUMNS = 8192  # columns of the queue to process at once: 1 MB for 32 queries, which fits into a CPU cache
 
 
 class InfoNCE(torch.autograd.Function):
@@ -37,7 +37,7 @@ class InfoNCE(torch.autograd.Function):
         ctx.save_for_backward(k, queue, logits, normaliser)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(logits)
-        ctx.set_materialize_grads(False)  # or backward would be handed a matrix of zeros for the logits
+        ctx.set_materialize_grads(False)  # backward needs no matrix of zeros as gradient of the logits
         return (normaliser - logits[:, 0]).mean(), logits
 
     @staticmethod

@@ -11,13 +11,20 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """uint8 images (N, 3, H, W) to float32 in channels_last layout, scaled to [0, 1] and standardised per channel."""
+    """Normalise uint8 images (N, 3, H, W): scale to [0, 1], subtract the mean, divide by the standard deviation.
+
+    Args:
+        mean, std: one number per channel.
+
+    Returns:
+        float32 images (N, 3, H, W) in channels_last layout.
+    """
     images = images.to(torch.float32, memory_format=torch.channels_last)
     return images.div_(255).sub_(_per_channel(mean, images.device)).div_(_per_channel(std, images.device))
 
 
 def _per_channel(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    # Made on the device itself it would wait for a GPU to finish what it is doing.
+    # Creating it on a GPU would make the host wait for the GPU.
     return torch.tensor(values).view(-1, 1, 1).to(device, non_blocking=True)
 
 
@@ -35,17 +42,17 @@ class _EvaluationTransform:
     do_convert_rgb = True
 
     def center_crop(self, image, size, **kwargs):
-        # transformers truncates an odd margin where torchvision rounds it: one pixel in a fifth of all images.
+        # transformers truncates an odd margin, torchvision rounds it: a fifth of all images would be shifted by one pixel.
         height, width = image.shape[-2:]
         if height < size.height or width < size.width:
-            return super().center_crop(image, size, **kwargs)  # type: ignore[misc]  # pads; a backend's method
+            return super().center_crop(image, size, **kwargs)  # type: ignore[misc]  # the backend's method, which pads
         top, left = round((height - size.height) / 2), round((width - size.width) / 2)
         return image[..., top : top + size.height, left : left + size.width]
 
 
 class MoCoImageProcessor(_EvaluationTransform, TorchvisionBackend):
-    """Evaluation transform on torchvision tensors: fast, within one grey level of the PIL backend."""
+    """Evaluation transform on torchvision tensors: fast, and within one grey level of the PIL backend."""
 
 
 class MoCoImageProcessorPil(_EvaluationTransform, PilBackend):
-    """Evaluation transform on PIL: equal to the transform that the papers evaluate with."""
+    """Evaluation transform on PIL: equal to the papers' transform."""

@@ -1,4 +1,4 @@
-"""Momentum Contrast (arXiv:1911.05722, arXiv:2003.04297) on any timm encoder.
+"""Momentum Contrast (arXiv:1911.05722, arXiv:2003.04297) with any timm encoder.
 
 Shapes: `N` local batch, `R` processes, `C` projection_dim, `K` queue_size, `D` feature width, `H`, `W` pixels.
 """
@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_moco import MoCoConfig
 from .dictionary_moco import QueueDictionary, build_dictionary
 from .distributed_moco import convert_batch_norm, exchange, gather, local_slice, world_size
-from .image_processing_moco import MoCoImageProcessor, normalize  # noqa: F401  (the first travels as remote code)
+from .image_processing_moco import MoCoImageProcessor, normalize  # noqa: F401  (remote code must import the processor)
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +36,7 @@ TimmEncoder = Any  # timm has no type for "a model with forward_features, forwar
 
 @dataclass
 class MoCoOutput(ModelOutput):
-    """What a contrastive step returns.
+    """Output of a contrastive step.
 
     Args:
         loss: InfoNCE, the mean over the local batch, natural logarithm (scalar).
@@ -44,8 +44,9 @@ class MoCoOutput(ModelOutput):
         query_embeds: queries of this process, unit length, float32 (N, C).
         key_embeds: keys of all processes in rank order, unit length, float32, without gradient (R·N, C).
 
-    With `symmetric_loss` the loss is a sum of two, and all first dimensions are twice as long: logits and queries have the
-    first view's queries first, the keys the first view's keys, which are the positives of the second's queries.
+    With `symmetric_loss` the loss is the sum of the losses of both views, and all first dimensions are twice as long. Logits
+    and queries begin with the queries of the first view. Keys begin with the keys of the first view, which are the positives
+    of the second view's queries.
     """
 
     loss: torch.Tensor | None = None
@@ -55,10 +56,10 @@ class MoCoOutput(ModelOutput):
 
 
 def build_encoder(config: MoCoConfig) -> TimmEncoder:
-    """The timm model without its classifier, with the stem and the BatchNorm that the config names.
+    """Build the timm model of a configuration, without classifier and with the configured stem and BatchNorm.
 
     Raises:
-        ValueError: timm has no such model, or the stem is not made for it.
+        ValueError: timm has no such model, it refuses `model_args`, or it cannot have this stem or this BatchNorm.
     """
     if not timm.is_model(config.architecture):
         close = difflib.get_close_matches(config.architecture, timm.list_models()) or timm.list_models("resnet*")[:3]
@@ -78,8 +79,8 @@ def build_encoder(config: MoCoConfig) -> TimmEncoder:
 
 
 def _keep_timm_initialisation(encoder: nn.Module) -> None:
-    # `_init_weights` passes over tensors marked like this. BatchNorm is not marked: timm starts the last one of a
-    # residual block at 0, the official code at 1. On the meta device there is nothing to keep.
+    # transformers does not initialise tensors with this mark. BatchNorm gets no mark: timm initialises the last BatchNorm of
+    # a residual block with 0, the official code with 1. Tensors on the meta device have no values to keep.
     for module in encoder.modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             for parameter in module.parameters(recurse=False):
@@ -103,7 +104,7 @@ class MoCoPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # torchvision's and torch's own initialisation, which the official code uses.
+        # The official code uses the default initialisation of torchvision and torch.
         if isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
@@ -121,22 +122,22 @@ class MoCoPreTrainedModel(PreTrainedModel):
             init.zeros_(module.num_batches_tracked)
         elif isinstance(module, QueueDictionary):
             module.reset()
-        elif module._non_persistent_buffers_set:  # no checkpoint has them; timm computes them: blur pool, swin, rope
+        elif module._non_persistent_buffers_set:  # timm computes them, no checkpoint has them: blur pool, swin, rope
             module.init_non_persistent_buffers()
 
     def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images of dtype uint8 as the encoder wants them. Others are taken as normalised."""
+        """Normalise uint8 images (N, 3, H, W) to the model's dtype. Images of another dtype are normalised already."""
         if pixel_values.dtype != torch.uint8:
             return pixel_values
         return normalize(pixel_values, self.config.image_mean, self.config.image_std).to(self.dtype)
 
 
 class MoCoModel(MoCoPreTrainedModel):
-    """Query encoder, key encoder and dictionary. One training step is Algorithm 1 of the paper:
+    """Query encoder, key encoder and dictionary. A training step is algorithm 1 of the paper:
 
     ```python
     for x_q, x_k in loader:                      # two views of the same images
-        model.update_key_encoder()               # official order: before the forward, with the last step's weights
+        model.update_key_encoder()               # before the forward pass, as in the official code
         outputs = model(x_q, x_k)
         outputs.loss.backward()
         optimizer.step(), optimizer.zero_grad()
@@ -145,14 +146,15 @@ class MoCoModel(MoCoPreTrainedModel):
 
     Args:
         config: see [`MoCoConfig`].
-        momentum_encoder: without it the model is the query encoder alone, for features.
+        momentum_encoder: whether to build projectors, key encoder and dictionary. Without them the model is the query encoder
+            alone, for features.
 
-    Loading: a checkpoint without the key encoder gets a copy of the query encoder, one without a queue a fresh queue.
-    Another `queue_size` needs `ignore_mismatched_sizes=True` and starts a fresh queue. The key encoder never requires
-    gradients, however the model came to be.
+    Loading: where a checkpoint has no key encoder, the key encoder is a copy of the query encoder; where it has no queue, the
+    queue is random. Another `queue_size` needs `ignore_mismatched_sizes=True` and starts a random queue. The key encoder
+    never requires gradients.
 
-    `shuffle_generator` draws the order in which keys are encoded. It must be in the same state on all processes, as it is
-    where every process has made the same steps.
+    `shuffle_generator` samples the order in which keys are encoded. It must have the same state on all processes, which is so
+    if all processes have made the same steps.
     """
 
     _keys_to_ignore_on_load_missing = [r"^encoder_k\.", r"^projector_[qk]\.", r"^dictionary\."]
@@ -160,7 +162,7 @@ class MoCoModel(MoCoPreTrainedModel):
 
     encoder_q: TimmEncoder
     encoder_k: TimmEncoder
-    dictionary: Any  # see dictionary_moco.py for what it must do
+    dictionary: Any  # dictionary_moco.py describes its interface
 
     def __init__(self, config: MoCoConfig, momentum_encoder: bool = True):
         super().__init__(config)
@@ -178,8 +180,8 @@ class MoCoModel(MoCoPreTrainedModel):
             self.reset_key_encoder()
 
     def tie_weights(self, missing_keys: set[str] | None = None, **kwargs):
-        # transformers ends both __init__ and from_pretrained here. from_pretrained names the missing keys, and has made
-        # every parameter require gradients. A bare call (FSDP makes one) must not touch the key encoder's values.
+        # transformers calls this at the end of __init__ and of from_pretrained. from_pretrained passes the missing keys and
+        # makes every parameter require gradients. A call without them (as by FSDP) must not change the key encoder.
         super().tie_weights(missing_keys=missing_keys, **kwargs)
         if self.momentum_encoder:
             if missing_keys and any(key.startswith(("encoder_k.", "projector_k.")) for key in missing_keys):
@@ -190,56 +192,70 @@ class MoCoModel(MoCoPreTrainedModel):
 
     @torch.no_grad()
     def reset_key_encoder(self) -> None:
-        """Copy the query encoder and projector, statistics included, into the key ones."""
+        """Copy the query encoder and projector, with their BatchNorm statistics, to the key encoder and projector."""
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.projector_k.load_state_dict(self.projector_q.state_dict())
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
-        """`k = m * k + (1 - m) * q` over parameters (v1 paper, equation 2). BatchNorm statistics are the key's own."""
+        """Momentum update `k = m * k + (1 - m) * q` of the parameters (v1 paper, equation 2), not of BatchNorm statistics."""
         q: list[torch.Tensor] = [*self.encoder_q.parameters(), *self.projector_q.parameters()]
         k: list[torch.Tensor] = [*self.encoder_k.parameters(), *self.projector_k.parameters()]
         torch._foreach_lerp_(k, q, 1 - self.config.key_momentum)
 
     def features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPoolingAndNoAttention:
-        """Feature map (the layout is timm's) and pooled feature (N, D) of the query encoder."""
+        """Feature map (in timm's layout) and pooled feature (N, D) of the query encoder, for images (N, 3, H, W)."""
         feature_map = self.encoder_q.forward_features(self.normalize(pixel_values))
         pooled = self.encoder_q.forward_head(feature_map, pre_logits=True)
         return BaseModelOutputWithPoolingAndNoAttention(last_hidden_state=feature_map, pooler_output=pooled)
 
     def encode_queries(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        q = self.projector_q(self.features(pixel_values).pooler_output)
-        return F.normalize(q.float(), dim=1)  # (N, C)
+        """Queries of images (N, 3, H, W): unit length, float32 (N, C)."""
+        return self._encode(self.encoder_q, self.projector_q, pixel_values)
 
     @torch.no_grad()
     def encode_keys(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Keys of all processes in rank order (R·N, C), each encoded in company that its query did not have."""
+        """Keys of all processes in rank order, unit length, float32 (R·N, C), each encoded in another batch than its query.
+
+        Args:
+            pixel_values: images of this process (N, 3, H, W).
+        """
         x, restore = self.shuffle(pixel_values)
-        x = self.normalize(x)  # after the exchange, which so moves a quarter of the bytes
-        k = self.projector_k(self.encoder_k.forward_head(self.encoder_k.forward_features(x), pre_logits=True))
-        return gather(F.normalize(k.float(), dim=1))[restore]
+        return gather(self._encode(self.encoder_k, self.projector_k, x))[restore]
+
+    def _encode(self, encoder: TimmEncoder, projector: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        x = self.normalize(pixel_values)  # keys normalise after the exchange: uint8 is a quarter of the bytes
+        pooled = encoder.forward_head(encoder.forward_features(x), pre_logits=True)
+        return F.normalize(projector(pooled).float(), dim=1)  # (N, C)
 
     @torch.no_grad()
     def shuffle(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | slice]:
-        """The images whose keys this process is to encode (N, ...), and the index that restores the gathered keys' order."""
+        """Exchange images between processes, so that BatchNorm statistics do not tell which key belongs to a query.
+
+        Args:
+            x: images of this process (N, ...).
+
+        Returns:
+            the images whose keys this process encodes (N, ...), and the index that restores the order of the gathered keys.
+        """
         n, ranks = len(x), world_size()
         mode = self.config.batch_norm
         if mode == "shuffle" and ranks == 1:
             logger.warning_once(
-                "batch_norm='shuffle' needs several processes: in one, BatchNorm tells keys apart by their batch. "
-                "Set batch_norm='split' to imitate several GPUs, or 'plain' to accept it."
+                "batch_norm='shuffle' needs several processes: in one process, BatchNorm statistics leak which key belongs to "
+                "a query. Set batch_norm='split' to imitate several GPUs, or 'plain' to accept the leak."
             )
         if mode == "shuffle" and ranks > 1:
-            # Drawn on the CPU, where every rank draws the same. BatchNorm does not see the order within a part.
-            parts = self._draw_order(ranks * n).view(ranks, n).sort(dim=1).values
+            # Every rank samples the same order, on the CPU. The order within a part does not matter to BatchNorm.
+            parts = self._random_order(ranks * n).view(ranks, n).sort(dim=1).values
             return exchange(x, parts), parts.flatten().argsort().to(x.device, non_blocking=True)
         if mode == "split":
-            order = self._draw_order(n)
+            order = self._random_order(n)
             restore = torch.cat([order.argsort() + rank * n for rank in range(ranks)])
             return x[order.to(x.device, non_blocking=True)], restore.to(x.device, non_blocking=True)
         return x, slice(None)
 
-    def _draw_order(self, n: int) -> torch.Tensor:
+    def _random_order(self, n: int) -> torch.Tensor:
         return torch.randperm(n, generator=self.shuffle_generator, device="cpu")
 
     @can_return_tuple
@@ -249,29 +265,31 @@ class MoCoModel(MoCoPreTrainedModel):
         key_pixel_values: torch.FloatTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndNoAttention | MoCoOutput:
-        """Features of one batch of images, or the contrastive loss of two views of them.
+        """Compute features of images, or the contrastive loss of two views of them.
 
         Args:
             pixel_values: images (N, 3, H, W), normalised or of dtype uint8; in training the query view.
             key_pixel_values: the key view of the same images (N, 3, H, W).
 
         Returns:
-            without `key_pixel_values` the feature map and the pooled feature, with it a [`MoCoOutput`].
+            the feature map and the pooled feature without `key_pixel_values`, a [`MoCoOutput`] with it.
         """
         x_q, x_k = pixel_values, key_pixel_values
         if x_k is None:
             return self.features(x_q)
+        own = local_slice(len(x_q))
         q = self.encode_queries(x_q)  # (N, C)
         keys = self.encode_keys(x_k)  # (R·N, C)
-        k = keys[local_slice(len(x_q))]  # (N, C)
-        if self.config.symmetric_loss:
-            swapped_q, swapped_keys = self.encode_queries(x_k), self.encode_keys(x_q)
-            q, k = torch.cat([q, swapped_q]), torch.cat([k, swapped_keys[local_slice(len(x_q))]])
+        k = keys[own]  # (N, C)
+        if self.config.symmetric_loss:  # the views swap their roles
+            swapped_q = self.encode_queries(x_k)
+            swapped_keys = self.encode_keys(x_q)
+            q, k = torch.cat([q, swapped_q]), torch.cat([k, swapped_keys[own]])
             keys = torch.cat([swapped_keys, keys])  # the official notebook enqueues the keys of the first view first
-        with torch.autocast(q.device.type, enabled=False):  # 16 bits would round away small differences
+        with torch.autocast(q.device.type, enabled=False):  # 16 bits would lose small differences
             loss, logits = self.dictionary(q, k, self.config.temperature)
         if self.config.symmetric_loss:
-            loss = 2 * loss  # the mean over both views' queries, and the notebook adds the two means
+            loss = 2 * loss  # the official notebook adds the means of both views; this is the mean over both
         return MoCoOutput(loss=loss, logits=logits, query_embeds=q, key_embeds=keys)
 
 
@@ -291,7 +309,7 @@ class MoCoForImageClassification(MoCoPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if module is self.classifier:  # as the official linear protocol starts it
+        if module is self.classifier:  # as in the official linear protocol
             init.normal_(module.weight, std=0.01)
             init.zeros_(module.bias)
         else:
@@ -301,7 +319,7 @@ class MoCoForImageClassification(MoCoPreTrainedModel):
     def forward(
         self, pixel_values: torch.FloatTensor, labels: torch.LongTensor | None = None, **kwargs
     ) -> ImageClassifierOutputWithNoAttention:
-        """Class logits (N, num_labels) of images (N, 3, H, W); with `labels` (N,) the cross-entropy too."""
+        """Class logits (N, num_labels) of images (N, 3, H, W), and with `labels` (N,) the mean cross-entropy (scalar)."""
         logits = self.classifier(self.moco(pixel_values).pooler_output)
         loss = F.cross_entropy(logits.float(), labels) if labels is not None else None
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
@@ -310,7 +328,7 @@ class MoCoForImageClassification(MoCoPreTrainedModel):
 class MoCoBackbone(BackboneMixin, MoCoPreTrainedModel):
     """Feature maps of the query encoder at chosen stages, for transformers' detectors and segmenters.
 
-    Stages carry timm's names (`out_features=["layer2", "layer3"]` for a ResNet); the last one is the default.
+    Stages have timm's names (for a ResNet `out_features=["layer2", "layer3"]`); the default is the last stage.
     """
 
     has_attentions = False

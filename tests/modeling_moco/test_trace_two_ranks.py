@@ -15,7 +15,7 @@ def run(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     orders = iter(TRACE["two.shuffle"])
     model = official_model("shuffle").train()
-    model._draw_order = lambda n: next(orders)  # the recorded draws
+    model._random_order = lambda n: next(orders)  # the recorded orders
     replica = DistributedDataParallel(model, broadcast_buffers=False)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=0.1, momentum=0.9, weight_decay=1e-4)
