@@ -667,7 +667,7 @@ REFUSED = {
     "half a key head": (with_state(encoder_k__fc__bias=None), "projector_k.bias is missing"),
     "other shape": (
         with_state(queue=torch.ones(C + 1, K)),
-        f"dictionary.queue is ({C + 1}, {K}), not ({C}, {K}). It is damaged, or another model",
+        f"dictionary.queue is ({C + 1}, {K}), not ({C}, {K}). It is damaged or another model",
     ),
     "more than MoCo": (
         with_state(predictor__0__weight=torch.ones(1)),
@@ -768,7 +768,7 @@ def test_names_longer_than_a_file_system_takes_are_refused(refuse, tmp_path):
         error = refuse(tmp_path / "there.pth.tar", tmp_path / ("n" * 300), "--to", to)
         assert "File name too long" in error
         assert "name another output" in error
-    assert "is no file, no folder and no Hub repository" in refuse("n" * 300, tmp_path / "out")
+    assert "is not a file, a folder or a Hub repository" in refuse("n" * 300, tmp_path / "out")
     assert "does not exist" in refuse("n" * 300 + ".pth", tmp_path / "out")
 
 
