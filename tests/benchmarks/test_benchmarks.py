@@ -22,11 +22,11 @@ from training.benchmarks.train import pretrain_flags, trainer_overhead
 from training.recipe import parse_pretrain
 
 TINY = {
-    "data": "--images 2 --image_size 40 --batch_size 4 --loader_images 4 --rounds 1",
-    "step": "--architecture test_resnet --batch_size 16 --image_size 32 --queue_size 64 --rounds 2 --batch_norm split",
-    "train": "--batch_size 64 --precision bf16 --max_steps 12 --logging_steps 2",
+    "data": "--images 2 --image_size 40 --small_images 4 --loader_images 4 --rounds 1",
+    "step": "--architecture test_resnet --global_batch_size 16 --image_size 32 --queue_size 64 --rounds 2 --batch_norm split",
+    "train": "--global_batch_size 64 --precision bf16 --max_steps 12 --logging_steps 2",
     "stream": "--dataset_name digits --image_size 16 --shuffle_buffer 50 --batches 2 --rounds 1",
-    "exchange": "--batch_size 2 --image_size 16 --rounds 2",
+    "exchange": "--per_device_train_batch_size 2 --image_size 16 --rounds 2",
     "knn": "--bank 2000 --queries 50 --dim 16 --k 20 --rounds 2",
 }
 SLOW = ("step", "train", "knn")  # every variant in a process of its own, which takes seconds to start
@@ -163,7 +163,7 @@ def parse(benchmark, line: str) -> argparse.Namespace:
 
 def test_every_variant_has_the_batch_norm_asked_for():
     for batch_norm in ("plain", "split"):
-        args = parse(step_benchmark, f"{TINY['step']} --batch_size 4 --batch_norm {batch_norm}")
+        args = parse(step_benchmark, f"{TINY['step']} --global_batch_size 4 --batch_norm {batch_norm}")
         for variant in build_steps(list(VARIANTS), args).values():
             if batch_norm == "plain":
                 variant()
@@ -181,7 +181,7 @@ def test_runs_are_trained_in_the_precision_asked_for(precision, tmp_path):
 @pytest.mark.parametrize(("slower", "faster"), [("data alone", "step alone"), ("step alone", "data alone")])
 def test_the_limit_of_a_run_is_the_slower_of_its_data_and_its_step(slower, faster):
     seconds = {slower: [0.1, 0.3, 0.3], faster: [0.1, 0.1, 0.9], "training": [0.5]}
-    benchmark = train._against_limit(parse(train, "--batch_size 128"), 1, seconds)
+    benchmark = train._against_limit(parse(train, "--global_batch_size 128"), 1, seconds)
     assert benchmark.references == (slower,)
     (remark,) = benchmark.remarks
     assert f"limit is {slower}" in remark

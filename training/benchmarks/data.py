@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", type=int, default=100, help="Number of photographs per round.")
     parser.add_argument("--image_size", type=int, default=224, help="Side of a view of a photograph in pixels.")
-    parser.add_argument("--batch_size", type=int, default=512, help="Number of small images per round.")
+    parser.add_argument("--small_images", type=int, default=512, help="Number of small images per round.")
     parser.add_argument(
         "--loader_images", type=int, default=400, help="Number of photographs per round of a DataLoader."
     )
@@ -173,7 +173,7 @@ def photograph_views(rows: datasets.Dataset, args: argparse.Namespace) -> Benchm
 def small_views(args: argparse.Namespace) -> Benchmark:
     """Make two views of each of some small decoded images in memory, on one core."""
     random = np.random.default_rng(0)
-    pixels = random.integers(0, 256, (args.batch_size, 8, 8, 3), dtype=np.uint8)
+    pixels = random.integers(0, 256, (args.small_images, 8, 8, 3), dtype=np.uint8)
     small = [Image.fromarray(x).resize((SMALL_PX, SMALL_PX), Image.Resampling.BICUBIC) for x in pixels]
     tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in small]
     generator = torch.Generator().manual_seed(0)

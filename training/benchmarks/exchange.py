@@ -25,7 +25,7 @@ DIM = 128  # of a key
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="Number of gloo processes on this machine.")
-    parser.add_argument("--batch_size", type=int, default=32, help="Number of images per process.")
+    parser.add_argument("--per_device_train_batch_size", type=int, default=32, help="Number of images per process.")
     parser.add_argument("--image_size", type=int, default=224, help="Side of an image in pixels.")
     parser.add_argument("--rounds", type=int, default=20, help="Number of measured steps of each variant.")
 
@@ -88,8 +88,10 @@ def exchange_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
     """One process of the exchange benchmark; rank 0 writes its measurements."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.ranks)
-    images = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
-    keys, generator = torch.randn(args.batch_size, DIM), torch.Generator()
+    images = torch.randint(
+        256, (args.per_device_train_batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8
+    )
+    keys, generator = torch.randn(args.per_device_train_batch_size, DIM), torch.Generator()
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     moved: dict[str, list[int]] = {name: [] for name in VARIANTS}
     for step in range(args.rounds + 1):
@@ -111,16 +113,20 @@ def run(args: argparse.Namespace) -> list[Benchmark]:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(exchange_rank, (args, folder), nprocs=args.ranks)
         result = json.loads(Path(folder, "result.json").read_text())
+    batch = args.per_device_train_batch_size
     title = (
-        f"shuffling BatchNorm: {args.ranks} gloo processes on {os.cpu_count()} cores, {args.batch_size} images of "
+        f"shuffling BatchNorm: {args.ranks} gloo processes on {os.cpu_count()} cores, {batch} images of "
         f"{args.image_size} px per process, {args.rounds} interleaved steps"
     )
     remarks = ["MB received per process and step. The measured ones include TCP headers and barriers. Computed:"]
     for ranks in sorted({2, 8, 64, args.ranks}):
-        theirs, mine = (computed_bytes(v, ranks, args.batch_size, args.image_size) for v in ("official style", "ours"))
+        theirs, mine = (
+            computed_bytes(v, ranks, args.per_device_train_batch_size, args.image_size)
+            for v in ("official style", "ours")
+        )
         remarks.append(
             f"{ranks:>7} processes: ours {mine / 1e6:.2f}  official {theirs / 1e6:.2f}  ratio {theirs / mine:.1f}"
         )
     megabytes = {name: median(moved) / 1e6 for name, moved in result["bytes"].items()}
-    images = args.ranks * args.batch_size
+    images = args.ranks * args.per_device_train_batch_size
     return [Benchmark(title, result["seconds"], ("official style",), images, {"MB": megabytes}, remarks)]

@@ -32,7 +32,7 @@ SGD: dict[str, Any] = {"lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--architecture", default="resnet50", help="Name of a timm model.")
-    parser.add_argument("--batch_size", type=int, default=32, help="Number of images per step.")
+    parser.add_argument("--global_batch_size", type=int, default=32, help="Number of images per step.")
     parser.add_argument("--image_size", type=int, default=224, help="Side of a view in pixels.")
     parser.add_argument(
         "--queue_size", type=int, default=65536, help="Number of keys in the queue, a multiple of the batch size."
@@ -154,7 +154,7 @@ def build_steps(names: list[str], args: argparse.Namespace) -> dict[str, Step]:
     torch.manual_seed(0)
     config = MoCoConfig(architecture=args.architecture, queue_size=args.queue_size, batch_norm=args.batch_norm)
     model = MoCoModel(config).to(device, memory_format=torch.channels_last).train()
-    views = torch.randint(256, (2, args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
+    views = torch.randint(256, (2, args.global_batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
     views = views.to(device)
     return {name: VARIANTS[name](copy.deepcopy(model), views, args.precision, args.compile) for name in names}
 
@@ -174,17 +174,19 @@ def peak_bytes(name: str, args: argparse.Namespace, threads: int) -> int:
 
 
 def run(args: argparse.Namespace) -> list[Benchmark]:
-    if args.queue_size % args.batch_size:
+    if args.queue_size % args.global_batch_size:
         raise ValueError(
-            f"queue_size ({args.queue_size}) must be a multiple of batch_size ({args.batch_size}), as the official code "
-            "requires: change either"
+            f"queue_size ({args.queue_size}) must be a multiple of global_batch_size ({args.global_batch_size}), as the "
+            "official code requires: change either"
         )
     threads = torch.get_num_threads()
     gigabytes = {name: in_own_process(peak_bytes, name, args, threads) / 1e9 for name in VARIANTS}
     seconds = time_rounds(build_steps(list(VARIANTS), args), args.rounds)
     title = (
-        f"a step: {args.architecture}, {args.batch_size} images of {args.image_size} px, K {args.queue_size:,}, "
+        f"a step: {args.architecture}, {args.global_batch_size} images of {args.image_size} px, K {args.queue_size:,}, "
         f"{args.precision}{', split BatchNorm' * (args.batch_norm == 'split')}{', compiled' * args.compile}, "
         f"{args.rounds} interleaved rounds"
     )
-    return [Benchmark(title, seconds, ("encoder only", "official style"), args.batch_size, {"peak GB": gigabytes})]
+    return [
+        Benchmark(title, seconds, ("encoder only", "official style"), args.global_batch_size, {"peak GB": gigabytes})
+    ]

@@ -19,7 +19,7 @@ WORKERS = (0, 1, 2)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset_name", required=True, help="Folder of parquet or tar files, or a Hub dataset.")
-    parser.add_argument("--batch_size", type=int, default=32, help="Number of images per batch.")
+    parser.add_argument("--per_device_train_batch_size", type=int, default=32, help="Number of images per batch.")
     parser.add_argument("--image_size", type=int, default=224, help="Side of a view in pixels.")
     parser.add_argument("--shuffle_buffer", type=int, default=500, help="Number of images in the shuffle buffer.")
     parser.add_argument("--batches", type=int, default=8, help="Number of batches whose time is measured.")
@@ -38,7 +38,9 @@ def seconds_to_first_batch(images: StreamedImages, batch_size: int, workers: int
 def run(args: argparse.Namespace) -> list[Benchmark]:
     data = DataArguments(dataset_name=args.dataset_name, streaming=True, image_size=args.image_size)
     views = TwoViews(build_policy("v2"), args.image_size)
-    images = StreamedImages(load_images(data).train, views, batch_size=args.batch_size, buffer_size=args.shuffle_buffer)
+    images = StreamedImages(
+        load_images(data).train, views, batch_size=args.per_device_train_batch_size, buffer_size=args.shuffle_buffer
+    )
     skips = [images.batches * tenths // 10 for tenths in (1, 5, 9)]
     speed: dict[str, list[float]] = {_name(workers): [] for workers in WORKERS}
     first: dict[str, list[float]] = {_name(workers, skip): [] for workers in WORKERS for skip in [0, *skips]}
@@ -47,10 +49,10 @@ def run(args: argparse.Namespace) -> list[Benchmark]:
         for workers in WORKERS:
             for skip in [0, *skips]:
                 first[_name(workers, skip)].append(
-                    seconds_to_first_batch(images, args.batch_size, workers, epoch, skip)
+                    seconds_to_first_batch(images, args.per_device_train_batch_size, workers, epoch, skip)
                 )
             images.set_epoch(epoch)
-            loader = iter(DataLoader(images, args.batch_size, num_workers=workers))
+            loader = iter(DataLoader(images, args.per_device_train_batch_size, num_workers=workers))
             next(loader)
             start = time.perf_counter()
             for _ in islice(loader, timed):
@@ -63,11 +65,15 @@ def run(args: argparse.Namespace) -> list[Benchmark]:
     costs = {}
     for workers in WORKERS:
         for skip in skips[1:]:  # relative to the shortest skip: every skip opens files and fills the buffer
-            more = (skip - skips[0]) * args.batch_size
+            more = (skip - skips[0]) * args.per_device_train_batch_size
             pairs = zip(first[_name(workers, skip)], first[_name(workers, skips[0])], strict=True)
             costs[_name(workers, skip)] = median(1000 * (s - b) / more for s, b in pairs)
     return [
-        Benchmark(f"{title}: {timed} batches of {args.batch_size}", speed, images=timed * args.batch_size),
+        Benchmark(
+            f"{title}: {timed} batches of {args.per_device_train_batch_size}",
+            speed,
+            images=timed * args.per_device_train_batch_size,
+        ),
         Benchmark(
             f"{title}: time to the first batch after a skip", first, columns={"ms per further image skipped": costs}
         ),

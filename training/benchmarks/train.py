@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dataset_name", default="digits", help="Dataset, as in scripts/pretrain.py.")
     parser.add_argument("--architecture", default="test_resnet", help="Name of a timm model.")
-    parser.add_argument("--batch_size", type=int, default=128, help="Number of images per step.")
+    parser.add_argument("--global_batch_size", type=int, default=128, help="Number of images per step.")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="Precision of the runs; bf16 uses autocast."
     )
@@ -64,21 +64,21 @@ def run(args: argparse.Namespace) -> list[Benchmark]:
                 trainer = _build(flags)
                 seconds["data alone"] += seconds_of_data(trainer, args)
                 seconds["step alone"] += seconds_of_steps(trainer, args)
-                seconds["training"] += seconds_of_run(flags, args.batch_size)
+                seconds["training"] += seconds_of_run(flags, args.global_batch_size)
             results.append(_against_limit(args, workers, seconds))
     return [*results, trainer_overhead(args.rounds)]
 
 
 def _against_limit(args: argparse.Namespace, workers: int, seconds: dict[str, list[float]]) -> Benchmark:
     title = (
-        f"pretraining: {args.recipe} with {args.architecture} on {args.dataset_name}, batch {args.batch_size}, "
+        f"pretraining: {args.recipe} with {args.architecture} on {args.dataset_name}, batch {args.global_batch_size}, "
         f"{args.precision}, {workers} workers, {args.max_steps} steps, {args.rounds} rounds; time per step"
     )
     data, step = median(seconds["data alone"]), median(seconds["step alone"])
     limit = "data alone" if data > step else "step alone"
-    in_turn = args.batch_size / (data + step)
+    in_turn = args.global_batch_size / (data + step)
     remarks = [f"the limit is {limit}; data and step in turn would process {in_turn:.4g} images/s"]
-    return Benchmark(title, seconds, (limit,), args.batch_size, remarks=remarks, paired=False)
+    return Benchmark(title, seconds, (limit,), args.global_batch_size, remarks=remarks, paired=False)
 
 
 def pretrain_flags(args: argparse.Namespace, workers: int, folder: Path) -> list[str]:
@@ -86,7 +86,7 @@ def pretrain_flags(args: argparse.Namespace, workers: int, folder: Path) -> list
         "recipe": args.recipe,
         "dataset_name": args.dataset_name,
         "architecture": args.architecture,
-        "global_batch_size": args.batch_size,
+        "global_batch_size": args.global_batch_size,
         "bf16": args.precision == "bf16",
         "use_cpu": not torch.cuda.is_available(),  # without it Trainer refuses bf16 on a CPU
         "max_steps": args.max_steps,
