@@ -345,15 +345,16 @@ def test_what_decides_the_result_is_said_at_the_start(case, tmp_path, capsys):
         assert ("linear rule" in out) == ("--learning_rate" not in flags)
 
 
-@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"MASTER_PORT": "29500"}])
-def test_a_launcher_that_started_fewer_processes_is_noticed(environment, tmp_path):
+@pytest.mark.parametrize(("variable", "value"), [("WORLD_SIZE", "2"), ("MASTER_PORT", "29500")])
+def test_a_launcher_that_started_fewer_processes_is_noticed(variable, value, script, tmp_path, monkeypatch, capsys):
     # What `accelerate launch` sets with --multi_gpu on a machine without GPUs, and with --cpu --num_processes 2.
-    command = [sys.executable, str(ROOT / "scripts/pretrain.py"), *TINY, "--output_dir", str(tmp_path / "run")]
-    command.remove("--use_cpu")
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-    assert result.returncode == 2
-    assert "processes, but this is one of 1: on GPUs pass --multi_gpu" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    monkeypatch.setenv(variable, value)
+    flags = [flag for flag in TINY if flag != "--use_cpu"]
+    with pytest.raises(SystemExit) as end:
+        script("pretrain").main([*flags, "--output_dir", str(tmp_path / "run")])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "processes, but this is one of 1: on GPUs pass --multi_gpu" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -27,7 +27,7 @@ TINY = {
     "train": "--global_batch_size 64 --precision bf16 --max_steps 12 --logging_steps 2",
     "stream": "--dataset_name digits --image_size 16 --shuffle_buffer 50 --batches 2 --rounds 1",
     "exchange": "--per_device_train_batch_size 2 --image_size 16 --rounds 2",
-    "knn": "--bank 2000 --queries 50 --dim 16 --k 20 --rounds 2",
+    "knn": "--bank 2000 --queries 50 --dim 16 --knn_k 20 --rounds 1",
 }
 SLOW = ("step", "train", "knn")  # every variant in a process of its own, which takes seconds to start
 

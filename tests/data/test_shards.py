@@ -10,8 +10,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from numbered_images import ROWS, number, stream, table, write_parquet, write_tars
+from ranks import run_ranks
 
 from training.data.decode import decode_image
 from training.data.shards import Piece, ShardedRows, batches_per_epoch, count_rows, plan_epoch, shuffled_places
@@ -201,4 +201,4 @@ def count_as(rank: int, folder: str) -> None:
 
 def test_two_processes_share_the_counting_and_know_all_of_it(tmp_path):
     write_parquet(tmp_path / "source", [range(1), range(1, 3), range(3, 6), range(0), range(6, ROWS)])
-    mp.spawn(count_as, (str(tmp_path),), nprocs=2)
+    run_ranks(count_as, (str(tmp_path),), 2)

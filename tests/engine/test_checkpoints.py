@@ -6,14 +6,13 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import join_trainers, run_ranks
 from safetensors.torch import load_file
 from tiny_trainer import BATCH, IMAGES, StopAt, build, image_rows, tiny_model
 from torch.utils.data import DataLoader
@@ -109,10 +108,8 @@ def watch_images(trainer) -> list[torch.Tensor]:
     return seen
 
 
-def _rank(rank: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+def _rank(rank: int, folder: str) -> None:
+    join_trainers(rank, folder, 2)
     rows = image_rows()
 
     def run(name: str, seed: int, **kwargs):
@@ -144,10 +141,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
 
 
 def test_two_processes_resume_exactly_and_agree_bit_for_bit(rows, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (str(tmp_path), port), nprocs=2)
+    run_ranks(_rank, (str(tmp_path),), 2)
     for name in ("map", "stream", "symmetric"):
         first, second = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2))
         own = [key for key in first if not torch.equal(first[key], second[key])]

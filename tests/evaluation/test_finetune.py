@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import join_trainers, run_ranks
 from transformers import TrainerCallback, pipeline
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
@@ -307,10 +306,8 @@ def test_bad_input_is_one_line_before_anything_is_written(flags, message, encode
     assert not (tmp_path / "run").exists()
 
 
-def _rank(rank: int, encoder: str, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+def _rank(rank: int, encoder: str, folder: str) -> None:
+    join_trainers(rank, str(Path(folder).parent), 2)
     flags = ["--label_fraction", "0.5", "--max_steps", "2", "--eval_strategy", "no"]
     trainer = build(encoder, folder, *flags, "--per_device_eval_batch_size", "20")  # which divides the images evenly
     trainer.train()
@@ -322,11 +319,8 @@ def _rank(rank: int, encoder: str, folder: str, port: int) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_on_one_split_and_evaluate_the_model_that_they_save(encoder, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     folder = tmp_path / "run"
-    mp.spawn(_rank, (str(encoder), str(folder), port), nprocs=2)
+    run_ranks(_rank, (str(encoder), str(folder)), 2)
     (labels, loss), (other_labels, other_loss) = (torch.load(folder / f"rank{rank}.pt") for rank in range(2))
     assert labels == other_labels
     saved = build(folder, tmp_path / "again", "--label_fraction", "0.5")

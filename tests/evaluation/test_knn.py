@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
+from ranks import run_ranks
 from sklearn.neighbors import KNeighborsClassifier
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -261,7 +261,7 @@ def test_processes_share_the_images_and_the_bank_without_duplicates_or_omissions
     expected_queries, _ = extract_features(model, queries)
     accuracies = top1(model, bank, queries, 40, 3) * 2
     torch.save({"model": model, "bank": bank, "queries": queries}, tmp_path / "inputs.pt")
-    mp.spawn(evaluate_a_share, (tmp_path,), nprocs=RANKS)
+    run_ranks(evaluate_a_share, (tmp_path,), RANKS)
     for rank in range(RANKS):
         outputs = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(outputs["all"], expected, atol=1e-5, rtol=1e-5)

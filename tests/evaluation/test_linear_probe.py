@@ -1,16 +1,14 @@
 """The linear probe: what it learns, what it leaves alone, at which rates, and how it chooses between them."""
 
 import json
-import os
-import socket
 
 import datasets
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
+from ranks import join_trainers, run_ranks
 from sklearn.metrics import confusion_matrix, recall_score
 from transformers import TrainerCallback
 
@@ -218,10 +216,8 @@ def test_a_tenth_of_every_class_is_held_out():
             hold_out(useless, seed=0)
 
 
-def _rank(rank: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+def _rank(rank: int, folder: str) -> None:
+    join_trainers(rank, folder, 2)
     rows = coloured_rows(32)
     splits = ImageSplits(rows.select(range(26)), rows.select(range(26, 32)), NAMES)
     trainer = build(splits, f"{folder}/run", learning_rates=[30, 1], num_train_epochs=2)
@@ -232,10 +228,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_the_heads_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (str(tmp_path), port), nprocs=2)
+    run_ranks(_rank, (str(tmp_path),), 2)
     rows = coloured_rows(32)
     alone = build(
         ImageSplits(rows.select(range(26)), rows.select(range(26, 32)), NAMES),

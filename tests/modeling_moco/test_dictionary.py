@@ -99,7 +99,8 @@ def test_loss_and_gradient_are_those_of_cross_entropy(keys, temperature, dtype):
         (3 * losses[-1]).backward()  # not 1, which would hide a forgotten factor
         gradients.append(x.grad / 3)
     torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(*gradients, atol=2e-6, rtol=0)  # entries up to 2.2, of which 1.1e-6 was lost on AVX2
+    # Rounding grows as the logits do: with similarities over 0.07 in float32, 1.07e-6 has been seen.
+    torch.testing.assert_close(*gradients, atol=max(1e-6, 2e-7 / temperature), rtol=0)
 
 
 def test_gradient_is_that_of_finite_differences():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from torch import nn
 
 from modeling_moco import MoCoConfig, MoCoModel
@@ -159,7 +159,7 @@ def test_three_processes_encode_keys_as_one_but_normalise_shuffled_images(tmp_pa
     torch.manual_seed(1)
     images = torch.randn(RANKS * LOCAL_BATCH, 3, 64, 64) + torch.arange(RANKS * LOCAL_BATCH).view(-1, 1, 1, 1)
     torch.save(images, tmp_path / "images.pt")
-    mp.spawn(_run_rank, (str(tmp_path),), nprocs=RANKS)
+    run_ranks(_run_rank, (str(tmp_path),), RANKS)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
     model = moco("plain").eval()

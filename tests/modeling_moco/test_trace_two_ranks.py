@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from official_trace import STEPS, TRACE, deviation, from_official, official_model
+from ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 RANKS = 2
@@ -45,7 +46,7 @@ def run(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory):
     """What each rank ends with."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    torch.multiprocessing.spawn(run, args=(str(folder),), nprocs=RANKS)
+    run_ranks(run, (str(folder),), RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=int, default=10_000, help="Number of images to classify.")
     parser.add_argument("--dim", type=int, default=512, help="Width of a feature.")
     parser.add_argument("--classes", type=int, default=10, help="Number of classes.")
-    parser.add_argument("--k", type=int, default=200, help="Number of neighbours that vote.")
+    parser.add_argument("--knn_k", type=int, default=200, help="Number of neighbours that vote.")
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -43,7 +43,7 @@ def knn_inputs(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def knn_ours(queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
-    return knn_predict(queries, bank, labels, knn_k=[args.k])[args.k]
+    return knn_predict(queries, bank, labels, knn_k=[args.knn_k])[args.knn_k]
 
 
 def knn_one_hot(
@@ -52,7 +52,7 @@ def knn_one_hot(
     """Vote as other libraries do: one one-hot row per neighbour, in chunks of 256 queries."""
     predictions = []
     for rows in queries.split(256):
-        similarity, index = (rows @ bank.T).topk(args.k, dim=1)
+        similarity, index = (rows @ bank.T).topk(args.knn_k, dim=1)
         votes = F.one_hot(labels[index], args.classes) * (similarity / 0.07).exp()[:, :, None]
         predictions.append(votes.sum(dim=1).argmax(dim=1))
     return torch.cat(predictions)
@@ -62,7 +62,7 @@ def knn_scikit_learn(
     queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace
 ) -> torch.Tensor:
     classifier = KNeighborsClassifier(
-        args.k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+        args.knn_k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
     )
     return torch.from_numpy(classifier.fit(bank.numpy(), labels.numpy()).predict(queries.numpy()))
 
@@ -73,7 +73,7 @@ KNN: dict[str, Callable] = {"ours": knn_ours, "one-hot vote": knn_one_hot, "scik
 def knn_process(name: str, args: argparse.Namespace) -> tuple[float, int, list[int]]:
     """Seconds, peak memory in bytes beside the features, and predictions of one variant."""
     queries, bank, labels = knn_inputs(args)
-    small = argparse.Namespace(**vars(args) | {"k": min(10, args.k)})
+    small = argparse.Namespace(**vars(args) | {"k": min(10, args.knn_k)})
     KNN[name](queries[:64], bank[:1000], labels[:1000], small)  # warm up
     with PeakMemory() as memory:
         start = time.perf_counter()
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> list[Benchmark]:
     reference = args.variants[-1]
     expected = np.array(measured[reference][0][2])
     title = (
-        f"kNN, k {args.k}: {args.queries:,} queries in a bank of {args.bank:,} x {args.dim}, {args.classes} classes, "
+        f"kNN, k {args.knn_k}: {args.queries:,} queries in a bank of {args.bank:,} x {args.dim}, {args.classes} classes, "
         f"{os.cpu_count()} cores, {args.rounds} interleaved rounds"
     )
     columns = {
