@@ -73,7 +73,7 @@ KNN: dict[str, Callable] = {"ours": knn_ours, "one-hot vote": knn_one_hot, "scik
 def knn_process(name: str, args: argparse.Namespace) -> tuple[float, int, list[int]]:
     """Seconds, peak memory in bytes beside the features, and predictions of one variant."""
     queries, bank, labels = knn_inputs(args)
-    small = argparse.Namespace(**vars(args) | {"k": min(10, args.knn_k)})
+    small = argparse.Namespace(**vars(args) | {"knn_k": min(10, args.knn_k)})
     KNN[name](queries[:64], bank[:1000], labels[:1000], small)  # warm up
     with PeakMemory() as memory:
         start = time.perf_counter()
