@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from training.data.images import MapImages
 from training.monitor import Monitor
-from training.pretrain import bound
+from training.pretrain import describe_bottleneck
 from training.trainer import MoCoTrainingArguments
 from training.views.pil import EvaluationView
 
@@ -201,7 +201,7 @@ def test_the_log_says_what_a_run_has_waited_for(rows, tmp_path, monkeypatch, ima
     shares = [entry["waiting_for_data"] for entry in trainer.state.log_history if "loss" in entry]
     assert shares == pytest.approx([100 * images / seconds for seconds, images in clock.windows()])
     assert len(set(shares)) > 1  # each of its own window: of the first, in which two batches are read, and others
-    assert bound({"waiting_for_data": median(shares)}).startswith(says)
+    assert describe_bottleneck({"waiting_for_data": median(shares)}).startswith(says)
 
 
 def test_images_per_second_are_those_of_training(rows, tmp_path, monkeypatch):

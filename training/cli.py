@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
-# First letters of settings that are no part of a run's identity: where it goes, and a token.
+# Prefixes of settings outside a run's identity: destinations and the token.
 NOT_IDENTITY = ("output_dir", "push_to_hub", "hub_")
 INHERITED = "transformers.TrainingArguments"  # section of the flags that transformers documents
 SCRIPTS = {"probe": "linear_probe", "publish": "push_to_hub"}  # of the commands whose script has another name

@@ -175,7 +175,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
     return metrics
 
 
-def bound(metrics: dict[str, Any]) -> str:
+def describe_bottleneck(metrics: dict[str, Any]) -> str:
     """A sentence: whether data or compute bounded the run that left these metrics."""
     share = metrics["waiting_for_data"]
     if share < BOUND_BY_DATA:

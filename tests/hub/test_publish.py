@@ -17,6 +17,7 @@ import torch
 from hub_server import TOKEN, Hub, metadata_errors
 from huggingface_hub import ModelCard, constants
 from PIL import Image
+from tiny_trainer import build, image_rows
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessorPil, MoCoModel
 from training.engine.checkpoints import newest_complete
@@ -25,6 +26,7 @@ from training.evaluation.probe_arguments import LinearProbeArguments
 from training.hub.model_card import public_name
 from training.hub.origin import read_origin
 from training.hub.publish import PublishArguments, PublishCallback, Repository, list_files, load_published, publish
+from training.trainer import MoCoTrainingArguments
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -498,6 +500,15 @@ def test_a_run_publishes_every_save_and_its_end(hub, script, tmp_path, capsys):
         (tmp_path / "pulled" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "pulled" / name).write_bytes(data)
     assert encoder_digest(model_of(tmp_path / "pulled")) == encoder_digest(model_of(folder))
+
+
+def test_transformers_trainer_never_sees_that_a_run_is_published(tmp_path):
+    args = MoCoTrainingArguments(output_dir=str(tmp_path), use_cpu=True, push_to_hub=True, hub_model_id="org/live")
+    assert args.publish
+    assert not args.push_to_hub  # all that makes Trainer upload by itself
+    trainer = build(image_rows(), tmp_path)
+    with pytest.raises(ValueError, match="a trainer does not publish"):
+        trainer.push_to_hub()
 
 
 def test_one_upload_at_a_time_which_nobody_waits_for_but_the_last(hub, run, monkeypatch):

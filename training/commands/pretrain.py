@@ -13,7 +13,7 @@ from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
 from ..hub.publish import PublishCallback
 from ..memory import keep_freed_memory
-from ..pretrain import announce, bound, build_trainer, finish, preview_views
+from ..pretrain import announce, build_trainer, describe_bottleneck, finish, preview_views
 from ..recipe import parse_pretrain
 
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         for name, value in rows.items():
             print(f"{name:>20}: " + (f"{value:.1f} %" if value is not None else "not measured"))
         print(f"{'skipped images':>20}: {metrics['skipped_images']}")
-        print(f"{'images/s':>20}: {metrics['images_per_second']:.0f}; {bound(metrics)}")
+        print(f"{'images/s':>20}: {metrics['images_per_second']:.0f}; {describe_bottleneck(metrics)}")
         print(f"Saved to {folder}; its figures and numbers are in {folder}/{REPORT}")
         if publisher is not None:
             with one_line_errors():
