@@ -34,7 +34,7 @@ class Encoder:
 
     @property
     def results_dir(self) -> Path:
-        """Where its results are kept: the folder itself, `runs/NAME` for a Hub repository, `random_encoder/` inside it for a random encoder."""
+        """Folder of its results: the model's own, or `runs/NAME` for a Hub repository; `random_encoder/` inside if random."""
         folder = Path(self.source) if Path(self.source).is_dir() else Path("runs") / Path(self.source).name
         return folder / "random_encoder" if self.random else folder
 
