@@ -335,7 +335,7 @@ WARNED = {
 def test_what_decides_the_result_is_said_at_the_start(case, tmp_path, capsys):
     flags, warning = WARNED[case]
     args = parse_pretrain([*TINY, *flags, "--output_dir", str(tmp_path / "run")])
-    announce(args, build_trainer(args, load_images(args.data)), default_recipe=True)
+    announce(args, build_trainer(args, load_images(args.data)))
     out = capsys.readouterr().out
     assert out.count(warning) == 1
     assert "global batch 16 (1 x 16 x 1 accumulated)" in out

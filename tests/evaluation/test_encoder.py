@@ -8,11 +8,11 @@ import torch
 import yaml
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
+from training.commands.knn import parse_knn
 from training.data.sources import CropDataArguments, EvaluationDataArguments
 from training.engine.run_folder import SAVED_RECIPE
 from training.evaluation.encoder import Encoder, MoCoQueryModel, pretraining_recipe
 from training.evaluation.finetune import parse_finetune
-from training.evaluation.knn import parse_knn
 from training.evaluation.linear_probe import parse_linear_probe
 
 

@@ -516,6 +516,7 @@ def test_one_upload_at_a_time_which_nobody_waits_for_but_the_last(hub, run, monk
     uploads.prepare()
     hub.open.clear()
     late = threading.Timer(300, hub.open.set)  # or a test that fails would not end
+    late.daemon = True
     late.start()
     uploads.send(run, "first")
     uploads.send(run / "checkpoint-4", "second, while the first is under way")
