@@ -77,3 +77,9 @@ def test_a_shown_command_is_taken(page, script, words, user, capsys):
     known = capsys.readouterr().out
     for flag in (word.split("=")[0] for word in argv if word.startswith("--")):
         assert re.search(rf"{flag}\b", known), f"{page}: {script} has no {flag}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_shown_make_target_exists(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(encoding="utf-8"), re.M)) <= targets
