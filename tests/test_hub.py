@@ -502,18 +502,20 @@ def test_a_run_publishes_every_save_and_its_end(hub, script, tmp_path, capsys):
 def test_one_upload_at_a_time_which_nobody_waits_for_but_the_last(hub, run, monkeypatch):
     uploads = Uploads(Repository("org/live").prepare())
     hub.open.clear()
+    late = threading.Timer(300, hub.open.set)  # or a test that fails would not end
+    late.daemon = True
+    late.start()
     uploads.send(run, "first")
     uploads.send(run / "checkpoint-4", "second, while the first is under way")
     assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
     # The first goes on when the run waits for it; a run that does not wait would have begun the last by then.
-    join, late = threading.Thread.join, threading.Timer(60, hub.open.set)
+    join = threading.Thread.join
 
     def let_go_and_join(thread, timeout=None):
         if threading.current_thread() is threading.main_thread():
             hub.open.set()
         join(thread, timeout)
 
-    late.start()
     monkeypatch.setattr(threading.Thread, "join", let_go_and_join)
     uploads.send_last(run / "checkpoint-8", "last")
     late.cancel()
