@@ -35,15 +35,16 @@ def is_saving(folder: Path) -> bool:
     return any(not (checkpoint / MANIFEST).exists() for checkpoint in folder.glob("checkpoint-*"))
 
 
-def kill_during(folder: Path, process: subprocess.Popen, during_save: bool, delay: float) -> None:
-    """kill -9 some time after the run has got on, or while it writes a checkpoint."""
-    begun = newest_complete(folder)[0]
-    while process.poll() is None and newest_complete(folder)[0] == begun:
-        time.sleep(0.01)
+def kill_after(folder: Path, process: subprocess.Popen, steps: int, during_save: bool, delay: float) -> str:
+    """kill -9 some time after so many steps, or while it writes the next checkpoint. Returns what it has printed."""
+    printed = ""
+    while printed.count("'loss'") < steps and (line := process.stdout.readline()):
+        printed += line
     time.sleep(delay)
     while during_save and process.poll() is None and not is_saving(folder):
         pass
     process.kill()
+    return printed + process.communicate()[0]
 
 
 @pytest.mark.slow
@@ -55,8 +56,10 @@ def test_a_run_killed_twenty_times_ends_bit_for_bit_as_one_left_alone(tmp_path):
         before, damaged = newest_complete(folder) if folder.exists() else (None, [])
         unfinished += len(damaged)
         process = start(folder)
-        kill_during(folder, process, during_save=kill % 2 == 0, delay=moments.uniform(0, 0.5))
-        out, _ = process.communicate()
+        # Counted in steps, a kill comes neither before something new is saved nor at the run's end, however fast the
+        # machine is; and the delay puts it anywhere within a step.
+        until = SAVE_STEPS + moments.randint(1, SAVE_STEPS)
+        out = kill_after(folder, process, until, during_save=kill % 2 == 0, delay=moments.uniform(0, 0.05))
         assert process.returncode == -9, "the run ended before it could be killed: make it longer"
         continued = re.search(r"continue: from (.*)", out)
         assert (Path(continued[1]) if continued else None) == before
