@@ -34,7 +34,11 @@ TINY = [
 ]
 
 
-@pytest.mark.parametrize("name", recipe_names())
+# Half a minute for both ResNet-18s on CIFAR-10: the symmetric one stays.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "cifar10_r18_200ep")) for name in recipe_names()],
+)
 def test_every_recipe_trains_two_steps(name, tmp_path):
     args = parse_pretrain(["--recipe", name, *TINY, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
     args.training.save_strategy = "no"

@@ -29,7 +29,7 @@ TINY = {
     "exchange": "--per_device_train_batch_size 2 --image_size 16 --rounds 2",
     "knn": "--bank 2000 --queries 50 --dim 16 --knn_k 20 --rounds 1",
 }
-SLOW = ("step", "train", "knn")  # every variant in a process of its own, which takes seconds to start
+SLOW = ("step", "train", "knn", "exchange")  # processes of their own, which take seconds to start
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TINY])

@@ -1,5 +1,6 @@
 """A run stopped anywhere goes on as if nothing had happened; damaged checkpoints, full disks and SIGTERM lose little."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,6 +27,8 @@ from training.evaluation.features import extract_features
 from training.monitor import Monitor
 from training.views.pil import EvaluationView
 
+# Of stream, workers and accumulation; the other half of the combinations is slow.
+EVERY_TIME = [(False, 0, 4), (False, 2, 1), (True, 0, 4), (True, 2, 1)]
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
 
 
@@ -62,9 +65,13 @@ class Terminate(TrainerCallback):
 # Exact resume
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    ("stream", "workers", "accumulation"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * (case not in EVERY_TIME))
+        for case in itertools.product([False, True], [0, 2], [1, 4])
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(rows, tmp_path, stream, workers, accumulation):
     options = SAVING | {
         "stream": stream,

@@ -52,6 +52,7 @@ def test_tensorboard_gets_everything(script, tmp_path):
     assert {name.rpartition(", ")[2] for name in probe.Tags()["scalars"]} == {"top1", "top5"}
 
 
+@pytest.mark.slow
 def test_trackio_gets_everything_under_a_name_that_a_continued_run_has_too(tmp_path):
     folder, trackio = tmp_path / "run", ["--report_to", "trackio"]
     env = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "OMP_NUM_THREADS": "1"}

@@ -132,6 +132,7 @@ def matrices_held() -> dict[str, float]:
     return held
 
 
+@pytest.mark.slow
 def test_a_step_of_the_loss_holds_one_matrix_of_logits():
     held = in_own_process(matrices_held)  # this one may keep what earlier tests have freed
     print(held)
