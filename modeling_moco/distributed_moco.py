@@ -32,8 +32,8 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return x
     out = x.new_empty((world_size() * len(x), *x.shape[1:]))
-    # The newer name, where there is one: the older then warns.
-    gather_into = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    # torch 2.14 renamed it, and warns of the older name.
+    gather_into = dist.all_gather_single if torch.__version__ >= "2.14" else dist.all_gather_into_tensor
     gather_into(out, x.contiguous())
     return out
 
