@@ -5,9 +5,41 @@ Equal to torchvision's `Resize(256)`, `CenterCrop(224)`, `ToTensor`, `Normalize`
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from PIL import Image, TiffImagePlugin
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+
+MAX_SAMPLE_VALUE = 281  # TIFF 6.0, section 8
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image with 8 bits of red, green and blue, the same in training, evaluation and the image processors.
+
+    Grey levels of 16 bits are scaled to 8 (PIL would clip them), by their own number of bits where a TIFF file states it.
+    Transparency is dropped, as transformers' pipelines and timm do before any processor sees the image.
+
+    Raises:
+        ValueError: the pixels have 32 bits, whose range nobody knows, or PIL cannot convert them.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # PIL scales PPM to 16 bits
+        white = _white(image)
+        levels = np.minimum(np.asarray(image).astype(np.uint32), white)
+        return Image.fromarray(((levels * 255 + white // 2) // white).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("grey levels of 32 bits have no known range: write the images with 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # or PIL warns that it drops the transparency
+    return image.convert("RGB")
+
+
+def _white(image: Image.Image) -> int:
+    """The largest grey level that a 16-bit image can have."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+        return int(image.tag_v2.get(MAX_SAMPLE_VALUE, (2**bits - 1,))[0])
+    return 2**16 - 1
 
 
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -40,6 +72,12 @@ class _EvaluationTransform:
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+
+    def process_image(self, image, do_convert_rgb=None, *args, **kwargs):
+        # transformers would clip 16 bits and put white behind what is transparent.
+        if do_convert_rgb and isinstance(image, Image.Image):
+            image = to_rgb(image)
+        return super().process_image(image, do_convert_rgb, *args, **kwargs)  # type: ignore[misc]  # the backend's
 
     def center_crop(self, image, size, **kwargs):
         # transformers truncates an odd margin, torchvision rounds it: a fifth of all images would be shifted by one pixel.

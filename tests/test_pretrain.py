@@ -17,7 +17,8 @@ from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
 from training.data.decode import decode_image
-from training.data.sources import load_digits, load_images
+from training.data.formats import load_digits
+from training.data.sources import load_images
 from training.engine.results import encoder_digest, read_results
 from training.evaluation.linear_probe import parse_linear_probe
 from training.pretrain import announce, build_trainer, drawn_images
@@ -282,7 +283,9 @@ def test_broken_images_are_left_out_of_the_preview(tmp_path):
     folder = tmp_path / "images" / "train" / "a"
     folder.mkdir(parents=True)
     for i in range(16):
-        Image.new("RGB", (40, 40), (i, i, i)).save(folder / f"{i:02}.png")
+        image = Image.new("RGB", (40, 40), (i, i, i))
+        image.paste("white", (20, 20, 40, 40))
+        image.save(folder / f"{i:02}.png")
     (folder / "02.png").write_bytes(b"not a picture")
     flags = ["--dataset_name", str(tmp_path / "images"), "--output_dir", str(tmp_path / "run")]
     args = parse_pretrain([*TINY, *flags])
@@ -431,9 +434,10 @@ def test_a_broken_file_is_named_skipped_and_counted(tmp_path, script, caplog):
     folder = tmp_path / "images" / "train" / "a"
     folder.mkdir(parents=True)
     for i in range(19):
-        Image.new("RGB", (40, 40), (i, i, i)).save(folder / f"{i:02}.png")
+        Image.linear_gradient("L").resize((40 + i, 40)).save(folder / f"{i:02}.png")
     (folder / "19.png").write_bytes(b"not a picture")
     flags = ["--dataset_name", str(tmp_path / "images"), "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
     script("pretrain").main([*TINY, *flags, "--max_train_samples", "20"])
     assert "19.png" in caplog.text
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["skipped_images"] >= 1
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["skipped_images"] == 1
+    assert (tmp_path / "run" / "unreadable_images.txt").read_text() == f"{folder}/19.png\n"

@@ -71,6 +71,8 @@ EXPECTED = {
     "cifar10_r18_symmetric_200ep": "85.3",
 }
 
+PLACE = {"dataset": "digits", "content": {}}
+
 
 def values_of(args) -> dict:
     """Every value of a parsed run."""
@@ -240,7 +242,7 @@ def test_help_lists_the_projects_own_flags_first(capsys):
 def claim(tmp_path):
     def claim(*flags, folder=tmp_path / "run"):
         args = parse_pretrain(["--temperature", "0.1", "--output_dir", str(folder), *flags, *CPU])
-        return claim_output_dir(args.training, LAYOUT, args.settings, args.recipe.about)
+        return claim_output_dir(args.training, LAYOUT, args.settings, args.recipe.about, PLACE)
 
     return claim
 

@@ -16,8 +16,9 @@ import torch
 import yaml
 
 from modeling_moco import MoCoConfig, MoCoModel
+from training.data.formats import load_digits
 from training.data.images import MapImages
-from training.data.sources import DataArguments, ImageSplits, load_digits
+from training.data.sources import DataArguments, ImageSplits
 from training.engine.results import Result, append_results, encoder_digest, read_results
 from training.evaluation.features import extract_features, unit
 from training.report import draw_features, read_run, spread_over_classes, write_report

@@ -153,7 +153,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
         "images_per_second": median(entry["images_per_second"] for entry in steps),
         "waiting_for_data": median(entry["waiting_for_data"] for entry in steps),
         "steps": trainer.state.global_step,
-        "skipped_images": trainer.train_dataset.skipped,
+        "skipped_images": trainer.unreadable.write(folder),
     }
     about = {key: value for key, value in conditions().items() if key != "command"} | {"data": splits.about}
     if trainer.is_world_process_zero():

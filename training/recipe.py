@@ -140,6 +140,8 @@ def parse_pretrain(argv: list[str]) -> PretrainArguments:
     namespace, (data, model, training), settings = parse_flags(
         parser, PARTS, argv, {"output_dir": f"runs/{recipe.name}"} | recipe.values
     )
+    if "dataset_name" in settings["data"]:
+        settings["data"]["dataset_name"] = data.dataset_name  # absolute, where it is a folder
     settings["probe"] = recipe.probe
     preview = None if namespace.preview_views is None else _figure_path(namespace.preview_views)
     config = MoCoConfig(**dataclasses.asdict(model))

@@ -19,7 +19,7 @@ from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
 
 from .data.images import MapImages, StreamedImages, TrainingImages, collate
-from .engine.callbacks import RankStatistics
+from .engine.callbacks import ListUnreadable, RankStatistics
 from .engine.results import Feature
 from .engine.sgd_trainer import PUBLISHING, SGDTrainer, SGDTrainingArguments
 from .evaluation.knn import KNNArguments
@@ -142,6 +142,7 @@ class MoCoTrainer(SGDTrainer):
         render: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
     ):
         _check_sizes(model, args, train_dataset)
+        self.unreadable = ListUnreadable(train_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -149,7 +150,7 @@ class MoCoTrainer(SGDTrainer):
             eval_dataset=knn_queries or knn_bank or train_dataset,  # Trainer wants one, or it would not evaluate
             processing_class=processing_class,
             data_collator=collate,
-            callbacks=[MoCoCallback(), RankStatistics()],  # before those that complete a checkpoint
+            callbacks=[MoCoCallback(), RankStatistics(), self.unreadable],  # before those that complete a checkpoint
         )
         self.render = render
         self.monitor = Monitor(self.model, args.knn, knn_bank, knn_queries)

@@ -12,13 +12,16 @@ from itertools import chain
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from numbered_images import ROWS, encoded, pixel, read, stream, table, write_folders, write_parquet
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from torch.utils.data import DataLoader
+from transformers.image_utils import load_image
 
-from training.data.decode import decode_image
+from modeling_moco import MoCoImageProcessor, MoCoImageProcessorPil
+from training.data.decode import decode_image, decode_tensor
 from training.data.images import MapImages, StreamedImages
 from training.data.sources import DataArguments, load_images
 from training.views.pil import EvaluationView, TwoViews
@@ -64,6 +67,132 @@ def test_exif_orientation_is_applied_as_datasets_does(orientation, tmp_path):
     assert decoded.tobytes() == datasets.Image().decode_example(row).convert("RGB").tobytes()
 
 
+# Kinds of pixels
+
+
+def sixteen_bits() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 2**16, (24, 32), dtype=np.uint16)
+
+
+def saved(image: Image.Image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+GREY = {
+    "png": lambda: saved(Image.fromarray(sixteen_bits()), "PNG"),
+    "tiff": lambda: saved(Image.fromarray(sixteen_bits()), "TIFF"),
+    "tiff, big-endian": lambda: saved(Image.fromarray(sixteen_bits().astype(">u2")), "TIFF"),
+    "pgm": lambda: saved(Image.fromarray(sixteen_bits()), "PPM"),
+    "jpeg 2000": lambda: saved(Image.fromarray(sixteen_bits()), "JPEG2000"),
+}
+
+
+@pytest.mark.parametrize("kind", GREY)
+def test_sixteen_bits_of_grey_are_scaled_to_eight_everywhere(kind):
+    row = {"bytes": GREY[kind](), "path": None}
+    expected = np.rint(sixteen_bits().astype(np.float64) / 257)
+    decoded = np.asarray(decode_image(row)).astype(int)
+    assert decoded.shape == (24, 32, 3)
+    assert abs(decoded - expected[..., None]).max() <= 0.5
+    assert np.array_equal(decode_tensor(row).permute(1, 2, 0).numpy(), decoded)
+    for processor in (MoCoImageProcessor, MoCoImageProcessorPil):
+        plain = processor(do_resize=False, do_center_crop=False, do_normalize=False, do_rescale=False)
+        opened = Image.open(io.BytesIO(row["bytes"]))
+        pixels = torch.as_tensor(plain(opened, return_tensors="pt")["pixel_values"][0])
+        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), decoded)
+
+
+def test_a_tiff_that_states_its_bits_is_scaled_by_them():
+    twelve = sixteen_bits() >> 4
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[281] = 4095  # MaxSampleValue
+    row = {"bytes": saved(Image.fromarray(twelve), "TIFF", tiffinfo=tags), "path": None}
+    decoded = np.asarray(decode_image(row))[..., 0]
+    assert abs(decoded - twelve.astype(np.float64) * 255 / 4095).max() <= 0.5
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_levels_of_32_bits_are_refused_by_name(kind):
+    row = {"bytes": saved(Image.fromarray(sixteen_bits().astype(kind)), "TIFF"), "path": None}
+    for decode in (decode_image, decode_tensor):
+        with pytest.raises(OSError, match="grey levels of 32 bits have no known range"):
+            decode(row)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_dropped_as_the_pipelines_drop_it(mode):
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 4), dtype=np.uint8), "RGBA")
+    image = noise.convert("RGB").quantize(16) if mode == "P" else noise.convert(mode)
+    options = {"transparency": 3} if mode == "P" else {}
+    row = {"bytes": saved(image, "PNG", **options), "path": None}
+    expected = np.asarray(load_image(Image.open(io.BytesIO(row["bytes"]))))  # what pipelines decode
+    assert np.array_equal(np.asarray(decode_image(row)), expected)
+    for processor in (MoCoImageProcessor, MoCoImageProcessorPil):
+        plain = processor(do_resize=False, do_center_crop=False, do_normalize=False, do_rescale=False)
+        pixels = plain(Image.open(io.BytesIO(row["bytes"])), return_tensors="pt")["pixel_values"][0]
+        assert np.array_equal(torch.as_tensor(pixels).permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 5_000)])
+def test_a_line_of_pixels_is_no_image_for_any_decoder(size):
+    row = {"bytes": saved(Image.new("RGB", size), "PNG"), "path": None}
+    jpeg = {"bytes": saved(Image.new("RGB", size), "JPEG"), "path": None}
+    for decode, image in ((decode_image, row), (decode_tensor, row), (decode_tensor, jpeg)):
+        with pytest.raises(OSError, match=f"{size[0]} x {size[1]} pixels"):
+            decode(image)
+
+
+def test_no_decoder_reads_what_claims_more_pixels_than_a_photograph_has():
+    jpeg = bytearray(saved(Image.new("RGB", (64, 64)), "JPEG"))
+    place = jpeg.index(b"\xff\xc0") + 5
+    jpeg[place : place + 4] = struct.pack(">HH", 30_000, 30_000)
+    for decode in (decode_image, decode_tensor):
+        with pytest.raises(OSError, match="pixels"):
+            decode({"bytes": bytes(jpeg), "path": None})
+
+
+def test_formats_that_start_other_programs_are_not_opened():
+    with pytest.raises(OSError, match="cannot identify"):
+        decode_image({"bytes": saved(Image.new("RGB", (9, 9)), "EPS"), "path": None})
+
+
+def write_pictures(folder: Path, pictures: list[Image.Image]) -> str:
+    (folder / "train" / "a").mkdir(parents=True)
+    for i, picture in enumerate(pictures):
+        picture.save(folder / "train" / "a" / f"{i:02}.png")
+    return str(folder)
+
+
+def test_pictures_without_content_are_named_before_anything_is_trained(tmp_path, capsys):
+    noise = [Image.effect_noise((16, 16), 90) for _ in range(4)]
+    flat = [Image.new("L", (16, 16), i) for i in range(4)]
+    dark = [Image.fromarray(sixteen_bits() >> 8)] * 3  # 8 bits in 16: 1 grey level of 255
+    for name, pictures, message in (
+        ("flat", flat, "each of the 4 images looked at in split 'train' is of one colour, or nearly"),
+        ("dark", dark, "each of the 3 images looked at in split 'train' is of one colour, or nearly"),
+        ("alike", noise[:1] * 3, "all of the 3 images looked at in split 'train' are alike"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_images(DataArguments(dataset_name=write_pictures(tmp_path / name, pictures)))
+    capsys.readouterr()
+    load_images(DataArguments(dataset_name=write_pictures(tmp_path / "some", noise + flat)))
+    warning = capsys.readouterr().out.splitlines()[1]
+    assert warning.startswith("warning: 4 of the 8 images looked at in split 'train' are of one colour, or nearly")
+    assert "04.png" in warning
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_a_row_without_an_image_is_named_and_passed_over(streaming, tmp_path, caplog):
+    rows = table(range(8)).map(lambda row, i: {"image": None if i in (2, 5) else row["image"]}, with_indices=True)
+    rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "train.parquet")
+    source = load_images(DataArguments(dataset_name=str(tmp_path), streaming=streaming)).train
+    images = StreamedImages(source, pixel, batch_size=4) if streaming else MapImages(source, pixel)
+    assert set(chain(*read(images, batch_size=4))) == set(range(8)) - {2, 5}
+    assert images.unreadable() == ["row 2", "row 5"]
+
+
 # Broken files
 
 
@@ -82,7 +211,7 @@ def test_a_broken_file_is_named_and_counted_and_the_next_image_takes_its_place(k
     images = MapImages(table(range(8), broken=dict.fromkeys((1, 7), broken_files()[kind])), pixel)
     with caplog.at_level(logging.WARNING):
         assert read(images, batch_size=4) == [[0, 2, 2, 3], [4, 5, 6, 0]]
-    assert images.skipped == 2
+    assert images.unreadable() == ["photo1.jpg", "photo7.jpg"]
     named = [record.getMessage() for record in caplog.records if record.name == "training.data.decode"]
     assert ["photo1.jpg" in named[0], "photo7.jpg" in named[1], len(named)] == [True, True, 2]
 
@@ -102,7 +231,7 @@ def test_a_broken_file_of_a_folder_is_named_by_its_path(tmp_path, caplog):
 def test_broken_files_met_by_workers_are_counted_in_the_main_process():
     images = MapImages(table(range(8), broken=dict.fromkeys((0, 2), broken_files()["garbage"])), pixel)
     assert read(images, batch_size=4, workers=2) == [[1, 1, 3, 3], [4, 5, 6, 7]]
-    assert images.skipped == 2
+    assert images.unreadable() == ["photo0.jpg", "photo2.jpg"]
 
 
 def test_a_dataset_without_any_readable_image_is_an_error():
@@ -303,7 +432,7 @@ def test_the_next_image_of_a_stream_takes_the_place_of_a_broken_one(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_broken_files_of_a_stream_are_named_and_counted_once_in_every_pass(workers, tmp_path, caplog):
+def test_the_broken_files_of_a_stream_are_named_and_counted_once(workers, tmp_path, caplog):
     source = write_parquet(
         tmp_path / "source", [range(7), range(7, ROWS)], broken=dict.fromkeys((2, 9), b"\0not an image")
     )
@@ -316,10 +445,11 @@ def test_the_broken_files_of_a_stream_are_named_and_counted_once_in_every_pass(w
             batches = read(images, batch_size=3, workers=workers)
         assert [len(batch) for batch in batches] == [3] * 4
         assert set(chain(*batches)) == set(range(ROWS)) - {2, 9}
-        assert images.skipped == 2 * (epoch + 1)
+        assert images.unreadable() == ["row 2", "row 9"]
         if not workers:  # the log of a worker process is not this one's
             named = [record.getMessage() for record in caplog.records if record.name == "training.data.decode"]
-            assert sorted(name.split(": ")[1].split()[0] for name in named) == ["photo2.jpg", "photo9.jpg"]
+            expected = ["photo2.jpg", "photo9.jpg"] if epoch == 0 else []
+            assert sorted(name.split(": ")[1].split()[0] for name in named) == expected
 
 
 @pytest.mark.skipif(not IMAGENET, reason="MOCO_IMAGENET names no folder of parquet files")
@@ -329,7 +459,7 @@ def test_imagenet_streams_views_at_224_px():
     images = StreamedImages(load_images(args).train, views, batch_size=10, buffer_size=20)
     batches = list(DataLoader(images, batch_size=10))
     assert [batch["key_pixel_values"].shape for batch in batches] == [(10, 3, 224, 224)] * 2
-    assert images.skipped == 0
+    assert not images.unreadable()
     assert batches[0]["pixel_values"].float().std() > 30
 
 

@@ -14,7 +14,8 @@ from transformers import TrainerCallback, pipeline
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
 from training.commands import finetune
-from training.data.sources import load_digits, load_images
+from training.data.formats import load_digits
+from training.data.sources import load_images
 from training.engine.results import encoder_digest
 from training.evaluation.encoder import Encoder
 from training.evaluation.finetune import (

@@ -369,7 +369,7 @@ def test_processes_sample_disjoint_parts_of_the_images_in_memory():
 def test_an_image_that_cannot_be_read_is_counted_and_replaced(caplog):
     good = [picture(seed, 16, 16) for seed in range(2)]
     images = MemoryImages(rows([None, good[0], good[1], None]), POLICIES["cifar"])
-    assert images.skipped == 2
+    assert images.unreadable() == ["row 0", "row 3"]
     assert "row 3" in caplog.text
     expected = [good[0], good[0], good[1], good[1]]
     assert torch.equal(images.images, torch.stack([to_tensor(image) for image in expected]))

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
         labelled = choose_labelled(splits, run.training)
         trainer = build_trainer(run, splits, labelled)
         about = {"title": f"fine-tuning {run.encoder}"}
-        checkpoint = claim_output_dir(run.training, trainer.batch_layout, run.settings, about)
+        checkpoint = claim_output_dir(run.training, trainer.batch_layout, run.settings, about, splits.place)
         save_split(splits, run.training, labelled)
     if trainer.is_world_process_zero():
         announce(run, trainer)

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         else:
             probes = build_cached(model, run.training, run.data, splits, run.encoder.results_dir / FEATURES)
         layout = None if trainer is None else trainer.batch_layout
-        checkpoint = claim_output_dir(run.training, layout, run.settings, {"title": run.title})
+        checkpoint = claim_output_dir(run.training, layout, run.settings, {"title": run.title}, splits.place)
     folder, main_process = Path(str(run.training.output_dir)), run.training.process_index == 0
     if main_process:
         print(f"{run.title}\n{len(splits.train):,} images, {len(splits.class_names)} classes, to {folder}")

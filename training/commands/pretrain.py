@@ -8,7 +8,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..cli import how_to_run
 from ..data.sources import load_images
 from ..engine.checkpoints import claim_output_dir
-from ..engine.run_folder import REPORT
+from ..engine.run_folder import REPORT, UNREADABLE
 from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
 from ..hub.publish import PublishCallback
@@ -33,7 +33,9 @@ def main(argv: list[str]) -> None:
         if publisher is not None:
             publisher.prepare()
             trainer.add_callback(publisher)  # after the trainer's own, which complete a checkpoint
-        checkpoint = claim_output_dir(args.training, trainer.batch_layout, args.settings, args.recipe.about)
+        checkpoint = claim_output_dir(
+            args.training, trainer.batch_layout, args.settings, args.recipe.about, splits.place
+        )
     if trainer.is_world_process_zero():
         announce(args, trainer)
         if checkpoint:
@@ -46,7 +48,8 @@ def main(argv: list[str]) -> None:
         rows = {"kNN before training": metrics["knn_top1_before"], "kNN after": metrics["knn_top1_after"]}
         for name, value in rows.items():
             print(f"{name:>20}: " + (f"{value:.1f} %" if value is not None else "not measured"))
-        print(f"{'skipped images':>20}: {metrics['skipped_images']}")
+        listed = f", listed in {folder}/{UNREADABLE}" if metrics["skipped_images"] else ""
+        print(f"{'unreadable images':>20}: {metrics['skipped_images']}{listed}")
         print(f"{'images/s':>20}: {metrics['images_per_second']:.0f}; {describe_bottleneck(metrics)}")
         print(f"Saved to {folder}; its figures and numbers are in {folder}/{REPORT}")
         if publisher is not None:

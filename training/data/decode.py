@@ -1,4 +1,4 @@
-"""Decode the image of a row: with PIL, or JPEG files with torchvision.
+"""Decode the image of a row: with PIL, or JPEG files with torchvision. One rule for every kind of pixel.
 
 This module decodes, and not `datasets`, so that one broken file costs one image and not the run.
 """
@@ -6,7 +6,10 @@ This module decodes, and not `datasets`, so that one broken file costs one image
 import io
 import logging
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,44 +19,84 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as tv_decode
 
+from modeling_moco.image_processing_moco import to_rgb
+
+try:
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()  # .heic and .heif files are read where this package is installed
+except ModuleNotFoundError:
+    pass
+
 logger = logging.getLogger(__name__)
 
+# No formats that start another program (EPS), hold vectors, or are no images of their own.
+Image.init()
+FORMATS: list[str] = [
+    name
+    for name in ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+    if name in Image.OPEN  # PIL may be built without some
+]
+EXTENSIONS = {extension for extension, name in Image.registered_extensions().items() if name in {*FORMATS, "MPO"}}
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # 179 million: more than that PIL refuses
+MAX_RATIO = 1000  # long side by short side: resizing the short side of a line of pixels would take gigabytes
 
-def decode_image(image: dict[str, Any]) -> Image.Image:
+
+def decode_image(image: dict[str, Any] | None) -> Image.Image:
     """The RGB image of a row, rotated by its EXIF tag as `datasets` and transformers' pipelines do.
 
     Args:
-        image: {"bytes", "path"}; the path is read where the bytes are None.
+        image: {"bytes", "path"}; the path is read where the bytes are None. None for a row without an image.
 
     Raises:
-        OSError: the file cannot be opened, or PIL cannot decode it.
+        OSError: there is no image, the file cannot be opened, or its pixels have no grey levels of known range.
     """
+    if image is None:
+        raise UnidentifiedImageError("the row has no image")
+    # `xopen` also reads inside archives, whose paths look like zip://a.png::train.zip.
+    source = xopen(image["path"], "rb") if image["bytes"] is None else io.BytesIO(image["bytes"])
+    with source, broken_as_oserror(), Image.open(source, formats=FORMATS) as opened:
+        check_size(*opened.size)
+        ImageOps.exif_transpose(opened, in_place=True)
+        return to_rgb(opened)
+
+
+@contextmanager
+def broken_as_oserror() -> Iterator[None]:
+    """Turn what PIL raises for broken files to an OSError."""
     try:
-        # `xopen` also reads inside archives, whose paths look like zip://a.png::train.zip.
-        source = xopen(image["path"], "rb") if image["bytes"] is None else io.BytesIO(image["bytes"])
-        with source, Image.open(source) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except (
-        Image.DecompressionBombError,
-        RuntimeError,
-        SyntaxError,
-        ValueError,
-    ) as error:  # PIL raises these for broken files
+        yield
+    except (Image.DecompressionBombError, MemoryError, RuntimeError, SyntaxError, ValueError) as error:
         raise UnidentifiedImageError(str(error)) from error
 
 
-def decode_tensor(image: dict[str, Any]) -> torch.Tensor:
+def check_size(width: int, height: int) -> None:
+    """
+    Raises:
+        UnidentifiedImageError: the image has too many pixels, or is too narrow.
+    """
+    if width * height > MAX_PIXELS or max(width, height) > MAX_RATIO * min(width, height):
+        raise UnidentifiedImageError(
+            f"{width} x {height} pixels: at most {MAX_PIXELS:,} are read, and sides at most {MAX_RATIO:,} times as long as wide"
+        )
+
+
+def decode_tensor(image: dict[str, Any] | None) -> torch.Tensor:
     """The same pixels as `decode_image`, uint8 (3, H, W). torchvision decodes JPEG files, PIL decodes the others.
 
     Raises:
         OSError: as `decode_image`.
     """
+    if image is None:
+        raise UnidentifiedImageError("the row has no image")
     content = image["bytes"]
     if content is None:
         with xopen(image["path"], "rb") as file:
             content = file.read()
     # PIL decodes a file with an orientation in XMP (near its start): torchvision reads the orientation of EXIF alone.
     if content.startswith(b"\xff\xd8") and content.find(b"tiff:Orientation", 0, 1 << 16) < 0:
+        with broken_as_oserror(), Image.open(io.BytesIO(content), formats=FORMATS) as header:
+            check_size(*header.size)
         # torchvision warns at every image that its decoders will move to torchcodec.
         with suppress(RuntimeError), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -63,6 +106,21 @@ def decode_tensor(image: dict[str, Any]) -> torch.Tensor:
     return torch.from_numpy(np.array(decode_image({"bytes": content, "path": None}))).permute(2, 0, 1)
 
 
+def is_an_image(path: str | PathLike) -> bool:
+    """Whether the content of a file is an image, whatever its name is."""
+    known: list[str] = [name for name in FORMATS if name != "TGA"]  # whose files begin with nothing of their own
+    try:
+        with Image.open(Path(path), formats=known):
+            return True
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def name_of(row: dict[str, Any], index: int) -> str:
+    """The path of a row's image, or else its number."""
+    return (row["image"] or {}).get("path") or f"row {index}"
+
+
 def log_skipped(row: dict[str, Any], index: int, error: OSError) -> None:
     """Log the path, or else the row, of an image that cannot be read."""
-    logger.warning("skipped an image that cannot be read: %s (%s)", row["image"]["path"] or f"row {index}", error)
+    logger.warning("skipped an image that cannot be read: %s (%s)", name_of(row, index), error)

@@ -13,7 +13,7 @@ from torch.utils.data import get_worker_info
 from transformers import default_data_collator
 
 from ..views.policy import ViewParams, seeded_generator
-from .decode import decode_image, log_skipped
+from .decode import decode_image, log_skipped, name_of
 from .shards import ShardedRows, batches_per_epoch, plan_epoch
 
 Transform = Any  # callable: (image, torch.Generator) -> dict of tensors
@@ -29,9 +29,8 @@ class TrainingImages(Protocol):
     def images_per_epoch(self) -> int:
         """Number of images that all processes see in one epoch."""
 
-    @property
-    def skipped(self) -> int:
-        """Number of images skipped so far because they could not be read."""
+    def unreadable(self) -> list[str]:
+        """Paths, or else rows, of the images that this process has met and could not read; each once."""
 
     def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
         """Select the order and the views of an epoch."""
@@ -44,13 +43,13 @@ class TrainingImages(Protocol):
 
 
 class _Images:
-    # Shared memory: worker processes read the epoch and increase the count.
-    def __init__(self, transform: Transform, seed: int, decode: Decode = decode_image):
+    # Shared memory: worker processes read the epoch, and mark the images that they cannot read.
+    def __init__(self, transform: Transform, seed: int, count: int, decode: Decode = decode_image):
         self.transform = transform
         self.seed = seed
         self.decode = decode
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._skipped = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._broken = torch.zeros(count, dtype=torch.bool).share_memory_()
 
     def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
         """Select the views of an epoch, also in workers that are already running.
@@ -67,10 +66,12 @@ class _Images:
         other._epoch = torch.tensor(epoch)
         return other
 
-    @property
-    def skipped(self) -> int:
-        """Number of images skipped so far because they could not be read."""
-        return int(self._skipped)
+    def unreadable(self) -> list[str]:
+        """Paths, or else rows, of the images that this process has met and could not read; each once."""
+        return [self._name(index) for index in self._broken.nonzero()[:, 0].tolist()]
+
+    def _name(self, index: int) -> str:
+        return f"row {index}"
 
     def generator(self, index: int) -> torch.Generator:
         """The generator that the views of an image are sampled from in this epoch."""
@@ -88,8 +89,9 @@ class _Images:
         return views
 
     def _pass_over(self, row: dict[str, Any], index: int, error: OSError) -> None:
-        self._skipped += 1
-        log_skipped(row, index, error)
+        if not self._broken[index]:
+            self._broken[index] = True
+            log_skipped(row, index, error)
 
 
 class MapImages(_Images, torch.utils.data.Dataset):
@@ -109,7 +111,7 @@ class MapImages(_Images, torch.utils.data.Dataset):
     """
 
     def __init__(self, source: datasets.Dataset, transform: Transform, seed: int = 0, decode: Decode = decode_image):
-        super().__init__(transform, seed, decode)
+        super().__init__(transform, seed, len(source), decode)
         self.source = source
 
     def __len__(self) -> int:
@@ -137,9 +139,10 @@ class MapImages(_Images, torch.utils.data.Dataset):
         return [images[i] for i in order[: count * world_size][rank::world_size]]
 
     def _select(self, indices: Iterable[int]) -> "MapImages":
-        other = copy.copy(self)  # the copy shares the count of skipped images
-        other.source = self.source.select(indices)
-        return other
+        return MapImages(self.source.select(indices), self.transform, self.seed, self.decode).at_epoch(int(self._epoch))
+
+    def _name(self, index: int) -> str:
+        return name_of(self.source[index], index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for i in range(index, index + len(self)):
@@ -190,7 +193,7 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
         buffer_size: int = 10_000,
         decode: Decode = decode_image,
     ):
-        super().__init__(transform, seed, decode)
+        super().__init__(transform, seed, len(rows), decode)
         self.rows = rows
         self.batch_size = batch_size
         self.rank = rank

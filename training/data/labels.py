@@ -10,6 +10,7 @@ from itertools import zip_longest
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 
@@ -37,7 +38,8 @@ def read_labels(rows: datasets.Dataset) -> np.ndarray:
     """Labels (n,) of all rows; -1 where a row has none."""
     if "label" not in rows.column_names:
         return np.full(len(rows), -1)
-    labels: np.ndarray = rows.with_format("arrow")["label"][:].fill_null(-1).to_numpy()
+    column = rows.with_format("arrow")["label"][:]
+    labels: np.ndarray = column.cast(pa.int64()).fill_null(-1).to_numpy()  # small unsigned types have no -1
     return labels
 
 

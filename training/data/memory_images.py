@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..views.device import sample_operations, sample_views, unpack_params
 from ..views.policy import ViewParams, ViewPolicy, seeded_generator
-from .decode import decode_tensor, log_skipped
+from .decode import decode_tensor, log_skipped, name_of
 from .sources import MAX_IN_MEMORY_PX
 
 
@@ -32,7 +32,7 @@ class MemoryImages(torch.utils.data.Dataset):
     def __init__(self, source: datasets.Dataset, policy: ViewPolicy, seed: int = 0):
         self.policy = policy
         self.seed = seed
-        self.skipped = 0
+        self._unreadable: list[str] = []
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.images = self._decode(source)  # uint8 (images, 3, H, W); forked workers share it
 
@@ -42,7 +42,7 @@ class MemoryImages(torch.utils.data.Dataset):
             try:
                 pixels = decode_tensor(row["image"])
             except OSError as error:
-                self.skipped += 1
+                self._unreadable.append(name_of(row, index))
                 log_skipped(row, index, error)
                 if images is not None:
                     images[index] = images[index - 1]
@@ -68,6 +68,10 @@ class MemoryImages(torch.utils.data.Dataset):
     def images_per_epoch(self) -> int:
         """Number of images that all processes see in one epoch."""
         return len(self)
+
+    def unreadable(self) -> list[str]:
+        """Paths, or else rows, of the images that could not be read."""
+        return list(self._unreadable)
 
     def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
         """Select the views of an epoch. Streams alone use `skip_batches`."""

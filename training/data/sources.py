@@ -3,29 +3,27 @@
 No other module uses the dataset's own column names.
 """
 
-import tarfile
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import numpy as np
-from datasets.exceptions import DatasetGenerationError
-from PIL import Image
 
 from modeling_moco import MoCoConfig, MoCoImageProcessor
 from modeling_moco.distributed_moco import rank
 
 from ..views.pil import EvaluationView
-from .decode import decode_image
+from .decode import decode_image, name_of
+from .formats import DIGITS, Opened, absolute_name, open_dataset
 from .labels import SplitLabels, find_label_problem, find_renamed_class, number_classes, read_labels, subset_warnings
 from .shards import ShardedRows, are_parquet, count_rows
 
 MAX_IN_MEMORY_PX = 64  # largest side of images that the view backend `device` keeps in memory
 EVAL_SPLITS = ("validation", "test", "valid", "val")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
-TRIED_IMAGES = 8  # number of first images of a split, of which one must be readable
+LOOKED_AT = 16  # images of a split that are decoded before anything is trained
+FLAT = 16  # grey levels; less in every channel is no picture
 
 
 @dataclass
@@ -35,11 +33,14 @@ class SourceArguments:
     _argument_group_name = "data"
     streaming = False  # images are read by index, unless pretraining sets its own field
 
+    # What identified the rows of each split when the run began that this data is of; None for any data.
+    content: dict[str, str] | None = field(default=None, init=False, repr=False)
+
     dataset_name: str = field(
         default="digits",
         metadata={
-            "help": "Name of a Hub dataset; a folder (of images in one folder per class, of parquet files, of webdataset "
-            "tars); one parquet or tar file; or 'digits', which scikit-learn contains."
+            "help": "A folder (of images as in FOLDER/train/CLASS, of parquet files, of webdataset tars); one parquet or tar "
+            "file; the name of a Hub dataset; or 'digits', which scikit-learn contains."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
@@ -51,7 +52,8 @@ class SourceArguments:
         default=None, metadata={"help": "Column of the images. By default the only image column."}
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "Column of the classes. By default the only class column, if there is one."}
+        default=None,
+        metadata={"help": "Column of the classes. By default 'label', else the only class column, if there is one."},
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Number of first images to train on. By default all."}
@@ -61,6 +63,7 @@ class SourceArguments:
     )
 
     def __post_init__(self):
+        self.dataset_name = absolute_name(self.dataset_name)  # a run is continued and evaluated from anywhere
         for name in ("max_train_samples", "max_eval_samples"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"{name} ({count}) must be at least 1: leave it out for all images")
@@ -163,6 +166,8 @@ class ImageSplits:
         class_names: by class number; empty without labels.
         about: description of the data for results: names and revisions of dataset and splits, classes, evaluation view.
         label_problem: why an evaluation cannot use the labels; None if it can.
+        place: "dataset", its name or absolute path, and "content", which identifies the rows of both splits: number and
+            digest of local files, or the commit on the Hub.
     """
 
     train: Any
@@ -170,6 +175,7 @@ class ImageSplits:
     class_names: list[str]
     about: dict[str, Any] = field(default_factory=dict)
     label_problem: str | None = None
+    place: dict[str, Any] = field(default_factory=dict)
 
 
 def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageSplits:
@@ -183,15 +189,17 @@ def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageS
         ValueError: the dataset, a split or a column does not exist; the image column contains no images; a split is empty; or
             `labelled` is set and an evaluation cannot use the labels.
     """
-    splits, files = _open(args)
+    opened = _open(args)
+    splits = opened.splits
     eval_split = _find_eval_split(splits, args)
+    _check_same_content(opened, args, eval_split)
     features = splits[args.train_split].features
     columns = _find_columns(features, args)
     class_names = _class_names(features, columns)
     problem = _missing_for_evaluation(splits, eval_split, columns, args)
     evaluation: Any = None
     if args.streaming:
-        train = _by_shard(splits[args.train_split], columns, files.get(args.train_split, []), args)
+        train = _by_shard(opened, columns, args)
         if eval_split is not None:
             evaluation = _rename(_undecoded(splits[eval_split], columns), columns)
     else:
@@ -200,29 +208,57 @@ def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageS
         if eval_split is not None:
             evaluation, eval_labels = _by_index(splits[eval_split], eval_split, columns, args.max_eval_samples)
         if problem is None:
-            read = [*files.get(args.train_split, []), *files.get(str(eval_split), [])]
-            column, from_folders = _label_column(columns), splits[args.train_split].info.builder_name == "imagefolder"
+            read = [*opened.files.get(args.train_split, []), *opened.files.get(str(eval_split), [])]
+            column = _label_column(columns)
             problem = find_renamed_class(features[column], column, read)
-            problem = problem or find_label_problem(class_names, labels, eval_labels, from_folders)
+            problem = problem or find_label_problem(class_names, labels, eval_labels, opened.from_folders)
         if labelled and problem is None and rank() == 0:
             for warning in subset_warnings(class_names, labels, eval_labels):
                 print(f"warning: {warning}")
     if labelled and problem is not None:
         raise ValueError(problem)
+    used = {split: opened.content[split] for split in (args.train_split, eval_split) if split in opened.content}
     about = {
         "dataset": args.dataset_name,
-        "local": Path(str(args.dataset_name)).exists(),
+        "local": Path(args.dataset_name).is_absolute(),
         "config": args.dataset_config_name,
-        "revision": _revision(splits[args.train_split]),
+        "revision": opened.content.get(args.train_split),
         "train_split": args.train_split,
         "train_images": len(train),
         "split": eval_split,
-        "split_revision": None if eval_split is None else _revision(splits[eval_split]),
+        "split_revision": opened.content.get(str(eval_split)),
         "label_column": next((column for column, name in columns.items() if name == "label"), None),
         "classes": len(class_names),
         "view": f"short side {args.evaluation_view().resize} px, centre {args.image_size} px",
     }
-    return ImageSplits(train, evaluation, class_names, about, problem)
+    return ImageSplits(train, evaluation, class_names, about, problem, {"dataset": args.dataset_name, "content": used})
+
+
+def _open(args: SourceArguments) -> Opened:
+    asked = {args.eval_split} if args.train_split == "train" else {args.train_split, args.eval_split}
+    opened = open_dataset(
+        args.dataset_name,
+        args.dataset_config_name,
+        streaming=args.streaming,
+        train_split=args.train_split,
+        asked={split for split in asked if split is not None},
+        label_column=args.label_column or "label",
+    )
+    if rank() == 0 and opened.account is not None:
+        print(f"{args.dataset_name}: {opened.account}")
+    if rank() == 0 and args.dataset_name == DIGITS and Path(DIGITS).exists():
+        print(f"{DIGITS}: scikit-learn's; the folder of that name here is ./{DIGITS}")
+    return opened
+
+
+def _check_same_content(opened: Opened, args: SourceArguments, eval_split: str | None) -> None:
+    for split in (args.train_split, str(eval_split)):
+        now, then = opened.content.get(split), (args.content or {}).get(split)
+        if then is not None and now != then:
+            raise ValueError(
+                f"{args.dataset_name} is not what the run was begun with: split {split!r} was {then} and is {now}. Bring its "
+                "files back, or name other data with --dataset_name"
+            )
 
 
 def _find_eval_split(splits: dict[str, Any], args: SourceArguments) -> str | None:
@@ -253,53 +289,13 @@ def _missing_for_evaluation(
     return None
 
 
-def _revision(split) -> str:
-    """The commit of a Hub dataset, or the fingerprint that `datasets` computes of a local one."""
-    for url in split.info.download_checksums or {}:  # hf://datasets/NAME@COMMIT/FILE
-        if url.startswith("hf://") and "@" in url:
-            return url.split("@", 1)[1].split("/", 1)[0]
-    return f"fingerprint {split._fingerprint}" if isinstance(split, datasets.Dataset) else "unknown (streamed)"
-
-
-def _open(args: SourceArguments) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """The splits by name, and the files of each split."""
-    name, path = args.dataset_name, Path(args.dataset_name)
-    if name == "digits":
-        digits = load_digits()
-        return {k: v.to_iterable_dataset(num_shards=4) for k, v in digits.items()} if args.streaming else digits, {}
-    if path.is_file():
-        builders = {".parquet": "parquet", ".tar": "webdataset"}
-        if path.suffix not in builders:
-            raise ValueError(
-                f"dataset_name ({name}) is a file, but neither .parquet nor .tar: pass the folder that contains it"
-            )
-    elif not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise ValueError(
-            f"dataset_name ({name}) does not exist: pass a folder, a parquet or tar file, or a Hub dataset"
-        )
-    try:
-        if path.is_file():
-            builder = datasets.load_dataset_builder(builders[path.suffix], data_files={args.train_split: str(path)})
-        else:
-            builder = datasets.load_dataset_builder(name, args.dataset_config_name)
-        files = builder.config.data_files or {}  # empty where a Hub dataset comes from the cache
-        if args.streaming:
-            return builder.as_streaming_dataset(), files
-        builder.download_and_prepare()
-        return builder.as_dataset(), files
-    except (OSError, ValueError, DatasetGenerationError, tarfile.ReadError) as error:
-        raise ValueError(
-            f"dataset_name ({name}) cannot be opened as a folder, a file of images or a Hub dataset ({error}): check the "
-            "name and its splits"
-        ) from error
-
-
 def _find_columns(features: datasets.Features, args: SourceArguments) -> dict[str, str]:
     """Map the image column to `image` and the label column, if there is one, to `label`."""
     for name, column in (("image_column", args.image_column), ("label_column", args.label_column)):
         if column is not None and column not in features:
             raise ValueError(f"{name} ({column!r}) is not in {args.dataset_name}: it has {', '.join(features)}")
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = images or [name for name, feature in features.items() if _holds_bytes(feature)]
     if args.image_column is not None and args.image_column not in images:
         raise ValueError(
             f"image_column ({args.image_column!r}) of {args.dataset_name} contains {features[args.image_column]}, not images: "
@@ -308,13 +304,11 @@ def _find_columns(features: datasets.Features, args: SourceArguments) -> dict[st
     if args.image_column is None and len(images) != 1:
         raise ValueError(
             f"{args.dataset_name} has {len(images)} image columns ({', '.join(images) or 'none'}) among "
-            f"{', '.join(features)}: name one with --image_column"
+            f"{', '.join(features)}: {_remedy(images)}"
         )
-    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    labels += [name for name in LABEL_COLUMNS if _holds_integers(features.get(name))]
     if (
         args.label_column is not None
-        and args.label_column not in labels
+        and not isinstance(features[args.label_column], datasets.ClassLabel)
         and not _holds_integers(features[args.label_column])
     ):
         raise ValueError(
@@ -322,9 +316,42 @@ def _find_columns(features: datasets.Features, args: SourceArguments) -> dict[st
             "classes: name another, or convert it to a ClassLabel with `datasets`' class_encode_column"
         )
     columns = {args.image_column or images[0]: "image"}
-    if args.label_column or labels:
-        columns[args.label_column or labels[0]] = "label"
+    label = args.label_column or _find_label_column(features, args)
+    if label is not None:
+        columns[label] = "label"
     return columns
+
+
+def _holds_bytes(feature: Any) -> bool:
+    """Whether a column has bytes, or {bytes, path}, as pandas and polars write images."""
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"} and _holds_bytes(feature["bytes"])
+    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+
+
+def _remedy(images: list[str]) -> str:
+    if images and all("." in name for name in images):  # of the members of a tar
+        return (
+            "a webdataset tar takes what follows the first dot of a name as its column: write names such as 000123.jpg"
+        )
+    return "name one with --image_column" if images else "store images or their bytes in one, not their paths"
+
+
+def _find_label_column(features: datasets.Features, args: SourceArguments) -> str | None:
+    """The column called label, else the only column of classes.
+
+    Raises:
+        ValueError: there are several.
+    """
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    found += [name for name in LABEL_COLUMNS if _holds_integers(features.get(name))]
+    if "label" in features:
+        return "label" if "label" in found else None  # then it holds no classes, and another would hold other ones
+    if len(found) > 1:
+        raise ValueError(
+            f"{args.dataset_name} has {len(found)} class columns ({', '.join(found)}): name one with --label_column"
+        )
+    return next(iter(found), None)
 
 
 def _holds_integers(feature: Any) -> bool:
@@ -340,16 +367,15 @@ def _rename(split, columns: dict[str, str]):
     return split.rename_columns({old: new for old, new in columns.items() if old != new})
 
 
-def _by_shard(
-    split: datasets.IterableDataset, columns: dict[str, str], files: list[str], args: SourceArguments
-) -> ShardedRows:
-    split = _undecoded(split, columns)
+def _by_shard(opened: Opened, columns: dict[str, str], args: SourceArguments) -> ShardedRows:
+    split, files = _undecoded(opened.splits[args.train_split], columns), opened.files.get(args.train_split, [])
     # ShardedRows renames the columns, because `datasets` takes 0.1 ms per row. Parquet files hold class numbers, so their
     # class names are dropped: copying 1,000 names takes 10 ms per shard.
     for column, name in columns.items():
         if name == "label" and are_parquet(files):
             split = split.cast_column(column, datasets.Value("int64"))
-    rows = ShardedRows(split, columns, count_rows(split, files, args.max_train_samples))
+    lengths = opened.lengths.get(args.train_split) or count_rows(split, files, args.max_train_samples)
+    rows = ShardedRows(split, columns, lengths)
     _check_size(rows, args.train_split)
     return rows if args.max_train_samples is None else rows.first(args.max_train_samples)
 
@@ -361,7 +387,7 @@ def _by_index(
     _check_size(split, name)
     whole = _rename(_undecoded(split, columns), columns)
     rows = whole if limit is None else whole.select(range(min(limit, len(whole))))
-    _check_images(rows, name, columns)
+    _look_at_images(rows, name, columns)
     return rows, SplitLabels(name, read_labels(whole), len(rows))
 
 
@@ -370,17 +396,37 @@ def _check_size(split: datasets.Dataset | ShardedRows, name: str) -> None:
         raise ValueError(f"split {name!r} is empty: choose another")
 
 
-def _check_images(rows: datasets.Dataset, name: str, columns: dict[str, str]) -> None:
-    tried = min(TRIED_IMAGES, len(rows))
-    for row in rows.select(range(tried)):
-        with suppress(OSError):
-            if row["image"] is not None:
-                decode_image(row["image"])
-                return
-    raise ValueError(
-        f"none of the first {tried} images of split {name!r}, column {next(iter(columns))!r}, can be read: check the files, "
-        "or name another column with --image_column"
-    )
+def _look_at_images(rows: Any, name: str, columns: dict[str, str]) -> None:
+    """Decode some images: a decoder succeeds with pictures without content, which nothing could be learnt from.
+
+    Raises:
+        ValueError: none can be read; all are of one colour, or nearly; or all are alike.
+    """
+    rows = [rows[i * len(rows) // LOOKED_AT] for i in range(LOOKED_AT)] if len(rows) > LOOKED_AT else list(rows)
+    flat, seen, reason = [], set(), ""
+    for index, row in enumerate(rows):
+        try:
+            image = decode_image(row["image"])
+        except OSError as error:
+            reason = reason or str(error)
+            continue
+        seen.add(image.tobytes())
+        if np.ptp(np.asarray(image), axis=(0, 1)).max() < FLAT:
+            flat.append(name_of(row, index))
+    where = f"of the {len(rows)} images looked at in split {name!r}"
+    if not seen:
+        raise ValueError(
+            f"none {where}, column {next(iter(columns))!r}, can be read ({reason}): check the files, or name another column "
+            "with --image_column"
+        )
+    if len(flat) == len(rows):
+        raise ValueError(
+            f"each {where} is of one colour, or nearly ({flat[0]}): if the files have 12 bits in 16, scale their levels to 16"
+        )
+    if len(seen) == 1 and len(rows) > 1:
+        raise ValueError(f"all {where} are alike ({name_of(rows[0], 0)}): check how they were written")
+    if flat and rank() == 0:
+        print(f"warning: {len(flat)} {where} are of one colour, or nearly, for example {flat[0]}")
 
 
 def _class_names(features: datasets.Features, columns: dict[str, str]) -> list[str]:
@@ -390,24 +436,3 @@ def _class_names(features: datasets.Features, columns: dict[str, str]) -> list[s
 
 def _label_column(columns: dict[str, str]) -> str:
     return next(column for column, name in columns.items() if name == "label")
-
-
-def load_digits() -> datasets.DatasetDict:
-    """scikit-learn's 1,797 handwritten digits at 32 px: 1,437 for training and 360 for testing, stratified by class."""
-    from sklearn.datasets import load_digits as load_sklearn_digits
-    from sklearn.model_selection import train_test_split
-
-    source = load_sklearn_digits()
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
-    rows = train_test_split(
-        np.arange(len(source.target)), test_size=360, random_state=0, stratify=source.target, shuffle=True
-    )
-    splits = {}
-    for name, indices in zip(("train", "test"), rows, strict=True):
-        images = [
-            Image.fromarray((source.images[i] * (255 / 16)).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
-            for i in indices
-        ]
-        labels = source.target[indices].tolist()
-        splits[name] = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
-    return datasets.DatasetDict(splits)

@@ -5,10 +5,24 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from modeling_moco.distributed_moco import rank, world_size
+
+from .run_folder import UNREADABLE, write_whole
+
+
+def gather_lists(mine: list[str]) -> list[str]:
+    """The lists of all processes, one after the other."""
+    parts: list[list[str]] = [mine]
+    if world_size() > 1:
+        parts = [[] for _ in range(world_size())]
+        dist.all_gather_object(parts, mine)
+    return [name for part in parts for name in part]
 
 
 class ProgressBar(ProgressCallback):
@@ -52,6 +66,31 @@ class SetEpoch(TrainerCallback):
         steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         trained = 0 if args.ignore_data_skip else state.global_step % steps * args.gradient_accumulation_steps
         self.images.set_epoch(int(state.epoch), skip_batches=trained)
+
+
+class ListUnreadable(TrainerCallback):
+    """Keeps a list of the training images that could not be read, in the run's folder.
+
+    Args:
+        images: with `unreadable`, which names those that this process has met.
+    """
+
+    def __init__(self, images: Any):
+        self.images = images
+
+    def on_save(self, args, state, control, **kwargs):
+        self.write(Path(args.output_dir))
+
+    def write(self, folder: Path) -> int:
+        """Write the list of all processes, and of the run's earlier parts, and return its length."""
+        names = gather_lists(self.images.unreadable())
+        path = folder / UNREADABLE
+        if path.is_file():
+            names += path.read_text(encoding="utf-8").splitlines()
+        names = sorted(set(names))
+        if names and rank() == 0:
+            write_whole(path, "".join(f"{name}\n" for name in names))
+        return len(names)
 
 
 class RankStatistics(TrainerCallback):

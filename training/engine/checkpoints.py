@@ -19,7 +19,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from modeling_moco.distributed_moco import rank, world_size
 
-from .run_folder import MANIFEST, SAVED_RECIPE, check_same_run, write_json, write_recipe
+from .run_folder import (
+    DATASET,
+    MANIFEST,
+    SAVED_RECIPE,
+    check_same_data,
+    check_same_run,
+    only_begun,
+    write_json,
+    write_recipe,
+)
 
 
 @dataclass(frozen=True)
@@ -204,6 +213,7 @@ def claim_output_dir(
     layout: BatchLayout | None,
     settings: dict[str, dict[str, Any]],
     about: dict[str, str],
+    place: dict[str, Any],
 ) -> str | None:
     """Make the output directory this run's own.
 
@@ -211,22 +221,25 @@ def claim_output_dir(
 
     Args:
         layout: how the run divides its images; None for one without checkpoints.
+        place: name and content of its dataset.
 
     Returns:
         the checkpoint to continue from, if any.
 
     Raises:
-        ValueError: the directory holds another run, or something else.
+        ValueError: the directory holds another run, or something else; or the dataset is not the same any more.
     """
     folder = Path(str(training.output_dir))
     saved = folder / SAVED_RECIPE
     with training.main_process_first(local=False, desc="claiming the output directory"):
         checkpoint = None
-        if saved.is_file() and len(list(folder.iterdir())) > 1:  # alone, it is what a crash at the start left
+        if saved.is_file() and not only_begun(folder):
             check_same_run(folder, settings)
+            check_same_data(folder, place)
             checkpoint = None if layout is None else _checkpoint_of(folder, training, layout)
         elif training.process_index == 0:
             write_recipe(folder, {"about": about} | settings)
+            write_json(folder / DATASET, place)
     _check_same_view(folder, checkpoint)
     return checkpoint
 

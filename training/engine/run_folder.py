@@ -18,6 +18,8 @@ METRICS = "metrics.json"  # what a run, a probe or a fine-tuning came to
 RESULTS = "results.json"  # what every evaluation of a model has measured
 SPLIT = "split.json"  # which images a fine-tuning was trained on
 CONVERSION = "conversion.json"  # where a converted model came from, beside it
+UNREADABLE = "unreadable_images.txt"  # training images that were left out because they cannot be read
+DATASET = "dataset.json"  # what a run was trained on: name, number and digest of its files
 REPORT = "report.html"
 FEATURES = "features"  # folder of features that were extracted once
 # Name of a figure's files: its title, and how to read it.
@@ -82,6 +84,11 @@ def write_json(path: Path, content: Any, durable: bool = False) -> None:
     write_whole(path, json.dumps(content, indent=2) + "\n", durable)
 
 
+def only_begun(folder: Path) -> bool:
+    """Whether a folder is empty, or has nothing but what a run writes first: a crash at its start left no more."""
+    return all(path.name.startswith((SAVED_RECIPE, DATASET)) for path in folder.iterdir())
+
+
 def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     """Begin a run in a folder that is empty or not there.
 
@@ -89,9 +96,7 @@ def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
         ValueError: the folder holds something else, or cannot be written to.
     """
     saved = folder / SAVED_RECIPE
-    if folder.exists() and (
-        not folder.is_dir() or any(not path.name.startswith(SAVED_RECIPE) for path in folder.iterdir())
-    ):
+    if folder.exists() and not (folder.is_dir() and only_begun(folder)):
         raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,3 +119,30 @@ def check_same_run(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
                     f"output_dir ({folder}) already holds another run: {key} is {then.get(key)} there and {now.get(key)} "
                     "here. Pass another --output_dir, or the same settings to continue it"
                 )
+
+
+def check_same_data(folder: Path, place: dict[str, Any]) -> None:
+    """
+    Args:
+        place: "dataset", its name or absolute path, and "content", which identifies the rows of each split.
+
+    Raises:
+        ValueError: the folder's run has seen other rows of the same dataset.
+    """
+    for split, then in recorded_content(folder, place["dataset"]).items():
+        now = place["content"].get(split, then)
+        if now != then:
+            raise ValueError(
+                f"{place['dataset']} is not what the run in {folder} was begun with: split {split!r} was {then} and is {now}. "
+                "Bring its files back, or begin another run"
+            )
+
+
+def recorded_content(folder: Path, dataset: str) -> dict[str, str]:
+    """What identified the rows of each split of a dataset when a run was begun with it; empty where that is not known."""
+    path = folder / DATASET
+    if not path.is_file():
+        return {}
+    place = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, str] = place["content"] if place["dataset"] == dataset else {}
+    return content

@@ -15,7 +15,7 @@ from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProce
 from ..cli import build_parser, how_to_run, parse_flags
 from ..data.sources import EvaluationDataArguments
 from ..engine.results import read_results
-from ..engine.run_folder import SAVED_RECIPE
+from ..engine.run_folder import SAVED_RECIPE, recorded_content
 
 Model = TypeVar("Model", MoCoModel, MoCoForImageClassification)
 
@@ -104,7 +104,7 @@ def pretraining_recipe(source: str, kind: type[EvaluationDataArguments] = Evalua
         the sections of `recipe.yaml`; without that file a section `data` with the sizes of the image processor, if there is
         one.
     """
-    for folder in (Path(source), Path(source).parent):
+    for folder in _folders_of(source):
         if (folder / SAVED_RECIPE).is_file():
             recipe = yaml.safe_load((folder / SAVED_RECIPE).read_text(encoding="utf-8"))
             known = {f.name for f in fields(kind)}
@@ -114,6 +114,10 @@ def pretraining_recipe(source: str, kind: type[EvaluationDataArguments] = Evalua
     except OSError:
         return {"data": {}}  # `Encoder.load` will say that there is no model
     return {"data": {"image_size": processor.crop_size["height"], "eval_resize": processor.size["shortest_edge"]}}
+
+
+def _folders_of(source: str) -> tuple[Path, Path]:
+    return Path(source), Path(source).parent  # of a run, or of its checkpoint
 
 
 def parse_evaluation(
@@ -161,5 +165,10 @@ def parse_evaluation(
     if output is not None:
         values = {"output_dir": str(encoder.results_dir / output)} | values
     _, instances, settings = parse_flags(parser, parts, argv, values)
+    data = instances[list(parts).index("data")]
+    if "dataset_name" in settings["data"]:
+        settings["data"]["dataset_name"] = data.dataset_name
+    for folder in _folders_of(known.model):
+        data.content = data.content or recorded_content(folder, data.dataset_name)
     settings["encoder"] = {"model": encoder.source, "random_encoder": encoder.random}
     return encoder, instances, settings, given

@@ -1,0 +1,270 @@
+"""Folders as people keep them are read as they are meant, or refused in one line that says what to do."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.data.folders import arrange, list_files
+from training.data.sources import DataArguments, load_images
+
+
+def put(folder: Path, count: int = 3, name: str = "{}.png", start: int = 0) -> None:
+    """Write different small pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(start, start + count):
+        path = folder / name.format(i)
+        noise = np.random.default_rng(abs(hash(str(path))) % 2**32).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path, format=None if path.suffix.lower() == ".png" else "PNG")
+
+
+def found(folder: Path, **flags) -> dict[str, Counter]:
+    """The number of images of each class, by split."""
+    splits = load_images(DataArguments(dataset_name=str(folder), **flags))
+    names = {None: None} | dict(enumerate(splits.class_names))
+    counts = {splits.about["train_split"]: Counter(names[row.get("label")] for row in splits.train)}
+    if splits.eval is not None:
+        counts[splits.about["split"]] = Counter(names[row.get("label")] for row in splits.eval)
+    return counts
+
+
+def refusal(folder: Path, **flags) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the message is returned)
+        load_images(DataArguments(dataset_name=str(folder), **flags))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        *[("flask", "test-tube"), ("flask", "test"), ("bus", "train"), ("bus", "train_station"), ("bus", "val-pass")],
+        *[
+            ("eval", "x"),
+            ("control", "validation"),
+            ("dev board", "flask"),
+            ("été", "猫"),
+            ("c[1]", "100%"),
+            ("a*", "b?"),
+        ],
+    ],
+)
+def test_a_class_may_have_any_name(names, streaming, tmp_path):
+    for split, count in (("train", 4), ("test", 2)):
+        for name in names:
+            put(tmp_path / split / name, count)
+    splits = load_images(DataArguments(dataset_name=str(tmp_path), streaming=streaming))
+    assert splits.class_names == sorted(names)
+    for rows, split, count in ((splits.train, "train", 4), (splits.eval, "test", 2)):
+        places = Counter((*Path(row["image"]["path"]).parts[-3:-1], splits.class_names[row["label"]]) for row in rows)
+        assert places == {(split, name, name): count for name in names}
+
+
+@pytest.mark.parametrize("name", ["run[1]", "data*", "a?", "x{1,2}", "50%", "with space", "train_set", "a#b"])
+def test_the_name_of_the_folder_means_itself(name, tmp_path):
+    for folder, count in ((name, 3), ("run1", 5), ("data_of_somebody", 5), ("ab", 5), ("x1", 5)):
+        for split in ("train", "test"):
+            for label in ("a", "b"):
+                put(tmp_path / folder / split / label, count)
+    assert found(tmp_path / name) == {"train": {"a": 3, "b": 3}, "test": {"a": 3, "b": 3}}
+
+
+def test_without_folders_of_splits_the_first_folders_are_the_classes(tmp_path):
+    for name in ("bus", "car", "train"):
+        put(tmp_path / "vehicles" / name)
+    assert found(tmp_path / "vehicles") == {"train": {"bus": 3, "car": 3, "train": 3}}
+    for name in ("control", "test"):
+        put(tmp_path / "study" / name, name="train_{}.png")
+        put(tmp_path / "study" / name, name="IMG_{}.png")
+    assert found(tmp_path / "study") == {"train": {"control": 6, "test": 6}}
+
+
+def test_deeper_folders_belong_to_their_class(tmp_path, capsys):
+    for split in ("train", "test"):
+        for name in ("birds", "machines"):
+            put(tmp_path / split / name / "crane")
+            put(tmp_path / split / name / "monday" / "camera 2")
+    assert found(tmp_path) == {key: {"birds": 6, "machines": 6} for key in ("train", "test")}
+    assert capsys.readouterr().out == (
+        f"{tmp_path}: 24 images of 24 files; splits train (12), test (12); deeper folders belong to their class\n"
+    )
+
+
+def test_capitals_of_splits_are_understood_and_other_splits_left_alone(tmp_path):
+    for split in ("Train", "TEST", "Unlabeled", "extra"):
+        for name in ("a", "b"):
+            put(tmp_path / split / name)
+    assert found(tmp_path) == {key: {"a": 3, "b": 3} for key in ("train", "test")}
+    assert list(found(tmp_path, train_split="extra")) == ["extra", "test"]
+    put(tmp_path / "train" / "a")
+    assert "has folders Train and train for one split: merge them" in refusal(tmp_path)
+
+
+def test_pictures_without_classes_have_no_labels(tmp_path):
+    put(tmp_path / "flat")
+    assert found(tmp_path / "flat") == {"train": {None: 3}}
+    for split in ("train", "test"):
+        put(tmp_path / "both" / split)
+    assert found(tmp_path / "both") == {"train": {None: 3}, "test": {None: 3}}
+
+
+def test_loose_pictures_do_not_cost_the_others_their_class(tmp_path):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            put(tmp_path / split / name)
+    put(tmp_path / "train", 2, "loose{}.png")
+    assert found(tmp_path)["train"] == {"a": 3, "b": 3, None: 2}
+    problem = load_images(DataArguments(dataset_name=str(tmp_path))).label_problem
+    assert problem.startswith("2 of 8 images of split 'train' have no label")
+
+
+def test_links_are_followed_and_loops_refused(tmp_path):
+    for split in ("train", "test"):
+        for name in ("n01", "n02", "n03"):
+            put(tmp_path / "imagenet" / split / name)
+        (tmp_path / "subset" / split).mkdir(parents=True)
+        for name in ("n01", "n03"):
+            (tmp_path / "subset" / split / name).symlink_to(tmp_path / "imagenet" / split / name)
+    assert found(tmp_path / "subset") == {key: {"n01": 3, "n03": 3} for key in ("train", "test")}
+    (tmp_path / "imagenet" / "train" / "n01" / "up").symlink_to(tmp_path / "imagenet")
+    assert "train/n01/up leads back to a folder that contains it" in refusal(tmp_path / "imagenet")
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_an_image_in_two_splits_or_twice_in_one_is_refused_by_name(link, tmp_path):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            put(tmp_path / split / name)
+    link(tmp_path / "train" / "a" / "0.png", tmp_path / "test" / "a" / "9.png")
+    assert "test/a/9.png and train/a/0.png in " in refusal(tmp_path) or "train/a/0.png and test/a/9.png" in refusal(
+        tmp_path
+    )
+    (tmp_path / "test" / "a" / "9.png").rename(tmp_path / "train" / "b" / "9.png")
+    assert "train/a/0.png and train/b/9.png" in refusal(tmp_path)
+
+
+def test_every_file_is_accounted_for(tmp_path, capsys):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            put(tmp_path / split / name)
+    folder = tmp_path / "train" / "a"
+    put(folder, 1, "Capital{}.Jpeg")
+    put(folder, 1, "no_extension_{}")
+    put(folder, 1, "odd{}.camera")
+    put(tmp_path / "train" / ".thumbnails", 2)
+    put(tmp_path / "__MACOSX" / "train", 1, "._{}.png")
+    put(tmp_path, 1, "overview{}.png")
+    (folder / "0.json").write_text("{}")
+    (folder / "notes").write_text("not a picture at all")
+    (folder / "raw.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "old.zip").write_bytes(b"PK\3\4")
+    (folder / "zero.png").touch()
+    (folder / "dead.png").symlink_to(tmp_path / "nowhere")
+    (folder / ".DS_Store").write_bytes(b"\0")
+    assert found(tmp_path)["train"] == {"a": 6, "b": 3}
+    line = capsys.readouterr().out
+    counts, splits = line.removeprefix(f"{tmp_path}: ").split("; ")
+    total, reasons = counts.split(": ")
+    assert total == "15 images of 26 files"
+    assert set(reasons.split(", ")) == {
+        *("3 in hidden folders", "2 not images", "1 .heic (pip install pillow-heif)", "1 hidden", "1 empty"),
+        *("1 links to nowhere", "1 beside the folders of the splits", "1 .zip (unpack it and pass the folder)"),
+    }
+    assert splits == "splits train (9), test (6)\n"
+
+
+@pytest.mark.parametrize("name", ["0.json", "0.txt", "0a.txt"])
+def test_files_beside_the_pictures_change_nothing(name, tmp_path):
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            put(tmp_path / split / label)
+            for i in range(9):
+                (tmp_path / split / label / f"{i}{name}").write_text("{}")
+    assert found(tmp_path) == {key: {"a": 3, "b": 3} for key in ("train", "test")}
+
+
+REFUSED = {
+    "splits inside classes": (
+        ["a/train", "a/test", "b/train", "b/test"],
+        "a has the splits test, train inside it: arrange",
+    ),
+    "a folder around": (["archive/train/a", "archive/test/a"], "inside it: pass {}/archive"),
+    "VOC": (["JPEGImages", "SegmentationClass"], "are pictures and their masks and no classes: pass {}/JPEGImages"),
+    "masks": (["train/images", "train/masks", "test/images", "test/masks"], "no classes: pass {}/train/images"),
+    "COCO": (["train2017", "val2017"], "train2017, val2017 of {} may be splits or classes: for splits name the one"),
+    "mixed": (["train/a", "train/b", "extra/a"], "{} has train beside extra, which may be splits or classes"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_may_mean_two_things_is_refused_with_a_remedy(case, tmp_path):
+    folders, message = REFUSED[case]
+    for folder in folders:
+        put(tmp_path / folder)
+    assert message.format(tmp_path) in refusal(tmp_path)
+
+
+def test_the_remedies_work(tmp_path):
+    for folder in ("train2017", "val2017"):
+        put(tmp_path / folder)
+    assert found(tmp_path, train_split="train2017", eval_split="val2017") == {
+        "train2017": {None: 3},
+        "val2017": {None: 3},
+    }
+
+
+def test_an_anomaly_layout_is_read_with_its_masks_left_alone(tmp_path):
+    for folder in ("train/good", "test/good", "test/broken", "ground_truth/broken"):
+        put(tmp_path / folder)
+    assert found(tmp_path) == {"train": {"good": 3}, "test": {"good": 3, "broken": 3}}
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("train.zip", ".zip (unpack it and pass the folder)"),
+        ("train.tar.gz", ".gz (unpack it and pass the folder)"),
+        ("train.npz", ".npz (write its images to files of their own"),
+        ("train.csv", "a list of images must be called metadata.csv"),
+        ("labels.jsonl", "a list of images must be called metadata.jsonl"),
+    ],
+)
+def test_a_folder_without_images_says_what_it_has_and_what_to_do(name, remedy, tmp_path):
+    (tmp_path / name).write_bytes(b"path,label\n1.png,2\n")
+    assert "has 0 images of 1 files" in refusal(tmp_path)
+    assert remedy in refusal(tmp_path)
+
+
+def test_an_empty_folder_says_so(tmp_path):
+    assert "is an empty folder: pass one with images as in FOLDER/train/CLASS" in refusal(tmp_path)
+
+
+def test_the_order_is_that_of_the_paths_whatever_the_disk_says(tmp_path):
+    for name in ("b", "a"):
+        put(tmp_path / "train" / name, 12)
+    paths = [file.path for file in arrange(tmp_path, list_files(tmp_path)).splits["train"]]
+    assert paths == sorted(paths)
+    assert len(paths) == 24
+
+
+# Metadata
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_metadata_labels_pictures_and_what_it_does_not_list_is_counted(kind, tmp_path, capsys):
+    for split in ("train", "test"):
+        put(tmp_path / split, 4)
+        rows = [(f"{i}.png", ("owl", "cat")[i % 2]) for i in range(3)]
+        lines = {
+            "csv": ["file_name,label", *(f"{name},{label}" for name, label in rows)],
+            "jsonl": [f'{{"file_name": "{name}", "label": "{label}"}}' for name, label in rows],
+        }[kind]
+        (tmp_path / split / f"metadata.{kind}").write_text("\n".join(lines) + "\n")
+    assert found(tmp_path) == {key: {"owl": 2, "cat": 1} for key in ("train", "test")}
+    assert "6 images of 10 files: 2 metadata, 2 not listed in the metadata" in capsys.readouterr().out
+    (tmp_path / "train" / "2.png").unlink()
+    assert "lists train/2.png, which is no image there (1 in all)" in refusal(tmp_path)

@@ -1,0 +1,176 @@
+"""Datasets as people write them, with pandas, as tars, saved to disk: opened, or refused with the true reason."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numbered_images import CLASSES, encoded, number, table, write_folders, write_parquet
+
+from training.data.decode import decode_image
+from training.data.sources import DataArguments, load_images
+
+
+def load(folder: Path, **flags):
+    return load_images(DataArguments(dataset_name=str(folder), **flags))
+
+
+def refusal(folder: Path, **flags) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the message is returned)
+        load(folder, **flags)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("kind", ["bytes", "struct"])
+def test_parquet_of_pandas_and_polars_is_read(kind, streaming, tmp_path):
+    for split, numbers in (("train", range(6)), ("test", range(6, 9))):
+        images = [encoded(i) if kind == "bytes" else {"bytes": encoded(i), "path": f"{i}.png"} for i in numbers]
+        pq.write_table(pa.table({"image": images, "label": [i % 3 for i in numbers]}), tmp_path / f"{split}.parquet")
+    splits = load(tmp_path, streaming=streaming)
+    assert [(number(decode_image(row["image"])), row["label"]) for row in splits.train] == [
+        (i, i % 3) for i in range(6)
+    ]
+    assert [number(decode_image(row["image"])) for row in splits.eval] == [6, 7, 8]
+
+
+def test_paths_in_a_column_are_not_followed(tmp_path):
+    pq.write_table(pa.table({"image": ["a.png", "b.png"], "label": [0, 1]}), tmp_path / "train.parquet")
+    assert "0 image columns (none) among image, label: store images or their bytes" in refusal(tmp_path)
+
+
+def write_columns(folder: Path, **columns: datasets.ClassLabel | datasets.Value) -> Path:
+    features = datasets.Features({"image": datasets.Image(decode=False)} | columns)
+    values = {name: [(i + place) % 2 for i in range(6)] for place, name in enumerate(columns)}
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": encoded(i), "path": None} for i in range(6)]} | values, features=features
+    )
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "test"):
+        rows.cast_column("image", datasets.Image()).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+SIDES, PETS = datasets.ClassLabel(names=["front", "back"]), datasets.ClassLabel(names=["cat", "dog"])
+
+
+def test_a_column_called_label_wins_and_others_are_asked_for(tmp_path):
+    for kind in (PETS, datasets.Value("int64"), datasets.Value("uint8"), datasets.Value("uint64")):
+        splits = load(write_columns(tmp_path / "a", camera=SIDES, label=kind))
+        assert splits.about["label_column"] == "label"
+        assert splits.train["label"] == [1, 0, 1, 0, 1, 0]
+        assert splits.class_names == (["cat", "dog"] if kind is PETS else ["0", "1"])
+    both = write_columns(tmp_path / "b", coarse_label=SIDES, fine_label=PETS)
+    assert "has 2 class columns (coarse_label, fine_label): name one with --label_column" in refusal(both)
+    assert load(both, label_column="fine_label").class_names == ["cat", "dog"]
+    # A label that holds no classes is not replaced by another column that does.
+    strings = write_columns(tmp_path / "c", camera=SIDES, label=datasets.Value("float64"))
+    assert "'label' holds Value('float64')" in str(load(strings).label_problem)
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_tars_whose_keys_have_dots_say_so(tmp_path):
+    write_tar(tmp_path / "train-0.tar", {f"img.{i:04}.jpg": encoded(i, "JPEG") for i in range(6)})
+    assert "what follows the first dot of a name as its column: write names such as 000123.jpg" in refusal(tmp_path)
+
+
+def test_the_true_reason_is_given(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 is not all that it takes")
+    assert "Parquet magic bytes not found in footer" in refusal(tmp_path)
+
+
+def test_a_dataset_saved_to_disk_is_read(tmp_path):
+    whole = datasets.DatasetDict({"train": table(range(6)), "test": table(range(6, 9))})
+    whole.save_to_disk(tmp_path / "both")
+    splits = load(tmp_path / "both")
+    assert [number(decode_image(row["image"])) for row in splits.train] == list(range(6))
+    assert len(splits.eval) == 3
+    table(range(6)).save_to_disk(tmp_path / "one")
+    assert len(load(tmp_path / "one", streaming=True).train) == 6
+
+
+def test_parquet_files_are_divided_by_their_own_names(tmp_path):
+    source = write_parquet(tmp_path / "my test data", [range(3), range(3, 6)])
+    write_parquet(source, [range(6, 9)], split="validation")
+    splits = load(source)
+    assert (len(splits.train), len(splits.eval), splits.about["split"]) == (6, 3, "validation")
+    (source / "train-00000-of-00002.parquet").rename(source / "00000.parquet")
+    assert "00000.parquet names no split, but other files are of train, validation" in refusal(source)
+    for path in source.iterdir():
+        path.rename(source / f"part{path.name[-20:]}")
+    assert len(load(source).train) == 9
+
+
+def test_a_folder_of_parquet_keeps_its_pictures_beside_it(tmp_path):
+    source = write_parquet(tmp_path / "source", [range(200)])
+    (source / "banner.png").write_bytes(encoded(1))
+    assert len(load(source).train) == 200
+
+
+# Whose data it is
+
+
+def test_a_folder_is_known_by_its_absolute_place(tmp_path, monkeypatch):
+    write_folders(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    for name in ("data", "./data", "data/", "../" + tmp_path.name + "/data"):
+        splits = load_images(DataArguments(dataset_name=name))
+        assert splits.about["dataset"] == str(tmp_path / "data")
+        assert splits.about["local"] is True
+    write_folders(tmp_path / "digits")
+    assert load_images(DataArguments(dataset_name="./digits")).class_names == CLASSES
+    assert load_images(DataArguments(dataset_name="digits")).class_names == list("0123456789")
+
+
+def remove(source: Path) -> None:
+    (source / "train" / "cat" / "0.png").unlink()
+
+
+def add(source: Path) -> None:
+    (source / "train" / "cat" / "new.png").write_bytes(encoded(40))
+
+
+def replace(source: Path) -> None:
+    path = source / "train" / "cat" / "0.png"
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def rename(source: Path) -> None:
+    (source / "train" / "cat").rename(source / "train" / "kitten")
+
+
+@pytest.mark.parametrize("change", [remove, add, replace, rename])
+def test_changed_files_are_another_content(change, tmp_path):
+    source = write_folders(tmp_path / "source")
+    before = load(source).place["content"]
+    assert load(source).place["content"] == before
+    assert before["train"].startswith("12 images ")
+    change(source)
+    after = load(source).place["content"]
+    assert after["train"] != before["train"]
+    assert after["test"] == before["test"]
+    args = DataArguments(dataset_name=str(source))
+    args.content = before
+    with pytest.raises(ValueError, match="is not what the run was begun with: split 'train' was 12 images"):
+        load_images(args)
+
+
+def test_a_parquet_file_that_is_replaced_at_the_same_time_is_read_anew(tmp_path):
+    source = write_parquet(tmp_path / "source", [range(3)])
+    (path,) = source.iterdir()
+    time = path.stat().st_mtime_ns
+    assert len(load(source).train) == 3
+    write_parquet(source, [range(5)])
+    os.utime(path, ns=(time, time))
+    assert len(load(source).train) == 5

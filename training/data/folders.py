@@ -1,0 +1,309 @@
+"""Walk a local folder of images: the split is the first folder below it, the class the first folder below the split.
+
+`datasets` guesses splits and classes from words anywhere in a path, takes the last folder as the class, and follows no
+links. Here a name means something at its own place only, deeper folders belong to their class, and every file is counted.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from os import scandir
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from .decode import EXTENSIONS, is_an_image
+
+SPLITS = {"training": "train", "testing": "test"} | {
+    name: name for name in ("train", "test", "validation", "valid", "val", "dev", "eval", "unlabeled", "unlabelled")
+}
+LIKE_A_SPLIT = re.compile(rf"({'|'.join(sorted(SPLITS, key=len, reverse=True))})([^a-z].*)?")  # train2017, test_images
+DATA_FILES = (".parquet", ".tar", ".arrow")  # whole datasets
+TEXT_FILES = (".csv", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".npy", ".py", ".txt", ".xml", ".yaml", ".yml")
+NEEDS = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif"}
+NEEDS |= dict.fromkeys((".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"), "unpack it and pass the folder")
+NEEDS |= {".npz": "write its images to files of their own, or to parquet with `datasets`"}
+SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+OF_IMAGES = {"image", "images", "img", "imgs", "jpegimages"}
+OF_MASKS = {"annotations", "ground_truth", "gt", "labels", "mask", "masks", "segmentationclass", "segmentationobject"}
+SCANNERS = 16  # threads that list folders: a network file system answers each request after a while
+HOW = "FOLDER/train/CLASS and FOLDER/test/CLASS"
+
+
+class FoundFile(NamedTuple):
+    """A file below a folder.
+
+    Args:
+        path: relative to the folder, with `/`.
+        size: bytes; -1 where a link leads nowhere.
+        inode: one number for all names of one file.
+        stamp: nanoseconds; the last change of content or name.
+    """
+
+    path: str
+    size: int
+    inode: int
+    stamp: int
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of the folders on the way, then the file's own."""
+        return self.path.split("/")
+
+    @property
+    def extension(self) -> str:
+        return Path(self.path).suffix.lower()
+
+
+@dataclass
+class FolderOfImages:
+    """The images of a folder.
+
+    Args:
+        root: absolute path.
+        splits: images by split, in the order of their paths.
+        class_level: 1 where the first folder is the split, 0 where it is the class and there is one split.
+        left_out: number of other files, by reason.
+    """
+
+    root: Path
+    splits: dict[str, list[FoundFile]]
+    class_level: int
+    left_out: Counter[str]
+
+    def class_of(self, file: FoundFile) -> str | None:
+        """The first folder below the split; None for an image that lies beside the class folders."""
+        parts = file.parts
+        return parts[self.class_level] if len(parts) > self.class_level + 1 else None
+
+    def account(self) -> str:
+        """How many of the files are images, and why the others are not."""
+        images = sum(map(len, self.splits.values()))
+        total = images + self.left_out.total()
+        text = f"{images:,} images of {total:,} files"
+        if self.left_out:
+            text += ": " + ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.most_common())
+        if self.class_level == 1:
+            text += "; splits " + ", ".join(f"{name} ({len(files):,})" for name, files in self.splits.items())
+        if any(len(file.parts) > self.class_level + 2 for files in self.splits.values() for file in files):
+            text += "; deeper folders belong to their class"
+        return text
+
+
+def list_files(root: Path, quiet: bool = True) -> list[FoundFile]:
+    """All files below a folder, sorted by path. Links are followed.
+
+    Raises:
+        ValueError: a link leads back to a folder that contains it, or a folder cannot be listed.
+    """
+    found: list[FoundFile] = []
+    level: list[tuple[str, tuple[int, ...]]] = [("", (_inode(root.stat()),))]
+    bar = tqdm(desc="files", unit="", delay=2, disable=quiet, dynamic_ncols=True)
+    with bar, ThreadPoolExecutor(SCANNERS) as pool:
+        while level:
+            below = []
+            for files, folders in pool.map(partial(_list, root), level):
+                found += files
+                below += folders
+                bar.update(len(files))
+            level = below
+    return sorted(found)
+
+
+def _list(root: Path, folder: tuple[str, tuple[int, ...]]) -> tuple[list[FoundFile], list[tuple[str, tuple[int, ...]]]]:
+    relative, above = folder  # the inodes of the folders on the way, to which no link may lead back
+    files, folders = [], []
+    try:
+        with scandir(root / relative) as entries:
+            for entry in entries:
+                path = f"{relative}/{entry.name}".removeprefix("/")
+                try:
+                    stat = entry.stat()
+                except FileNotFoundError:  # a link to nowhere
+                    files.append(FoundFile(path, -1, 0, 0))
+                    continue
+                if not entry.is_dir():
+                    stamp = max(stat.st_mtime_ns, stat.st_ctime_ns)
+                    files.append(FoundFile(path, stat.st_size, _inode(stat), stamp))
+                elif _inode(stat) in above:
+                    raise ValueError(f"{root / path} leads back to a folder that contains it: remove this link")
+                else:
+                    folders.append((path, (*above, _inode(stat))))
+    except OSError as error:
+        raise ValueError(f"{root / relative} cannot be listed ({error}): check its permissions and links") from error
+    return files, folders
+
+
+def _inode(stat) -> int:
+    number: int = stat.st_dev << 64 | stat.st_ino
+    return number
+
+
+def arrange(root: Path, files: Iterable[FoundFile], asked: Iterable[str] = ()) -> FolderOfImages:
+    """Divide the images of a folder into splits.
+
+    Args:
+        root: absolute path of the folder.
+        files: all files below it.
+        asked: names of splits that the user gave, which are folders whatever their names are.
+
+    Raises:
+        ValueError: the folders may mean two things, or an image is in two places.
+    """
+    images, left_out = [], Counter[str]()
+    for file in files:
+        reason = _why_not(root, file)
+        if reason is None:
+            images.append(file)
+        else:
+            left_out[reason] += 1
+    splits = _divide(root, images, set(asked))
+    if splits is not None and (loose := len(images) - sum(map(len, splits.values()))):
+        left_out["beside the folders of the splits"] = loose
+    level = 0 if splits is None else 1
+    folder = FolderOfImages(root, {"train": images} if splits is None else splits, level, left_out)
+    if splits is None:
+        _refuse_splits_in_classes(root, images)
+    _refuse_masks(folder)
+    _refuse_two_names_of_one_file(folder)
+    return folder
+
+
+def _why_not(root: Path, file: FoundFile) -> str | None:
+    """Why a file is no image of the dataset; None for an image."""
+    *folders, name = file.parts
+    if any(part.startswith(".") or part == "__MACOSX" for part in folders):
+        return "in hidden folders"
+    if name.startswith(".") or name in SYSTEM_FILES:
+        return "hidden"
+    if file.size < 0:
+        return "links to nowhere"
+    if file.size == 0:
+        return "empty"
+    extension = file.extension
+    if extension in EXTENSIONS:
+        return None
+    if extension in NEEDS:
+        return f"{extension} ({NEEDS[extension]})"
+    if name in METADATA:
+        return "metadata"
+    if extension in DATA_FILES:
+        return extension
+    return "not images" if extension in TEXT_FILES or not is_an_image(root / file.path) else None
+
+
+def _divide(root: Path, images: list[FoundFile], asked: set[str]) -> dict[str, list[FoundFile]] | None:
+    """The images by split; None where the first folders are classes."""
+    tops: dict[str, list[FoundFile]] = defaultdict(list)
+    for file in images:
+        if len(file.parts) > 1:
+            tops[file.parts[0]].append(file)
+    names = {top: SPLITS.get(top.lower()) for top in tops}
+    if not asked & set(tops) and not _are_splits(root, tops, names):
+        return None
+    splits: dict[str, list[FoundFile]] = {}
+    for top, files in tops.items():
+        name = names[top] or top
+        if name in splits:
+            twins = [other for other in tops if (names[other] or other) == name]
+            raise ValueError(f"{root} has folders {' and '.join(twins)} for one split: merge them")
+        splits[name] = files
+    return _train_first(splits)
+
+
+def _are_splits(root: Path, tops: dict[str, list[FoundFile]], names: dict[str, str | None]) -> bool:
+    words = {name for name in names.values() if name is not None}
+    others = sorted(top for top, name in names.items() if name is None)
+    if not others or {"train"} < words:  # splits alone, or a training split, one to evaluate on, and others
+        return bool(words)
+    alike = [top for top in tops if LIKE_A_SPLIT.fullmatch(top.lower())]
+    if len(alike) == len(tops) > 1:
+        raise ValueError(
+            f"folders {', '.join(sorted(tops))} of {root} may be splits or classes: for splits name the one to train on with "
+            "--train_split, for classes move them into FOLDER/train"
+        )
+    if words and any(len(file.parts) > 2 for files in tops.values() for file in files):
+        raise ValueError(
+            f"{root} has {', '.join(sorted(words))} beside {', '.join(others[:3])}, which may be splits or classes: for "
+            f"splits name them all as in {HOW}, for classes move them into FOLDER/train"
+        )
+    return False
+
+
+def _refuse_splits_in_classes(root: Path, images: list[FoundFile]) -> None:
+    inside: dict[str, set[str]] = defaultdict(set)
+    for file in images:
+        if len(file.parts) > 2 and file.parts[1].lower() in SPLITS:
+            inside[file.parts[0]].add(SPLITS[file.parts[1].lower()])
+    for top, words in inside.items():
+        if len(words) > 1:
+            only = len({file.parts[0] for file in images}) == 1
+            remedy = f"pass {root / top}" if only else f"arrange the folders as {HOW}"
+            raise ValueError(f"{root / top} has the splits {', '.join(sorted(words))} inside it: {remedy}")
+
+
+def _refuse_masks(folder: FolderOfImages) -> None:
+    for name, files in folder.splits.items():
+        classes = {label.lower(): label for file in files if (label := folder.class_of(file)) is not None}
+        pictures, masks = (sorted(classes[x] for x in classes.keys() & kind) for kind in (OF_IMAGES, OF_MASKS))
+        if pictures and masks:
+            place = folder.root / files[0].parts[0] if folder.class_level else folder.root
+            raise ValueError(
+                f"split {name!r} of {folder.root} has {pictures[0]} and {masks[0]}, which are pictures and their masks and no "
+                f"classes: pass {place / pictures[0]}"
+            )
+
+
+def _refuse_two_names_of_one_file(folder: FolderOfImages) -> None:
+    # Also across splits: an image of the test split that is trained on makes every number too good.
+    seen: dict[int, FoundFile] = {}
+    for file in (file for files in folder.splits.values() for file in files):
+        other = seen.setdefault(file.inode, file)
+        if other is not file:
+            raise ValueError(
+                f"{other.path} and {file.path} in {folder.root} are one file: remove one of these links, so that every "
+                "image is there once"
+            )
+
+
+def split_of_data_file(file: FoundFile) -> str | None:
+    """The split that a parquet or tar file is named after, else its folders; None without one."""
+    *folders, name = file.parts
+    for word in (re.split(r"[^A-Za-z]", name)[0], *reversed(folders)):
+        if word.lower() in SPLITS:
+            return SPLITS[word.lower()]
+    return None
+
+
+def divide_data_files(root: Path, files: Iterable[FoundFile]) -> dict[str, list[FoundFile]]:
+    """Parquet or tar files by split; all are `train` where none names a split.
+
+    Raises:
+        ValueError: some files name a split and others do not.
+    """
+    splits: dict[str | None, list[FoundFile]] = defaultdict(list)
+    for file in files:
+        splits[split_of_data_file(file)].append(file)
+    unnamed = splits.pop(None, [])
+    if unnamed and splits:
+        raise ValueError(
+            f"{root / unnamed[0].path} names no split, but other files are of {', '.join(map(str, splits))}: begin the "
+            "names of all files with their split, as in train-00000.parquet"
+        )
+    return _train_first({str(name): files for name, files in splits.items()} or {"train": unnamed})
+
+
+def _train_first(splits: dict[str, list[FoundFile]]) -> dict[str, list[FoundFile]]:
+    return dict(sorted(splits.items(), key=lambda split: (split[0] != "train", split[0])))
+
+
+def visible(files: Iterable[FoundFile]) -> Iterator[FoundFile]:
+    """The files that are not hidden and lie in no hidden folder."""
+    for file in files:
+        if not any(part.startswith(".") or part == "__MACOSX" for part in file.parts):
+            yield file

@@ -1,0 +1,310 @@
+"""Open a dataset by its name: the built-in digits, a local folder or file, or a dataset on the Hub."""
+
+import glob
+import hashlib
+import os
+import tarfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch.distributed as dist
+from datasets.exceptions import DatasetGenerationError
+from datasets.table import MemoryMappedTable
+from PIL import Image
+
+from modeling_moco.distributed_moco import rank, world_size
+
+from .folders import HOW, NEEDS, FolderOfImages, FoundFile, arrange, divide_data_files, list_files, visible
+from .metadata import use_metadata
+
+DIGITS = "digits"
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+ROWS_PER_SHARD = 1000  # of a folder of images that is read as a stream
+
+
+@dataclass
+class Opened:
+    """Splits of a dataset with its own column names.
+
+    Args:
+        splits: a `datasets.Dataset`, or with `--streaming` an `IterableDataset`, by name.
+        files: data files of each split, where it has some.
+        lengths: rows of each shard of a split that is streamed, where they are known.
+        content: what identifies the rows of each split: number and digest of local files, or the commit on the Hub.
+        from_folders: whether the classes are names of folders.
+        account: of the files of a folder, in words.
+    """
+
+    splits: dict[str, Any]
+    files: dict[str, list[str]] = field(default_factory=dict)
+    lengths: dict[str, list[int]] = field(default_factory=dict)
+    content: dict[str, str] = field(default_factory=dict)
+    from_folders: bool = False
+    account: str | None = None
+
+
+def absolute_name(name: str) -> str:
+    """The absolute path of a folder or file here; other names, which are built in or on the Hub, as they are."""
+    return str(Path(name).resolve()) if name != DIGITS and Path(name).exists() else name
+
+
+def open_dataset(
+    name: str, config: str | None = None, *, streaming: bool, train_split: str, asked: set[str], label_column: str
+) -> Opened:
+    """Open a dataset.
+
+    Args:
+        name: `digits`, the absolute path of a folder or file, or a dataset on the Hub.
+        config: configuration of a Hub dataset.
+        streaming: whether to read shards in sequence.
+        train_split: name of the split that a single file becomes.
+        asked: names of splits that the user gave.
+        label_column: of the metadata of a folder of images.
+
+    Raises:
+        ValueError: it does not exist, or cannot be read, with the reason and a remedy.
+    """
+    if name == DIGITS:
+        digits: dict[str, Any] = dict(load_digits())
+        if streaming:
+            digits = {split: rows.to_iterable_dataset(num_shards=4) for split, rows in digits.items()}
+        return Opened(digits)
+    path = Path(name)
+    if path.is_dir() and config is None:
+        return _open_folder(path, streaming, asked, label_column)
+    if path.is_file():
+        return _open_file(path, streaming, train_split)
+    if not path.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise ValueError(
+            f"dataset_name ({name}) does not exist: pass a folder, a parquet or tar file, or a Hub dataset"
+        )
+    return _prepare(lambda: datasets.load_dataset_builder(name, config), name, streaming)
+
+
+def _prepare(build: Callable[[], datasets.DatasetBuilder], name: str, streaming: bool) -> Opened:
+    try:
+        builder = build()
+        files = builder.config.data_files or {}  # empty where a Hub dataset comes from the cache
+        if not streaming:
+            builder.download_and_prepare()
+        splits = builder.as_streaming_dataset() if streaming else builder.as_dataset()
+    except (OSError, ValueError, DatasetGenerationError, tarfile.ReadError) as error:
+        reason = error.__cause__ or error  # `datasets` wraps what went wrong in a sentence that does not say it
+        raise ValueError(
+            f"dataset_name ({name}) cannot be opened as a folder, a file of images or a Hub dataset ({reason}): check the "
+            "name, its files and its splits"
+        ) from error
+    commits = {split: commit for split, urls in files.items() for commit in _commits(urls)}
+    return Opened(splits, files, content=commits)
+
+
+def _commits(urls: list[str]) -> list[str]:
+    marked = [url.split("@", 1)[1].split("/", 1)[0] for url in urls if url.startswith("hf://") and "@" in url]
+    return [f"commit {marked[0]}"] if marked else []
+
+
+# A folder of images, or of data files
+
+
+def _open_folder(root: Path, streaming: bool, asked: set[str], label_column: str) -> Opened:
+    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+        return _open_saved(root, streaming)
+    found = _on_first_rank(lambda: _look_into(root, asked, label_column))
+    if not isinstance(found, _Index):
+        return _open_data_files(root, found, streaming)
+    if not all(Path(file).is_file() for file in found.rows.values()):  # written on another machine
+        found = _look_into(root, asked, label_column)
+        assert isinstance(found, _Index)
+    splits: dict[str, Any] = {}
+    lengths = {}
+    for split, file in found.rows.items():
+        table = MemoryMappedTable.from_file(file)
+        rows = datasets.Dataset(table, fingerprint=Path(file).stem)
+        if streaming:
+            shards = max(1, len(rows) // ROWS_PER_SHARD)
+            lengths[split] = [len(rows) // shards + (shard < len(rows) % shards) for shard in range(shards)]
+            rows = rows.to_iterable_dataset(num_shards=shards)
+        splits[split] = rows
+    return Opened(splits, lengths=lengths, content=found.content, from_folders=True, account=found.account)
+
+
+@dataclass
+class _Index:
+    """Where the rows of a folder's splits are kept.
+
+    Args:
+        rows: Arrow file of each split.
+        content: number and digest of each split's images.
+        account: of the folder's files, in words.
+    """
+
+    rows: dict[str, str]
+    content: dict[str, str]
+    account: str
+
+
+def _look_into(root: Path, asked: set[str], label_column: str) -> _Index | dict[str, list[FoundFile]]:
+    """The index of a folder of images, or the data files of each split of another folder."""
+    files = list_files(root, quiet=rank() > 0)
+    folder = arrange(root, files, asked)
+    data_files = [
+        file for file in visible(files) if file.extension in BUILDERS and not file.path.endswith("metadata.parquet")
+    ]
+    images = sum(file.size for split in folder.splits.values() for file in split)
+    if sum(file.size for file in data_files) > images:  # a README's pictures beside them are no dataset
+        return divide_data_files(root, data_files)
+    if images == 0:
+        raise ValueError(_no_images(root, folder))
+    return _write_index(folder, *_labels(folder, label_column))
+
+
+def _no_images(root: Path, folder: FolderOfImages) -> str:
+    if not folder.left_out:
+        return f"dataset_name ({root}) is an empty folder: pass one with images as in {HOW}"
+    tables = [name for name in ("csv", "jsonl", "json") if any(root.rglob(f"*.{name}"))]
+    remedy = f"pass a folder as in {HOW}, or one with parquet or tar files"
+    if tables:
+        name = f"metadata.{tables[0]}"
+        remedy += f"; a list of images must be called {name}, lie beside them, and have the columns file_name and label"
+    return f"dataset_name ({root}) has {folder.account()}: {remedy}"
+
+
+def _write_index(folder: FolderOfImages, feature: Any, labels: dict[str, list[Any]]) -> _Index:
+    """Write the rows of all splits to files in the cache of `datasets`, which processes and workers share."""
+    features = datasets.Features({"image": datasets.Image(decode=False)} | ({"label": feature} if feature else {}))
+    place = Path(datasets.config.HF_DATASETS_CACHE) / "folders_of_images" / _digest([folder.root])
+    place.mkdir(parents=True, exist_ok=True)
+    rows, content = {}, {}
+    for split, files in folder.splits.items():
+        content[split] = f"{len(files):,} images {_digest((f.path, f.size) for f in files)}"
+        state = _digest([feature, *((f.path, f.size, f.stamp, y) for f, y in zip(files, labels[split], strict=True))])
+        rows[split] = str(place / f"{state}.arrow")
+        if not Path(rows[split]).is_file():
+            _write_rows(Path(rows[split]), folder.root, files, labels[split], features)
+    return _Index(rows, content, folder.account())
+
+
+def _labels(folder: FolderOfImages, column: str) -> tuple[Any, dict[str, list[Any]]]:
+    """The feature of the labels, None without any, and the labels of each split."""
+    listed = use_metadata(folder, column)
+    labels: dict[str, list[Any]] = {}
+    for split, files in folder.splits.items():
+        labels[split] = [folder.class_of(file) if listed is None else listed[file.path] for file in files]
+    kinds = {type(label) for values in labels.values() for label in values} - {type(None)}
+    if not kinds:
+        return None, labels
+    if kinds == {int}:
+        return datasets.Value("int64"), labels
+    if kinds != {str}:
+        held = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(
+            f"column {column!r} of {folder.root}'s metadata holds {held}: write class names, or class numbers from 0"
+        )
+    names = sorted({label for values in labels.values() for label in values if label is not None})
+    numbers = {name: number for number, name in enumerate(names)}
+    return datasets.ClassLabel(names=names), {
+        split: [None if label is None else numbers[label] for label in values] for split, values in labels.items()
+    }
+
+
+def _write_rows(
+    path: Path, root: Path, files: list[FoundFile], labels: list[int | None], features: datasets.Features
+) -> None:
+    schema = features.arrow_schema
+    paths = pa.array([f"{root}/{file.path}" for file in files], pa.string())
+    images = pa.StructArray.from_arrays([pa.nulls(len(files), pa.binary()), paths], names=["bytes", "path"])
+    columns: list[pa.Array] = [images]
+    if "label" in features:
+        columns.append(pa.array(labels, pa.int64()))
+    table = pa.table([column.cast(kind) for column, kind in zip(columns, schema.types, strict=True)], schema=schema)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        writer.write_table(table, max_chunksize=ROWS_PER_SHARD)
+    unfinished.replace(path)
+
+
+def _digest(items: Iterable[Any]) -> str:
+    state = hashlib.sha256()
+    for item in items:
+        state.update(f"{item}\n".encode(errors="surrogateescape"))
+    return state.hexdigest()[:16]
+
+
+def _open_data_files(root: Path, splits: dict[str, list[FoundFile]], streaming: bool) -> Opened:
+    kinds = {file.extension for files in splits.values() for file in files}
+    if len(kinds) > 1:
+        raise ValueError(f"dataset_name ({root}) has {' and '.join(sorted(kinds))} files: pass a folder with one kind")
+    content = {
+        split: f"{len(files):,} files {_digest((f.path, f.size) for f in files)}" for split, files in splits.items()
+    }
+    state = _digest((f.path, f.size, f.stamp) for files in splits.values() for f in files)
+    # The paths are patterns to `datasets`, and its cache goes by a file's time alone: names are escaped, and the name of the
+    # configuration has what else may change.
+    names = {split: [glob.escape(f"{root}/{file.path}") for file in files] for split, files in splits.items()}
+    (kind,) = kinds
+    opened = _prepare(
+        lambda: datasets.load_dataset_builder(BUILDERS[kind], name=f"state_{state}", data_files=names),
+        str(root),
+        streaming,
+    )
+    return replace(opened, content=content)
+
+
+def _open_file(path: Path, streaming: bool, split: str) -> Opened:
+    if path.suffix.lower() not in BUILDERS:
+        remedy = NEEDS.get(path.suffix.lower(), "pass the folder that contains it")
+        raise ValueError(f"dataset_name ({path}) is a file, but neither .parquet nor .tar: {remedy}")
+    stat = path.stat()
+    file = FoundFile(path.name, stat.st_size, stat.st_ino, max(stat.st_mtime_ns, stat.st_ctime_ns))
+    return _open_data_files(path.parent, {split: [file]}, streaming)
+
+
+def _open_saved(root: Path, streaming: bool) -> Opened:
+    """A folder that `save_to_disk` of `datasets` has written."""
+    saved = datasets.load_from_disk(str(root))
+    splits: dict[str, Any] = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    content = {split: f"{len(rows):,} rows {rows._fingerprint}" for split, rows in splits.items()}
+    if streaming:
+        splits = {split: rows.to_iterable_dataset(num_shards=4) for split, rows in splits.items()}
+    return Opened(splits, content=content)
+
+
+def _on_first_rank(call: Callable[[], Any]) -> Any:
+    """What the first process finds, on all of them; an error of the user as well."""
+    answer: list[Any] = [None]
+    if rank() == 0:
+        try:
+            answer = [call()]
+        except ValueError as error:
+            answer = [error]
+    if world_size() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], ValueError):
+        raise answer[0]
+    return answer[0]
+
+
+def load_digits() -> datasets.DatasetDict:
+    """scikit-learn's 1,797 handwritten digits at 32 px: 1,437 for training and 360 for testing, stratified by class."""
+    from sklearn.datasets import load_digits as load_sklearn_digits
+    from sklearn.model_selection import train_test_split
+
+    source = load_sklearn_digits()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
+    rows = train_test_split(
+        np.arange(len(source.target)), test_size=360, random_state=0, stratify=source.target, shuffle=True
+    )
+    splits = {}
+    for name, indices in zip(("train", "test"), rows, strict=True):
+        images = [
+            Image.fromarray((source.images[i] * (255 / 16)).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
+            for i in indices
+        ]
+        labels = source.target[indices].tolist()
+        splits[name] = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    return datasets.DatasetDict(splits)
