@@ -27,9 +27,10 @@ TINY = {
     "train": "--global_batch_size 64 --precision bf16 --max_steps 12 --logging_steps 2",
     "stream": "--dataset_name digits --image_size 16 --shuffle_buffer 50 --batches 2 --rounds 1",
     "exchange": "--per_device_train_batch_size 2 --image_size 16 --rounds 2",
+    "folder": "--images 30 --classes 3 --rounds 1",
     "knn": "--bank 2000 --queries 50 --dim 16 --knn_k 20 --rounds 1",
 }
-SLOW = ("step", "train", "knn", "exchange")  # processes of their own, which take seconds to start
+SLOW = ("step", "train", "knn", "exchange", "folder")  # processes of their own, which take seconds to start
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TINY])

@@ -7,12 +7,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..benchmarks import data, exchange, knn, step, stream, train
+from ..benchmarks import data, exchange, folder, knn, step, stream, train
 from ..benchmarks.measure import draw_timings, write_numbers
 from ..errors import one_line_errors
 from ..memory import keep_freed_memory
 
-BENCHMARKS = {"data": data, "step": step, "train": train, "stream": stream, "exchange": exchange, "knn": knn}
+BENCHMARKS = {
+    **{"data": data, "step": step, "train": train, "stream": stream},
+    **{"exchange": exchange, "knn": knn, "folder": folder},
+}
 
 
 def main(argv: list[str]) -> None:
