@@ -240,9 +240,9 @@ def test_help_lists_the_projects_own_flags_first(capsys):
 
 @pytest.fixture
 def claim(tmp_path):
-    def claim(*flags, folder=tmp_path / "run"):
+    def claim(*flags, folder=tmp_path / "run", place=PLACE):
         args = parse_pretrain(["--temperature", "0.1", "--output_dir", str(folder), *flags, *CPU])
-        return claim_output_dir(args.training, LAYOUT, args.settings, args.recipe.about, PLACE)
+        return claim_output_dir(args.training, LAYOUT, args.settings, args.recipe.about, place)
 
     return claim
 
@@ -293,6 +293,17 @@ def test_a_run_that_crashed_before_its_first_checkpoint_does_not_stand_in_the_wa
     claim()
     claim("--queue_size", "512")
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["model"]["queue_size"] == 512
+
+
+def test_a_run_goes_on_with_the_images_that_it_was_begun_with(claim, tmp_path):
+    then = {"dataset": "/data/birds", "content": {"train": "12 images aa", "test": "3 images bb"}}
+    claim(place=then)
+    (tmp_path / "run" / "checkpoint-1").mkdir()
+    write_manifest(tmp_path / "run" / "checkpoint-1", LAYOUT)
+    assert claim(place=then) is not None
+    now = {"dataset": "/data/birds", "content": {"train": "13 images cc", "test": "3 images bb"}}
+    with pytest.raises(ValueError, match="split 'train' was 12 images aa and is 13 images cc"):
+        claim(place=now)
 
 
 def test_files_of_something_else_are_left_alone(claim, tmp_path):

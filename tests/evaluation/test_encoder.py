@@ -1,16 +1,18 @@
 """Which encoder an evaluation looks at, and where its results go."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from numbered_images import write_folders
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
 from training.commands.knn import parse_knn
-from training.data.sources import CropDataArguments, EvaluationDataArguments
-from training.engine.run_folder import SAVED_RECIPE
+from training.data.sources import CropDataArguments, DataArguments, EvaluationDataArguments, load_images
+from training.engine.run_folder import DATASET, SAVED_RECIPE, write_json
 from training.evaluation.encoder import Encoder, MoCoQueryModel, pretraining_recipe
 from training.evaluation.finetune import parse_finetune
 from training.evaluation.linear_probe import parse_linear_probe
@@ -97,3 +99,23 @@ def test_an_evaluation_takes_from_the_recipe_of_pretraining_what_it_has_a_flag_f
         "dataset_name": "digits",
         "image_size": 32,
     }
+
+
+def test_an_evaluation_stops_where_the_images_of_the_run_are_others_now(saved, tmp_path, monkeypatch):
+    source = write_folders(tmp_path / "data")
+    run = tmp_path / "run"
+    shutil.copytree(saved / "model", run)
+    monkeypatch.chdir(tmp_path)
+    place = load_images(DataArguments(dataset_name="data")).place
+    write_json(run / DATASET, place)
+    (run / SAVED_RECIPE).write_text(yaml.safe_dump({"data": {"dataset_name": place["dataset"], "image_size": 16}}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # another folder of that name here is not the run's
+    write_folders(tmp_path / "elsewhere" / "data").joinpath("train", "cat", "0.png").unlink()
+    for parse in (parse_knn, parse_linear_probe, parse_finetune):
+        data = getattr(parsed := parse([str(run), "--use_cpu"]), "data", None) or parsed[1]
+        assert len(load_images(data, labelled=True).train) == 12
+    source.joinpath("train", "cat", "0.png").unlink()
+    with pytest.raises(ValueError, match=r"split 'train' was 12 images .* and is 11 images"):
+        load_images(parse_knn([str(run)])[1])
+    assert len(load_images(parse_knn([str(run), "--dataset_name", "data"])[1]).train) == 11
