@@ -78,8 +78,8 @@ def info_nce(
 class QueueDictionary(nn.Module):
     """First in, first out: the K newest keys of all processes (arXiv:1911.05722, section 3.2).
 
-    Buffers, named as in the official checkpoints: `queue` (C, K) in float32 whatever the model's dtype, columns of unit
-    length; `queue_ptr` (1,), the column that the next key overwrites.
+    Buffers, named as in the official checkpoints: `queue` (C, K) in float32 whatever the dtype that a model is loaded in,
+    columns of unit length; `queue_ptr` (1,), the column that the next key overwrites.
     """
 
     queue: torch.Tensor
@@ -105,7 +105,7 @@ class QueueDictionary(nn.Module):
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss (scalar) and logits (N, 1+K) of queries and their own keys, both float32 (N, C). See `info_nce`."""
-        return info_nce(q, k, self.queue, temperature)
+        return info_nce(q, k, self.queue.to(q.dtype), temperature)  # `model.half()` casts the queue too
 
     @torch.no_grad()
     def enqueue(self, keys: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
@@ -31,6 +32,7 @@ from .image_processing_moco import MoCoImageProcessor, normalize  # noqa: F401  
 
 logger = logging.get_logger(__name__)
 
+STATE_OF_TRAINING = [r"encoder_k\.", r"projector_[qk]\.", r"dictionary\."]  # tensors for contrastive training alone
 TimmEncoder = Any  # timm has no type for "a model with forward_features, forward_head and feature_info"
 
 
@@ -56,10 +58,12 @@ class MoCoOutput(ModelOutput):
 
 
 def build_encoder(config: MoCoConfig) -> TimmEncoder:
-    """Build the timm model of a configuration, without classifier and with the configured stem and BatchNorm.
+    """Build the timm model of a configuration, without classifier and with the configured stem.
+
+    Its BatchNorm is torch's: what `config.batch_norm` names is for contrastive training alone.
 
     Raises:
-        ValueError: timm has no such model, it refuses `model_args`, or it cannot have this stem or this BatchNorm.
+        ValueError: timm has no such model, it refuses `model_args`, or it cannot have this stem.
     """
     if not timm.is_model(config.architecture):
         close = difflib.get_close_matches(config.architecture, timm.list_models()) or timm.list_models("resnet*")[:3]
@@ -68,23 +72,33 @@ def build_encoder(config: MoCoConfig) -> TimmEncoder:
         encoder = timm.create_model(config.architecture, pretrained=False, num_classes=0, **(config.model_args or {}))
     except TypeError as error:
         raise ValueError(f"model_args ({config.model_args}) do not fit {config.architecture}: {error}") from error
-    _keep_timm_initialisation(encoder)
+    for module in encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_parameters()  # timm starts the last one of a residual block at 0, the official code at 1
+    _mark_initialised(encoder)
     if config.stem != "default":
         if not isinstance(encoder, timm.models.ResNet):
             raise ValueError(f"stem={config.stem!r} is for ResNets, not for {config.architecture}: use stem='default'")
         encoder.maxpool = nn.Identity()
         if config.stem == "small":
             encoder.conv1 = nn.Conv2d(3, encoder.bn1.num_features, kernel_size=3, stride=1, padding=1, bias=False)
-    return convert_batch_norm(encoder, config)
+    return encoder
 
 
-def _keep_timm_initialisation(encoder: nn.Module) -> None:
-    # transformers does not initialise tensors with this mark. BatchNorm gets no mark: timm initialises the last BatchNorm of
-    # a residual block with 0, the official code with 1. Tensors on the meta device have no values to keep.
-    for module in encoder.modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for parameter in module.parameters(recurse=False):
-                setattr(parameter, "_is_hf_initialized", not parameter.is_meta)  # noqa: B010
+def _tensors(module: nn.Module, recurse: bool = True) -> list[torch.Tensor]:
+    return [*module.parameters(recurse), *module.buffers(recurse)]
+
+
+def _mark_initialised(module: nn.Module) -> None:
+    # transformers marks tensors that it has loaded, and its initialisation leaves tensors with the mark alone. Tensors on the
+    # meta device have no values to keep.
+    for tensor in _tensors(module):
+        setattr(tensor, "_is_hf_initialized", not tensor.is_meta)  # noqa: B010
+
+
+def _is_new(module: nn.Module) -> bool:
+    """Whether the module itself has a tensor without a value: neither loaded nor made by timm."""
+    return not all(getattr(tensor, "_is_hf_initialized", False) for tensor in _tensors(module, recurse=False))
 
 
 def build_projector(config: MoCoConfig, dim: int) -> nn.Module:
@@ -100,36 +114,70 @@ class MoCoPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     accepts_loss_kwargs = False
+    _supports_sdpa = True  # what timm's attention calls; `attn_implementation="eager"` writes it out
     _no_split_modules: list[str] = []
+
+    encoder_q: TimmEncoder
+    _gradient_checkpointing = False
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # The official code uses the default initialisation of torchvision and torch.
-        if isinstance(module, nn.Conv2d):
+        if not _is_new(module):
+            return
+        if isinstance(module, nn.Conv2d) and isinstance(self.encoder_q, timm.models.ResNet):  # torchvision's
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
+        elif module in self.encoder_q.modules():
+            self._init_encoder()
+        elif isinstance(module, nn.Linear):  # torch's own, as in the official code
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.in_features)
                 init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-            init.zeros_(module.running_mean)
-            init.ones_(module.running_var)
-            init.zeros_(module.num_batches_tracked)
         elif isinstance(module, QueueDictionary):
             module.reset()
-        elif module._non_persistent_buffers_set:  # timm computes them, no checkpoint has them: blur pool, swin, rope
-            module.init_non_persistent_buffers()
+        else:
+            super()._init_weights(module)
+
+    def _init_encoder(self) -> None:
+        # Every architecture has tensors of its own (tokens, scales, tables, buffers that no checkpoint has), which only timm
+        # can initialise. So what was not loaded is copied from a new encoder.
+        for tensor, value in zip(_tensors(self.encoder_q), _tensors(build_encoder(self.config)), strict=True):
+            init.copy_(tensor, value)
+        _mark_initialised(self.encoder_q)
+
+    def _finish_encoder(self) -> None:
+        # Settings of transformers that timm has under other names.
+        self.supports_gradient_checkpointing = True
+        for module in self.encoder_q.modules():
+            if "fused_attn" in vars(module):
+                module.fused_attn = self.config._attn_implementation != "eager"
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the backward pass computes activations again instead of keeping them. transformers sets it."""
+        return self._gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        try:
+            self.encoder_q.set_grad_checkpointing(enable)
+        except AssertionError as error:
+            raise ValueError(
+                f"gradient_checkpointing ({enable}) is not for {self.config.architecture}, which timm cannot checkpoint: "
+                "leave it out"
+            ) from error
+        self._gradient_checkpointing = enable
 
     def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Normalise uint8 images (N, 3, H, W) to the model's dtype. Images of another dtype are normalised already."""
-        if pixel_values.dtype != torch.uint8:
-            return pixel_values
-        return normalize(pixel_values, self.config.image_mean, self.config.image_std).to(self.dtype)
+        """Images (N, 3, H, W) in the model's dtype. Those of dtype uint8 are normalised, others are normalised already."""
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalize(pixel_values, self.config.image_mean, self.config.image_std)
+        return pixel_values.to(self.dtype)
+
+    def _wants_hidden_states(self, output_hidden_states: bool | None, output_attentions: bool | None) -> bool:
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions (True) is not possible: timm's attention does not return its weights")
+        return self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
 
 class MoCoModel(MoCoPreTrainedModel):
@@ -150,17 +198,18 @@ class MoCoModel(MoCoPreTrainedModel):
             alone, for features.
 
     Loading: where a checkpoint has no key encoder, the key encoder is a copy of the query encoder; where it has no queue, the
-    queue is random. Another `queue_size` needs `ignore_mismatched_sizes=True` and starts a random queue. The key encoder
-    never requires gradients.
+    queue is random. Another `queue_size` needs `ignore_mismatched_sizes=True` and starts a random queue; another stem, image
+    size or `projection_dim` needs it too, and makes the key encoder a copy again. The key encoder never requires gradients.
+    `absent_keys` has the names of the tensors that the checkpoint lacked; what a checkpoint of an encoder alone lacks is not
+    reported as missing.
 
     `shuffle_generator` samples the order in which keys are encoded. It must have the same state on all processes, which is so
     if all processes have made the same steps.
     """
 
     _keys_to_ignore_on_load_missing = [r"^encoder_k\.", r"^projector_[qk]\.", r"^dictionary\."]
-    _keys_to_ignore_on_load_unexpected = [r"^encoder_k\.", r"^projector_[qk]\.", r"^dictionary\.", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
 
-    encoder_q: TimmEncoder
     encoder_k: TimmEncoder
     dictionary: Any  # dictionary_moco.py describes its interface
 
@@ -168,46 +217,80 @@ class MoCoModel(MoCoPreTrainedModel):
         super().__init__(config)
         self.encoder_q = build_encoder(config)
         self.momentum_encoder = momentum_encoder
+        self.absent_keys: frozenset[str] = frozenset()
         self.shuffle_generator = torch.Generator()
+        self._key_encoder_is_new = False
         if momentum_encoder:
             dim = self.encoder_q.head_hidden_size
+            self.encoder_q = convert_batch_norm(self.encoder_q, config)
             self.projector_q = build_projector(config, dim)
-            self.encoder_k = build_encoder(config)
+            self.encoder_k = convert_batch_norm(build_encoder(config), config)
             self.projector_k = build_projector(config, dim)
             self.dictionary = build_dictionary(config)
+        else:
+            self._keys_to_ignore_on_load_unexpected = [
+                *type(self)._keys_to_ignore_on_load_unexpected,
+                *STATE_OF_TRAINING,
+            ]
+        self._finish_encoder()
         self.post_init()
-        if momentum_encoder and self.device.type != "meta":
-            self.reset_key_encoder()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if self.momentum_encoder and _is_new(module):  # tie_weights looks at it
+            self._key_encoder_is_new |= module in self._query_and_key_parts[1].modules()
+        super()._init_weights(module)
 
     def tie_weights(self, missing_keys: set[str] | None = None, **kwargs):
-        # transformers calls this at the end of __init__ and of from_pretrained. from_pretrained passes the missing keys and
-        # makes every parameter require gradients. A call without them (as by FSDP) must not change the key encoder.
+        # transformers calls this after the weights are initialised, at the end of __init__ and of from_pretrained, which passes
+        # the missing keys and makes every parameter require gradients. A call at another time must not change the key encoder.
         super().tie_weights(missing_keys=missing_keys, **kwargs)
+        if missing_keys is not None:
+            self.absent_keys = frozenset(missing_keys)
+            if not {key for key in self.state_dict() if key.startswith("encoder_k.")} <= missing_keys:
+                self._keys_to_ignore_on_load_missing = []  # the checkpoint is not of an encoder alone
         if self.momentum_encoder:
-            if missing_keys and any(key.startswith(("encoder_k.", "projector_k.")) for key in missing_keys):
+            if self._key_encoder_is_new:  # in part, which is no encoder
                 self.reset_key_encoder()
             self.encoder_k.requires_grad_(False)
             self.projector_k.requires_grad_(False)
             self.dictionary.after_loading()
 
+    @property
+    def _query_and_key_parts(self) -> tuple[nn.ModuleList, nn.ModuleList]:
+        return nn.ModuleList([self.encoder_q, self.projector_q]), nn.ModuleList([self.encoder_k, self.projector_k])
+
     @torch.no_grad()
     def reset_key_encoder(self) -> None:
         """Copy the query encoder and projector, with their BatchNorm statistics, to the key encoder and projector."""
-        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
-        self.projector_k.load_state_dict(self.projector_q.state_dict())
+        queries, keys = self._query_and_key_parts
+        for q, k in zip(_tensors(queries), _tensors(keys), strict=True):
+            k.copy_(q)
+        self._key_encoder_is_new = False
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
         """Momentum update `k = m * k + (1 - m) * q` of the parameters (v1 paper, equation 2), not of BatchNorm statistics."""
-        q: list[torch.Tensor] = [*self.encoder_q.parameters(), *self.projector_q.parameters()]
-        k: list[torch.Tensor] = [*self.encoder_k.parameters(), *self.projector_k.parameters()]
-        torch._foreach_lerp_(k, q, 1 - self.config.key_momentum)
+        queries, keys = self._query_and_key_parts
+        update = get_ema_multi_avg_fn(self.config.key_momentum)
+        update([*keys.parameters()], [*queries.parameters()], None)
 
-    def features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPoolingAndNoAttention:
-        """Feature map (in timm's layout) and pooled feature (N, D) of the query encoder, for images (N, 3, H, W)."""
-        feature_map = self.encoder_q.forward_features(self.normalize(pixel_values))
+    def features(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool = False
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
+        """Feature map (in timm's layout) and pooled feature (N, D) of the query encoder, for images (N, 3, H, W).
+
+        With `output_hidden_states` also the maps (N, channels, H/stride, W/stride) of all stages.
+        """
+        x, stages = self.normalize(pixel_values), None
+        if output_hidden_states:
+            feature_map, stages = self.encoder_q.forward_intermediates(x)
+        else:
+            feature_map = self.encoder_q.forward_features(x)
         pooled = self.encoder_q.forward_head(feature_map, pre_logits=True)
-        return BaseModelOutputWithPoolingAndNoAttention(last_hidden_state=feature_map, pooler_output=pooled)
+        return BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=feature_map, pooler_output=pooled, hidden_states=None if stages is None else tuple(stages)
+        )
 
     def encode_queries(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Queries of images (N, 3, H, W): unit length, float32 (N, C)."""
@@ -263,6 +346,8 @@ class MoCoModel(MoCoPreTrainedModel):
         self,
         pixel_values: torch.FloatTensor,
         key_pixel_values: torch.FloatTensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndNoAttention | MoCoOutput:
         """Compute features of images, or the contrastive loss of two views of them.
@@ -270,13 +355,23 @@ class MoCoModel(MoCoPreTrainedModel):
         Args:
             pixel_values: images (N, 3, H, W), normalised or of dtype uint8; in training the query view.
             key_pixel_values: the key view of the same images (N, 3, H, W).
+            output_hidden_states: return the maps of all stages too, without `key_pixel_values`.
 
         Returns:
             the feature map and the pooled feature without `key_pixel_values`, a [`MoCoOutput`] with it.
+
+        Raises:
+            ValueError: a key view for a model without key encoder or with `output_hidden_states`, or a request for attention
+                weights.
         """
         x_q, x_k = pixel_values, key_pixel_values
+        hidden = self._wants_hidden_states(output_hidden_states, output_attentions)
         if x_k is None:
-            return self.features(x_q)
+            return self.features(x_q, hidden)
+        if not self.momentum_encoder:
+            raise ValueError("key_pixel_values needs a key encoder: build or load the model with momentum_encoder=True")
+        if output_hidden_states:
+            raise ValueError("output_hidden_states (True) is for features: leave out key_pixel_values")
         own = local_slice(len(x_q))
         q = self.encode_queries(x_q)  # (N, C)
         keys = self.encode_keys(x_k)  # (R·N, C)
@@ -296,7 +391,7 @@ class MoCoModel(MoCoPreTrainedModel):
 class MoCoForImageClassification(MoCoPreTrainedModel):
     """The query encoder with a linear classifier, for the linear protocol, fine-tuning and pipelines."""
 
-    _keys_to_ignore_on_load_unexpected = [r"encoder_k\.", r"projector_[qk]\.", r"dictionary\."]
+    _keys_to_ignore_on_load_unexpected = STATE_OF_TRAINING
 
     moco: MoCoModel
 
@@ -304,8 +399,13 @@ class MoCoForImageClassification(MoCoPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.moco = MoCoModel(config, momentum_encoder=False)
-        self.classifier = nn.Linear(self.moco.encoder_q.head_hidden_size, config.num_labels)
+        self.classifier = nn.Linear(self.encoder_q.head_hidden_size, config.num_labels)
+        self._finish_encoder()
         self.post_init()
+
+    @property
+    def encoder_q(self) -> TimmEncoder:
+        return self.moco.encoder_q
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -317,12 +417,33 @@ class MoCoForImageClassification(MoCoPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.FloatTensor, labels: torch.LongTensor | None = None, **kwargs
+        self,
+        pixel_values: torch.FloatTensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
     ) -> ImageClassifierOutputWithNoAttention:
-        """Class logits (N, num_labels) of images (N, 3, H, W), and with `labels` (N,) the mean cross-entropy (scalar)."""
-        logits = self.classifier(self.moco(pixel_values).pooler_output)
-        loss = F.cross_entropy(logits.float(), labels) if labels is not None else None
-        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+        """Class logits (N, num_labels) of images (N, 3, H, W), and with `labels` the mean loss (scalar).
+
+        Args:
+            labels: class numbers (N,) for cross-entropy; numbers (N,) or (N, num_labels) for the mean squared error, which
+                is for one label or `problem_type="regression"`; 0 and 1 as floats (N, num_labels) for binary cross-entropy,
+                which is for `problem_type="multi_label_classification"`.
+            output_hidden_states: return the maps of all stages too.
+
+        Raises:
+            ValueError: a request for attention weights.
+        """
+        outputs = self.moco(
+            pixel_values,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits.float(), self.config)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
 class MoCoBackbone(BackboneMixin, MoCoPreTrainedModel):
@@ -332,9 +453,7 @@ class MoCoBackbone(BackboneMixin, MoCoPreTrainedModel):
     """
 
     has_attentions = False
-    _keys_to_ignore_on_load_unexpected = [r"encoder_k\.", r"projector_[qk]\.", r"dictionary\.", r"^classifier\."]
-
-    encoder_q: TimmEncoder
+    _keys_to_ignore_on_load_unexpected = [*STATE_OF_TRAINING, r"^classifier\."]
 
     def __init__(self, config: MoCoConfig):
         encoder = build_encoder(config)
@@ -343,10 +462,26 @@ class MoCoBackbone(BackboneMixin, MoCoPreTrainedModel):
         super().__init__(config)
         self.num_features = [stage["num_chs"] for stage in encoder.feature_info]
         self.encoder_q = encoder
+        self._finish_encoder()
         self.post_init()
 
     @can_return_tuple
-    def forward(self, pixel_values: torch.FloatTensor, **kwargs) -> BackboneOutput:
-        """Feature maps (N, channels, H/stride, W/stride) of the stages in `out_features`, in order."""
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BackboneOutput:
+        """Feature maps (N, channels, H/stride, W/stride) of the stages in `out_features`, in order.
+
+        Args:
+            output_hidden_states: return the maps of all stages too.
+
+        Raises:
+            ValueError: a request for attention weights.
+        """
+        hidden = self._wants_hidden_states(output_hidden_states, output_attentions)
         stages = self.encoder_q.forward_intermediates(self.normalize(pixel_values), intermediates_only=True)
-        return BackboneOutput(feature_maps=tuple(stages[i] for i in self.out_indices))
+        maps = tuple(stages[i] for i in self.out_indices)
+        return BackboneOutput(feature_maps=maps, hidden_states=tuple(stages) if hidden else None)

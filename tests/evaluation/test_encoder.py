@@ -13,7 +13,7 @@ from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
 from training.commands.knn import parse_knn
 from training.data.sources import CropDataArguments, DataArguments, EvaluationDataArguments, load_images
 from training.engine.run_folder import DATASET, SAVED_RECIPE, write_json
-from training.evaluation.encoder import Encoder, MoCoQueryModel, pretraining_recipe
+from training.evaluation.encoder import Encoder, pretraining_recipe
 from training.evaluation.finetune import parse_finetune
 from training.evaluation.linear_probe import parse_linear_probe
 
@@ -66,9 +66,9 @@ def test_results_of_a_random_encoder_have_a_folder_of_their_own(saved):
 
 
 def test_the_heads_output_needs_a_saved_head(saved):
-    assert Encoder(str(saved / "model")).load(MoCoQueryModel, 0).projector_q
+    assert Encoder(str(saved / "model")).load(MoCoModel, 0, head=True).projector_q
     with pytest.raises(ValueError, match=r"holds a model without projector_q\.0"):
-        Encoder(str(saved / "classifier")).load(MoCoQueryModel, 0)
+        Encoder(str(saved / "classifier")).load(MoCoModel, 0, head=True)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

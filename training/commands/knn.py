@@ -16,7 +16,7 @@ from ..engine.results import encoder_digest, table
 from ..engine.run_folder import FEATURES
 from ..engine.trackers import Trackers, run_name
 from ..errors import one_line_errors
-from ..evaluation.encoder import Encoder, MoCoQueryModel, parse_evaluation
+from ..evaluation.encoder import Encoder, parse_evaluation
 from ..evaluation.knn import KNNArguments, evaluate_knn
 from ..memory import keep_freed_memory
 
@@ -67,7 +67,7 @@ def parse_knn(argv: list[str]) -> tuple[Encoder, EvaluationDataArguments, KNNArg
 
 def load_model(encoder: Encoder, args: KNNArguments) -> MoCoModel:
     """The model with what the chosen feature needs."""
-    return encoder.load(MoCoQueryModel if args.knn_features == "head" else MoCoModel, args.seed)
+    return encoder.load(MoCoModel, args.seed, head=args.knn_features == "head")
 
 
 if __name__ == "__main__":

@@ -41,11 +41,14 @@ class Encoder:
     def __str__(self) -> str:
         return f"a random encoder like {self.source}" if self.random else self.source
 
-    def load(self, kind: type[Model], seed: int, **config: Any) -> Model:
+    def load(self, kind: type[Model], seed: int, head: bool = False, **config: Any) -> Model:
         """The model as `kind`, in evaluation mode, a classifier always new; `config` overrides its configuration.
 
+        Args:
+            head: whether the checkpoint must have the projector of the queries too.
+
         Raises:
-            ValueError: there is no model, or it lacks what `kind` needs.
+            ValueError: there is no model, or it lacks what `kind` or `head` needs.
         """
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # transformers warns that a classifier is new, which is the point
@@ -65,10 +68,12 @@ class Encoder:
             ) from error
         finally:
             logging.set_verbosity(verbosity)
-        missing = sorted(key for key in report["missing_keys"] if not key.startswith("classifier."))
+        missing = {key for key in report["missing_keys"] if not key.startswith("classifier.")}
+        if head:
+            missing |= {key for key in model.absent_keys if key.startswith("projector_q.")}
         if missing:
             raise ValueError(
-                f"{self.source} holds a model without {missing[0]}: pass the folder that a pretraining run saved to, e.g. "
+                f"{self.source} holds a model without {min(missing)}: pass the folder that a pretraining run saved to, e.g. "
                 "runs/quickstart"
             )
         if isinstance(model, MoCoForImageClassification):  # that of an earlier probe has seen labels
@@ -85,12 +90,6 @@ class Encoder:
         id2label = dict(enumerate(class_names))
         label2id = {name: number for number, name in id2label.items()}
         return self.load(MoCoForImageClassification, seed, id2label=id2label, label2id=label2id, **config)
-
-
-class MoCoQueryModel(MoCoModel):
-    """A MoCoModel whose checkpoint must have the projector, for the output that the loss sees."""
-
-    _keys_to_ignore_on_load_missing = [r"^encoder_k\.", r"^projector_k\.", r"^dictionary\."]
 
 
 def pretraining_recipe(source: str, kind: type[EvaluationDataArguments] = EvaluationDataArguments) -> dict[str, Any]:

@@ -100,9 +100,7 @@ def load_published(source: str, training_state: bool) -> tuple[Model, MoCoImageP
         if classifies:
             model, report = MoCoForImageClassification.from_pretrained(source, **SAFELY)
         else:
-            kind = _WholeMoCoModel if training_state else MoCoModel
-            model, report = kind.from_pretrained(source, momentum_encoder=training_state, **SAFELY)
-            model.__class__ = MoCoModel
+            model, report = MoCoModel.from_pretrained(source, momentum_encoder=training_state, **SAFELY)
         processor = MoCoImageProcessor.from_pretrained(source)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last for weights of another shape
         raise ValueError(
@@ -111,8 +109,9 @@ def load_published(source: str, training_state: bool) -> tuple[Model, MoCoImageP
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if absent := sorted(report["missing_keys"]):
-        raise ValueError(f"{source} lacks {absent[0]}: pass the folder that a run saved to, e.g. runs/quickstart")
+    absent = report["missing_keys"] | (model.absent_keys if isinstance(model, MoCoModel) else set())
+    if absent:
+        raise ValueError(f"{source} lacks {min(absent)}: pass the folder that a run saved to, e.g. runs/quickstart")
     exports.check_processor(processor, source)
     _forget_unknown(model.config, MoCoConfig())
     _forget_unknown(processor, MoCoImageProcessor())
@@ -129,12 +128,6 @@ def _forget_unknown(settings: Any, known: Any) -> None:
     ):
         if name in vars(settings):
             delattr(settings, name)
-
-
-class _WholeMoCoModel(MoCoModel):
-    """Where a key encoder and a queue must be in the file, and are not made anew."""
-
-    _keys_to_ignore_on_load_missing: list[str] = []
 
 
 def publish(
