@@ -37,7 +37,7 @@ from ..engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
 from ..views.pil import OneView
 from ..views.policy import build_policy
 from .encoder import Encoder, parse_evaluation
-from .scores import Scores, score
+from .scores import Scores, likeliest, score
 
 PUBLISHED_BATCH = 256  # images per step that the learning rates are for
 
@@ -126,7 +126,14 @@ class FinetuneTrainer(SGDTrainer):
 
     def __init__(self, model: MoCoForImageClassification, args: FinetuneArguments, **kwargs):
         self.encoder = encoder_digest(model.moco)
-        super().__init__(model=model, args=args, compute_metrics=self._top_accuracies, **kwargs)
+        # transformers gathers what is left of the logits, of all images before it computes anything.
+        super().__init__(
+            model=model,
+            args=args,
+            compute_metrics=self._accuracies,
+            preprocess_logits_for_metrics=lambda logits, labels: likeliest(logits),
+            **kwargs,
+        )
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -145,9 +152,10 @@ class FinetuneTrainer(SGDTrainer):
                 dist.broadcast(buffer, src=0)
         return super().evaluate(*args, **kwargs)
 
-    def _top_accuracies(self, prediction: EvalPrediction) -> dict[str, float]:
-        self.scores = score(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))
-        return {"top1": self.scores.top1, "top5": self.scores.top5}
+    def _accuracies(self, prediction: EvalPrediction) -> dict[str, float]:
+        answers, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+        self.scores = score(answers, labels, self.model.config.num_labels)
+        return self.scores.accuracies
 
 
 def draw_split(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -292,9 +300,8 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> S
         protocol = run.protocol(images)
         metrics = {
             "protocol": protocol,
-            "top1": scores.top1,
+            **scores.accuracies,
             "top1_interval": scores.interval,
-            "top5": scores.top5,
             "n": scores.n,
             "labelled_images": images,
             "per_class": dict(zip(splits.class_names, scores.per_class, strict=True)),
@@ -307,7 +314,7 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> S
             "global_batch": args.global_batch_size,
             "weight_decay": args.weight_decay,
         }
-        plots.confusion_matrix(scores.confusion, splits.class_names, folder / "confusion")
+        plots.confusion(scores.confusion, splits.class_names, folder / "confusion")
         results = scores.results(protocol, settings=settings, seed=args.seed)
         record(run.encoder.results_dir, results, model=trainer.encoder, data=splits.about, trackers=None)
         record(
