@@ -19,12 +19,13 @@ from .data.decode import decode_image
 from .data.images import MapImages, StreamedImages
 from .data.pipeline import build_render, training_images, two_views
 from .data.sources import ImageSplits
+from .engine.page import read_run, write_report
 from .engine.record import record
 from .engine.results import Result, conditions, encoder_digest, read_results
 from .engine.run_folder import FIGURES, METRICS, write_json
 from .evaluation.knn import protocol
 from .recipe import PretrainArguments
-from .report import STREAMED, chance_loss, draw_curves, draw_features, read_run, write_report
+from .report import chance_loss, draw_curves, draw_features
 from .trainer import MoCoTrainer
 from .views.pil import render_view
 
@@ -171,7 +172,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
             figures=[path for name in FIGURES if (path := folder / f"{name}.png").is_file()],
             step=trainer.state.global_step,
         )
-        write_report(read_run(folder), STREAMED if args.data.streaming else None)
+        write_report(read_run(folder))
     return metrics
 
 

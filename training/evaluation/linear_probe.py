@@ -25,6 +25,7 @@ from .. import plots
 from ..cli import offered
 from ..data.images import MapImages
 from ..data.sources import CropDataArguments, ImageSplits
+from ..engine.page import CONFUSIONS
 from ..engine.record import record
 from ..engine.results import encoder_digest
 from ..engine.run_folder import METRICS, write_json
@@ -97,7 +98,7 @@ def save_probe(probe: Probe, run: ProbeRun, splits: ImageSplits, encoder: MoCoMo
     probes = [entry for entry in written if entry["name"] != probe.name] + [probe.about(splits.class_names)]
     metrics = {"mode": run.training.mode, "encoder": str(run.encoder), "probes": probes}
     write_json(path, metrics)
-    name = {"official": "confusion", "cached SGD": "confusion_sgd", "cached L-BFGS": "confusion_lbfgs"}[probe.name]
+    name = CONFUSIONS[probe.name]
     plots.confusion(probe.scores.confusion, splits.class_names, folder / name)
     record(
         run.encoder.results_dir,
