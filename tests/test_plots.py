@@ -1,5 +1,7 @@
 """Figures show what they are given: read back from the SVG, whose lines, frames and words can be counted."""
 
+import base64
+import io
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -8,14 +10,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
+from training.evaluation.scores import score
 from training.plots import (
     BLUE,
     COLOURS,
     VERMILION,
     DrawnImage,
-    confusion_matrix,
+    confusion,
     describe_view,
     embedding,
     neighbour_grid,
@@ -246,14 +251,106 @@ def test_many_classes_are_counted_not_named(tmp_path):
     assert len({colour for colour, _, _ in dots(tmp_path / "tsne")}) == 21
 
 
-@pytest.mark.parametrize("classes", [3, 30, 300])
-def test_the_confusion_matrix_names_and_counts_what_can_be_read(classes, tmp_path):
-    confusion = 9 * torch.eye(classes, dtype=torch.long)
-    confusion[1, 0] = 7
+def counts(classes: int, *wrong: tuple[int, int, int]) -> torch.Tensor:
+    """Nine images of each class that are right, and some of class i that are called j."""
+    pairs = [(i, i) for i in range(classes) for _ in range(9)] + [(i, j) for i, j, n in wrong for _ in range(n)]
+    truth, called = torch.tensor(pairs).T
+    return score(called[:, None], truth, classes).confusion
+
+
+@pytest.mark.parametrize("classes", [3, 10, 20, 30, 40])
+def test_the_confusion_matrix_names_all_classes_and_counts_those_of_twenty(classes, tmp_path):
     path = tmp_path / "confusion"
-    confusion_matrix(confusion, [f"class {i}" for i in range(classes)], path)
+    confusion(counts(classes, (1, 0, 7)), [f"class {i}" for i in range(classes)], path)
     shown = words(path)
-    assert shown.count("7") == (classes == 3)
-    assert shown.count("class 1") == (2 if classes <= 40 else 0)  # as a row and as a column
+    assert shown.count("7") == (classes <= 20)
+    assert shown.count("9") == (classes if classes <= 20 else 0)
+    assert all(shown.count(f"class {i}") == 2 for i in range(classes))  # as a row and as a column
     assert 1000 < png(path).height < 1600
     svg(path)
+
+
+@pytest.mark.parametrize("classes", [41, 300, 50_000])
+def test_of_many_classes_the_pairs_that_are_confused_most_are_drawn(classes, tmp_path):
+    path = tmp_path / "confusion"
+    many = [(i, i + 1, 40 - i) for i in range(30)]
+    confusion(counts(classes, *many), [f"class {i}, synonym" for i in range(classes)], path)
+    shown = words(path)
+    assert [word for word in shown if "is called" in word] == [f"class {i} is called class {i + 1}" for i in range(25)]
+    numbers = shown[-25 - 1 : -1]
+    assert numbers == [str(40 - i) for i in range(25)]
+    drawn, wrong = sum(range(16, 41)), sum(range(11, 41))
+    assert shown[-1] == f"{drawn:,} of {wrong:,} mistakes, the most frequent; {classes:,} classes"
+    assert png(path).height < 1600
+    assert (path.with_suffix(".svg")).stat().st_size < 1_000_000
+
+
+def test_many_classes_without_a_mistake_have_a_picture(tmp_path):
+    confusion(counts(50), [f"class {i}" for i in range(50)], tmp_path / "confusion")
+    assert "0 of 0 mistakes, the most frequent; 50 classes" in words(tmp_path / "confusion")
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures that are saved, to be measured."""
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda fig, *args, **kwargs: (kept.append(fig), save(fig, *args, **kwargs))[1]
+    )
+    return kept
+
+
+@pytest.mark.parametrize("knn_k", [None, [200, 20], [200, 5, 10, 20, 50, 100]])
+def test_no_legend_lies_on_curves_and_no_word_is_cut(knn_k, drawn, tmp_path):
+    more = {f"eval_knn_top1_k{k}": 61.25 for k in (knn_k or [])[1:]}
+    regrouped = {"eval_contrast_top1": 12.53}
+    training_curves([*HISTORY, {"epoch": 1.0} | HEALTH | regrouped | more], 4.17, tmp_path / "curves", knn_k)
+    fig = drawn[0]
+    renderer = FigureCanvasAgg(fig).get_renderer()
+    page = fig.bbox
+    legends = 0
+    for axis in fig.axes:
+        title = axis.get_title("left")
+        assert title
+        if legend := axis.get_legend():
+            legends += 1
+            box = legend.get_window_extent(renderer)
+            assert box.y0 >= axis.bbox.y1, title
+            assert box.y1 <= axis._left_title.get_window_extent(renderer).y0 + 2, title
+        box = axis.get_tightbbox(renderer)  # of all that is drawn of it
+        assert page.x0 <= box.x0 <= box.x1 <= page.x1, title
+        assert page.y0 <= box.y0 <= box.y1 <= page.y1, title
+        others = [other.get_tightbbox(renderer) for other in fig.axes if other is not axis]
+        assert not any(box.overlaps(other) for other in others), title
+    assert legends == 3 + (knn_k is not None)
+
+
+@pytest.mark.parametrize("side", [8, 32, 60, 96])
+def test_small_images_are_enlarged_in_whole_squares_of_their_own_colours(side, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    path = tmp_path / "grid"
+    neighbour_grid(noise[None], noise[None, None], np.ones((1, 1)), np.zeros(1), np.zeros((1, 1)), [], 1, path)
+    shown = svg(path).find(".//svg:image", NS)
+    href = next(value for name, value in shown.attrib.items() if name.endswith("href"))
+    with Image.open(io.BytesIO(base64.b64decode(href.partition(",")[2]))) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert min(pixels.shape[:2]) >= 128  # 64 px of a README
+    assert {tuple(colour) for colour in pixels.reshape(-1, 3)} == {tuple(colour) for colour in noise.reshape(-1, 3)}
+
+
+NAMES = ["$\\frac{a$", "été", "<b>&amp;", "a" * 200, "x_{", "100 %"]
+
+
+def test_any_class_name_is_drawn_as_it_is_written(tmp_path):
+    names = NAMES[:3] + NAMES[4:]
+    confusion(counts(5), names, tmp_path / "matrix")
+    confusion(counts(50, *((i, i + 1, 1) for i in range(4))), names * 10, tmp_path / "pairs")
+    draw_grid(tmp_path / "grid", NAMES[:2])
+    features, labels = clusters(30, 5)
+    embedding(features, labels, names, tmp_path / "tsne")
+    for name in ("matrix", "tsne"):
+        shown = {
+            word.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&") for word in words(tmp_path / name)
+        }
+        assert set(names) <= shown, name
+    assert "$\\frac{a$" in words(tmp_path / "grid")

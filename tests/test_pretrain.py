@@ -18,10 +18,15 @@ from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 from modeling_moco import MoCoForImageClassification, MoCoModel
 from training.data.decode import decode_image
 from training.data.formats import load_digits
+from training.data.images import MapImages
 from training.data.sources import load_images
+from training.engine.checkpoints import claim_output_dir
 from training.engine.results import encoder_digest, read_results
+from training.evaluation.finetune import FinetuneArguments
+from training.evaluation.knn import evaluate_knn
 from training.evaluation.linear_probe import parse_linear_probe
-from training.pretrain import announce, build_trainer, drawn_images
+from training.evaluation.probe_arguments import LinearProbeArguments
+from training.pretrain import announce, build_trainer, drawn_images, finish, saved_step
 from training.recipe import parse_pretrain, recipe_names
 from training.views.device import sample_operations, unpack_params
 from training.views.opencv import crop_and_resize
@@ -441,3 +446,52 @@ def test_a_broken_file_is_named_skipped_and_counted(tmp_path, script, caplog):
     assert "19.png" in caplog.text
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["skipped_images"] == 1
     assert (tmp_path / "run" / "unreadable_images.txt").read_text() == f"{folder}/19.png\n"
+
+
+# Which weights, which images, which recipe
+
+
+@pytest.mark.parametrize("best_is_highest", [True, False])
+def test_the_recorded_knn_is_that_of_the_saved_weights_whichever_epoch_they_are_of(best_is_highest, tmp_path):
+    folder = tmp_path / "run"
+    args = parse_pretrain([*TINY, "--num_train_epochs", "3", "--eval_every_n_epochs", "1", "--output_dir", str(folder)])
+    chosen = {"load_best_model_at_end": True, "metric_for_best_model": "eval_rankme"}
+    for name, value in (chosen | {"greater_is_better": best_is_highest, "eval_on_start": True}).items():
+        setattr(args.training, name, value)
+    splits = load_images(args.data)
+    trainer = build_trainer(args, splits)
+    claim_output_dir(args.training, trainer.batch_layout, args.settings, args.about, splits.place)
+    trainer.train()
+    metrics = finish(args, trainer, splits)
+    measured = [entry for entry in trainer.state.log_history if "eval_rankme" in entry and entry["step"] > 0]
+    best = (max if best_is_highest else min)(measured, key=lambda entry: entry["eval_rankme"])
+    assert saved_step(trainer) == metrics["steps"] == best["step"]
+    saved = MoCoModel.from_pretrained(folder).eval()
+    bank, queries = (MapImages(split, args.data.evaluation_view()) for split in (splits.train, splits.eval))
+    (anew,) = evaluate_knn(saved, bank, queries, args.training.knn)
+    (result,) = read_results(folder)
+    assert result["value"] == anew.value == best["eval_knn_top1"] == metrics["knn_top1_after"]
+    assert result["model"] == encoder_digest(saved)
+    assert result["protocol"] == f"{anew.protocol}, best epoch on the evaluated images"
+    assert result["settings"] == {"bank": 64, "step": best["step"]}
+    assert metrics["knn_top1_before"] == trainer.state.log_history[0]["eval_knn_top1"]
+
+
+def test_no_epoch_is_chosen_by_the_images_that_an_evaluation_reports_on(tmp_path):
+    for kind in (LinearProbeArguments, FinetuneArguments):
+        with pytest.raises(ValueError, match="would choose the epoch by the images that are reported on") as refused:
+            kind(output_dir=str(tmp_path), load_best_model_at_end=True, save_strategy="epoch")
+        assert len(str(refused.value).splitlines()) == 1
+
+
+def test_what_was_not_measured_before_training_is_no_number_of_it(tmp_path):
+    args = parse_pretrain(
+        [*TINY, "--num_train_epochs", "1", "--eval_every_n_epochs", "1", "--output_dir", str(tmp_path)]
+    )
+    splits = load_images(args.data)
+    trainer = build_trainer(args, splits)
+    claim_output_dir(args.training, trainer.batch_layout, args.settings, args.about, splits.place)
+    trainer.train()
+    metrics = finish(args, trainer, splits)
+    assert metrics["knn_top1_before"] is None
+    assert metrics["knn_top1_after"] == read_results(tmp_path)[0]["value"]

@@ -242,7 +242,7 @@ def test_help_lists_the_projects_own_flags_first(capsys):
 def claim(tmp_path):
     def claim(*flags, folder=tmp_path / "run", place=PLACE):
         args = parse_pretrain(["--temperature", "0.1", "--output_dir", str(folder), *flags, *CPU])
-        return claim_output_dir(args.training, LAYOUT, args.settings, args.recipe.about, place)
+        return claim_output_dir(args.training, LAYOUT, args.settings, args.about, place)
 
     return claim
 
@@ -251,7 +251,7 @@ def test_a_fresh_directory_gets_a_recipe_that_repeats_the_run(claim, tmp_path):
     assert claim("--queue_size", "512", "--per_device_train_batch_size", "64") is None
     args = parse_pretrain(["--temperature", "0.1", "--queue_size", "512", "--per_device_train_batch_size", "64", *CPU])
     again = parse_pretrain(["--recipe", str(tmp_path / "run" / "recipe.yaml"), *CPU])
-    assert again.recipe.about == args.recipe.about
+    assert again.about == args.about
     assert again.config.to_dict() == args.config.to_dict()
     assert again.data == args.data
     assert again.settings == args.settings
@@ -336,3 +336,53 @@ def test_the_rate_of_every_epoch_is_the_official_one(milestones, steps_per_epoch
             assert optimizer.param_groups[0]["lr"] == pytest.approx(official, rel=1e-12), epoch
             optimizer.step()
             scheduler.step()
+
+
+# What a run may say of itself
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--max_grad_norm", "0"],  # the default, which the recipe leaves alone
+        ["--dataset_name", "digits", "--output_dir", "elsewhere", "--save_steps", "5", "--logging_steps", "1"],
+        ["--disable_tqdm", "True", "--dataloader_num_workers", "0", "--per_device_eval_batch_size", "7"],
+    ],
+)
+def test_a_run_of_a_recipe_has_its_title_source_and_expected_result(flags):
+    args = parse_pretrain([*flags, "--use_cpu"])
+    assert args.changed == []
+    assert args.about == load_recipe("quickstart").about
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        (["--dataset_name", "my/photographs"], "dataset_name"),
+        (["--num_train_epochs", "1", "--temperature", "0.5"], "num_train_epochs, temperature"),
+        (["--max_train_samples", "60"], "max_train_samples"),
+        (["--seed", "3"], "seed"),
+        (["--image_mean", "0.5", "0.5", "0.5"], "image_mean"),
+    ],
+)
+def test_another_run_says_what_it_is_based_on_and_what_differs(flags, changed):
+    args = parse_pretrain([*flags, "--use_cpu"])
+    names = [name.strip() for name in args.about["title"].partition("changed: ")[2].split(",")]
+    assert args.about.keys() == {"title"}
+    assert args.about["title"].startswith("Based on recipe quickstart, changed: ")
+    assert sorted(names) == sorted(changed.split(", "))
+
+
+def test_a_run_of_the_recipe_of_a_run_says_what_that_one_was_based_on(claim, tmp_path):
+    claim("--seed", "3")
+    again = parse_pretrain(["--recipe", str(tmp_path / "run" / "recipe.yaml"), "--use_cpu", "--queue_size", "256"])
+    assert again.about == {"title": "Based on recipe quickstart, changed: seed, changed: queue_size"}
+
+
+def test_a_recipe_for_eight_processes_is_another_run_in_one():
+    args = parse_pretrain(["--recipe", "moco_v2_r50_in1k_200ep", "--use_cpu"])
+    assert args.recipe.processes == 8
+    assert args.about == {"title": "Based on recipe moco_v2_r50_in1k_200ep, changed: processes"}
+    synced = parse_pretrain(["--recipe", "moco_v2_r50_in1k_200ep", "--use_cpu", "--batch_norm", "sync"])
+    assert "processes" not in synced.changed

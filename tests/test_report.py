@@ -19,9 +19,10 @@ from modeling_moco import MoCoConfig, MoCoModel
 from training.data.formats import load_digits
 from training.data.images import MapImages
 from training.data.sources import DataArguments, ImageSplits
+from training.engine.page import NUMBERS, read_run, write_report
 from training.engine.results import Result, append_results, encoder_digest, read_results
 from training.evaluation.features import extract_features, unit
-from training.report import draw_features, read_run, spread_over_classes, write_report
+from training.report import draw_features, spread_over_classes
 
 FIGURES = ("training_curves", "neighbours", "tsne")
 FLAGS = [
@@ -127,8 +128,11 @@ def test_it_tells_all_settings_numbers_results_and_versions(run):
             shown = lines[lines.index(section) :][lines[lines.index(section) :].index(key) + 1 :][0:2]
             value = ", ".join(map(str, value)) if isinstance(value, list) else value
             assert (f"{value:.6g}" if isinstance(value, float) else str(value)) in shown, key
-    for key in json.loads((run / "metrics.json").read_text()):
-        assert key in lines
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert lines[lines.index("kNN top-1 before training") + 1] == f"{metrics['knn_top1_before']:.2f} %"
+    assert lines[lines.index("kNN top-1 of the saved weights") + 1] == f"{metrics['knn_top1_after']:.2f} %"
+    for key in metrics:
+        assert NUMBERS.get(key, (key,))[0] in lines
     entries = read_results(run)
     assert len(entries) == 3
     for entry in entries:
@@ -137,6 +141,7 @@ def test_it_tells_all_settings_numbers_results_and_versions(run):
             entry["protocol"],
             f"{entry['value']:.2f} %",
             f"{low:.2f} to {high:.2f}",
+            f"{entry['n']:,}",
             entry["date"],
             entry["model"],
         ):
@@ -144,6 +149,88 @@ def test_it_tells_all_settings_numbers_results_and_versions(run):
     assert f"transformers\n{__import__('transformers').__version__}" in text
     assert "Ended. Step 8 of 8, epoch 2 of 2." in text
     assert recipe["about"]["title"] in lines
+
+
+def rows_of_results(path: Path) -> list[list[str]]:
+    """Cells of the table of results; the words under a protocol are a cell."""
+    table = path.read_text().partition('<table class="results">')[2].partition("</table>")[0]
+    rows = [re.findall(r"(?:<t[hd]>|<small>)(.*?)(?=<)", row) for row in table.split("</tr>")]
+    return [[html.unescape(cell) for cell in row] for row in rows if row]
+
+
+def test_the_numbers_come_first_and_each_once(run):
+    write_report(read_run(run))
+    knn, third = read_results(run)
+    for command in ("this again", "and again"):
+        (run / "results.json").write_text(json.dumps([*read_results(run), knn | {"command": command}]))
+    (run / "results.json").write_text(json.dumps([*read_results(run), knn | {"model": "other", "value": 1.25}]))
+    write_report(read_run(run))
+    rows = rows_of_results(run / "report.html")
+    assert rows[0] == ["protocol", "value", "95 % interval", "n"]
+    low, high = knn["interval"]
+    under = f"top-1 · backbone · digits, test · {knn['date'][:10]}"
+    assert rows[1] == [knn["protocol"], under, f"{knn['value']:.2f} %", f"{low:.2f} to {high:.2f}", "24"]
+    assert [(row[0], row[2]) for row in rows[2:]] == [
+        (third["protocol"], f"{third['value']:.2f} %"),
+        (knn["protocol"], "1.25 %"),
+    ]
+    page = Page(run / "report.html")
+    assert page.source.count("<h3>weighted kNN") == 5  # every measurement has its conditions
+    headings = re.findall(r"<h2>(.*?)</h2>", page.source)
+    assert headings[:2] == ["Results", "Numbers of the run"]
+
+
+def test_what_was_not_measured_is_said_in_words(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    nothing = {"knn_top1_before": None, "knn_top1_after": None, "commit": None}
+    (run / "metrics.json").write_text(json.dumps(metrics | nothing))
+    write_report(read_run(run))
+    lines = Page(run / "report.html").text.splitlines()
+    assert lines[lines.index("kNN top-1 before training") + 1] == "not measured"
+    assert lines[lines.index("kNN top-1 of the saved weights") + 1] == "not measured"
+    assert "None" not in lines
+
+
+def test_an_evaluation_refreshes_the_report_and_shows_which_classes_it_confuses(run, script):
+    seen = [(run / "report.html").read_text()]
+    script("knn").main([str(run), "--use_cpu", "--knn_k", "2"])
+    seen.append((run / "report.html").read_text())
+    script("linear_probe").main([str(run), "--use_cpu", "--mode", "cached", "--num_train_epochs", "1"])
+    seen.append((run / "report.html").read_text())
+    finetune = ["--use_cpu", "--disable_tqdm", "True", "--max_steps", "1", "--global_batch_size", "16"]
+    script("finetune").main([str(run), "--label_fraction", "0.5", *finetune, "--save_strategy", "no"])
+    seen.append((run / "report.html").read_text())
+    assert len(set(seen)) == 4
+    assert "weighted kNN, k 2, T 0.07" in seen[1]
+    assert "Which classes are confused" not in seen[1]
+    page, results = Page(run / "report.html"), read_results(run)
+    assert len(rows_of_results(run / "report.html")) == 1 + len(results)
+    probes = json.loads((run / "linear_probe_cached" / "metrics.json").read_text())["probes"]
+    tuned = json.loads((run / "finetune_50pct" / "metrics.json").read_text())["protocol"]
+    confusions = {
+        f"Mistakes of finetune_50pct, {tuned}": "finetune_50pct/confusion.svg",
+        f"Mistakes of linear_probe_cached, {probes[0]['protocol']}": "linear_probe_cached/confusion_sgd.svg",
+        f"Mistakes of linear_probe_cached, {probes[1]['protocol']}": "linear_probe_cached/confusion_lbfgs.svg",
+    }
+    for title, file in confusions.items():
+        assert page.images[title] == (run / file).read_bytes()
+    assert list(page.images) == ["Training", *confusions, "Nearest neighbours", "The space of features"]
+
+
+def test_no_report_is_made_of_a_run_that_has_none_and_no_link_is_followed(run, tmp_path, script):
+    (run / "neighbours.svg").unlink()
+    (tmp_path / "private.svg").write_text("<svg/>")
+    (run / "neighbours.svg").symlink_to(tmp_path / "private.svg")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "confusion.svg").write_text("<svg/>")
+    (run / "linked").symlink_to(tmp_path / "elsewhere")
+    write_report(read_run(run))
+    page = Page(run / "report.html")
+    assert list(page.images) == ["Training", "The space of features"]
+    assert f"neighbours is missing: draw it by python scripts/report.py {run}" in page.text
+    (run / "report.html").unlink()
+    script("knn").main([str(run), "--use_cpu", "--knn_k", "2"])
+    assert not (run / "report.html").exists()
 
 
 def test_what_comes_from_files_is_escaped(run):

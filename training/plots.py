@@ -26,15 +26,21 @@ from .views.policy import ViewParams
 BLUE, VERMILION, GREEN = "#0072b2", "#d55e00", "#009e73"
 INK, GRAY, PALE = "#1f2933", "#6b7280", "#d5dae1"
 WIDTH = 8  # inches, 800 px of a README: a point is 1.4 px there
+DPI = 200  # two pixels of a file for one of a README
 COLOURS = matplotlib.color_sequences["petroff10"]  # arXiv:2107.02270
 MOST_NAMED_CLASSES = 2 * len(COLOURS)
+MOST_CLASSES_OF_MATRIX = 40  # more names cannot be read, nor more squares
+SHOWN_PAIRS = 25
 PERPLEXITY = 30
+POINTS = 72  # an inch
+LEGEND_LINE = 0.16  # inches
 NEIGHBOURS = 7  # columns of the grid of neighbours
 BADGE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 HALO = withStroke(linewidth=2.5, foreground="white", alpha=0.85)
 STYLE = {
     "font.size": 8.5,
     "text.color": INK,
+    "text.parse_math": False,  # class names may have a $
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -66,8 +72,8 @@ def figure(path: Path, height: float, **kwargs: Any) -> Iterator[Figure]:
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(WIDTH, height), **kwargs)
         yield fig
-        fig.savefig(path.with_name(f"{path.name}.png"), dpi=200)
-        fig.savefig(path.with_name(f"{path.name}.svg"), dpi=200, metadata={"Date": None})
+        fig.savefig(path.with_name(f"{path.name}.png"), dpi=DPI)
+        fig.savefig(path.with_name(f"{path.name}.svg"), dpi=DPI, metadata={"Date": None})
 
 
 class Panel(NamedTuple):
@@ -92,7 +98,7 @@ PANELS = (
     Panel("Uniformity", {"uniformity": "uniformity"}),
     Panel("RankMe", {"eval_rankme": "RankMe"}),
     Panel(
-        "Contrast accuracy with regrouped keys, %",
+        "Contrast, regrouped keys, %",
         {"eval_contrast_top1": "as trained", "eval_contrast_top1_shuffled": "regrouped"},
     ),
     Panel("Queue age, steps", {"queue_age": "age"}),
@@ -114,35 +120,51 @@ def training_curves(history: list[dict[str, Any]], chance: float, path: Path, kn
     panels = [panel if panel.series else panel._replace(series=knn) for panel in PANELS]
     panels = [panel for panel in panels if logged & panel.series.keys()]
     columns, height = (2, 2.35) if len(panels) <= 4 else (3, 1.9)
-    rows, width = -(-len(panels) // columns), WIDTH / columns
-    with figure(path, rows * height) as fig:
+    width, rows = WIDTH / columns, [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    legends = [max(_legend_lines(panel, logged) for panel in row) for row in rows]  # above the curves, never on them
+    page = (WIDTH, height * len(rows) + LEGEND_LINE * sum(legends))
+    with figure(path, page[1]) as fig:
         for i, panel in enumerate(panels):
             row, column = divmod(i, columns)
+            below = height * (len(rows) - 1 - row) + LEGEND_LINE * sum(legends[row + 1 :])
             # Placed by hand: matplotlib's own layout takes seconds for eleven panels.
-            place = (column * width + 0.5, (rows - 1 - row) * height + 0.42, width - 0.62, height - 0.7)
-            axis = fig.add_axes(np.divide(place, (WIDTH, rows * height) * 2).tolist())
+            own = _legend_lines(panel, logged)
+            tall = height - 0.7 + LEGEND_LINE * (legends[row] - own)
+            place = (column * width + 0.5, below + 0.42, width - 0.62, tall)
+            axis = fig.add_axes(np.divide(place, page * 2).tolist())
             if "loss" in panel.series:
                 axis.axhline(chance, color=GRAY, linestyle=(0, (4, 2)), linewidth=1, gid="chance")
                 beside: Any = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
                 axis.annotate(f"all keys alike {chance:.2f}", (1, chance), (0, 3), color=GRAY, fontsize=8, **beside)
-            _draw_panel(axis, panel, history)
+            _draw_panel(axis, panel, history, own)
             axis.set_xlim(0, 1.02 * max(entry["epoch"] for entry in history))
             if i >= len(panels) - columns:
                 axis.set_xlabel("epoch", labelpad=2)
 
 
-def _draw_panel(axis: Axes, panel: Panel, history: list[dict[str, Any]]) -> None:
+def _legend_lines(panel: Panel, logged: set[str]) -> int:
+    shown = [name for key, name in panel.series.items() if key in logged]
+    return -(-len(shown) // _legend_columns(shown)) if len(shown) > 1 else 0
+
+
+def _legend_columns(names: list[str]) -> int:
+    return 2 if max(map(len, names)) <= 8 else 1  # with its number a longer one takes the width of a panel
+
+
+def _draw_panel(axis: Axes, panel: Panel, history: list[dict[str, Any]], lines: int) -> None:
     shown = [(key, name) for key, name in panel.series.items() if any(key in entry for entry in history)]
     for (key, name), colour in zip(shown, (BLUE, VERMILION, GREEN, *COLOURS), strict=False):
         epochs, values = zip(*((entry["epoch"], entry[key]) for entry in history if key in entry), strict=True)
         marker = "o" if len(values) < 30 else None
         last = f"{values[-1]:,.0f}" if abs(values[-1]) >= 1000 else f"{values[-1]:.3g}"
         axis.plot(epochs, values, color=colour, marker=marker, markersize=3, label=f"{name}: {last}", gid=key)
-    axis.set_title(panel.title)
+    pad = 4 + POINTS * LEGEND_LINE * lines
+    axis.set_title(panel.title, pad=pad)
     if len(shown) > 1:
-        axis.legend()
+        above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": _legend_columns([n for _, n in shown])}
+        axis.legend(**above, borderpad=0.2, borderaxespad=0, handlelength=1.2, columnspacing=1, labelspacing=0.15)
     else:
-        axis.set_title(last, loc="right", color=BLUE, fontweight="normal")
+        axis.set_title(last, loc="right", color=BLUE, fontweight="normal", pad=pad)
     axis.margins(y=0.15)
     if panel.from_zero:
         low, high = axis.dataLim.intervaly
@@ -162,7 +184,9 @@ class Sheet:
     def image(
         self, pixels: np.ndarray, x: float, y: float, width: float, height: float, frame: str, line: float = 1
     ) -> None:
-        self.axis.imshow(pixels, extent=(x, x + width, y + height, y), aspect="auto")
+        enlarged = pixels.shape[1] < DPI * width  # by whole squares, for a blur would hide how few pixels there are
+        extent, shown = (x, x + width, y + height, y), "nearest" if enlarged else "antialiased"
+        self.axis.imshow(pixels, extent=extent, aspect="auto", interpolation=shown)
         self.frame(x, y, width, height, frame, line)
 
     def frame(self, x: float, y: float, width: float, height: float, colour: str, line: float) -> None:
@@ -320,27 +344,51 @@ def _tsne(x: np.ndarray) -> np.ndarray:
         return tsne.fit_transform(x)
 
 
-def confusion_matrix(confusion: torch.Tensor, class_names: list[str], path: Path) -> None:
-    """Images of each class (rows) by the class that they are called (columns), as shares of the row.
-
-    Names are shown for up to 40 classes and numbers for up to 20.
+def confusion(counts: torch.Tensor, class_names: list[str], path: Path) -> None:
+    """Which classes a classifier calls which: a matrix of up to 40 classes, of more the pairs that are confused most.
 
     Args:
-        confusion: images of class i that are called j (C, C).
+        counts: images of class i that are called j, sparse and coalesced (C, C).
     """
-    classes = len(class_names)
-    shares = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    if len(class_names) <= MOST_CLASSES_OF_MATRIX:
+        _confusion_matrix(counts.to_dense(), class_names, path)
+    else:
+        _confused_pairs(counts, class_names, path)
+
+
+def _confusion_matrix(counts: torch.Tensor, class_names: list[str], path: Path) -> None:
+    # Images of each class (rows) by the class that they are called (columns), coloured by their share of the row.
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    names = [_short(name, 16) for name in class_names]
     with figure(path, WIDTH - 1.4, layout="constrained") as fig:
         axis = fig.add_subplot()
         axis.grid(False)
         image = axis.imshow((100 * shares).numpy(), cmap="Blues", vmin=0, vmax=100)
         fig.colorbar(image, ax=axis, shrink=0.8, label="% of the class")
         axis.set(xlabel="called", ylabel="class")
-        if classes <= 40:
-            names = [_short(name, 16) for name in class_names]
-            axis.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 2 else 0)
-            axis.set_yticks(range(classes), names)
-        if classes <= MOST_NAMED_CLASSES:
-            for i, j in confusion.nonzero().tolist():
+        axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0)
+        axis.set_yticks(range(len(names)), names)
+        if len(names) <= MOST_NAMED_CLASSES:
+            for i, j in counts.nonzero().tolist():
                 colour = "white" if shares[i, j] > 0.5 else INK
-                axis.text(j, i, f"{confusion[i, j]:,}", ha="center", va="center", fontsize=8, color=colour)
+                axis.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", fontsize=8, color=colour)
+
+
+def _confused_pairs(counts: torch.Tensor, class_names: list[str], path: Path) -> None:
+    (rows, columns), images = counts.indices(), counts.values()
+    wrong = rows != columns
+    order = images[wrong].argsort(descending=True, stable=True)[:SHOWN_PAIRS]
+    pairs = [(_short(class_names[i], 22), _short(class_names[j], 22)) for i, j in counts.indices().T[wrong][order]]
+    shown, mistakes = images[wrong][order].tolist(), int(images[wrong].sum())
+    with figure(path, 0.8 + 0.2 * max(1, len(pairs)), layout="constrained") as fig:
+        axis = fig.add_subplot()
+        axis.barh(range(len(pairs)), shown, color=BLUE, height=0.7)
+        axis.set_yticks(range(len(pairs)), [f"{name} is called {called}" for name, called in pairs])
+        axis.set(ylim=(len(pairs) - 0.4, -0.6), xlabel="images")
+        axis.margins(x=0.08)
+        axis.set_title(f"{sum(shown):,} of {mistakes:,} mistakes, the most frequent; {len(class_names):,} classes")
+        axis.grid(False, axis="y")
+        axis.set_axisbelow(True)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for i, number in enumerate(shown):
+            axis.annotate(f"{number:,}", (number, i), (3, 0), textcoords="offset points", va="center", fontsize=8)

@@ -19,12 +19,13 @@ from .data.decode import decode_image
 from .data.images import MapImages, StreamedImages
 from .data.pipeline import build_render, training_images, two_views
 from .data.sources import ImageSplits
+from .engine.page import read_run, write_report
 from .engine.record import record
 from .engine.results import Result, conditions, encoder_digest, read_results
 from .engine.run_folder import FIGURES, METRICS, write_json
 from .evaluation.knn import protocol
 from .recipe import PretrainArguments
-from .report import STREAMED, chance_loss, draw_curves, draw_features, read_run, write_report
+from .report import chance_loss, draw_curves, draw_features
 from .trainer import MoCoTrainer
 from .views.pil import render_view
 
@@ -92,8 +93,8 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer) -> None:
             "--output_dir runs/mine\n  (with one GPU add --batch_norm split)"
         )
     for key in ("title", "source", "hardware", "expected"):
-        if key in args.recipe.about:
-            print(f"{key:>9}: {args.recipe.about[key]}")
+        if key in args.about:
+            print(f"{key:>9}: {args.about[key]}")
     print(
         f"      run: {trainer.train_dataset.images_per_epoch:,} images, global batch {training.global_batch_size} "
         f"({training.world_size} x {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
@@ -123,6 +124,12 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
             "in one process there is nobody to shuffle with, and BatchNorm tells keys apart by their batch. Pass "
             "--batch_norm split, which imitates several GPUs"
         )
+    processes = args.recipe.processes
+    if "processes" in args.changed and recipe_batch == batch and config.batch_norm in ("shuffle", "plain"):
+        yield (
+            f"BatchNorm sees groups of {batch // training.world_size} images in {training.world_size} processes; the recipe is "
+            f"for {processes}, with groups of {batch // processes}. Start {processes} processes for its result"
+        )
     group = training.per_device_train_batch_size // (config.batch_norm_splits if config.batch_norm == "split" else 1)
     if group < 2 and config.batch_norm != "sync":
         yield (
@@ -142,17 +149,16 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
     folder = Path(str(args.training.output_dir))
     trainer.save_model(str(folder))
     trainer.save_state()
-    history = trainer.state.log_history
-    knn = [entry["eval_knn_top1"] for entry in history if "eval_knn_top1" in entry]
-    steps = [entry for entry in history if "loss" in entry]
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    step, knn = saved_step(trainer), _knn_at(trainer, saved_step(trainer))
     metrics = {
-        "knn_top1_before": knn[0] if knn else None,
-        "knn_top1_after": knn[-1] if knn else None,
+        "knn_top1_before": _knn_at(trainer, 0).get("eval_knn_top1"),
+        "knn_top1_after": knn.get("eval_knn_top1"),
         "loss": steps[-1]["loss"],
         "contrast_top1": steps[-1]["contrast_top1"],
         "images_per_second": median(entry["images_per_second"] for entry in steps),
         "waiting_for_data": median(entry["waiting_for_data"] for entry in steps),
-        "steps": trainer.state.global_step,
+        "steps": step,
         "skipped_images": trainer.unreadable.write(folder),
     }
     about = {key: value for key, value in conditions().items() if key != "command"} | {"data": splits.about}
@@ -164,14 +170,14 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
         draw_curves(read_run(folder))
         record(
             folder,
-            list(_last_knn(trainer)),
+            list(_results(trainer, knn)),
             model=encoder_digest(trainer.model, args.training.knn_features),
             data=splits.about,
             trackers=args.training.trackers,
             figures=[path for name in FIGURES if (path := folder / f"{name}.png").is_file()],
             step=trainer.state.global_step,
         )
-        write_report(read_run(folder), STREAMED if args.data.streaming else None)
+        write_report(read_run(folder))
     return metrics
 
 
@@ -186,15 +192,29 @@ def describe_bottleneck(metrics: dict[str, Any]) -> str:
     )
 
 
-def _last_knn(trainer: MoCoTrainer) -> Iterator[Result]:
+def saved_step(trainer: MoCoTrainer) -> int:
+    """Steps behind the weights that the trainer has now: its last ones or, with `load_best_model_at_end`, the best ones."""
     args, state = trainer.args, trainer.state
+    best = state.best_global_step if args.load_best_model_at_end else None
+    return state.global_step if best is None else best
+
+
+def _knn_at(trainer: MoCoTrainer, step: int) -> dict[str, float]:
+    """What the monitor logged after that many steps; nothing if it measured no kNN then."""
+    logged = [x for x in trainer.state.log_history if "eval_knn_top1" in x and x["step"] == step]
+    return logged[-1] if logged else {}
+
+
+def _results(trainer: MoCoTrainer, knn: dict[str, float]) -> Iterator[Result]:
+    args, monitor = trainer.args, trainer.monitor
+    # Among several epochs the evaluated images themselves have chosen.
+    chosen = ", best epoch on the evaluated images" if args.load_best_model_at_end else ""
     names = ["eval_knn_top1", *(f"eval_knn_top1_k{k}" for k in args.knn_k[1:])]
-    last = [entry for entry in state.log_history if names[0] in entry and entry["step"] == state.global_step][-1:]
     for k, name in zip(args.knn_k, names, strict=True):
-        for entry in last:
-            conditions: dict[str, Any] = {"settings": {"bank": len(trainer.monitor.bank or [])}, "seed": args.seed}
-            n = len(trainer.monitor.queries or [])
-            yield Result(protocol(k, args.knn_temperature), "top1", entry[name], n, args.knn_features, **conditions)
+        if name in knn:
+            words, n = protocol(k, args.knn_temperature) + chosen, len(monitor.queries or [])
+            settings: dict[str, Any] = {"bank": len(monitor.bank or [])} | ({"step": knn["step"]} if chosen else {})
+            yield Result(words, "top1", knn[name], n, args.knn_features, settings=settings, seed=args.seed)
 
 
 def preview_views(args: PretrainArguments, splits: ImageSplits) -> None:

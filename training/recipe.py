@@ -13,12 +13,21 @@ from modeling_moco import MoCoConfig
 
 from .cli import build_parser, how_to_run, nearest_name, offered, parse_flags
 from .data.sources import DataArguments
+from .engine.run_folder import FREE_TO_CHANGE
 from .evaluation.probe_arguments import LinearProbeArguments
 from .trainer import MoCoTrainingArguments
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "quickstart"
+BASED_ON = "Based on recipe "
 ABOUT = ("title", "source", "command", "hardware", "expected")
+# Settings that neither the weights nor a result depend on, beside those that a continued run may change.
+WITHOUT_RESULT = FREE_TO_CHANGE | {
+    *("eval_strategy", "eval_every_n_epochs", "per_device_eval_batch_size", "save_strategy", "save_steps"),
+    *("log_level", "log_level_replica", "logging_strategy", "logging_first_step"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("use_cpu", "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_timeout", "local_rank"),
+}
 
 
 def _model_arguments() -> type:
@@ -55,6 +64,19 @@ class Recipe:
     values: dict[str, Any]
     probe: dict[str, Any]
 
+    @property
+    def processes(self) -> int:
+        """Processes that its command starts, which the groups of BatchNorm depend on."""
+        asked = re.search(r"--num_processes (\d+)", self.about.get("command", ""))
+        return int(asked[1]) if asked else 1
+
+    def value(self, name: str) -> Any:
+        """What it gives a setting, or the default of that."""
+        if name in self.values:
+            return self.values[name]
+        known = next(f for kind in PARTS.values() for f in offered(kind) if f.name == name)
+        return known.default if known.default_factory is dataclasses.MISSING else known.default_factory()
+
 
 @dataclasses.dataclass
 class PretrainArguments:
@@ -73,6 +95,26 @@ class PretrainArguments:
     settings: dict[str, dict[str, Any]]
     default_recipe: bool = False
     preview_views: Path | None = None
+
+    @property
+    def changed(self) -> list[str]:
+        """Settings of this run that are not the recipe's and change what comes out of it."""
+        given = {name: value for section in PARTS for name, value in self.settings[section].items()}
+        names = [
+            name for name, value in given.items() if name not in WITHOUT_RESULT and value != self.recipe.value(name)
+        ]
+        regrouped = self.training.world_size != self.recipe.processes and self.config.batch_norm != "sync"
+        return names + ["processes"] * regrouped
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Title, source and expected result of the recipe if this run is its; else what it is based on and what differs."""
+        if not self.changed:
+            return self.recipe.about
+        title = self.recipe.about.get("title", "")
+        if not title.startswith(BASED_ON):  # as that of a run's own recipe.yaml may
+            title = BASED_ON + self.recipe.name
+        return {"title": f"{title}, changed: {', '.join(self.changed)}"}
 
 
 def recipe_names() -> list[str]:

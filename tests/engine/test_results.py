@@ -14,7 +14,7 @@ from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
 from training.engine.results import Result, append_results, interval, read_results, table
 from training.engine.run_folder import RESULTS
-from training.evaluation.scores import score
+from training.evaluation.scores import LOGITS_AT_ONCE, in_parts, likeliest, score, score_parts
 
 ROOT = Path(__file__).parents[2]
 RESULT = Result("weighted kNN, k 200, T 0.07", "top1", 92.5, 360)
@@ -97,12 +97,13 @@ def test_scores_are_those_of_scikit_learn():
     labels = torch.randint(7, (300,), generator=generator)
     labels[labels == 5] = 4  # a class without images
     logits = torch.randn(300, 8, generator=generator) + 2 * torch.eye(8)[labels]
-    scores = score(logits, labels)
+    scores = score(likeliest(logits), labels, classes=8)
     everyone = np.arange(8)
     assert scores.top1 == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=1, labels=everyone))
     assert scores.top5 == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=5, labels=everyone))
     confusion = confusion_matrix(labels, logits.argmax(dim=1), labels=everyone)
-    assert scores.confusion.tolist() == confusion.tolist()
+    assert scores.confusion.to_dense().tolist() == confusion.tolist()
+    assert scores.pairs == [[i, j, confusion[i, j]] for i in everyone for j in everyone if confusion[i, j]]
     assert scores.per_class[5] is None
     assert scores.per_class[4] == pytest.approx(100 * confusion[4, 4] / confusion[4].sum())
     assert scores.n == 300
@@ -112,5 +113,42 @@ def test_scores_are_those_of_scikit_learn():
     ]
 
 
-def test_with_fewer_than_five_classes_every_answer_is_among_the_first_five():
-    assert score(torch.randn(20, 3), torch.randint(3, (20,))).top5 == 100
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_a_top5_that_every_answer_would_reach_is_not_a_number(classes):
+    scores = score(likeliest(torch.randn(20, classes)), torch.randint(classes, (20,)), classes)
+    assert scores.top5 is None
+    assert scores.accuracies == {"top1": scores.top1}
+    assert [result.metric for result in scores.results("p")] == ["top1"]
+    assert "top-5" not in str(scores)
+    six = score(likeliest(torch.randn(20, 6)), torch.randint(6, (20,)), 6)
+    assert [result.metric for result in six.results("p")] == ["top1", "top5"]
+    assert f"top-5 {six.top5:.1f} %" in str(six)
+
+
+def test_scores_of_a_million_classes_take_the_memory_of_their_images():
+    classes, labels = 1_000_000, torch.tensor([7, 7, 999_999])  # a matrix of classes would have 8 TB
+    scores = score(torch.tensor([[7, 8], [9, 7], [999_999, 0]]), labels, classes)
+    assert scores.confusion.values().numel() == 3
+    assert scores.pairs == [[7, 7, 1], [7, 9, 1], [999_999, 999_999, 1]]
+    assert scores.n == 3
+    per_class = scores.per_class
+    assert [per_class[i] for i in (0, 7, 999_999)] == [None, 50.0, 100.0]
+    assert (scores.top1, scores.top5) == (pytest.approx(200 / 3), 100)
+
+
+@pytest.mark.parametrize("classes", [3, 10_000, 10**9])
+def test_logits_are_made_of_so_many_rows_at_once_that_they_stay_small(classes):
+    features, labels = torch.arange(5_000.0)[:, None], torch.arange(5_000)
+    parts = list(in_parts(features, labels, classes))
+    assert all(len(x) == len(y) and (len(x) == 1 or len(x) * classes <= LOGITS_AT_ONCE) for x, y in parts)
+    assert torch.equal(torch.cat([x for x, _ in parts]), features)
+    assert torch.equal(torch.cat([y for _, y in parts]), labels)
+
+
+def test_scores_of_parts_are_those_of_the_whole():
+    logits, labels = torch.randn(50, 9, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 9
+    whole, parts = (
+        score(likeliest(logits), labels, 9),
+        score_parts(zip(logits.split(7), labels.split(7), strict=True), 9),
+    )
+    assert (parts.top1, parts.top5, parts.pairs) == (whole.top1, whole.top5, whole.pairs)

@@ -63,9 +63,10 @@ def test_every_head_is_a_linear_layer_trained_alone_by_torchs_sgd(clusters):
                 nn.functional.cross_entropy(layer(features[rows]), labels[rows]).backward()
                 optimizer.step()
             schedule.step()
-        torch.testing.assert_close(heads.logits(features, i), layer(features), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(heads(features)[:, i], layer(features), atol=1e-4, rtol=1e-4)
         expected = 100 * (layer(features).argmax(dim=1) == labels).double().mean().item()
         assert heads.top1(features, labels)[i] == pytest.approx(expected)
+        assert heads.scores(features, labels, i).top1 == pytest.approx(expected)
 
 
 def test_the_regularisation_path_is_separately_fitted_models(clusters, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import TrainerCallback, pipeline
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
 from training.commands import finetune
 from training.data.formats import load_digits
-from training.data.sources import load_images
+from training.data.sources import ImageSplits, load_images
 from training.engine.results import encoder_digest
 from training.evaluation.encoder import Encoder
 from training.evaluation.finetune import (
@@ -57,6 +58,51 @@ def copy_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def changed(module: torch.nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
     return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+# Words
+
+
+def many_classes(classes: int, each: int) -> datasets.Dataset:
+    """Images of many classes, a few of each."""
+    pixel = load_digits()["train"][0]["image"]
+    labels = [i % classes for i in range(classes * each)]
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=[str(i) for i in range(classes)])}
+    )
+    return datasets.Dataset.from_dict({"image": [pixel] * len(labels), "label": labels}, features=features)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "each", "words"),
+    [
+        (1.0, 3, "100 % of the labels (90 images)"),
+        (0.1, 1, "100 % of the labels (30 images)"),  # at least one of each class, which is all
+        (0.1, 3, "33.3 % of the labels (30 images)"),
+        (0.1, 10, "10 % of the labels (30 images)"),
+        (0.1, 11, "10 % of the labels (30 images)".replace("10 %", "9.09 %")),
+        (0.2, 10, "20 % of the labels (60 images)"),
+    ],
+)
+def test_the_words_say_which_share_of_the_labels_was_used(encoder, tmp_path, fraction, each, words):
+    run = parse_finetune([str(encoder), *TINY, "--output_dir", str(tmp_path), "--label_fraction", str(fraction)])
+    rows = many_classes(30, each)
+    splits = ImageSplits(rows, rows, rows.features["label"].names)
+    trainer = build_trainer(run, splits, choose_labelled(splits, run.training))
+    assert f"fine-tuning on {words}, 2 epochs" in run.protocol(trainer)
+
+
+def test_another_schedule_or_optimizer_is_another_protocol(encoder, tmp_path):
+    words = []
+    for flags in ([], ["--lr_scheduler_type", "linear"], ["--lr_milestones", "1"], ["--weight_decay", "0.1"]):
+        run = parse_finetune([str(encoder), *TINY, "--output_dir", str(tmp_path), *flags])
+        splits = load_images(run.data, labelled=True)
+        words.append(run.protocol(build_trainer(run, splits, choose_labelled(splits, run.training))))
+    assert [w.removeprefix(words[0]) for w in words[1:]] == [
+        ", linear",
+        ", a tenth at 1",
+        ", sgd momentum=0.9, weight decay 0.1",
+    ]
 
 
 # Which labels

@@ -31,8 +31,7 @@ def main(argv: list[str]) -> None:
     train(trainer, checkpoint)
     scores = finish(run, trainer, splits)
     if trainer.is_world_process_zero():
-        low, high = scores.interval
-        print(f"top-1 {scores.top1:.1f} % ({low:.1f} to {high:.1f}), top-5 {scores.top5:.1f} %, {scores.n:,} images")
+        print(scores)
         folder = run.training.output_dir
         print(f"Saved to {folder}, results to {run.encoder.results_dir}/{RESULTS}. Classify:")
         print(

@@ -33,9 +33,7 @@ def main(argv: list[str]) -> None:
         if publisher is not None:
             publisher.prepare()
             trainer.add_callback(publisher)  # after the trainer's own, which complete a checkpoint
-        checkpoint = claim_output_dir(
-            args.training, trainer.batch_layout, args.settings, args.recipe.about, splits.place
-        )
+        checkpoint = claim_output_dir(args.training, trainer.batch_layout, args.settings, args.about, splits.place)
     if trainer.is_world_process_zero():
         announce(args, trainer)
         if checkpoint:

@@ -10,10 +10,12 @@ from transformers.utils import logging
 
 from modeling_moco import MoCoModel
 
+from ..data.sources import DataArguments
+from ..engine.page import read_run, write_report
 from ..errors import one_line_errors
 from ..evaluation.encoder import Encoder
 from ..memory import keep_freed_memory
-from ..report import draw_curves, draw_features, open_images, read_run, write_report
+from ..report import draw_curves, draw_features, open_images
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +30,8 @@ def main(argv: list[str]) -> None:
         model = Encoder(str(run.source)).load(MoCoModel, seed=0).to(state.device)
         missing = None
         try:
-            draw_features(model, open_images(run.data), run.data, folder)
+            data = DataArguments(**run.recipe["data"])
+            draw_features(model, open_images(data), data, folder)
         except ValueError as error:
             missing = str(error)
         if state.is_main_process:

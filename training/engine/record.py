@@ -1,9 +1,10 @@
-"""Where the numbers of an evaluation go: to the results of a model, and to the trackers of its run."""
+"""Where the numbers of an evaluation go: to the results of a model, its report, and the trackers of its run."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .page import refresh_report
 from .results import Result, append_results
 from .trackers import Trackers
 
@@ -18,7 +19,9 @@ def record(
     figures: Iterable[Path] = (),
     step: int | None = None,
 ) -> None:
-    """Append results to `home/results.json`, then send them and their figures. Call it on the main process.
+    """Append results to `home/results.json`, refresh `home/report.html` if it is there, then send results and figures.
+
+    Call it on the main process, with the figures drawn.
 
     Args:
         home: folder of the model that was measured.
@@ -34,5 +37,6 @@ def record(
     """
     if results:
         append_results(home, results, model=model, data=data)
+        refresh_report(home)
     if trackers is not None:
         trackers.send(results, figures, step)

@@ -26,10 +26,9 @@ from ..engine.schedule import epoch_schedule
 from .features import cached_features
 from .probe_arguments import LinearProbeArguments
 from .probe_results import HeadReport, Probe, choose, hold_out
-from .scores import Scores, score
+from .scores import Scores, in_parts, score_parts
 
 STRENGTHS = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]  # C of L-BFGS
-ROWS_AT_ONCE = 8_192
 MAX_ITER, TOLERANCE = 1_000, 1e-5  # of L-BFGS; the tolerance is the largest entry of the mean loss's gradient
 
 
@@ -47,14 +46,15 @@ class Heads:
         return torch.addmm(self.bias, features, self.weight).unflatten(1, self.shape)
 
     @torch.no_grad()
-    def logits(self, features: torch.Tensor, head: int) -> torch.Tensor:
-        """Class logits of one head (n, C)."""
-        return torch.cat([self(rows)[:, head] for rows in features.split(ROWS_AT_ONCE)])
+    def scores(self, features: torch.Tensor, labels: torch.Tensor, head: int) -> Scores:
+        """Scores of one head."""
+        parts = in_parts(features, labels, math.prod(self.shape))
+        return score_parts(((self(rows)[:, head], truth) for rows, truth in parts), self.shape[1])
 
     @torch.no_grad()
     def top1(self, features: torch.Tensor, labels: torch.Tensor) -> list[float]:
         """Accuracy of every head in per cent."""
-        parts = zip(features.split(ROWS_AT_ONCE), labels.split(ROWS_AT_ONCE), strict=True)
+        parts = in_parts(features, labels, math.prod(self.shape))
         hits = sum((self(rows).argmax(dim=2) == truth[:, None]).sum(dim=0) for rows, truth in parts)
         return (100 * torch.as_tensor(hits).double() / len(labels)).tolist()
 
@@ -191,14 +191,15 @@ def _probe_sgd(
         compared = [replace(report, held_out=top1) for report, top1 in zip(reports, held, strict=True)]
         chosen = choose(compared)
     heads, (final,) = fit(train, [args.rates[chosen]])
-    scores = score(heads.logits(evaluated[0], 0), evaluated[1])
+    scores = heads.scores(*evaluated, head=0)
     protocol = f"linear probe, cached features, SGD, {args.protocol}"
     return Probe("cached SGD", protocol, len(train[1]), final, scores, compared)
 
 
 def _probe_lbfgs(classes: int, train: Rows, fitted: Rows, held_out: Rows, evaluated: Rows) -> Probe:
     def scores(fit: Pipeline, rows: Rows) -> Scores:
-        return score(class_logits(fit, rows[0].numpy(), classes), rows[1])
+        parts = in_parts(*rows, classes)
+        return score_parts(((class_logits(fit, x.numpy(), classes), y) for x, y in parts), classes)
 
     def report(fit: Pipeline, held: float | None) -> HeadReport:
         setting = f"C {fit[-1].C:g}" + ("" if converged(fit) else " (not converged)")

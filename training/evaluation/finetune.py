@@ -37,8 +37,10 @@ from ..engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
 from ..views.pil import OneView
 from ..views.policy import build_policy
 from .encoder import Encoder, parse_evaluation
-from .scores import Scores, score
+from .probe_arguments import check_choice, optimizer, schedule
+from .scores import Scores, likeliest, score
 
+SAME_SHARE = 0.05  # a share of the labels that is nearer than this part of it is called by what was asked for
 PUBLISHED_BATCH = 256  # images per step that the learning rates are for
 
 
@@ -106,6 +108,7 @@ class FinetuneArguments(SGDTrainingArguments):
         for name, rate in self.rates.items():
             if rate < 0:
                 raise ValueError(f"{name} ({rate:g}) must be at least 0, which freezes the weights")
+        check_choice(self)
         super().__post_init__()
 
     @property
@@ -117,6 +120,9 @@ class FinetuneArguments(SGDTrainingArguments):
 class FinetuneTrainer(SGDTrainer):
     """Trains a whole [`MoCoForImageClassification`], its BatchNorm included.
 
+    Args:
+        available: labelled images of the train split, of which `train_dataset` has a share.
+
     Attributes: `encoder`, the digest of the encoder that it began with, and `scores`, those of the last evaluation.
     """
 
@@ -124,9 +130,17 @@ class FinetuneTrainer(SGDTrainer):
     optimizer: Any
     scores: Scores
 
-    def __init__(self, model: MoCoForImageClassification, args: FinetuneArguments, **kwargs):
+    def __init__(self, model: MoCoForImageClassification, args: FinetuneArguments, available: int, **kwargs):
+        self.available = available
         self.encoder = encoder_digest(model.moco)
-        super().__init__(model=model, args=args, compute_metrics=self._top_accuracies, **kwargs)
+        # transformers gathers what is left of the logits, of all images before it computes anything.
+        super().__init__(
+            model=model,
+            args=args,
+            compute_metrics=self._accuracies,
+            preprocess_logits_for_metrics=lambda logits, labels: likeliest(logits),
+            **kwargs,
+        )
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -145,9 +159,10 @@ class FinetuneTrainer(SGDTrainer):
                 dist.broadcast(buffer, src=0)
         return super().evaluate(*args, **kwargs)
 
-    def _top_accuracies(self, prediction: EvalPrediction) -> dict[str, float]:
-        self.scores = score(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))
-        return {"top1": self.scores.top1, "top5": self.scores.top5}
+    def _accuracies(self, prediction: EvalPrediction) -> dict[str, float]:
+        answers, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+        self.scores = score(answers, labels, self.model.config.num_labels)
+        return self.scores.accuracies
 
 
 def draw_split(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -210,13 +225,18 @@ class FinetuneRun:
     training: FinetuneArguments
     settings: dict[str, dict[str, Any]]
 
-    def protocol(self, images: int) -> str:
+    def protocol(self, trainer: FinetuneTrainer) -> str:
         """The words that stand for this evaluation in results."""
-        args = self.training
+        args, images = self.training, len(trainer.train_dataset)
+        share = images / trainer.available
+        if abs(share - args.label_fraction) < SAME_SHARE * args.label_fraction and share < 1:
+            share = args.label_fraction  # but for the rounding in each class
         length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         return (
-            f"fine-tuning on {100 * args.label_fraction:g} % of the labels ({images:,} images), {length}, "
+            f"fine-tuning on {100 * share:.3g} % of the labels ({images:,} images), {length}, "
             f"learning rates {args.learning_rate:g} and {args.head_learning_rate:g}"
+            + ("" if schedule(args) == "cosine" else f", {schedule(args)}")
+            + optimizer(args)
         )
 
 
@@ -255,6 +275,7 @@ def build_trainer(run: FinetuneRun, splits: ImageSplits, indices: np.ndarray) ->
     return FinetuneTrainer(
         model,
         args,
+        available=len(splits.train),
         train_dataset=MapImages(splits.train.select(indices), crop, args.seed),
         eval_dataset=MapImages(splits.eval, data.evaluation_view()),
         processing_class=data.image_processor(model.config),
@@ -264,7 +285,7 @@ def build_trainer(run: FinetuneRun, splits: ImageSplits, indices: np.ndarray) ->
 def announce(run: FinetuneRun, trainer: FinetuneTrainer) -> None:
     """Say what is about to run, and where its settings come from."""
     args, images = run.training, len(trainer.train_dataset)
-    print(f"{run.encoder}: {run.protocol(images)}, global batch {args.global_batch_size}, to {args.output_dir}")
+    print(f"{run.encoder}: {run.protocol(trainer)}, global batch {args.global_batch_size}, to {args.output_dir}")
     by_default = {name: rate for name, rate in args.rates.items() if name not in run.settings["training"]}
     share, published = nearest_published(args.label_fraction)
     if by_default:
@@ -289,12 +310,11 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> S
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         scores, images = trainer.scores, len(trainer.train_dataset)
-        protocol = run.protocol(images)
+        protocol = run.protocol(trainer)
         metrics = {
             "protocol": protocol,
-            "top1": scores.top1,
+            **scores.accuracies,
             "top1_interval": scores.interval,
-            "top5": scores.top5,
             "n": scores.n,
             "labelled_images": images,
             "per_class": dict(zip(splits.class_names, scores.per_class, strict=True)),
@@ -307,7 +327,7 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> S
             "global_batch": args.global_batch_size,
             "weight_decay": args.weight_decay,
         }
-        plots.confusion_matrix(scores.confusion, splits.class_names, folder / "confusion")
+        plots.confusion(scores.confusion, splits.class_names, folder / "confusion")
         results = scores.results(protocol, settings=settings, seed=args.seed)
         record(run.encoder.results_dir, results, model=trainer.encoder, data=splits.about, trackers=None)
         record(

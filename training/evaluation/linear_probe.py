@@ -25,6 +25,7 @@ from .. import plots
 from ..cli import offered
 from ..data.images import MapImages
 from ..data.sources import CropDataArguments, ImageSplits
+from ..engine.page import CONFUSIONS
 from ..engine.record import record
 from ..engine.results import encoder_digest
 from ..engine.run_folder import METRICS, write_json
@@ -35,7 +36,7 @@ from .encoder import Encoder, parse_evaluation
 from .features import extract_features
 from .probe_arguments import READ_BY_CACHED, LinearProbeArguments, _listed
 from .probe_results import HeadReport, Probe, choose, hold_out
-from .scores import Scores, score
+from .scores import Scores, in_parts, score_parts
 
 # The command line
 
@@ -97,8 +98,8 @@ def save_probe(probe: Probe, run: ProbeRun, splits: ImageSplits, encoder: MoCoMo
     probes = [entry for entry in written if entry["name"] != probe.name] + [probe.about(splits.class_names)]
     metrics = {"mode": run.training.mode, "encoder": str(run.encoder), "probes": probes}
     write_json(path, metrics)
-    name = {"official": "confusion", "cached SGD": "confusion_sgd", "cached L-BFGS": "confusion_lbfgs"}[probe.name]
-    plots.confusion_matrix(probe.scores.confusion, splits.class_names, folder / name)
+    name = CONFUSIONS[probe.name]
+    plots.confusion(probe.scores.confusion, splits.class_names, folder / name)
     record(
         run.encoder.results_dir,
         probe.results(run.training.seed),
@@ -189,7 +190,9 @@ class LinearProbeTrainer(SGDTrainer):
     def scores(self, part: Literal["eval", "held_out"] = "eval") -> list[Scores]:
         """Scores of every head as it is now."""
         features, labels = self._features[part]
-        return [score(head(features), labels) for head in self.model.heads]
+        classes = self.model.config.num_labels
+        parts = list(in_parts(features, labels, classes))
+        return [score_parts(((head(x), y) for x, y in parts), classes) for head in self.model.heads]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Top-1 and top-5 accuracy in per cent of the head chosen as of now, and the top-1 of all by their learning rates."""
@@ -201,7 +204,7 @@ class LinearProbeTrainer(SGDTrainer):
             held_out = [s.top1 for s in self.scores("held_out")]
             metrics |= {f"held_out_top1_rate_{name}": top1 for name, top1 in zip(names, held_out, strict=True)}
             chosen = held_out.index(max(held_out))
-        metrics = {"top1": scores[chosen].top1, "top5": scores[chosen].top5} | metrics
+        metrics = scores[chosen].accuracies | metrics
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..engine.sgd_trainer import SGDTrainingArguments
@@ -13,6 +14,18 @@ READ_BY_CACHED = {
     *("mode", "learning_rates", "num_train_epochs", "lr_milestones", "global_batch_size", "seed", "use_cpu"),
     *("per_device_eval_batch_size", "dataloader_num_workers", "report_to", "project", "run_name"),
 }
+
+
+def check_choice(args: SGDTrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: the evaluated images would choose the weights that they are to measure.
+    """
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end (True) would choose the epoch by the images that are reported on: leave it out, the best "
+            "epoch of a probe is listed beside its last one"
+        )
 
 
 @dataclass
@@ -45,6 +58,7 @@ class LinearProbeArguments(SGDTrainingArguments):
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, epoch."})
 
     def __post_init__(self):
+        check_choice(self)
         super().__post_init__()
         name = "learning_rate" if self.learning_rates is None else "learning_rates"
         if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
@@ -63,13 +77,25 @@ class LinearProbeArguments(SGDTrainingArguments):
     def protocol(self) -> str:
         """The words that stand for training by SGD with these settings in results."""
         rates = f"learning rate {_listed(self.rates)}" + (" by a held-out tenth" if len(self.rates) > 1 else "")
-        drops = f"a tenth at {_listed(self.lr_milestones)}" if self.lr_milestones else "cosine"
         length = f"{self.max_steps} steps of " if self.max_steps > 0 else ""
-        words = f"{rates}, {length}{self.num_train_epochs:g} epochs, {drops}, batch {self.global_batch_size}"
-        optimizer = OptimizerNames(self.optim)
-        if (optimizer, self.optim_args, self.weight_decay) != (OptimizerNames.SGD, "momentum=0.9", 0):
-            words += f", {optimizer.value} {self.optim_args}, weight decay {self.weight_decay:g}"
-        return words
+        words = f"{rates}, {length}{self.num_train_epochs:g} epochs, {schedule(self)}, batch {self.global_batch_size}"
+        return words + optimizer(self)
+
+
+def schedule(args: SGDTrainingArguments) -> str:
+    """How the learning rate goes down, in words."""
+    if args.lr_milestones:
+        return f"a tenth at {_listed(args.lr_milestones)}"
+    warmup = f" after a warm-up of {args.warmup_steps:g}" if args.warmup_steps else ""
+    return SchedulerType(args.lr_scheduler_type).value + warmup
+
+
+def optimizer(args: SGDTrainingArguments) -> str:
+    """The optimizer in words that follow others; none for the published one."""
+    kind = OptimizerNames(args.optim)
+    if (kind, args.optim_args, args.weight_decay) == (OptimizerNames.SGD, "momentum=0.9", 0):
+        return ""
+    return f", {kind.value} {args.optim_args}, weight decay {args.weight_decay:g}"
 
 
 def _listed(numbers: list[Any]) -> str:

@@ -65,8 +65,7 @@ class Probe:
         return {
             "name": self.name,
             "protocol": self.protocol,
-            "top1": self.scores.top1,
-            "top5": self.scores.top5,
+            **self.scores.accuracies,
             "interval": self.scores.interval,
             "n": self.scores.n,
             "trained_on": self.trained_on,
@@ -75,7 +74,7 @@ class Probe:
             "per_class": [
                 {"class": name, "top1": top1} for name, top1 in zip(class_names, self.scores.per_class, strict=True)
             ],
-            "confusion": self.scores.confusion.tolist(),
+            "confusion": self.scores.pairs,
         }
 
     def table(self) -> str:
