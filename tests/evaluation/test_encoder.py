@@ -97,3 +97,12 @@ def test_an_evaluation_takes_from_the_recipe_of_pretraining_what_it_has_a_flag_f
         "dataset_name": "digits",
         "image_size": 32,
     }
+
+
+@pytest.mark.parametrize("parse", [parse_knn, parse_linear_probe, parse_finetune])
+def test_a_mistyped_folder_is_called_one_and_a_model_of_unknown_data_asks_for_them(parse, saved, tmp_path):
+    for place in (tmp_path / "runs" / "quikstart", tmp_path):  # none, and one without a model
+        with pytest.raises(ValueError, match=f"{place} holds no MoCo model: pass the folder that a run saved to"):
+            parse([str(place)])
+    with pytest.raises(ValueError, match="does not say what it was trained on: pass --dataset_name"):
+        parse([str(saved / "model")])
