@@ -424,7 +424,7 @@ def test_a_probe_takes_its_data_from_the_run_even_of_a_checkpoint(quickstart, tm
         run = parse_linear_probe(["--num_train_epochs", "3", str(model)])
         assert (run.data.dataset_name, run.data.image_size, run.training.learning_rate) == ("digits", 32, 1.0)
         assert Path(run.training.output_dir) == model / "linear_probe"
-    with pytest.raises(ValueError, match="pass --dataset_name"):
+    with pytest.raises(ValueError, match="holds no MoCo model"):
         parse_linear_probe([str(tmp_path)])
 
 

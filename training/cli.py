@@ -11,8 +11,12 @@ from typing import Any, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
-# Prefixes of settings outside a run's identity: destinations and the token.
-NOT_IDENTITY = ("output_dir", "push_to_hub", "hub_")
+# Prefixes of settings outside a run's identity: destinations, what goes there, and the token.
+NOT_IDENTITY = ("output_dir", "push_to_hub", "hub_", "include_pictures")
+INCLUDE_PICTURES = (
+    "Publish figures that show images of a local dataset too. "
+    "Those of a Hub dataset and of the digits are always published."
+)
 INHERITED = "transformers.TrainingArguments"  # section of the flags that transformers documents
 SCRIPTS = {"probe": "linear_probe", "publish": "push_to_hub"}  # of the commands whose script has another name
 

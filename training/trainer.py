@@ -18,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
 
+from .cli import INCLUDE_PICTURES
 from .data.images import MapImages, StreamedImages, TrainingImages, collate
 from .engine.callbacks import ListUnreadable, RankStatistics
 from .engine.results import Feature
@@ -58,6 +59,7 @@ class MoCoTrainingArguments(SGDTrainingArguments):
         metadata={"help": "Number of evenly spaced train images that the monitor looks at; by default all."},
     )
     knn_features: Feature = field(default="backbone", metadata={"help": "Features of the monitor: backbone or head."})
+    include_pictures: bool = field(default=False, metadata={"help": f"With push_to_hub: {INCLUDE_PICTURES}"})
     dataloader_drop_last: bool = field(default=True)  # the queue needs whole batches
     ddp_broadcast_buffers: bool | None = field(default=False)  # ranks keep their BatchNorm statistics, queues are equal
 

@@ -602,3 +602,55 @@ def test_the_examples_of_the_documentation_run_as_printed(hub, script, tmp_path)
     env = environment(hub, tmp_path / "home")
     result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+
+
+# Pictures of somebody's own images
+
+
+@pytest.fixture
+def of_photographs(run, tmp_path) -> Path:
+    """The run as if its images had been a folder of this machine."""
+    folder = Path(shutil.copytree(run, tmp_path / "mine"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["data"] |= {"dataset": str(tmp_path / "photographs"), "local": True}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_pictures_of_a_local_dataset_stay_here_unless_they_are_asked_for(of_photographs, known, script, capsys):
+    if not known:  # a folder of an older version
+        metrics = json.loads((of_photographs / "metrics.json").read_text())
+        del metrics["data"]["local"]
+        (of_photographs / "metrics.json").write_text(json.dumps(metrics))
+    for flags, published in (([], False), (["--include_pictures"], True)):
+        push(script, str(of_photographs), "org/mine", "--dry_run", *flags)
+        shown = capsys.readouterr().out
+        files, card = re.findall(r"^(\S+\.png) +[\d.,]+ MB", shown, re.M), shown.partition("---")[2]
+        assert ("neighbours.png" in files) == ("](neighbours.png)" in card) == published
+        assert {"training_curves.png", "tsne.png"} <= set(files)
+        left_out = "and is left out, for the dataset is local: --include_pictures publishes it"
+        (line,) = re.findall(r"^neighbours\.png shows .*$", shown, re.M)
+        assert "images of the train split" in line
+        assert (left_out in line) == (not published)
+        assert "tsne.png shows a point for each image and the names of the classes, no image" in shown
+
+
+def test_pictures_of_the_digits_are_published(run, script, capsys):
+    push(script, str(run), "org/run", "--dry_run")
+    shown = capsys.readouterr().out
+    assert re.search(r"^neighbours\.png +[\d.,]+ MB", shown, re.M)
+    assert "left out" not in shown
+
+
+def test_a_run_that_publishes_itself_keeps_them_too(of_photographs, hub, tmp_path):
+    for include, name in ((False, "without"), (True, "with")):
+        args = MoCoTrainingArguments(
+            output_dir=str(tmp_path / name), push_to_hub=True, hub_model_id=f"org/{name}", use_cpu=True
+        )
+        publisher = PublishCallback.of_run(args, include)
+        publisher.prepare()
+        publisher.send_last(of_photographs)
+        names = {file.rfilename for file in huggingface_hub.HfApi().model_info(f"org/{name}").siblings}
+        assert ("neighbours.png" in names) == include
+        assert "tsne.png" in names

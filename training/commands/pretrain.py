@@ -29,7 +29,8 @@ def main(argv: list[str]) -> None:
                 print(f"Wrote {args.preview_views}.png and .svg: what epoch 0 of this run sees.")
             return
         trainer = build_trainer(args, splits)
-        publisher = PublishCallback.of_run(args.training) if args.training.publish else None
+        pictures = args.training.include_pictures
+        publisher = PublishCallback.of_run(args.training, pictures) if args.training.publish else None
         if publisher is not None:
             publisher.prepare()
             trainer.add_callback(publisher)  # after the trainer's own, which complete a checkpoint

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from transformers import set_seed
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 
@@ -159,6 +159,10 @@ def parse_evaluation(
     read_results(encoder.results_dir)  # what is there can be added to
     recipe = pretraining_recipe(known.model, parts["data"])
     if "dataset_name" not in recipe["data"] and "dataset_name" not in given:
+        if not recipe["data"] and not (Path(known.model) / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"{known.model} holds no MoCo model: pass the folder that a run saved to, e.g. runs/quickstart"
+            )
         raise ValueError(f"{known.model} does not say what it was trained on: pass --dataset_name")
     values = recipe["data"] | defaults(recipe)
     if output is not None:

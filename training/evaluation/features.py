@@ -63,8 +63,9 @@ def extract_features(
     model.eval()
     rows = len(mine) * (ranks if gather else 1)  # the padding included
     features, labels = torch.empty(0), torch.empty(rows, dtype=torch.long)
+    # None: the bar is for a terminal, and not for a log.
     done, quiet = 0, rank() > 0 or len(loader) < 20
-    for batch in tqdm(loader, desc="features", leave=False, disable=quiet, dynamic_ncols=True):
+    for batch in tqdm(loader, desc="features", leave=False, disable=quiet or None, dynamic_ncols=True):
         x = encode(model, batch["pixel_values"].to(model.device), feature)
         y = batch.get("labels", torch.full((len(x),), -1)).to(model.device)
         if gather:
@@ -127,7 +128,7 @@ def cached_features(
     if rank() == 0 and missing:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "about.json", about)
-    for start, path in tqdm(missing.items(), desc="features", disable=rank() > 0 or len(missing) < 2):
+    for start, path in tqdm(missing.items(), desc="features", disable=rank() > 0 or len(missing) < 2 or None):
         rows = extract_features(model, images.rows(start, start + ROWS_PER_FILE), feature=feature, **loading)
         if rank() == 0:
             _write(path, *rows)

@@ -169,7 +169,8 @@ def _hub_datasets(origin: Origin) -> list[str] | None:
 def _newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     kept = {}
     for entry in results:
-        key = (entry["protocol"], entry["feature"], entry["metric"], entry["data"]["dataset"], entry["data"]["split"])
+        data = entry["data"]
+        key = (entry["protocol"], entry["feature"], entry["metric"], data["dataset"], data["split"], data.get("view"))
         kept[(*key, yaml.safe_dump(entry["settings"]))] = entry
     return list(kept.values())
 

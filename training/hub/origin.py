@@ -41,6 +41,33 @@ class Origin:
     results: list[dict[str, Any]]
     figures: list[Path]
 
+    @property
+    def local_data(self) -> bool:
+        """Whether the images may be somebody's own: they were in a folder, or it is not known where they were."""
+        return self.metrics.get("data", {}).get("local") is not False
+
+
+# What a figure shows of the data. Whoever sees the first one sees images.
+SHOWN = {
+    "neighbours": "images of the train split and of the evaluated one, and names of their classes",
+    "tsne": "a point for each image and the names of the classes, no image",
+    "training_curves": "numbers of the training, nothing of the data",
+}
+WITH_IMAGES = ("neighbours",)
+
+
+def published_figures(origin: Origin, include_pictures: bool) -> list[Path]:
+    """The figures to publish: those that show images of a local dataset only if asked for."""
+    private = origin.local_data and not include_pictures
+    return [path for path in origin.figures if not (private and path.stem in WITH_IMAGES)]
+
+
+def describe_figures(origin: Origin, include_pictures: bool) -> list[str]:
+    """A line for every figure: what it shows of the data, and which one is left out."""
+    published = published_figures(origin, include_pictures)
+    remedy = ", and is left out, for the dataset is local: --include_pictures publishes it"
+    return [f"{path.name} shows {SHOWN[path.stem]}{'' if path in published else remedy}" for path in origin.figures]
+
 
 def read_origin(source: Path, model: Model) -> Origin:
     """What a run left beside a model: in its folder or, for a checkpoint, a probe or a fine-tuned model, in those above.

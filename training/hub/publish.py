@@ -39,12 +39,13 @@ import modeling_moco
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 from modeling_moco.distributed_moco import rank
 
+from ..cli import INCLUDE_PICTURES
 from ..engine.run_folder import FIGURES, write_json
 from ..errors import first_line
 from . import exports
 from .exports import Model, read_json
 from .model_card import render_card
-from .origin import read_origin
+from .origin import published_figures, read_origin
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class PublishArguments:
     )
     onnx: bool = field(default=False, metadata={"help": "Add an ONNX file, checked in onnxruntime."})
     torch_export: bool = field(default=False, metadata={"help": "Add a file for torch.export.load."})
+    include_pictures: bool = field(default=False, metadata={"help": INCLUDE_PICTURES})
     license: str = field(default="mit", metadata={"help": "Licence of the weights, by the Hub's short name."})
     private: bool = field(default=False, metadata={"help": "Make the repository private when it is created."})
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to; by default main."})
@@ -165,6 +167,7 @@ def _publish(
         if args.torch_export:
             exports.save_torch_export(program, folder / "torch_export")
     origin = read_origin(Path(source), model)
+    origin = replace(origin, figures=published_figures(origin, args.include_pictures))
     for figure in origin.figures:
         shutil.copyfile(figure, folder / figure.name)
     card = render_card(
@@ -337,16 +340,18 @@ class PublishCallback(TrainerCallback):
 
     Args:
         every_save: publish checkpoints too, while the run goes on.
+        include_pictures: publish figures that show images of a local dataset too.
     """
 
-    def __init__(self, repository: Repository, every_save: bool):
+    def __init__(self, repository: Repository, every_save: bool, include_pictures: bool = False):
         self.repository = repository
+        self.include_pictures = include_pictures
         self.every_save = every_save
         self._prepared = False
         self._last: Thread | None = None
 
     @classmethod
-    def of_run(cls, args: TrainingArguments) -> "PublishCallback":
+    def of_run(cls, args: TrainingArguments, include_pictures: bool = False) -> "PublishCallback":
         """For the settings of a run, whose repository is called like its folder if it has no name.
 
         Raises:
@@ -359,7 +364,7 @@ class PublishCallback(TrainerCallback):
             )
         name = args.hub_model_id or Path(str(args.output_dir)).name
         repository = Repository(name, bool(args.hub_private_repo), args.hub_token, args.hub_revision)
-        return cls(repository, args.hub_strategy == HubStrategy.EVERY_SAVE)
+        return cls(repository, args.hub_strategy == HubStrategy.EVERY_SAVE, include_pictures)
 
     def prepare(self) -> None:
         """Make sure that one may write to the repository, once.
@@ -407,7 +412,8 @@ class PublishCallback(TrainerCallback):
 
     def _write(self, source: Path, folder: Path) -> None:
         model, processor = load_published(str(source), training_state=False)
-        publish(str(source), model, processor, self.repository.name, PublishArguments(), folder)
+        args = PublishArguments(include_pictures=self.include_pictures)
+        publish(str(source), model, processor, self.repository.name, args, folder)
 
     def _upload(self, folder: TemporaryDirectory, message: str) -> None:
         with folder as name, _warn():
