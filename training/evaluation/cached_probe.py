@@ -81,7 +81,7 @@ def train_heads(
     optimizer = torch.optim.SGD([heads.weight, heads.bias], lr=1.0, momentum=0.9)
     schedule = epoch_schedule(optimizer, math.ceil(len(features) / batch_size), epochs, milestones)
     order = torch.Generator().manual_seed(seed)
-    for epoch in tqdm(range(epochs), desc="SGD", leave=False, dynamic_ncols=True):
+    for epoch in tqdm(range(epochs), desc="SGD", leave=False, disable=None, dynamic_ncols=True):
         for rows in torch.randperm(len(features), generator=order).to(features.device).split(batch_size):
             logits = heads(features[rows]).transpose(1, 2)  # (n, C, H)
             losses = F.cross_entropy(logits, labels[rows, None].expand(-1, len(rates)), reduction="none").mean(dim=0)
@@ -206,7 +206,8 @@ def _probe_lbfgs(classes: int, train: Rows, fitted: Rows, held_out: Rows, evalua
 
     path = regularisation_path(fitted[0].numpy(), fitted[1].numpy(), STRENGTHS)
     heads = [
-        report(fit, scores(fit, held_out).top1) for fit in tqdm(path, desc="L-BFGS", total=len(STRENGTHS), leave=False)
+        report(fit, scores(fit, held_out).top1)
+        for fit in tqdm(path, desc="L-BFGS", total=len(STRENGTHS), leave=False, disable=None)
     ]
     best = STRENGTHS[choose(heads)]
     (fit,) = regularisation_path(train[0].numpy(), train[1].numpy(), [best])

@@ -20,7 +20,7 @@ from modeling_moco.distributed_moco import gather as gather_rows
 from modeling_moco.distributed_moco import rank, world_size
 
 from ..data.images import MapImages
-from ..engine.preemption import outlive_sigterm
+from ..engine.preemption import outlive_signals
 from ..engine.results import Feature, encoder_digest
 from ..engine.run_folder import whole_file, write_json
 
@@ -54,7 +54,7 @@ def extract_features(
         Subset(images, [min(i, n - 1) for i in mine]),  # the last image pads the shares to equal length
         batch_size=batch_size,
         num_workers=num_workers,
-        worker_init_fn=outlive_sigterm,
+        worker_init_fn=outlive_signals,
     )
     if ranks > 1:
         for buffer in model.encoder_q.buffers():
@@ -63,7 +63,7 @@ def extract_features(
     model.eval()
     rows = len(mine) * (ranks if gather else 1)  # the padding included
     features, labels = torch.empty(0), torch.empty(rows, dtype=torch.long)
-    done, quiet = 0, rank() > 0 or len(loader) < 20
+    done, quiet = 0, rank() > 0 or len(loader) < 20 or None  # None: a bar on a terminal alone
     for batch in tqdm(loader, desc="features", leave=False, disable=quiet, dynamic_ncols=True):
         x = encode(model, batch["pixel_values"].to(model.device), feature)
         y = batch.get("labels", torch.full((len(x),), -1)).to(model.device)
@@ -127,7 +127,7 @@ def cached_features(
     if rank() == 0 and missing:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "about.json", about)
-    for start, path in tqdm(missing.items(), desc="features", disable=rank() > 0 or len(missing) < 2):
+    for start, path in tqdm(missing.items(), desc="features", disable=rank() > 0 or len(missing) < 2 or None):
         rows = extract_features(model, images.rows(start, start + ROWS_PER_FILE), feature=feature, **loading)
         if rank() == 0:
             _write(path, *rows)
