@@ -21,7 +21,7 @@ from .data.pipeline import build_render, training_images, two_views
 from .data.sources import ImageSplits
 from .engine.record import record
 from .engine.results import Result, conditions, encoder_digest, read_results
-from .engine.run_folder import FIGURES, METRICS, write_json
+from .engine.run_folder import FIGURES, METRICS, mark_ended, unused, write_json
 from .evaluation.knn import protocol
 from .recipe import PretrainArguments
 from .report import STREAMED, chance_loss, draw_curves, draw_features, read_run, write_report
@@ -29,6 +29,7 @@ from .trainer import MoCoTrainer
 from .views.pil import render_view
 
 PREVIEWED = 8  # images
+OFFICIAL_GPUS = 8  # that share a global batch in the papers
 BOUND_BY_DATA = 10  # per cent of the time
 
 
@@ -89,7 +90,7 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer) -> None:
         print(
             "No --recipe given: running 'quickstart'. For your own images:\n"
             f"  {how_to_run('pretrain')} --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER "
-            "--output_dir runs/mine\n  (with one GPU add --batch_norm split)"
+            f"--output_dir {unused('runs/mine')}\n  (with one GPU add --batch_norm split)"
         )
     for key in ("title", "source", "hardware", "expected"):
         if key in args.recipe.about:
@@ -123,6 +124,14 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
             "in one process there is nobody to shuffle with, and BatchNorm tells keys apart by their batch. Pass "
             "--batch_norm split, which imitates several GPUs"
         )
+    if args.recipe.values.get("batch_norm") == config.batch_norm == "shuffle" and recipe_batch:
+        group, published = training.per_device_train_batch_size, recipe_batch // OFFICIAL_GPUS
+        if training.world_size > 1 and group != published:
+            yield (
+                f"BatchNorm normalises the {group} images of each process by themselves; the recipe has groups of {published}, "
+                f"a global batch of {recipe_batch} on {OFFICIAL_GPUS} processes. Launch as many, or pass "
+                f"--global_batch_size {published * training.world_size} and its learning rate"
+            )
     group = training.per_device_train_batch_size // (config.batch_norm_splits if config.batch_norm == "split" else 1)
     if group < 2 and config.batch_norm != "sync":
         yield (
@@ -143,11 +152,11 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
     trainer.save_model(str(folder))
     trainer.save_state()
     history = trainer.state.log_history
-    knn = [entry["eval_knn_top1"] for entry in history if "eval_knn_top1" in entry]
+    knn = {entry["step"]: entry["eval_knn_top1"] for entry in history if "eval_knn_top1" in entry}
     steps = [entry for entry in history if "loss" in entry]
     metrics = {
-        "knn_top1_before": knn[0] if knn else None,
-        "knn_top1_after": knn[-1] if knn else None,
+        "knn_top1_before": knn.get(0),
+        "knn_top1_after": knn.get(trainer.state.global_step),
         "loss": steps[-1]["loss"],
         "contrast_top1": steps[-1]["contrast_top1"],
         "images_per_second": median(entry["images_per_second"] for entry in steps),
@@ -155,6 +164,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
         "steps": trainer.state.global_step,
         "skipped_images": trainer.train_dataset.skipped,
     }
+    metrics = {key: value for key, value in metrics.items() if value is not None}  # what was measured
     about = {key: value for key, value in conditions().items() if key != "command"} | {"data": splits.about}
     if trainer.is_world_process_zero():
         write_json(folder / METRICS, metrics | about)
@@ -172,6 +182,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
             step=trainer.state.global_step,
         )
         write_report(read_run(folder), STREAMED if args.data.streaming else None)
+        mark_ended(folder)
     return metrics
 
 

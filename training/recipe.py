@@ -11,7 +11,7 @@ import yaml
 
 from modeling_moco import MoCoConfig
 
-from .cli import build_parser, how_to_run, nearest_name, offered, parse_flags
+from .cli import build_parser, default_values, how_to_run, nearest_name, offered, parse_flags
 from .data.sources import DataArguments
 from .evaluation.probe_arguments import LinearProbeArguments
 from .trainer import MoCoTrainingArguments
@@ -73,6 +73,11 @@ class PretrainArguments:
     settings: dict[str, dict[str, Any]]
     default_recipe: bool = False
     preview_views: Path | None = None
+
+    @property
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """Values of the flags that neither gave."""
+        return default_values(PARTS)
 
 
 def recipe_names() -> list[str]:

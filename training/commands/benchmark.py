@@ -11,10 +11,12 @@ from ..benchmarks import data, exchange, knn, step, stream, train
 from ..benchmarks.measure import draw_timings, write_numbers
 from ..errors import one_line_errors
 from ..memory import keep_freed_memory
+from .process import command
 
 BENCHMARKS = {"data": data, "step": step, "train": train, "stream": stream, "exchange": exchange, "knn": knn}
 
 
+@command
 def main(argv: list[str]) -> None:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__)

@@ -19,8 +19,10 @@ from ..errors import one_line_errors
 from ..evaluation.encoder import Encoder, MoCoQueryModel, parse_evaluation
 from ..evaluation.knn import KNNArguments, evaluate_knn
 from ..memory import keep_freed_memory
+from .process import command
 
 
+@command
 def main(argv: list[str]) -> None:
     keep_freed_memory()
     logging.disable_progress_bar()
