@@ -1,8 +1,11 @@
 """Draw the figures of a pretraining run and write its report.html: `python scripts/report.py runs/quickstart`."""
 
 import sys
+from functools import partial
 
-from training.commands.report import main
+from training.commands import run
+
+main = partial(run, "report")
 
 if __name__ == "__main__":
     main(sys.argv[1:])

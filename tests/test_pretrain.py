@@ -3,31 +3,39 @@
 import json
 import math
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
+from training.commands.linear_probe import print_table
+from training.commands.pretrain import next_command
 from training.data.decode import decode_image
 from training.data.formats import load_digits
 from training.data.images import MapImages
-from training.data.sources import load_images
+from training.data.sources import ImageSplits, load_images
 from training.engine.checkpoints import claim_output_dir
-from training.engine.results import encoder_digest, read_results
+from training.engine.results import Result, append_results, encoder_digest, read_results
+from training.engine.run_folder import write_json
 from training.evaluation.finetune import FinetuneArguments
 from training.evaluation.knn import evaluate_knn
 from training.evaluation.linear_probe import parse_linear_probe
 from training.evaluation.probe_arguments import LinearProbeArguments
 from training.pretrain import announce, build_trainer, drawn_images, finish, saved_step
-from training.recipe import parse_pretrain, recipe_names
+from training.recipe import RECIPES, parse_pretrain, recipe_names
 from training.views.device import sample_operations, unpack_params
 from training.views.opencv import crop_and_resize
 from training.views.policy import build_policy
@@ -103,11 +111,17 @@ def test_views_can_be_made_by_every_backend(script, tmp_path, view_backend, size
 
 
 def test_two_processes_train_one_model_with_shuffling_batch_norm(tmp_path):
-    folder = tmp_path / "run"
-    flags = ["--batch_norm", "shuffle", "--queue_size", "256", "--max_steps", "3", "--max_train_samples", "512"]
+    folder, recipe = tmp_path / "run", tmp_path / "mine.yaml"
+    sections = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
+    recipe.write_text(yaml.safe_dump(sections | {"model": sections["model"] | {"batch_norm": "shuffle"}}))
+    flags = ["--recipe", str(recipe), "--queue_size", "256", "--max_steps", "3", "--max_train_samples", "512"]
     result = launch(*flags, "--dataloader_num_workers", "0", "--output_dir", str(folder), config="two_cpus")
     assert result.returncode == 0, result.stderr
     assert "global batch 128 (2 x 64 x 1 accumulated)" in result.stdout
+    assert (
+        "BatchNorm normalises the 64 images of each process by themselves; the recipe has groups of 16, a global batch of 128 "
+        "on 8 processes. Launch as many, or pass --global_batch_size 32" in result.stdout
+    )
     assert result.stdout.count("kNN after") == 1
     model = MoCoModel.from_pretrained(folder)
     assert model.dictionary.queue_ptr.item() == 3 * 128 % 256
@@ -118,8 +132,9 @@ def test_without_arguments_the_quickstart_runs_and_says_so(quickstart):
     _, _, result = quickstart
     assert "running 'quickstart'" in result.stdout
     assert "--dataset_name FOLDER" in result.stdout
-    for shown in ("loss=", "contrast=", "kNN=", "images/s=", "<"):
-        assert shown in result.stderr
+    for shown in ("loss ", "contrast ", "kNN ", "images/s "):
+        assert re.search(rf"^step 11 of 11, epoch 1: .*{shown}", result.stdout, re.M)
+    assert "\r" not in result.stderr  # no bar in a log
 
 
 def test_a_run_leaves_checkpoint_model_numbers_and_figures(quickstart):
@@ -139,16 +154,34 @@ def test_a_run_leaves_checkpoint_model_numbers_and_figures(quickstart):
     assert model.dictionary.queue_ptr.item() == 11 * 128 % 256
 
 
-def test_the_same_command_continues_and_another_is_refused(quickstart, script, capsys):
+def test_a_run_that_has_ended_says_so_and_is_not_touched_and_another_is_refused(quickstart, script, capsys):
     folder, short, _ = quickstart
     weights = (folder / "model.safetensors").read_bytes()
-    script("pretrain").main([*short, "--use_cpu", "--disable_tqdm", "True"])
-    assert f"from {folder}/checkpoint-11" in capsys.readouterr().out
-    assert (folder / "model.safetensors").read_bytes() == weights
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    script("pretrain").main([*short, "--use_cpu", "--disable_tqdm", "True", "--knn_k", "7"])
+    (line,) = capsys.readouterr().out.splitlines()
+    date = json.loads((folder / "metrics.json").read_text())["ended"]
+    assert line.startswith(f"{folder} holds this run, which ended at {date}: nothing to do.")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     with pytest.raises(SystemExit):
         script("pretrain").main([*short, "--use_cpu", "--temperature", "0.3"])
     assert "temperature is" in capsys.readouterr().err
     assert (folder / "model.safetensors").read_bytes() == weights
+
+
+def test_a_run_that_was_stopped_before_its_report_continues_and_ends(quickstart, script, tmp_path, capsys):
+    folder, short, _ = quickstart
+    run = tmp_path / "run"
+    shutil.copytree(folder, run, ignore=shutil.ignore_patterns("metrics.json", "report.html", "*.png"))
+    script("pretrain").main([*short, "--use_cpu", "--disable_tqdm", "True", "--output_dir", str(run)])
+    assert f"from {run}/checkpoint-11" in capsys.readouterr().out
+    assert (run / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert "ended" in metrics
+    assert metrics["knn_top1_after"] == pytest.approx(
+        json.loads((folder / "metrics.json").read_text())["knn_top1_after"]
+    )
+    assert (run / "report.html").is_file()
 
 
 def test_the_pipeline_loads_the_probe_and_reaches_its_accuracy(quickstart, script, capsys):
@@ -380,6 +413,49 @@ def test_launcher_configs_are_what_their_names_say(name, machines, processes):
     assert (config.distributed_type == "MULTI_GPU") == (processes > 1)
 
 
+def next_line(out: str) -> list[str]:
+    """The words of the last proposed command."""
+    return shlex.split(re.findall(r"^Next: (.*)$", out, re.M)[-1])
+
+
+def test_the_next_command_is_quoted_and_free_of_what_is_taken(script, tmp_path, capsys):
+    folder = tmp_path / "my run's"
+    folder.mkdir()
+    splits = ImageSplits(None, None, ["a", "b"])
+    assert shlex.split(next_command(str(folder), splits)) == ["python", "scripts/linear_probe.py", str(folder)]
+    (folder / "linear_probe").mkdir()
+    words = shlex.split(next_command(str(folder), splits))
+    assert words[3:] == ["--output_dir", f"{folder}/linear_probe_2"]
+
+
+def test_a_run_without_labels_is_not_told_to_probe_them(script, tmp_path, capsys):
+    for i in range(20):
+        path = tmp_path / "images" / "train" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 50).convert("RGB").save(path)
+    folder = tmp_path / "my run"
+    flags = ["--dataset_name", str(tmp_path / "images"), "--max_steps", "1", "--output_dir", str(folder)]
+    script("pretrain").main([*TINY, "--max_train_samples", "20", *flags])
+    out = capsys.readouterr().out
+    assert "kNN after" not in out  # there was none to measure
+    assert "knn_top1_before" not in json.loads((folder / "metrics.json").read_text())
+    *command, source, name, dry = next_line(out)
+    assert (command, source) == (["python", "scripts/push_to_hub.py"], str(folder))
+    script("push_to_hub").main([source, name, dry])  # it runs as it is printed
+    assert "Nothing was uploaded" in capsys.readouterr().out
+
+
+def test_the_table_of_a_probe_has_a_knn_that_was_measured_later(tmp_path, capsys):
+    write_json(tmp_path / "metrics.json", {"loss": 1.0})
+    print_table(tmp_path, "digest", {"linear probe, official": 50.0})
+    assert "kNN" not in capsys.readouterr().out
+    knn = [Result("weighted kNN, k 5, T 0.07", "top1", 61.25, 16)]
+    append_results(tmp_path, knn, model="digest", data={})
+    append_results(tmp_path, [replace(knn[0], value=9.0)], model="of other weights", data={})
+    print_table(tmp_path, "digest", {"linear probe, official": 50.0})
+    assert re.search(r"^kNN after +\|  61\.2 %$", capsys.readouterr().out, re.M)
+
+
 def test_an_unknown_recipe_key_is_refused_with_the_nearest(tmp_path, script, capsys):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model:\n  queue_sise: 64\n")
@@ -493,5 +569,5 @@ def test_what_was_not_measured_before_training_is_no_number_of_it(tmp_path):
     claim_output_dir(args.training, trainer.batch_layout, args.settings, args.about, splits.place)
     trainer.train()
     metrics = finish(args, trainer, splits)
-    assert metrics["knn_top1_before"] is None
+    assert "knn_top1_before" not in metrics
     assert metrics["knn_top1_after"] == read_results(tmp_path)[0]["value"]

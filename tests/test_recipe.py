@@ -242,7 +242,7 @@ def test_help_lists_the_projects_own_flags_first(capsys):
 def claim(tmp_path):
     def claim(*flags, folder=tmp_path / "run", place=PLACE):
         args = parse_pretrain(["--temperature", "0.1", "--output_dir", str(folder), *flags, *CPU])
-        return claim_output_dir(args.training, LAYOUT, args.settings, args.about, place)
+        return claim_output_dir(args.training, LAYOUT, args.settings, args.defaults, args.about, place)
 
     return claim
 
@@ -272,12 +272,53 @@ def test_the_same_settings_continue_from_the_newest_checkpoint(claim, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "flags",
+    [
+        ["--per_device_eval_batch_size", "7", "--knn_k", "3", "--knn_temperature", "0.2", "--knn_bank_size", "9"],
+        ["--knn_features", "head", "--eval_every_n_epochs", "5", "--save_steps", "3", "--ddp_timeout", "99"],
+        ["--eval_strategy", "no", "--save_strategy", "steps", "--dataloader_prefetch_factor", "4"],
+        ["--seed", "0", "--weight_decay", "0.0005", "--queue_size", "1024"],  # what neither gave, or the recipe gives
+    ],
+)
+def test_what_changes_no_weight_does_not_stand_in_the_way(flags, claim, tmp_path):
+    claim()
+    (tmp_path / "run" / "checkpoint-9").mkdir()
+    write_manifest(tmp_path / "run" / "checkpoint-9", LAYOUT)
+    assert claim(*flags) == str(tmp_path / "run" / "checkpoint-9")
+
+
+def test_a_folder_of_images_is_the_same_by_any_of_its_paths(claim, tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    claim("--dataset_name", "base")
+    (tmp_path / "run" / "checkpoint-9").mkdir()
+    write_manifest(tmp_path / "run" / "checkpoint-9", LAYOUT)
+    for path in ("base/", "./base", str(tmp_path / "base"), "link", "other/../base"):
+        assert claim("--dataset_name", path) == str(tmp_path / "run" / "checkpoint-9")
+    for path in ("other", "basis"):
+        with pytest.raises(ValueError, match=f"another run: dataset_name is base there and {path} here"):
+            claim("--dataset_name", path)
+
+
+def test_another_probe_section_of_a_recipe_does_not_make_another_run(claim, tmp_path):
+    claim()
+    path = tmp_path / "run" / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(recipe | {"probe": {"learning_rate": 7.0}}))
+    (tmp_path / "run" / "checkpoint-9").mkdir()
+    write_manifest(tmp_path / "run" / "checkpoint-9", LAYOUT)
+    assert claim() == str(tmp_path / "run" / "checkpoint-9")
+
+
+@pytest.mark.parametrize(
     ("flags", "difference"),
     [
         (["--queue_size", "512"], "queue_size is 1024 there and 512 here"),
         (["--max_train_samples", "99"], "max_train_samples is None there and 99 here"),
         (["--learning_rate", "0.5"], "learning_rate is 0.06 there and 0.5 here"),
-        (["--seed", "1"], "seed is None there and 1 here"),
+        (["--seed", "1"], "seed is 0 there and 1 here"),
     ],
 )
 def test_other_settings_are_refused_by_their_name(flags, difference, claim, tmp_path):

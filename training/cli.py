@@ -5,8 +5,10 @@ import copy
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Iterator
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 from inspect import get_annotations
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -22,7 +24,8 @@ SCRIPTS = {"probe": "linear_probe", "publish": "push_to_hub"}  # of the commands
 
 
 class _Parser(HfArgumentParser):
-    def __init__(self, groups: list[Any], **kwargs: Any):
+    def __init__(self, groups: list[Any], elsewhere: Mapping[str, str], **kwargs: Any):
+        self.elsewhere = elsewhere
         self.names = {f.name for group in groups for f in dataclasses.fields(group)}  # of the values that flags set
         super().__init__(groups, **kwargs)
 
@@ -39,8 +42,12 @@ class _Parser(HfArgumentParser):
         for word in args:
             flag = "--" + word.split("=")[0][2:].replace("-", "_")
             if word.startswith("--") and flag not in known and flag.replace("--no_", "--") not in known:
-                raise ValueError(f"flag {flag} is unknown{nearest_name(flag, known)}")
+                raise ValueError(f"flag {flag} is unknown{self._where(flag) or nearest_name(flag, known)}")
         return super().parse_args(args, namespace)
+
+    def _where(self, flag: str) -> str | None:
+        command = self.elsewhere.get(flag[2:].removeprefix("no_"))
+        return None if command is None else f" here: `{how_to_run(command)}` has it"
 
     def given(self, argv: list[str]) -> set[str]:
         """Names of the values that `argv` sets itself."""
@@ -66,12 +73,30 @@ def offered(kind: Any) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(kind) if f.init and f.name not in hidden]
 
 
-def build_parser(kinds: Iterable[Any], usage: str, description: str) -> _Parser:
-    """A parser with a flag for every offered field of these dataclasses."""
+def default_values(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The value of every flag that is not given, by section."""
+    return {
+        section: {
+            f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            for f in offered(kind)
+        }
+        for section, kind in parts.items()
+    }
+
+
+def build_parser(
+    kinds: Iterable[Any], usage: str, description: str, elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> _Parser:
+    """A parser with a flag for every offered field of these dataclasses.
+
+    Args:
+        elsewhere: flags of other commands, which an error names, and the command that has each.
+    """
     groups = [group for kind in kinds for group in _groups(kind)]
     groups.sort(key=lambda group: group._argument_group_name == INHERITED)  # transformers' own last
     return _Parser(
         groups,
+        elsewhere,
         formatter_class=lambda prog: _Help(prog, max_help_position=34, width=120),
         allow_abbrev=False,
         usage=usage,
@@ -141,3 +166,9 @@ def how_to_run(command: str) -> str:
     if __name__.startswith("moco_hf."):
         return f"moco {command}"
     return f"python scripts/{SCRIPTS.get(command, command)}.py"
+
+
+def how_to_classify(folder: str) -> str:
+    """How a user classifies the picture IMAGE with the classifier in a folder, for a shell."""
+    program = f'print(pipeline("image-classification", {json.dumps(folder)})("IMAGE"))'
+    return f"python -c {shlex.quote(f'from transformers import pipeline; import modeling_moco; {program}')}"

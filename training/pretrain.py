@@ -22,7 +22,7 @@ from .data.sources import ImageSplits
 from .engine.page import read_run, write_report
 from .engine.record import record
 from .engine.results import Result, conditions, encoder_digest, read_results
-from .engine.run_folder import FIGURES, METRICS, write_json
+from .engine.run_folder import FIGURES, METRICS, unused, write_json
 from .evaluation.knn import protocol
 from .recipe import PretrainArguments
 from .report import chance_loss, draw_curves, draw_features
@@ -30,6 +30,7 @@ from .trainer import MoCoTrainer
 from .views.pil import render_view
 
 PREVIEWED = 8  # images
+OFFICIAL_GPUS = 8  # that share a global batch in the papers
 BOUND_BY_DATA = 10  # per cent of the time
 
 
@@ -90,7 +91,7 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer) -> None:
         print(
             "No --recipe given: running 'quickstart'. For your own images:\n"
             f"  {how_to_run('pretrain')} --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER "
-            "--output_dir runs/mine\n  (with one GPU add --batch_norm split)"
+            f"--output_dir {unused('runs/mine')}\n  (with one GPU add --batch_norm split)"
         )
     for key in ("title", "source", "hardware", "expected"):
         if key in args.about:
@@ -124,12 +125,14 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
             "in one process there is nobody to shuffle with, and BatchNorm tells keys apart by their batch. Pass "
             "--batch_norm split, which imitates several GPUs"
         )
-    processes = args.recipe.processes
-    if "processes" in args.changed and recipe_batch == batch and config.batch_norm in ("shuffle", "plain"):
-        yield (
-            f"BatchNorm sees groups of {batch // training.world_size} images in {training.world_size} processes; the recipe is "
-            f"for {processes}, with groups of {batch // processes}. Start {processes} processes for its result"
-        )
+    if args.recipe.values.get("batch_norm") == config.batch_norm == "shuffle" and recipe_batch:
+        group, published = training.per_device_train_batch_size, recipe_batch // OFFICIAL_GPUS
+        if training.world_size > 1 and group != published:
+            yield (
+                f"BatchNorm normalises the {group} images of each process by themselves; the recipe has groups of {published}, "
+                f"a global batch of {recipe_batch} on {OFFICIAL_GPUS} processes. Launch as many, or pass "
+                f"--global_batch_size {published * training.world_size} and its learning rate"
+            )
     group = training.per_device_train_batch_size // (config.batch_norm_splits if config.batch_norm == "split" else 1)
     if group < 2 and config.batch_norm != "sync":
         yield (
@@ -161,6 +164,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
         "steps": step,
         "skipped_images": trainer.unreadable.write(folder),
     }
+    metrics = {key: value for key, value in metrics.items() if value is not None}  # what was measured
     about = {key: value for key, value in conditions().items() if key != "command"} | {"data": splits.about}
     if trainer.is_world_process_zero():
         write_json(folder / METRICS, metrics | about)

@@ -11,7 +11,7 @@ import yaml
 
 from modeling_moco import MoCoConfig
 
-from .cli import build_parser, how_to_run, nearest_name, offered, parse_flags
+from .cli import build_parser, default_values, how_to_run, nearest_name, offered, parse_flags
 from .data.sources import DataArguments
 from .engine.run_folder import FREE_TO_CHANGE
 from .evaluation.probe_arguments import LinearProbeArguments
@@ -115,6 +115,11 @@ class PretrainArguments:
         if not title.startswith(BASED_ON):  # as that of a run's own recipe.yaml may
             title = BASED_ON + self.recipe.name
         return {"title": f"{title}, changed: {', '.join(self.changed)}"}
+
+    @property
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """Values of the flags that neither gave."""
+        return default_values(PARTS)
 
 
 def recipe_names() -> list[str]:

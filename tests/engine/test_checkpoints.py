@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from training.data.images import MapImages
 from training.engine.checkpoints import BatchLayout, check_layout, find_defect, newest_complete, rotate, write_manifest
-from training.engine.preemption import outlive_sigterm
+from training.engine.preemption import outlive_signals
 from training.errors import TrainingError
 from training.evaluation.features import extract_features
 from training.monitor import Monitor
@@ -49,17 +49,20 @@ def assert_same_end(ours, whole):
 
 
 class Terminate(TrainerCallback):
-    """Sends SIGTERM to this process and its workers in a step, twice, from another process, as a launcher does."""
+    """Sends a signal to this process and its workers in a step, from another process, as a terminal does.
 
-    def __init__(self, step):
-        self.step = step
+    A SIGTERM is sent twice, as launchers forward what their processes get anyway.
+    """
+
+    def __init__(self, step, name="TERM"):
+        self.step, self.name = step, name
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step + 1 == self.step:
             group = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
             assert len(group) > args.dataloader_num_workers
-            for _ in range(2):
-                subprocess.run(["kill", "-TERM", *map(str, group)], check=True)
+            for _ in range(2 if self.name == "TERM" else 1):
+                subprocess.run(["kill", f"-{self.name}", *map(str, group)], check=True)
 
 
 # Exact resume
@@ -142,7 +145,7 @@ def _rank(rank: int, folder: str) -> None:
     # SIGTERM reaches one of them: both save after the same step.
     killed = run("killed", rank, callback=Terminate(2) if rank == 1 else None)
     killed.train()
-    assert killed.terminated
+    assert killed.stopped_by
     assert killed.state.global_step == 2
     dist.destroy_process_group()
 
@@ -297,21 +300,24 @@ def test_steps_per_epoch_are_those_of_the_trainer(rows, tmp_path):
 # Signals and numbers
 
 
-@pytest.mark.parametrize(("workers", "stream"), [(0, False), (2, False), (2, True)])
-def test_sigterm_saves_after_the_step_and_the_run_goes_on_exactly(rows, tmp_path, workers, stream):
+@pytest.mark.parametrize(
+    ("workers", "stream", "name"),
+    [(0, False, "TERM"), (2, False, "TERM"), (2, True, "TERM"), (0, False, "INT"), (2, False, "INT")],
+)
+def test_a_signal_saves_after_the_step_and_the_run_goes_on_exactly(rows, tmp_path, workers, stream, name):
     options = {"dataloader_num_workers": workers, "save_strategy": "epoch", "stream": stream}
     options["dataloader_persistent_workers"] = workers > 0
     whole = build(rows, tmp_path / "whole", **options)
     whole.train()
-    before = signal.getsignal(signal.SIGTERM)
-    stopped = build(rows, tmp_path / "run", callback=Terminate(8), **options)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    stopped = build(rows, tmp_path / "run", callback=Terminate(8, name), **options)
     stopped.train()
-    assert stopped.terminated
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert stopped.stopped_by == signal.Signals[f"SIG{name}"]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
     resumed = build(rows, tmp_path / "run", **options)
     resumed.train(resume_from_checkpoint=str(newest_complete(tmp_path / "run")[0]))
-    assert not resumed.terminated
+    assert not resumed.stopped_by
     assert_same_end(resumed, whole)
 
 
@@ -321,14 +327,14 @@ def test_sigterm_within_an_epoch_does_not_spend_its_time_on_an_evaluation(rows, 
     images = MapImages(rows, EvaluationView(24, 24))
     trainer.monitor = Monitor(trainer.model, trainer.args.knn, images, images)
     trainer.train()
-    assert trainer.terminated
+    assert trainer.stopped_by
     assert [entry["epoch"] for entry in trainer.state.log_history if "eval_knn_top1" in entry] == [1.0]
 
 
 def test_sigterm_in_the_last_step_lets_the_run_end(rows, tmp_path):
     trainer = build(rows, tmp_path, callback=Terminate(12), save_strategy="epoch")
     trainer.train()
-    assert not trainer.terminated
+    assert not trainer.stopped_by
     assert trainer.state.global_step == 12
 
 
@@ -343,7 +349,7 @@ def test_workers_outlive_a_sigterm_that_is_not_their_parents(rows):
     features, _ = extract_features(tiny_model(), images, batch_size=2, num_workers=1)
     assert len(features) == 6
     others = set(multiprocessing.active_children())
-    loader = DataLoader(images, num_workers=1, persistent_workers=True, worker_init_fn=outlive_sigterm)
+    loader = DataLoader(images, num_workers=1, persistent_workers=True, worker_init_fn=outlive_signals)
     next(iter(loader))
     (worker,) = set(multiprocessing.active_children()) - others
     worker.terminate()
@@ -395,3 +401,14 @@ def test_a_manifest_lists_every_file_and_the_division(saved):
     assert set(manifest["files"]) == {p.name for p in checkpoint.iterdir()} - {"manifest.json"}
     assert manifest["files"]["model.safetensors"] == (checkpoint / "model.safetensors").stat().st_size
     assert BatchLayout(**manifest["batch_layout"]) == BatchLayout(1, BATCH, 1, IMAGES, None, 1.0)
+
+
+def test_an_interrupt_that_the_shell_has_switched_off_stays_off(rows, tmp_path):
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for what runs in the background of a script
+    try:
+        trainer = build(rows, tmp_path, callback=Terminate(3, "INT"))
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert trainer.stopped_by is None
+    assert trainer.state.global_step == 12

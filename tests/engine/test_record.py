@@ -5,10 +5,9 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from training.engine.record import record
+from training.engine.record import Trackers, record
 from training.engine.results import Result, read_results
 from training.engine.run_folder import RESULTS
-from training.engine.trackers import Trackers
 
 RESULT = Result("weighted kNN, k 200, T 0.07", "top1", 92.5, 360)
 CONDITIONS = {"model": "0123456789abcdef", "data": {"dataset": "digits", "split": "test"}}

@@ -18,6 +18,42 @@ from training.evaluation.finetune import parse_finetune
 from training.evaluation.linear_probe import parse_linear_probe
 
 
+@pytest.mark.parametrize("script_name", ["knn", "linear_probe", "finetune", "report", "push_to_hub"])
+def test_a_path_that_leads_nowhere_is_said_to(script_name, tmp_path, script, monkeypatch, capsys):
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for path, remedy in (("runs/quikstart", "did you mean runs/quickstart?"), ("nothing", "pass the folder")):
+        with pytest.raises(SystemExit) as end:
+            script(script_name).main([path, *(["org/name", "--dry_run"] if script_name == "push_to_hub" else [])])
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(
+            f"error: {path} does not exist, neither here nor as a model that the Hub gives: {remedy}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("parse", "flag", "owner"),
+    [
+        (parse_knn, "--streaming", "pretrain"),
+        (parse_linear_probe, "--push_to_hub", "pretrain"),
+        (parse_finetune, "--no_streaming", "pretrain"),
+        (parse_finetune, "--queue_size=64", "pretrain"),
+        (parse_linear_probe, "--eval-every-n-epochs", "pretrain"),
+        (parse_finetune, "--knn_k", "knn"),
+    ],
+)
+def test_a_flag_of_another_command_is_refused_with_the_command_that_has_it(parse, flag, owner, saved):
+    name = flag.split("=")[0].replace("-", "_").replace("__", "--", 1)
+    with pytest.raises(ValueError, match=rf"flag {name} is unknown here: `python scripts/{owner}\.py` has it"):
+        parse([str(saved / "model"), "--dataset_name", "digits", flag])
+
+
+def test_a_mistyped_flag_of_the_command_itself_gets_the_nearest(saved):
+    with pytest.raises(ValueError, match="flag --kn_k is unknown: did you mean '--knn_k'"):
+        parse_knn([str(saved / "model"), "--dataset_name", "digits", "--kn_k", "3"])
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A classifier and a pretrained model with the same encoder."""

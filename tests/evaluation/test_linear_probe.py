@@ -346,10 +346,10 @@ def test_each_mode_has_a_folder_and_does_not_enter_another_runs(saved, tmp_path)
     rates = parse_linear_probe([*saved, "--learning_rates", "1", "3"])
     assert rates.training.output_dir == str(tmp_path / "model" / "linear_probe_rates")
     rates = parse_linear_probe([*saved, "--learning_rates", "1", "3", "--output_dir", str(folder)])
-    claim_output_dir(rates.training, None, rates.settings, {}, PLACE)
+    claim_output_dir(rates.training, None, rates.settings, rates.defaults, {}, PLACE)
     (folder / "metrics.json").write_text("{}")
-    assert claim_output_dir(rates.training, None, rates.settings, {}, PLACE) is None
+    assert claim_output_dir(rates.training, None, rates.settings, rates.defaults, {}, PLACE) is None
     for flags, key in ((["--mode", "cached"], "mode"), (["--learning_rates", "1"], "learning_rates")):
         other = parse_linear_probe([*saved, "--learning_rates", "1", "3", *flags, "--output_dir", str(folder)])
         with pytest.raises(ValueError, match=f"already holds another run: {key} is"):
-            claim_output_dir(other.training, None, other.settings, {}, PLACE)
+            claim_output_dir(other.training, None, other.settings, other.defaults, {}, PLACE)

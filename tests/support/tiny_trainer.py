@@ -32,10 +32,10 @@ def tiny_model(seed: int = 0, **kwargs) -> MoCoModel:
 
 def build(rows, folder, model=None, callback=None, stream=False, memory=False, **kwargs) -> MoCoTrainer:
     defaults = {"num_train_epochs": 2, "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
+    defaults |= {"disable_tqdm": True}
     args = MoCoTrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
-        disable_tqdm=True,
         **({"per_device_train_batch_size": BATCH} | defaults | kwargs),
     )
     views = TwoViews(POLICIES["v2"], 24)

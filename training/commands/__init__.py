@@ -4,6 +4,7 @@ A checkout starts them as `python scripts/NAME.py`, an installation as `moco NAM
 run has several processes.
 """
 
+import signal
 import sys
 from importlib import import_module
 
@@ -24,8 +25,7 @@ def main() -> None:
     """The console command `moco`: `moco NAME FLAGS`, `moco NAME --help`."""
     name, *argv = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
-        # Imported here, since some of them take seconds to import.
-        import_module(f".{COMMANDS[name][0]}", __name__).main(argv)
+        run(name, argv)
         return
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {does}" for name, (_, does) in COMMANDS.items()]
@@ -37,3 +37,14 @@ def main() -> None:
         return
     print(f"error: command {name!r} is unknown: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def run(name: str, argv: list[str]) -> None:
+    """Run the command that `moco` calls `name`."""
+    # Some of them take seconds to import. Nothing has begun until then, so Ctrl-C may end the process as it is.
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    module = import_module(f".{COMMANDS[name][0]}", __name__)
+    signal.signal(signal.SIGINT, handler)
+    module.main(argv)

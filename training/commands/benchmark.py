@@ -11,6 +11,7 @@ from ..benchmarks import data, exchange, folder, knn, step, stream, train
 from ..benchmarks.measure import draw_timings, write_numbers
 from ..errors import one_line_errors
 from ..memory import keep_freed_memory
+from .process import command
 
 BENCHMARKS = {
     **{"data": data, "step": step, "train": train, "stream": stream},
@@ -18,6 +19,7 @@ BENCHMARKS = {
 }
 
 
+@command
 def main(argv: list[str]) -> None:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__)

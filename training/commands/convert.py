@@ -6,8 +6,10 @@ from transformers.utils import logging
 
 from ..convert.files import FORMATS, parse_convert, read, write
 from ..errors import one_line_errors
+from .process import command
 
 
+@command
 def main(argv: list[str]) -> None:
     logging.disable_progress_bar()
     with one_line_errors():

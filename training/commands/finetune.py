@@ -4,25 +4,32 @@ import sys
 
 from transformers.utils.logging import disable_progress_bar
 
+from ..cli import how_to_classify
 from ..data.sources import load_images
-from ..engine.checkpoints import claim_output_dir
+from ..engine.checkpoints import claim_output_dir, has_ended
 from ..engine.run_folder import RESULTS
 from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
 from ..evaluation.finetune import announce, build_trainer, choose_labelled, finish, parse_finetune, save_split
 from ..memory import keep_freed_memory
+from .process import command
 
 
+@command
 def main(argv: list[str]) -> None:
     keep_freed_memory()
     disable_progress_bar()  # transformers' bars for loading and saving weights
     with one_line_errors():
         run = parse_finetune(argv)
+        if has_ended(run.training, run.settings, run.defaults):
+            return
         splits = load_images(run.data, labelled=True)
         labelled = choose_labelled(splits, run.training)
         trainer = build_trainer(run, splits, labelled)
         about = {"title": f"fine-tuning {run.encoder}"}
-        checkpoint = claim_output_dir(run.training, trainer.batch_layout, run.settings, about, splits.place)
+        checkpoint = claim_output_dir(
+            run.training, trainer.batch_layout, run.settings, run.defaults, about, splits.place
+        )
         save_split(splits, run.training, labelled)
     if trainer.is_world_process_zero():
         announce(run, trainer)
@@ -32,12 +39,9 @@ def main(argv: list[str]) -> None:
     scores = finish(run, trainer, splits)
     if trainer.is_world_process_zero():
         print(scores)
-        folder = run.training.output_dir
-        print(f"Saved to {folder}, results to {run.encoder.results_dir}/{RESULTS}. Classify:")
-        print(
-            '  python -c "from transformers import pipeline; import modeling_moco; '
-            f"print(pipeline('image-classification', '{folder}')('IMAGE'))\""
-        )
+        folder = str(run.training.output_dir)
+        print(f"Saved to {folder}, results to {run.encoder.results_dir}/{RESULTS}. Classify your IMAGE:")
+        print(f"  {how_to_classify(folder)}")
 
 
 if __name__ == "__main__":

@@ -11,16 +11,17 @@ from modeling_moco import MoCoModel
 
 from ..data.images import MapImages
 from ..data.sources import EvaluationDataArguments, load_images
-from ..engine.record import record
+from ..engine.record import Trackers, record, run_name
 from ..engine.results import encoder_digest, table
 from ..engine.run_folder import FEATURES
-from ..engine.trackers import Trackers, run_name
 from ..errors import one_line_errors
 from ..evaluation.encoder import Encoder, parse_evaluation
 from ..evaluation.knn import KNNArguments, evaluate_knn
 from ..memory import keep_freed_memory
+from .process import command
 
 
+@command
 def main(argv: list[str]) -> None:
     keep_freed_memory()
     logging.disable_progress_bar()

@@ -4,34 +4,40 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from transformers import pipeline
 from transformers.utils import logging
 
-from ..cli import how_to_run
+from ..cli import how_to_classify, how_to_run
 from ..data.decode import decode_image
 from ..data.sources import ImageSplits, load_images
-from ..engine.checkpoints import claim_output_dir
-from ..engine.run_folder import FEATURES, METRICS
+from ..engine.checkpoints import claim_output_dir, has_ended
+from ..engine.results import encoder_digest, read_results
+from ..engine.run_folder import FEATURES, METRICS, mark_ended, unused
 from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
 from ..evaluation import linear_probe as lp
 from ..evaluation.cached_probe import build_cached
 from ..evaluation.probe_results import Probe
 from ..memory import keep_freed_memory
+from .process import command
 
 SHOWN_IMAGES = 4
-NEXT = """Next:
-  python -c "from transformers import pipeline; import modeling_moco; print(pipeline('image-classification', '{0}')('IMAGE'))"
-  {1} --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER --batch_norm split --output_dir runs/mine
-  {1} --help"""
+NEXT = """Next, with your IMAGE and your FOLDER of images:
+  {classify}
+  {pretrain} --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER --batch_norm split --output_dir {unused}
+  {pretrain} --help"""
 
 
+@command
 def main(argv: list[str]) -> None:
     keep_freed_memory()
     logging.disable_progress_bar()
     with one_line_errors():
         run = lp.parse_linear_probe(argv)
+        if run.training.mode == "official" and has_ended(run.training, run.settings, run.defaults):
+            return
         splits = load_images(run.data, labelled=True)
         model = run.encoder.load_classifier(splits.class_names, run.training.seed)
         trainer = None
@@ -41,7 +47,9 @@ def main(argv: list[str]) -> None:
         else:
             probes = build_cached(model, run.training, run.data, splits, run.encoder.results_dir / FEATURES)
         layout = None if trainer is None else trainer.batch_layout
-        checkpoint = claim_output_dir(run.training, layout, run.settings, {"title": run.title}, splits.place)
+        checkpoint = claim_output_dir(
+            run.training, layout, run.settings, run.defaults, {"title": run.title}, splits.place
+        )
     folder, main_process = Path(str(run.training.output_dir)), run.training.process_index == 0
     if main_process:
         print(f"{run.title}\n{len(splits.train):,} images, {len(splits.class_names)} classes, to {folder}")
@@ -55,10 +63,12 @@ def main(argv: list[str]) -> None:
             print(probe.table())
             top1[f"linear probe, {probe.name}"] = probe.scores.top1
     if main_process:
-        print_table(run.encoder.results_dir, top1)
+        print_table(run.encoder.results_dir, encoder_digest(model.moco), top1)
     if main_process and trainer is not None:
+        mark_ended(folder)
         classify_some(folder, splits)
-        print(NEXT.format(folder, how_to_run("pretrain")))
+        classify, free = how_to_classify(str(folder)), unused("runs/mine")
+        print(NEXT.format(classify=classify, pretrain=how_to_run("pretrain"), unused=free))
 
 
 def classify_some(folder: Path, splits: ImageSplits) -> None:
@@ -69,17 +79,20 @@ def classify_some(folder: Path, splits: ImageSplits) -> None:
         print(f"  {splits.class_names[row['label']]} is called {best['label']} ({best['score']:.2f})")
 
 
-def print_table(results_dir: Path, top1: dict[str, float]) -> None:
-    pretraining = results_dir / METRICS
-    rows: dict[str, float | None] = {}
-    if pretraining.is_file():
-        numbers = json.loads(pretraining.read_text(encoding="utf-8"))
-        names = {"kNN before training": "knn_top1_before", "kNN after": "knn_top1_after"}
-        rows = {name: numbers[key] for name, key in names.items() if key in numbers}
-    rows |= top1
-    width = max(map(len, rows))
+def print_table(results_dir: Path, digest: str, top1: dict[str, float]) -> None:
+    """The probe beside kNN accuracies: of the pretraining's monitor, or what has been measured of these weights since."""
+    path = results_dir / METRICS
+    monitored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    knn = [entry["value"] for entry in read_results(results_dir) if _is_knn(entry, digest)]
+    rows = {"kNN before training": monitored.get("knn_top1_before")}
+    rows["kNN after"] = knn[-1] if knn else monitored.get("knn_top1_after")
+    rows = {name: value for name, value in (rows | top1).items() if value is not None}
     for name, value in rows.items():
-        print(f"{name:<{width}} | " + (f"{value:5.1f} %" if value is not None else "not measured"))
+        print(f"{name:<{max(map(len, rows))}} | {value:5.1f} %")
+
+
+def _is_knn(entry: dict[str, Any], digest: str) -> bool:
+    return entry["protocol"].startswith("weighted kNN") and entry.get("model") == digest
 
 
 if __name__ == "__main__":

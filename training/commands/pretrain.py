@@ -1,40 +1,48 @@
 """Pretrain an encoder with MoCo: `python scripts/pretrain.py --recipe quickstart`."""
 
+import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
 from ..cli import how_to_run
-from ..data.sources import load_images
-from ..engine.checkpoints import claim_output_dir
-from ..engine.run_folder import REPORT, UNREADABLE
+from ..data.sources import ImageSplits, load_images
+from ..engine.checkpoints import claim_output_dir, decided_by_main, has_ended
+from ..engine.run_folder import REPORT, UNREADABLE, unused
 from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
 from ..hub.publish import PublishCallback
 from ..memory import keep_freed_memory
 from ..pretrain import announce, build_trainer, describe_bottleneck, finish, preview_views
-from ..recipe import parse_pretrain
+from ..recipe import PretrainArguments, parse_pretrain
+from .process import command
 
 
+@command
 def main(argv: list[str]) -> None:
     keep_freed_memory()
     disable_progress_bar()  # transformers' bars for loading and saving weights
     with one_line_errors():
         args = parse_pretrain(argv)
-        splits = load_images(args.data)
         if args.preview_views is not None:
-            if args.training.process_index == 0:
-                preview_views(args, splits)
-                print(f"Wrote {args.preview_views}.png and .svg: what epoch 0 of this run sees.")
+            preview(args)
             return
-        trainer = build_trainer(args, splits)
-        pictures = args.training.include_pictures
-        publisher = PublishCallback.of_run(args.training, pictures) if args.training.publish else None
+        publisher = (
+            PublishCallback.of_run(args.training, args.training.include_pictures) if args.training.publish else None
+        )
         if publisher is not None:
-            publisher.prepare()
+            decided_by_main(publisher.prepare)
+        if has_ended(args.training, args.settings, args.defaults):
+            publish_end(args, publisher)
+            return
+        splits = load_images(args.data)
+        trainer = build_trainer(args, splits)
+        if publisher is not None:
             trainer.add_callback(publisher)  # after the trainer's own, which complete a checkpoint
-        checkpoint = claim_output_dir(args.training, trainer.batch_layout, args.settings, args.about, splits.place)
+        layout = trainer.batch_layout
+        checkpoint = claim_output_dir(args.training, layout, args.settings, args.defaults, args.about, splits.place)
     if trainer.is_world_process_zero():
         announce(args, trainer)
         if checkpoint:
@@ -43,18 +51,42 @@ def main(argv: list[str]) -> None:
     train(trainer, checkpoint)
     metrics = finish(args, trainer, splits)
     if trainer.is_world_process_zero():
-        folder = args.training.output_dir
-        rows = {"kNN before training": metrics["knn_top1_before"], "kNN after": metrics["knn_top1_after"]}
-        for name, value in rows.items():
-            print(f"{name:>20}: " + (f"{value:.1f} %" if value is not None else "not measured"))
-        listed = f", listed in {folder}/{UNREADABLE}" if metrics["skipped_images"] else ""
-        print(f"{'unreadable images':>20}: {metrics['skipped_images']}{listed}")
-        print(f"{'images/s':>20}: {metrics['images_per_second']:.0f}; {describe_bottleneck(metrics)}")
+        folder = str(args.training.output_dir)
+        show(metrics, folder)
         print(f"Saved to {folder}; its figures and numbers are in {folder}/{REPORT}")
-        if publisher is not None:
-            with one_line_errors():
-                print(f"Published: {publisher.send_last(Path(str(folder)))}")
-        print(f"Next: {how_to_run('probe')} {folder}")
+    publish_end(args, publisher)
+    if trainer.is_world_process_zero():
+        print(f"Next: {next_command(folder, splits)}")
+
+
+def preview(args: PretrainArguments) -> None:
+    if args.training.process_index == 0:
+        preview_views(args, load_images(args.data))
+        print(f"Wrote {args.preview_views}.png and .svg: what epoch 0 of this run sees.")
+
+
+def publish_end(args: PretrainArguments, publisher: PublishCallback | None) -> None:
+    if publisher is not None and args.training.process_index == 0:
+        with one_line_errors():
+            print(f"Published: {publisher.send_last(Path(str(args.training.output_dir)))}")
+
+
+def show(metrics: dict[str, Any], folder: str) -> None:
+    for name, key in (("kNN before training", "knn_top1_before"), ("kNN after", "knn_top1_after")):
+        if key in metrics:
+            print(f"{name:>20}: {metrics[key]:.1f} %")
+    listed = f", listed in {folder}/{UNREADABLE}" if metrics["skipped_images"] else ""
+    print(f"{'unreadable images':>20}: {metrics['skipped_images']}{listed}")
+    print(f"{'images/s':>20}: {metrics['images_per_second']:.0f}; {describe_bottleneck(metrics)}")
+
+
+def next_command(folder: str, splits: ImageSplits) -> str:
+    """A command that runs as it is printed: the linear probe, or without labels what would be published."""
+    if splits.label_problem is not None:
+        return f"{how_to_run('publish')} {shlex.quote(folder)} ORG/NAME --dry_run"
+    probe = str(Path(folder) / "linear_probe")  # where a probe is written by default
+    free = "" if unused(probe) == probe else f" --output_dir {shlex.quote(unused(probe))}"
+    return f"{how_to_run('probe')} {shlex.quote(folder)}{free}"
 
 
 if __name__ == "__main__":

@@ -7,10 +7,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..cli import build_parser, how_to_run, parse_flags
 from ..errors import one_line_errors
+from ..evaluation.encoder import check_exists
 from ..hub.origin import describe_figures, read_origin
 from ..hub.publish import CARD, PublishArguments, Repository, list_files, load_published, make_folder, publish
+from .process import command
 
 
+@command
 def main(argv: list[str]) -> None:
     disable_progress_bar()  # transformers' bars for loading and saving weights
     parser = build_parser(
@@ -25,6 +28,7 @@ def main(argv: list[str]) -> None:
     with one_line_errors():
         names, (args,), _ = parse_flags(parser, {"publish": PublishArguments}, argv, {})
         repository = Repository(names.repository, args.private, revision=args.revision)
+        check_exists(names.source)
         model, processor = load_published(names.source, args.include_training_state)
         if not args.dry_run:
             repository = repository.prepare()

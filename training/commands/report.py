@@ -13,11 +13,13 @@ from modeling_moco import MoCoModel
 from ..data.sources import DataArguments
 from ..engine.page import read_run, write_report
 from ..errors import one_line_errors
-from ..evaluation.encoder import Encoder
+from ..evaluation.encoder import Encoder, not_there
 from ..memory import keep_freed_memory
 from ..report import draw_curves, draw_features, open_images
+from .process import command
 
 
+@command
 def main(argv: list[str]) -> None:
     keep_freed_memory()
     logging.disable_progress_bar()
@@ -25,6 +27,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run_dir", type=Path, help="output directory of a pretraining run, ended or not")
     folder = parser.parse_args(argv).run_dir
     with one_line_errors():
+        if not folder.exists():
+            raise not_there(str(folder))
         run = read_run(folder)
         state = PartialState(cpu=not torch.cuda.is_available())
         model = Encoder(str(run.source)).load(MoCoModel, seed=0).to(state.device)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
@@ -19,16 +19,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from modeling_moco.distributed_moco import rank, world_size
 
+from . import lock
 from .run_folder import (
     DATASET,
     MANIFEST,
-    SAVED_RECIPE,
+    check_free,
     check_same_data,
     check_same_run,
-    only_begun,
+    ended,
+    has_begun,
     write_json,
     write_recipe,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -212,55 +216,110 @@ def claim_output_dir(
     training: TrainingArguments,
     layout: BatchLayout | None,
     settings: dict[str, dict[str, Any]],
+    defaults: dict[str, dict[str, Any]],
     about: dict[str, str],
     place: dict[str, Any],
 ) -> str | None:
-    """Make the output directory this run's own.
+    """Make the output directory this run's own until its process ends, or lets go of it (`lock`).
 
     An empty one gets `about` and `settings` as `recipe.yaml`. One that holds the same run is continued.
 
     Args:
         layout: how the run divides its images; None for one without checkpoints.
         place: name and content of its dataset.
+        settings, defaults: as `check_same_run`.
 
     Returns:
         the checkpoint to continue from, if any.
 
     Raises:
-        ValueError: the directory holds another run, or something else; or the dataset is not the same any more.
+        ValueError: another process is writing to it, it holds another run or something else, its dataset has changed, or it
+            cannot be written. All processes raise it, whichever of them has noticed.
     """
     folder = Path(str(training.output_dir))
-    saved = folder / SAVED_RECIPE
-    with training.main_process_first(local=False, desc="claiming the output directory"):
-        checkpoint = None
-        if saved.is_file() and not only_begun(folder):
-            check_same_run(folder, settings)
-            check_same_data(folder, place)
-            checkpoint = None if layout is None else _checkpoint_of(folder, training, layout)
-        elif training.process_index == 0:
+
+    def claim() -> str | None:
+        check_free(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.take(folder)
+            if has_begun(folder):
+                check_same_run(folder, settings, defaults)
+                check_same_data(folder, place)
+                return None if layout is None else _checkpoint_of(folder, layout)
             write_recipe(folder, {"about": about} | settings)
             write_json(folder / DATASET, place)
-    _check_same_view(folder, checkpoint)
+        except OSError as error:
+            raise ValueError(f"output_dir ({folder}) cannot be written ({error}): pass another --output_dir") from error
+        return None
+
+    checkpoint = decided_by_main(claim)
+    if layout is not None:
+        _check_same_view(folder, checkpoint)
     return checkpoint
 
 
-def _checkpoint_of(folder: Path, training: TrainingArguments, layout: BatchLayout) -> str | None:
+def decided_by_main(decide: Callable[[], T]) -> T:
+    """What `decide` returns on the main process, on all.
+
+    Raises:
+        ValueError: the one that `decide` raises, on all.
+    """
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = decide()
+        except ValueError as error:
+            outcome[1] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    value, refusal = outcome
+    if refusal is not None:
+        raise ValueError(refusal)
+    return value
+
+
+def has_ended(
+    training: TrainingArguments, settings: dict[str, dict[str, Any]], defaults: dict[str, dict[str, Any]]
+) -> bool:
+    """Whether the output directory holds this run and it has come to its end; the main process then says so.
+
+    Raises:
+        ValueError: it has ended and has other settings.
+    """
+    folder = Path(str(training.output_dir))
+
+    def look() -> str | None:
+        date = ended(folder)
+        if date is not None:
+            check_same_run(folder, settings, defaults)
+        return date
+
+    date = decided_by_main(look)
+    if date is not None and rank() == 0:
+        print(
+            f"{folder} holds this run, which ended at {date}: nothing to do. Pass another --output_dir to run it again."
+        )
+    return date is not None
+
+
+def _checkpoint_of(folder: Path, layout: BatchLayout) -> str | None:
     checkpoint, remarks = newest_complete(folder)
     if checkpoint is not None:
         remarks += filter(None, [check_layout(checkpoint, layout)])
-    if training.process_index == 0:
-        for remark in remarks:
-            print(f"warning: {remark}", file=sys.stderr)
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr)
     return None if checkpoint is None else str(checkpoint)
 
 
 def _check_same_view(folder: Path, checkpoint: str | None) -> None:
     if world_size() == 1:
         return
+    newest, _ = newest_complete(folder)
     seen: list[str | None] = [None] * world_size()
-    dist.all_gather_object(seen, checkpoint)
-    if len(set(seen)) > 1:
+    dist.all_gather_object(seen, None if newest is None else str(newest))
+    if set(seen) != {checkpoint}:
         raise ValueError(
-            f"output_dir ({folder}) has {seen[0] or 'no checkpoint'} for the first process and not for all others: pass a "
+            f"output_dir ({folder}) has {checkpoint or 'no checkpoint'} for the first process and not for all others: pass a "
             "folder that all machines share"
         )

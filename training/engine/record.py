@@ -1,12 +1,96 @@
-"""Where the numbers of an evaluation go: to the results of a model, its report, and the trackers of its run."""
+"""Where the numbers of an evaluation go: to the results of a model, its report, and the trackers of its run.
+
+transformers sends what is logged during training and then closes the run, which is opened again here by its name.
+"""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from PIL import Image
+
 from .page import refresh_report
 from .results import Result, append_results
-from .trackers import Trackers
+
+TRACKERS = ("trackio", "tensorboard", "wandb")
+
+
+def run_name(folder: Path) -> str:
+    """The name of the run of a folder. No absolute path: trackio files figures under it."""
+    return str(folder).lstrip("/")
+
+
+@dataclass(frozen=True)
+class Trackers:
+    """The trackers of a run.
+
+    Args:
+        names: of `TRACKERS`; other ones that transformers knows get only what is logged during training.
+        project, run_name: under which the run is found again.
+        folder: that of the run. The files of tensorboard go to `runs/results` in it.
+    """
+
+    names: list[str]
+    project: str
+    run_name: str
+    folder: Path
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a tracker is not installed.
+        """
+        for name in self.names:
+            if name in TRACKERS and find_spec(name) is None:
+                raise ValueError(f"report_to ({name}) is not installed: pip install {name}")
+
+    def send(self, results: Iterable[Result] = (), figures: Iterable[Path] = (), step: int | None = None) -> None:
+        """Send results and figures. Call it on the main process.
+
+        Args:
+            figures: PNG files, named after their stems.
+            step: of the training that they end; None for what is measured later.
+        """
+        numbers = {f"results/{r.protocol}, {r.feature}, {r.metric}": r.value for r in results}
+        images = {f"figures/{path.stem}": path for path in figures}
+        for name in self.names:
+            if name in TRACKERS:
+                tracker = LOGGER_TYPE_TO_CLASS[name](*self._place(name), **self._run(name))
+                tracker.start()
+                _SEND[name](tracker, numbers, images, step)
+                tracker.finish()
+
+    def _place(self, name: str) -> tuple[str, ...]:
+        return ("results", str(self.folder / "runs")) if name == "tensorboard" else (self.project,)
+
+    def _run(self, name: str) -> dict[str, Any]:
+        return {} if name == "tensorboard" else {"name": self.run_name, "resume": "allow"}
+
+
+def _to_tensorboard(tracker: Any, numbers: dict[str, float], images: dict[str, Path], step: int | None) -> None:
+    tracker.log(numbers, step=step)
+    pixels = {name: np.asarray(Image.open(path).convert("RGB"))[None] for name, path in images.items()}
+    tracker.log_images(pixels, step=step, dataformats="NHWC")
+
+
+def _to_trackio(tracker: Any, numbers: dict[str, float], images: dict[str, Path], step: int | None) -> None:
+    import trackio
+
+    tracker.log(numbers | {name: trackio.Image(path) for name, path in images.items()}, step=step)
+
+
+def _to_wandb(tracker: Any, numbers: dict[str, float], images: dict[str, Path], step: int | None) -> None:
+    import wandb
+
+    # Without a step: wandb drops what comes for one that it has passed.
+    tracker.log(numbers | {name: wandb.Image(str(path)) for name, path in images.items()})
+
+
+_SEND = {"tensorboard": _to_tensorboard, "trackio": _to_trackio, "wandb": _to_wandb}
 
 
 def record(

@@ -7,6 +7,8 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ MANIFEST = "manifest.json"  # of a checkpoint, written last
 METRICS = "metrics.json"  # what a run, a probe or a fine-tuning came to
 RESULTS = "results.json"  # what every evaluation of a model has measured
 SPLIT = "split.json"  # which images a fine-tuning was trained on
+LOCK = ".lock"  # held by the process that writes to the folder, and says which that is
 CONVERSION = "conversion.json"  # where a converted model came from, beside it
 UNREADABLE = "unreadable_images.txt"  # training images that were left out because they cannot be read
 DATASET = "dataset.json"  # what a run was trained on: name, number and digest of its files
+FIRST_FILES = (SAVED_RECIPE, DATASET, LOCK)  # what a crash at the start of a run leaves
 REPORT = "report.html"
 FEATURES = "features"  # folder of features that were extracted once
 # Name of a figure's files: its title, and how to read it.
@@ -42,17 +46,19 @@ OF_FEATURES = {
     ),
 }
 FIGURES = (*CURVES, *OF_FEATURES)
-# What may differ between a run and its continuation.
+# What may differ between a run and its continuation, because it changes no weight: how fast images come, on what the run
+# computes, what is printed, sent, saved and measured meanwhile.
 FREE_TO_CHANGE = {
-    "dataloader_num_workers",
-    "dataloader_persistent_workers",
-    "logging_steps",
-    "report_to",
-    "project",
-    "run_name",
-    "disable_tqdm",
-    "save_total_limit",
+    *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("use_cpu", "local_rank", "ddp_timeout", "disable_tqdm", "log_level", "log_level_replica"),
+    *("logging_strategy", "logging_steps", "logging_first_step", "report_to", "project", "run_name"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("save_strategy", "save_steps", "save_total_limit"),
+    *("eval_strategy", "eval_every_n_epochs", "per_device_eval_batch_size"),
+    *("knn_k", "knn_temperature", "knn_bank_size", "knn_features"),
 }
+NOT_OF_THE_RUN = ("probe",)  # section of a recipe for later commands
+PATHS = ("dataset_name", "model")  # settings that may be folders
 
 
 @contextmanager
@@ -62,6 +68,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # which names the file
     finally:
         unfinished.unlink(missing_ok=True)  # after an error
 
@@ -84,37 +94,42 @@ def write_json(path: Path, content: Any, durable: bool = False) -> None:
     write_whole(path, json.dumps(content, indent=2) + "\n", durable)
 
 
-def only_begun(folder: Path) -> bool:
-    """Whether a folder is empty, or has nothing but what a run writes first: a crash at its start left no more."""
-    return all(path.name.startswith((SAVED_RECIPE, DATASET)) for path in folder.iterdir())
+def check_free(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: there is something at this path, and it is not the folder of a run.
+    """
+    if (folder / SAVED_RECIPE).is_file() or not folder.exists():
+        return
+    if not folder.is_dir() or any(not path.name.startswith(FIRST_FILES) for path in folder.iterdir()):
+        raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
 
 
 def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
-    """Begin a run in a folder that is empty or not there.
+    """Begin a run in its folder."""
+    write_whole(folder / SAVED_RECIPE, yaml.safe_dump(recipe, sort_keys=False))
 
-    Raises:
-        ValueError: the folder holds something else, or cannot be written to.
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run has left more in its folder than a crash at the start does."""
+    return (folder / SAVED_RECIPE).is_file() and any(not path.name.startswith(FIRST_FILES) for path in folder.iterdir())
+
+
+def check_same_run(folder: Path, settings: dict[str, dict[str, Any]], defaults: dict[str, dict[str, Any]]) -> None:
     """
-    saved = folder / SAVED_RECIPE
-    if folder.exists() and not (folder.is_dir() and only_begun(folder)):
-        raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(saved, yaml.safe_dump(recipe, sort_keys=False))
-    except OSError as error:
-        raise ValueError(f"output_dir ({folder}) cannot be written ({error}): pass another --output_dir") from error
+    Args:
+        settings: what the recipe and the command line gave, by section.
+        defaults: values of the flags that neither gave.
 
-
-def check_same_run(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
-    """
     Raises:
         ValueError: the run in the folder has other settings.
     """
     saved = yaml.safe_load((folder / SAVED_RECIPE).read_text(encoding="utf-8"))
-    for section, now in settings.items():
-        then = saved.get(section, {})
+    for section in (name for name in settings if name not in NOT_OF_THE_RUN):
+        usual = defaults.get(section, {})
+        then, now = usual | saved.get(section, {}), usual | settings[section]
         for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE):
-            if then.get(key) != now.get(key):
+            if _as_path(key, then.get(key)) != _as_path(key, now.get(key)):
                 raise ValueError(
                     f"output_dir ({folder}) already holds another run: {key} is {then.get(key)} there and {now.get(key)} "
                     "here. Pass another --output_dir, or the same settings to continue it"
@@ -146,3 +161,25 @@ def recorded_content(folder: Path, dataset: str) -> dict[str, str]:
     place = json.loads(path.read_text(encoding="utf-8"))
     content: dict[str, str] = place["content"] if place["dataset"] == dataset else {}
     return content
+
+
+def _as_path(key: str, value: Any) -> Any:
+    return Path(value).resolve() if key in PATHS and isinstance(value, str) and Path(value).exists() else value
+
+
+def unused(name: str) -> str:
+    """A path for a new run: this one, or with the first number behind it that makes it free."""
+    numbered = (f"{name}_{number}" for number in count(2))
+    return next(path for path in chain([name], numbered) if not Path(path).exists())
+
+
+def mark_ended(folder: Path) -> None:
+    """Write to `metrics.json` when the run ended. All else in its folder must have been written."""
+    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    write_json(folder / METRICS, metrics | {"ended": datetime.now(UTC).isoformat(timespec="seconds")})
+
+
+def ended(folder: Path) -> str | None:
+    """When the run of a folder ended; None for one that has not."""
+    path = folder / METRICS
+    return json.loads(path.read_text(encoding="utf-8")).get("ended") if path.is_file() else None

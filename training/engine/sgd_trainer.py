@@ -2,6 +2,8 @@
 
 import math
 import os
+import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,13 +20,15 @@ from modeling_moco.distributed_moco import world_size
 
 from ..cli import how_to_run
 from ..errors import TrainingError, one_line_errors
-from .callbacks import ProgressBar, SetEpoch
+from .callbacks import ProgressBar, ProgressLines, SetEpoch
 from .checkpoints import BatchLayout, CompleteCheckpoints, newest_complete
-from .preemption import SaveOnSigterm, outlive_sigterm
+from .preemption import SaveAndStop, outlive_signals
+from .record import Trackers, run_name
 from .schedule import epoch_schedule
-from .trackers import Trackers, run_name
 
-REQUEUE = 75  # exit status after a SIGTERM: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
+REQUEUE = (
+    75  # exit status after a SIGTERM or Ctrl-C: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
+)
 NEVER = torch.iinfo(torch.int64).max
 # What transformers calls its settings for the Hub. Only pretraining publishes while it runs.
 PUBLISHING = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token")
@@ -185,18 +189,18 @@ class SGDTrainer(Trainer):
         self.model.to(memory_format=torch.channels_last)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(ProgressBar)
+            self.add_callback(ProgressBar if sys.stderr.isatty() else ProgressLines)
         self.add_callback(SetEpoch(self.train_dataset))
-        self._sigterm = SaveOnSigterm()
-        self.add_callback(self._sigterm)
+        self._stop = SaveAndStop()
+        self.add_callback(self._stop)
         self._checkpoints = CompleteCheckpoints(lambda: self.batch_layout)
         self.add_callback(self._checkpoints)
         self._diverged_at = torch.tensor(NEVER, device=self.args.device)  # first step with a loss that is not finite
 
     @property
-    def terminated(self) -> bool:
-        """Whether a SIGTERM ended the training early; what it reached has been saved."""
-        return self._sigterm.stopped
+    def stopped_by(self) -> signal.Signals | None:
+        """The signal that ended the training early, if any; what it reached has been saved."""
+        return self._stop.stopped_by
 
     @property
     def batch_layout(self) -> BatchLayout:
@@ -240,7 +244,7 @@ class SGDTrainer(Trainer):
             "pin_memory": args.dataloader_pin_memory,
             "persistent_workers": args.dataloader_persistent_workers,
             "drop_last": args.dataloader_drop_last,
-            "worker_init_fn": outlive_sigterm,  # instead of transformers' global seed, which no view depends on
+            "worker_init_fn": outlive_signals,  # instead of transformers' global seed, which no view depends on
         }
         return kind(images, **settings | kwargs)
 
@@ -270,7 +274,8 @@ class SGDTrainer(Trainer):
         # Trainer would delete older checkpoints before a new one counts.
         self._checkpoints.limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            result = super().train(checkpoint, *args, **kwargs)
+            with self._stop.receiving():
+                result = super().train(checkpoint, *args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
             if (failure := self._checkpoints.explain(error)) is None:
                 raise
@@ -325,10 +330,11 @@ class SGDTrainer(Trainer):
 
 
 def train(trainer: SGDTrainer, checkpoint: str | None) -> None:
-    """Train to the end, or end the program: with one line for a `TrainingError`, with status 75 after a SIGTERM."""
+    """Train to the end, or end the program: with one line for a `TrainingError`, with status 75 after a SIGTERM or Ctrl-C."""
     with one_line_errors((TrainingError,)):
         trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.terminated:
+    if trainer.stopped_by is not None:
         if trainer.is_world_process_zero():
-            print(f"Stopped by SIGTERM at step {trainer.state.global_step}, saved. The same command continues.")
+            name = trainer.stopped_by.name
+            print(f"Stopped by {name} at step {trainer.state.global_step}, saved. The same command continues.")
         raise SystemExit(REQUEUE)

@@ -1,5 +1,6 @@
 """What all evaluations share: the encoder that is evaluated, the data it was trained on, and where results go."""
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,10 +13,12 @@ from transformers.utils import CONFIG_NAME, logging
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 
-from ..cli import build_parser, how_to_run, parse_flags
-from ..data.sources import EvaluationDataArguments
+from ..cli import build_parser, how_to_run, offered, parse_flags
+from ..data.sources import DataArguments, EvaluationDataArguments
 from ..engine.results import read_results
 from ..engine.run_folder import SAVED_RECIPE, recorded_content
+from ..engine.sgd_trainer import PUBLISHING
+from .knn import KNNArguments
 
 Model = TypeVar("Model", MoCoModel, MoCoForImageClassification)
 
@@ -119,6 +122,37 @@ def _folders_of(source: str) -> tuple[Path, Path]:
     return Path(source), Path(source).parent  # of a run, or of its checkpoint
 
 
+def _elsewhere() -> dict[str, str]:
+    """Flags of other commands that one may expect here, and the command that has each."""
+    model = MoCoConfig.__annotations__.keys() - {"model_type"}
+    pretraining = (
+        {f.name for f in offered(DataArguments)} | model | {*PUBLISHING, "eval_every_n_epochs", "knn_bank_size"}
+    )
+    knn = {f.name for f in offered(KNNArguments) if f.name.startswith("knn_")}
+    return dict.fromkeys(pretraining, "pretrain") | dict.fromkeys(knn, "knn")
+
+
+def check_exists(source: str) -> None:
+    """
+    Raises:
+        ValueError: a model's path or name leads nowhere.
+    """
+    if Path(source).exists():
+        return
+    try:
+        MoCoConfig.from_pretrained(source)
+    except OSError as error:
+        raise not_there(source) from error
+
+
+def not_there(source: str) -> ValueError:
+    """The error for a path, or a name on the Hub, that leads nowhere."""
+    beside = [str(path) for path in Path(source).parent.glob("*") if path.is_dir()]
+    close = difflib.get_close_matches(source, beside, n=1)
+    meant = f"did you mean {close[0]}?" if close else "pass the folder that a run saved to, e.g. runs/quickstart"
+    return ValueError(f"{source} does not exist, neither here nor as a model that the Hub gives: {meant}")
+
+
 def parse_evaluation(
     argv: list[str],
     parts: dict[str, Any],
@@ -144,6 +178,7 @@ def parse_evaluation(
     """
     parser = build_parser(
         parts.values(),
+        elsewhere=_elsewhere(),
         usage=f"{how_to_run(command)} MODEL [--random_encoder] [--flag value ...]",
         description=description,
     )
@@ -155,6 +190,7 @@ def parse_evaluation(
     if known.model is None:
         raise ValueError("no model given: pass the folder that a run saved to, e.g. runs/quickstart")
     given = parser.given(argv)
+    check_exists(known.model)
     encoder = Encoder(known.model, known.random_encoder)
     read_results(encoder.results_dir)  # what is there can be added to
     recipe = pretraining_recipe(known.model, parts["data"])

@@ -20,7 +20,7 @@ from modeling_moco.distributed_moco import gather as gather_rows
 from modeling_moco.distributed_moco import rank, world_size
 
 from ..data.images import MapImages
-from ..engine.preemption import outlive_sigterm
+from ..engine.preemption import outlive_signals
 from ..engine.results import Feature, encoder_digest
 from ..engine.run_folder import whole_file, write_json
 
@@ -54,7 +54,7 @@ def extract_features(
         Subset(images, [min(i, n - 1) for i in mine]),  # the last image pads the shares to equal length
         batch_size=batch_size,
         num_workers=num_workers,
-        worker_init_fn=outlive_sigterm,
+        worker_init_fn=outlive_signals,
     )
     if ranks > 1:
         for buffer in model.encoder_q.buffers():
@@ -63,9 +63,8 @@ def extract_features(
     model.eval()
     rows = len(mine) * (ranks if gather else 1)  # the padding included
     features, labels = torch.empty(0), torch.empty(rows, dtype=torch.long)
-    # None: the bar is for a terminal, and not for a log.
-    done, quiet = 0, rank() > 0 or len(loader) < 20
-    for batch in tqdm(loader, desc="features", leave=False, disable=quiet or None, dynamic_ncols=True):
+    done, quiet = 0, rank() > 0 or len(loader) < 20 or None  # None: a bar on a terminal alone
+    for batch in tqdm(loader, desc="features", leave=False, disable=quiet, dynamic_ncols=True):
         x = encode(model, batch["pixel_values"].to(model.device), feature)
         y = batch.get("labels", torch.full((len(x),), -1)).to(model.device)
         if gather:

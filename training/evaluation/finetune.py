@@ -27,12 +27,13 @@ from modeling_moco import MoCoForImageClassification
 from modeling_moco.distributed_moco import world_size
 
 from .. import plots
+from ..cli import default_values
 from ..data.images import MapImages
 from ..data.labels import read_labels
 from ..data.sources import CropDataArguments, ImageSplits
 from ..engine.record import record
 from ..engine.results import encoder_digest
-from ..engine.run_folder import METRICS, SPLIT, write_json
+from ..engine.run_folder import METRICS, SPLIT, mark_ended, write_json
 from ..engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
 from ..views.pil import OneView
 from ..views.policy import build_policy
@@ -115,6 +116,9 @@ class FinetuneArguments(SGDTrainingArguments):
     def rates(self) -> dict[str, float]:
         """Of the encoder and of the classifier, by the names of their flags."""
         return {name: getattr(self, name) for name in ("learning_rate", "head_learning_rate")}
+
+
+PARTS: dict[str, Any] = {"data": CropDataArguments, "training": FinetuneArguments}
 
 
 class FinetuneTrainer(SGDTrainer):
@@ -225,6 +229,11 @@ class FinetuneRun:
     training: FinetuneArguments
     settings: dict[str, dict[str, Any]]
 
+    @property
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """Values of the flags that were not given."""
+        return default_values(PARTS)
+
     def protocol(self, trainer: FinetuneTrainer) -> str:
         """The words that stand for this evaluation in results."""
         args, images = self.training, len(trainer.train_dataset)
@@ -248,7 +257,7 @@ def parse_finetune(argv: list[str]) -> FinetuneRun:
     """
     encoder, (data, training), settings, given = parse_evaluation(
         argv,
-        {"data": CropDataArguments, "training": FinetuneArguments},
+        PARTS,
         command="finetune",
         description="Train an encoder and a new classifier with a share of the labels, or all.",
         output="finetune",
@@ -339,4 +348,5 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> S
             figures=[folder / "confusion.png"],
             step=trainer.state.global_step,
         )
+        mark_ended(folder)
     return trainer.scores

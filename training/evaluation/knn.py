@@ -15,8 +15,8 @@ from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import gather, world_size
 
 from ..data.images import MapImages
+from ..engine.record import TRACKERS
 from ..engine.results import Feature, Result
-from ..engine.trackers import TRACKERS
 from .features import cached_features, extract_features, unit
 
 BANK_CHUNK, QUERY_CHUNK = 65_536, 1_024  # rows at once: a quarter of a gigabyte of similarities

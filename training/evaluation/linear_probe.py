@@ -22,7 +22,7 @@ from modeling_moco import MoCoForImageClassification, MoCoModel
 from modeling_moco.modeling_moco import MoCoPreTrainedModel
 
 from .. import plots
-from ..cli import offered
+from ..cli import default_values, offered
 from ..data.images import MapImages
 from ..data.sources import CropDataArguments, ImageSplits
 from ..engine.page import CONFUSIONS
@@ -38,6 +38,8 @@ from .probe_arguments import READ_BY_CACHED, LinearProbeArguments, _listed
 from .probe_results import HeadReport, Probe, choose, hold_out
 from .scores import Scores, in_parts, score_parts
 
+PARTS: dict[str, Any] = {"data": CropDataArguments, "training": LinearProbeArguments}
+
 # The command line
 
 
@@ -49,6 +51,11 @@ class ProbeRun:
     data: CropDataArguments
     training: LinearProbeArguments
     settings: dict[str, dict[str, Any]]
+
+    @property
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """Values of the flags that were not given."""
+        return default_values(PARTS)
 
     @property
     def title(self) -> str:
@@ -64,7 +71,7 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
     """
     encoder, (data, training), settings, given = parse_evaluation(
         argv,
-        {"data": CropDataArguments, "training": LinearProbeArguments},
+        PARTS,
         command="probe",
         description="Train a linear classifier on a frozen encoder, as the papers evaluate.",
         defaults=lambda recipe: recipe.get("probe", {}),

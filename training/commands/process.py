@@ -1,0 +1,107 @@
+"""Around every command: its words fit any terminal, what stops it is one line, and all its processes end together."""
+
+import errno
+import functools
+import io
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from ..engine import lock
+from ..engine.sgd_trainer import REQUEUE
+from ..errors import first_line
+
+INTERRUPTED = 130  # exit status after Ctrl-C where nothing had to be saved: 128 + SIGINT
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The main process may still publish, which takes as long as its network needs, while the others have nothing left to do.
+PATIENCE = timedelta(days=30)
+
+
+def command(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    """A command that ends in order.
+
+    - After Ctrl-C and on a full disk it says one line; a run that is training saves first (`SaveAndStop`).
+    - Its processes leave their group together before Python finalizes: a thread of Gloo that then still wants the
+      interpreter aborts the process.
+    - It has let go of its folders when it returns.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str]) -> None:
+        _show_any_character()
+        try:
+            main(argv)
+            _leave_together()
+        except SystemExit as end:
+            if end.code == REQUEUE:  # of all processes
+                _leave_together()
+            elif end.code:
+                _end_alone(int(end.code))
+            raise
+        except KeyboardInterrupt:
+            if int(os.environ.get("RANK", "0")) == 0:
+                print("Interrupted. What was complete is kept; give the same command again.", file=sys.stderr)
+            _end_alone(INTERRUPTED)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _tells_of_a_full_disk(error):
+                raise
+            print(f"error: {_full_disk(error)}", file=sys.stderr)
+            _end_alone(2)
+        finally:
+            lock.give_back()
+
+    return run
+
+
+def _show_any_character() -> None:
+    # Names of classes and files may have characters that the encoding of a terminal or a log lacks.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _leave_together() -> None:
+    if not dist.is_initialized():
+        return
+    try:
+        group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+        dist.barrier(group)
+    except RuntimeError:  # another process has failed, and has said why
+        _end_alone(1)
+    dist.destroy_process_group()
+
+
+def _end_alone(status: int) -> None:
+    """End this process, whatever the others do, and without waiting for them."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(
+            status
+        )  # threads of the group may not live to see Python finalize, and leaving it waits for the others
+    raise SystemExit(status) from None
+
+
+def _tells_of_a_full_disk(error: Exception) -> bool:
+    # safetensors and torch have the number in their words alone.
+    return getattr(error, "errno", None) in DISK_FULL or any(f"os error {code})" in str(error) for code in DISK_FULL)
+
+
+def _full_disk(error: Exception) -> str:
+    place = getattr(error, "filename", None) or next(iter(lock.held()), None)
+    disk = "the disk" if place is None else f"the disk of {place} (mounted at {_mount(Path(str(place)))})"
+    return (
+        f"{disk} is full, or no larger file may be written to it ({first_line(error)}): make room there and give the "
+        "same command again"
+    )
+
+
+def _mount(path: Path) -> Path:
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if os.path.ismount(folder))
