@@ -14,7 +14,7 @@ from ranks import join_trainers, run_ranks
 
 from training.engine import lock
 from training.engine.checkpoints import claim_output_dir, decided_by_main
-from training.engine.run_folder import LOCK, SAVED_RECIPE
+from training.engine.run_folder import DATASET, LOCK, SAVED_RECIPE
 from training.recipe import parse_pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -128,4 +128,4 @@ def test_the_folder_of_a_run_may_have_its_lock_and_its_recipe_before_it_begins(f
     for _ in range(2):
         assert claim_output_dir(args.training, None, args.settings, args.defaults, {}, PLACE) is None
         lock.give_back()
-    assert {path.name for path in folder.iterdir()} == {LOCK, SAVED_RECIPE}
+    assert {path.name for path in folder.iterdir()} == {LOCK, SAVED_RECIPE, DATASET}
