@@ -3,6 +3,7 @@
 Every function takes data and a path without suffix.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,8 +73,10 @@ def figure(path: Path, height: float, **kwargs: Any) -> Iterator[Figure]:
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(WIDTH, height), **kwargs)
         yield fig
-        fig.savefig(path.with_name(f"{path.name}.png"), dpi=DPI)
-        fig.savefig(path.with_name(f"{path.name}.svg"), dpi=DPI, metadata={"Date": None})
+        with warnings.catch_warnings():  # matplotlib's own font lacks the characters of most languages
+            warnings.filterwarnings("ignore", r"Glyph .* missing from font")
+            fig.savefig(path.with_name(f"{path.name}.png"), dpi=DPI)
+            fig.savefig(path.with_name(f"{path.name}.svg"), dpi=DPI, metadata={"Date": None})
 
 
 class Panel(NamedTuple):

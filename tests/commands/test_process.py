@@ -53,7 +53,7 @@ def ends(main, capsys) -> tuple[int, list[str]]:
 
 def test_names_that_the_terminal_cannot_encode_do_not_end_a_command(encoder, tmp_path, script, monkeypatch):
     for part, count in (("train", 20), ("test", 4)):
-        for i, name in enumerate(["été", "жук"] * count):
+        for i, name in enumerate(["été", "猫"] * count):
             path = tmp_path / "images" / part / name / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.effect_noise((32, 32), 50 + 20 * (i % 2)).convert("RGB").save(path)

@@ -12,6 +12,7 @@ from modeling_moco import MoCoModel
 
 from ..data.sources import DataArguments
 from ..engine.page import read_run, write_report
+from ..engine.run_folder import recorded_content
 from ..errors import one_line_errors
 from ..evaluation.encoder import Encoder, not_there
 from ..memory import keep_freed_memory
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
         missing = None
         try:
             data = DataArguments(**run.recipe["data"])
+            data.content = recorded_content(folder, data.dataset_name)
             draw_features(model, open_images(data), data, folder)
         except ValueError as error:
             missing = str(error)

@@ -103,7 +103,7 @@ def list_files(root: Path, quiet: bool = True) -> list[FoundFile]:
     """
     found: list[FoundFile] = []
     level: list[tuple[str, tuple[int, ...]]] = [("", (_inode(root.stat()),))]
-    bar = tqdm(desc="files", unit="", delay=2, disable=quiet, dynamic_ncols=True)
+    bar = tqdm(desc="files", unit="", delay=2, disable=quiet or None, dynamic_ncols=True)
     with bar, ThreadPoolExecutor(SCANNERS) as pool:
         while level:
             below = []

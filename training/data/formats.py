@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import os
 import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -12,13 +11,14 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import torch.distributed as dist
 from datasets.exceptions import DatasetGenerationError
 from datasets.table import MemoryMappedTable
 from PIL import Image
 
-from modeling_moco.distributed_moco import rank, world_size
+from modeling_moco.distributed_moco import rank
 
+from ..engine.checkpoints import decided_by_main
+from ..engine.run_folder import whole_file
 from .folders import HOW, NEEDS, FolderOfImages, FoundFile, arrange, divide_data_files, list_files, visible
 from .metadata import use_metadata
 
@@ -114,7 +114,7 @@ def _commits(urls: list[str]) -> list[str]:
 def _open_folder(root: Path, streaming: bool, asked: set[str], label_column: str) -> Opened:
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return _open_saved(root, streaming)
-    found = _on_first_rank(lambda: _look_into(root, asked, label_column))
+    found = decided_by_main(lambda: _look_into(root, asked, label_column))
     if not isinstance(found, _Index):
         return _open_data_files(root, found, streaming)
     if not all(Path(file).is_file() for file in found.rows.values()):  # written on another machine
@@ -222,10 +222,12 @@ def _write_rows(
     if "label" in features:
         columns.append(pa.array(labels, pa.int64()))
     table = pa.table([column.cast(kind) for column, kind in zip(columns, schema.types, strict=True)], schema=schema)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+    with (
+        whole_file(path) as unfinished,
+        pa.OSFile(str(unfinished), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+    ):
         writer.write_table(table, max_chunksize=ROWS_PER_SHARD)
-    unfinished.replace(path)
 
 
 def _digest(items: Iterable[Any]) -> str:
@@ -272,21 +274,6 @@ def _open_saved(root: Path, streaming: bool) -> Opened:
     if streaming:
         splits = {split: rows.to_iterable_dataset(num_shards=4) for split, rows in splits.items()}
     return Opened(splits, content=content)
-
-
-def _on_first_rank(call: Callable[[], Any]) -> Any:
-    """What the first process finds, on all of them; an error of the user as well."""
-    answer: list[Any] = [None]
-    if rank() == 0:
-        try:
-            answer = [call()]
-        except ValueError as error:
-            answer = [error]
-    if world_size() > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], ValueError):
-        raise answer[0]
-    return answer[0]
 
 
 def load_digits() -> datasets.DatasetDict:

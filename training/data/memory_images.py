@@ -38,7 +38,7 @@ class MemoryImages(torch.utils.data.Dataset):
 
     def _decode(self, source: datasets.Dataset) -> torch.Tensor:
         images: torch.Tensor | None = None
-        for index, row in enumerate(tqdm(source, desc="decoding", leave=False, disable=len(source) < 10_000)):
+        for index, row in enumerate(tqdm(source, desc="decoding", leave=False, disable=len(source) < 10_000 or None)):
             try:
                 pixels = decode_tensor(row["image"])
             except OSError as error:

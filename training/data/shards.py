@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from modeling_moco.distributed_moco import world_size
 
+from ..engine.run_folder import write_json
+
 CHUNK = 32  # rows to ask `datasets` for at a time: single rows take longer
 OPEN_FOOTERS = 16  # parquet footers to read in parallel: on the Hub each request takes a while
 
@@ -213,9 +215,7 @@ def count_rows(source: datasets.IterableDataset, files: list[str], limit: int | 
     lengths = _share(source.num_shards, lambda mine: _count_by_reading(source, mine, limit, quiet))
     if not quiet:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = memory.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(lengths), encoding="utf-8")
-        unfinished.replace(memory)
+        write_json(memory, lengths)
     return lengths
 
 
@@ -256,7 +256,7 @@ def _count_by_footer(files: list[str]) -> list[int]:
 
 def _count_by_reading(source: datasets.IterableDataset, shards: range, limit: int | None, quiet: bool) -> list[int]:
     counts: list[int] = []
-    with tqdm(desc="images", unit="", disable=quiet, dynamic_ncols=True) as bar:
+    with tqdm(desc="images", unit="", disable=quiet or None, dynamic_ncols=True) as bar:
         for i in shards:
             left = None if limit is None else limit - sum(counts)
             counts.append(0)
