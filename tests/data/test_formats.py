@@ -174,3 +174,15 @@ def test_a_parquet_file_that_is_replaced_at_the_same_time_is_read_anew(tmp_path)
     write_parquet(source, [range(5)])
     os.utime(path, ns=(time, time))
     assert len(load(source).train) == 5
+
+
+def test_features_are_kept_for_the_very_files_even_if_their_times_say_nothing(tmp_path):
+    source = write_folders(tmp_path / "source")
+    before = load(source).train
+    assert load(source).train._fingerprint == before._fingerprint  # of which kept features are
+    path = source / "train" / "cat" / "0.png"
+    time, content = path.stat().st_mtime_ns, bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(time, time))
+    assert load(source).train._fingerprint != before._fingerprint
