@@ -87,6 +87,9 @@ class ProgressLines(TrainerCallback):
             numbers = "  ".join(f"{name} {value}" for name, value in self.shown.items())
             place = f"step {state.global_step:,} of {state.max_steps:,}, epoch {state.epoch or 0:.4g}"
             print(f"{place}: {numbers}", flush=True)  # a log is not written line by line
+        for key in logs.keys() & SHOWN.keys():
+            if key.startswith("eval_"):  # a later line is of other weights
+                self.shown.pop(SHOWN[key][0])
 
 
 class SetEpoch(TrainerCallback):
