@@ -56,7 +56,7 @@ class Heads:
         """Accuracy of every head in per cent."""
         parts = zip(features.split(ROWS_AT_ONCE), labels.split(ROWS_AT_ONCE), strict=True)
         hits = sum((self(rows).argmax(dim=2) == truth[:, None]).sum(dim=0) for rows, truth in parts)
-        return (100 * torch.as_tensor(hits).double() / len(labels)).tolist()
+        return (100 * torch.as_tensor(hits).cpu().double() / len(labels)).tolist()
 
 
 def train_heads(

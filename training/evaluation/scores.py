@@ -47,7 +47,7 @@ class Scores:
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> Scores:
     """Scores of class logits (n, C), or of anything in the same order, against labels (n,)."""
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).cpu()
     classes = logits.shape[1]
     pairs = labels * classes + logits.argmax(dim=1)
     confusion = torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
