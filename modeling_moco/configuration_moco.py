@@ -73,6 +73,11 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         # The config.json of a published model is timm's, with this configuration as a section: see training/hub.
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if "moco" in config and "transformers_version" in config:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} was loaded and saved without this code, as transformers' TimmWrapper: "
+                "load it with AutoModel or AutoModelForImageClassification, without trust_remote_code"
+            )
         return config.get("moco", config), kwargs
 
     def validate_moco(self):

@@ -1,16 +1,25 @@
-"""A training step on a GPU gives it work and never waits for it. No GPU is needed: fake tensors have no values to read."""
+"""A training step on a GPU gives it work and never waits for it, and asks for no float64, which Apple's do not have.
+
+No GPU is needed: fake tensors have no values to read, and a mode of torch stands for a device without float64.
+"""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from host_float64 import NoFloat64
+from tiny_trainer import build, image_rows
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.dictionary_moco import InfoNCE
+from training.data.images import MapImages
+from training.evaluation.knn import knn_accuracy
+from training.evaluation.scores import score
 from training.trainer import contrast_statistics
 from training.views.device import NUMBERS, DeviceViews, sample_views
+from training.views.pil import EvaluationView
 from training.views.policy import POLICIES
 
 BATCH, SIZE = 16, 32
@@ -84,3 +93,30 @@ def test_a_step_is_made_without_a_read_by_the_host(batch_norm, symmetric, gpu):
     model.dictionary.enqueue(outputs.key_embeds)
     with pytest.raises(DataDependentOutputException):  # which a read is
         int(model.dictionary.queue_ptr)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_run_and_its_monitor_ask_the_device_for_no_float64(memory, tmp_path):
+    rows = image_rows()
+    trainer = build(rows, tmp_path, memory=memory, eval_strategy="epoch", knn_k=[3], num_train_epochs=2)
+    trainer.monitor.bank = trainer.monitor.queries = MapImages(rows, EvaluationView(24, 24))
+    with NoFloat64():
+        trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert {"contrast_top1", "uniformity", "eval_rankme", "eval_knn_top1", "eval_leaks"} <= logged
+
+
+def test_scores_ask_the_device_for_no_float64():
+    logits, labels = torch.randn(20, 6), torch.randint(6, (20,))
+    with NoFloat64():
+        assert 0 <= score(logits, labels).top1 <= 100
+        assert 0 <= knn_accuracy(logits, labels, logits, labels, knn_k=[3])[3] <= 100
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.double, lambda x: torch.zeros(3, dtype=torch.float64)])
+def test_the_stand_in_for_a_device_without_float64_refuses_it(make):
+    x = torch.randn(3)
+    with NoFloat64():
+        assert x.cpu().double().sum().dtype == torch.float64
+        with pytest.raises(TypeError, match="float64 tensor on the accelerator"):
+            make(x)

@@ -6,10 +6,9 @@ Shapes: `N` queries, `C` their width, `n` images, `D` feature width, `K` keys in
 import math
 
 import torch
-import torch.distributed as dist
 
 from modeling_moco import MoCoModel
-from modeling_moco.distributed_moco import gather, local_slice, world_size
+from modeling_moco.distributed_moco import gather, local_slice
 
 Views = list[tuple[torch.Tensor, torch.Tensor]]  # batches of query views and key views of the same images
 COLLAPSED_RANKME, COLLAPSED_UNIFORMITY = 1.5, -1e-4  # a random encoder has 5 or more, and -0.02 or less
@@ -25,18 +24,21 @@ def uniformity_kernel(x: torch.Tensor) -> torch.Tensor:
     return ((4 * (x @ x.T - 1)).exp().sum() - n) / (n * (n - 1))
 
 
-def rankme(features: torch.Tensor) -> float:
+def rankme(features: torch.Tensor, device: torch.device | None = None) -> float:
     """RankMe (arXiv:2210.02885, equation 1): the effective number of dimensions of features, from 1 (collapsed) to D.
 
-    It is the exponential of the entropy of the singular values of the features of all processes.
+    It is the exponential of the entropy of the singular values of the features of all processes, in float64 on the CPU: with
+    float32 a collapsed encoder would not be seen, and Apple's GPUs have no float64.
 
     Args:
         features: of the images of this process (n, D).
+        device: where the processes exchange tensors; by default the features' own.
     """
-    x = features.double()
+    x = features.cpu().double()
     gram = x.T @ x  # its eigenvalues are the squared singular values
-    if world_size() > 1:
-        dist.all_reduce(gram)
+    # (R, D, D), which travel as integers of the same bits
+    every = gather(gram.view(torch.int64)[None].to(device or features.device)).cpu().view(torch.float64)
+    gram = every.sum(dim=0)
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + 1e-7
     return max(1.0, math.exp(-(p * p.log()).sum().item()))
@@ -96,7 +98,9 @@ def leak(model: MoCoModel, views: Views) -> tuple[float, float, bool]:
     model.train(training)
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)
-    trained, other = (100 * gather(share).double() for share in accuracy)  # one number for each batch of each process
+    trained, other = (
+        100 * gather(share).cpu().double() for share in accuracy
+    )  # one number for each batch of each process
     difference = trained - other
     error = difference.std() / math.sqrt(len(difference))
     return trained.mean().item(), other.mean().item(), bool(difference.mean() > max(10.0, 3 * error.item()))

@@ -46,7 +46,7 @@ class Monitor:
         }
         bank, bank_labels = extract_features(self.model, self.bank, gather=False, **loading)
         every = max(1, len(self.bank) // RANKME_IMAGES)  # evenly spaced: folders are sorted by class
-        metrics = {"rankme": rankme(bank[::every].to(device))}
+        metrics = {"rankme": rankme(bank[::every], device)}
         if self.queries is not None:
             queries, labels = extract_features(self.model, self.queries, **loading)
             voting: dict[str, Any] = {

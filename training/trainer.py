@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy
 
 from modeling_moco import MoCoModel
-from modeling_moco.distributed_moco import world_size
+from modeling_moco.distributed_moco import gather, world_size
 
 from .cli import INCLUDE_PICTURES
 from .data.images import MapImages, StreamedImages, TrainingImages, collate
@@ -157,8 +157,8 @@ class MoCoTrainer(SGDTrainer):
         self.render = render
         self.monitor = Monitor(self.model, args.knn, knn_bank, knn_queries)
         # Since the last log, per micro-batch: these are of equal size, so the mean over them is the mean over all queries.
-        self._sums = torch.zeros(len(STATISTICS), device=args.device, dtype=torch.float64)
-        self._batches = self._images = 0
+        self._statistics: list[torch.Tensor] = []
+        self._images = 0
         self._logged_at = time.perf_counter()
         self._waited = 0.0  # seconds for images, since the last log
 
@@ -204,8 +204,7 @@ class MoCoTrainer(SGDTrainer):
         outputs = model(**inputs)
         self._keys = outputs.key_embeds
         q = outputs.query_embeds[: len(inputs["pixel_values"])]
-        self._sums += contrast_statistics(outputs.logits, q, self.model.config.temperature)
-        self._batches += 1
+        self._statistics.append(contrast_statistics(outputs.logits, q, self.model.config.temperature))
         self._images += len(inputs["pixel_values"])
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -257,11 +256,10 @@ class MoCoTrainer(SGDTrainer):
         super().log(logs, start_time)
 
     def _training_metrics(self) -> dict[str, float]:
-        if world_size() > 1:
-            dist.all_reduce(self._sums)
-        means = (self._sums / (self._batches * world_size())).tolist()
+        # In float64 on the CPU: Apple's GPUs have none.
+        means = gather(torch.stack(self._statistics)).cpu().double().mean(dim=0).tolist()
         images = self._images * world_size()
-        self._sums, self._batches, self._images = torch.zeros_like(self._sums), 0, 0
+        self._statistics, self._images = [], 0
         seconds, self._logged_at = time.perf_counter() - self._logged_at, time.perf_counter()
         waited, self._waited = torch.tensor(self._waited), 0.0
         if world_size() > 1:  # one that waits for images keeps all others waiting
@@ -283,7 +281,7 @@ class MoCoTrainer(SGDTrainer):
 
 @torch.no_grad()
 def contrast_statistics(logits: torch.Tensor, q: torch.Tensor, temperature: float) -> torch.Tensor:
-    """`STATISTICS` of logits (N, 1+K) and queries (N, C), before the logarithm of the uniformity: (5,) in float64."""
+    """`STATISTICS` of logits (N, 1+K) and queries (N, C), before the logarithm of the uniformity: (5,)."""
     positive, negatives = logits[:, :1], logits[:, 1:]
     # Negatives that the positive does not beat: ties and NaN count, or a collapsed run would look perfect.
     rank = (~(negatives < positive)).sum(dim=1)
@@ -295,7 +293,7 @@ def contrast_statistics(logits: torch.Tensor, q: torch.Tensor, temperature: floa
         "uniformity": uniformity_kernel(q),
     }
     assert tuple(statistics) == STATISTICS
-    return torch.stack(list(statistics.values())).double()
+    return torch.stack(list(statistics.values()))
 
 
 def _check_sizes(model: MoCoModel, args: MoCoTrainingArguments, images: TrainingImages) -> None:

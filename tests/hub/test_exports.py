@@ -1,6 +1,9 @@
 """One directory, many loaders: all compute the same, through the preprocessing that each finds in it."""
 
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -446,3 +449,66 @@ def test_a_resnet50_has_the_same_logits_in_every_format(tmp_path, monkeypatch):
         parts = {name: (place / name).stat().st_size / 1e6 for name in list_files(place)}
         large = ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if size > 1)
         print(f"| {words} | {sum(parts.values()):.0f} MB | {large} |")
+
+
+# A line for each way back: the folder, whether its code is trusted, and the same logits.
+TUNE = """
+import sys
+sys.modules["modeling_moco"] = sys.modules["training"] = None  # a stranger has no package of ours
+import json, torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+source, target, trust, image = sys.argv[1], sys.argv[2], sys.argv[3] == "trust", Image.open(sys.argv[4])
+trusted = {"trust_remote_code": True} if trust else {}
+kinds = {"num_labels": 3, "ignore_mismatched_sizes": True, **trusted}
+model, processor = AutoModelForImageClassification.from_pretrained(source, **kinds), None
+processor = AutoImageProcessor.from_pretrained(source, **trusted)
+pixels = processor(image, return_tensors="pt").pixel_values
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+model.train()(torch.cat([pixels, -pixels]), labels=torch.tensor([0, 2])).loss.backward()
+optimizer.step()
+model.save_pretrained(target), processor.save_pretrained(target)
+with torch.no_grad():
+    logits = model.eval()(pixels).logits[0]
+    again = AutoModelForImageClassification.from_pretrained(target, **trusted).eval()
+    pixels = AutoImageProcessor.from_pretrained(target, **trusted)(image, return_tensors="pt").pixel_values
+    found = {"kind": type(again).__name__, "reloaded": again(pixels).logits[0].tolist()}
+    scores = pipeline("image-classification", model=target, device="cpu", **trusted)(image, top_k=3)
+found |= {"tuned": logits.tolist(), "probabilities": logits.softmax(dim=0).tolist()}
+print(json.dumps(found | {"scores": {entry["label"]: entry["score"] for entry in scores}}))
+"""
+
+
+@pytest.mark.parametrize("trust", ["trust", "no trust"])
+def test_what_is_fine_tuned_by_a_stranger_and_saved_loads_again(resnet, trust, tmp_path):
+    images()[2].save(tmp_path / "image.png")
+    target = tmp_path / "tuned"
+    command = [
+        sys.executable,
+        "-W",
+        "default",
+        "-c",
+        TUNE,
+        str(resnet[2]),
+        str(target),
+        trust,
+        str(tmp_path / "image.png"),
+    ]
+    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd="/")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["kind"] == ("MoCo" if trust == "trust" else "TimmWrapper") + "ForImageClassification"
+    assert found["reloaded"] == pytest.approx(found["tuned"], abs=1e-6)
+    assert found["scores"] == pytest.approx({f"LABEL_{i}": p for i, p in enumerate(found["probabilities"])}, rel=1e-4)
+    if trust == "trust":  # and with our package, with which it can be published again
+        model = MoCoForImageClassification.from_pretrained(target).eval()
+        pixels = MoCoImageProcessorPil.from_pretrained(target)(images()[2], return_tensors="pt").pixel_values
+        assert ours(model, pixels)[0].tolist() == pytest.approx(found["tuned"], abs=1e-6)
+        again = published(target, tmp_path / "again")
+        torch.testing.assert_close(
+            ours(MoCoForImageClassification.from_pretrained(again).eval(), pixels), ours(model, pixels)
+        )
+    else:
+        with pytest.raises(ValueError, match="without trust_remote_code"):
+            MoCoForImageClassification.from_pretrained(target)

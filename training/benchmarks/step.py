@@ -78,7 +78,7 @@ def this_project(model: MoCoModel, views: torch.Tensor, precision: str, compiled
     x_q, x_k = views
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, **SGD)
-    sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=views.device)
+    sums = torch.zeros(len(STATISTICS), device=views.device)
     forward = torch.compile(model) if compiled else model
 
     def step() -> None:

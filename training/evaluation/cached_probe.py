@@ -56,7 +56,7 @@ class Heads:
         """Accuracy of every head in per cent."""
         parts = in_parts(features, labels, math.prod(self.shape))
         hits = sum((self(rows).argmax(dim=2) == truth[:, None]).sum(dim=0) for rows, truth in parts)
-        return (100 * torch.as_tensor(hits).double() / len(labels)).tolist()
+        return (100 * torch.as_tensor(hits).cpu().double() / len(labels)).tolist()
 
 
 def train_heads(

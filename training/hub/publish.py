@@ -55,8 +55,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_moco.MoCoModel",
     "AutoModelForImageClassification": "modeling_moco.MoCoForImageClassification",
     "AutoBackbone": "modeling_moco.MoCoBackbone",
+    "AutoImageProcessor": "image_processing_moco.MoCoImageProcessorPil",  # the exact one
 }
-PROCESSOR = "image_processing_moco.MoCoImageProcessorPil"  # the exact one
+REMOTE_PROCESSOR = {"auto_map": {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}}
 # Files that a push deletes unless it uploads them again: old weights must not stay under the new name.
 WRITTEN = ("onnx/*", "torch_export/*", "resnet/*", "*.safetensors", "*_moco.py", *(f"{name}.png" for name in FIGURES))
 MADE_BY_HAND = {".gitattributes", "README.md", "LICENSE"}  # files of a repository that was created on the website
@@ -125,9 +126,7 @@ SAFELY: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True} 
 
 def _forget_unknown(settings: Any, known: Any) -> None:
     # transformers keeps whatever somebody has written into a file, and would publish it.
-    for name in (
-        settings.to_dict().keys() - known.to_dict().keys() - {"id2label", "label2id", "architectures", "auto_map"}
-    ):
+    for name in settings.to_dict().keys() - known.to_dict().keys() - {"id2label", "label2id", "architectures"}:
         if name in vars(settings):
             delattr(settings, name)
 
@@ -194,12 +193,12 @@ def _save_weights(model: Model, processor: MoCoImageProcessor, repo_id: str, lic
         write_json(folder / "config.json", whole)
         save_file(model.state_dict(), folder / "moco.safetensors", metadata={"format": "pt"})
         shared = {key: whole[key] for key in ("image_processor_type", "pretrained_cfg")}
-        write_json(folder / "preprocessor_config.json", processor.to_dict() | shared)
+        # Trusted code gets our processor: TimmWrapper's saves no file, so a model tuned with it would have none.
+        write_json(folder / "preprocessor_config.json", processor.to_dict() | shared | REMOTE_PROCESSOR)
         exports.save_resnet(model, folder / "resnet", whole)
     else:
         model.save_pretrained(folder)
-        remote = {"auto_map": {"AutoImageProcessor": PROCESSOR}}
-        write_json(folder / "preprocessor_config.json", processor.to_dict() | remote)
+        write_json(folder / "preprocessor_config.json", processor.to_dict() | REMOTE_PROCESSOR)
 
 
 def make_folder() -> TemporaryDirectory:
