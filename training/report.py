@@ -4,7 +4,6 @@ Also of a run that is under way or was killed: then it shows the newest complete
 """
 
 import base64
-import json
 import math
 import platform
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_moco import MoCoConfig, MoCoModel
@@ -29,7 +27,7 @@ from .data.labels import read_labels
 from .data.sources import DataArguments, ImageSplits, load_images
 from .engine.checkpoints import newest_complete
 from .engine.results import PACKAGES, read_results
-from .engine.run_folder import CURVES, METRICS, OF_FEATURES, REPORT, SAVED_RECIPE, write_whole
+from .engine.run_folder import CURVES, METRICS, OF_FEATURES, REPORT, SAVED_RECIPE, read_json, read_sections, write_whole
 from .evaluation.features import extract_features, unit
 from .evaluation.knn import nearest
 
@@ -95,8 +93,8 @@ def read_run(folder: Path) -> Run:
         ValueError: there is no pretraining run, it has no complete checkpoint yet, or its results cannot be read.
     """
     saved = folder / SAVED_RECIPE
-    recipe = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else None
-    if not isinstance(recipe, dict) or not {"data", "model"} <= recipe.keys():
+    recipe = read_sections(saved, "correct it, or pass another run") if saved.is_file() else {}
+    if not {"data", "model"} <= recipe.keys():
         raise ValueError(
             f"{folder} is not the folder of a pretraining run (it has no {SAVED_RECIPE} of one): pass what --output_dir "
             "was, e.g. runs/quickstart"
@@ -106,7 +104,7 @@ def read_run(folder: Path) -> Run:
         source, _ = newest_complete(folder)
     if source is None:
         raise ValueError(f"{folder} has no complete checkpoint yet: wait for the first one")
-    state = json.loads((source / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    state = read_json(source / TRAINER_STATE_NAME, "delete it, and the newest complete checkpoint is reported")
     return Run(folder, source, recipe, state, read_results(folder))
 
 
@@ -232,7 +230,7 @@ def _page(run: Run, missing: str | None) -> str:
         *figures,
     ]
     if metrics.is_file():
-        parts += ["<h2>Numbers of the run</h2>", _pairs(json.loads(metrics.read_text(encoding="utf-8")))]
+        parts += ["<h2>Numbers of the run</h2>", _pairs(read_json(metrics, "delete it"))]
     parts += [
         "<h2>Settings</h2>",
         '<p class="soft">What the recipe or the command line gave; all else has its default.</p>',
