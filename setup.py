@@ -68,6 +68,7 @@ setup(
         "dev": [
             "pytest>=9",
             "pytest-xdist>=3.8",
+            "hypothesis>=6.100",
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML>=6.0.12",

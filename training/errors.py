@@ -18,8 +18,13 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, StrictData
         alone = isinstance(error, TrainingError) and error.__cause__ is not None
         if alone or int(os.environ.get("RANK", "0")) == 0:
             reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
-            print("error: " + " ".join(str(reason).split()), file=sys.stderr)
+            print("error: " + one_line(reason), file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def one_line(text: object) -> str:
+    """A message as one line. Names from files may hold line ends, and signs that a terminal would obey: those are escaped."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in " ".join(str(text).split()))
 
 
 class TrainingError(RuntimeError):

@@ -5,7 +5,6 @@ pickle or torchvision's state dict. An output is complete or absent. Optimizers 
 """
 
 import io
-import json
 import os
 import pickle
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
@@ -22,11 +22,19 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from modeling_moco import MoCoConfig, MoCoImageProcessor
 
 from ..cli import build_parser, how_to_run, nearest_name
-from ..engine.run_folder import CONVERSION, write_json
+from ..engine.run_folder import CONVERSION, read_json, write_json
+from ..errors import first_line, one_line
 from .detect import Checkpoint, known_values, read_file
 from .key_maps import CLASSIFIER, DETECTRON2, OFFICIAL, RESNETS, WITH_HEAD, WITHOUT_HEAD, WRAPPED, rename_back
 
 SUFFIXES = (".tar", ".pth", ".pt", ".pkl", ".ckpt")  # suffixes of checkpoint files
+DAMAGED = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+)  # transformers' for a changed config.json
 
 
 # The command line
@@ -100,13 +108,13 @@ def _read_model(source: str) -> Checkpoint:
             raise OSError(f"model_type {content.get('model_type')} in config.json")
         config = MoCoConfig.from_pretrained(source)
         state = load_file(str(cached_file(source, content.get("transformers_weights", SAFE_WEIGHTS_NAME))))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, StrictDataclassError, *DAMAGED) as error:
         what = (
             "does not contain a MoCo model"
             if os.path.isdir(source)
             else "is not a file, a folder or a Hub repository that can be reached"
         )
-        reason = str(error).strip().split("\n")[0]
+        reason = one_line(first_line(error.__cause__ if isinstance(error, StrictDataclassError) else error))
         raise ValueError(f"{source} {what} ({reason}): pass a checkpoint, or the folder that a run saved to") from error
     title = "MoCo classifier" if "classifier.weight" in state else "MoCo"
     return Checkpoint(source, title, config, state, _read_about(Path(source) / CONVERSION)).checked()
@@ -115,10 +123,9 @@ def _read_model(source: str) -> Checkpoint:
 def _read_about(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        content = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a JSON object ({error}): delete it, which loses epoch and accuracy") from error
+    content = read_json(path, "delete it, which loses epoch and accuracy", "a JSON object")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object: delete it, which loses epoch and accuracy")
     return known_values(content) | ({"prefix": ""} if content.get("prefix") == "" else {})
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets.utils.file_utils import xopen
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as tv_decode
 
@@ -38,6 +38,16 @@ FORMATS: list[str] = [
     if name in Image.OPEN  # PIL may be built without some
 ]
 EXTENSIONS = {extension for extension, name in Image.registered_extensions().items() if name in {*FORMATS, "MPO"}}
+# By the orientation in EXIF or XMP: PIL's turn; the axes of a tensor (3, H, W) in their new order, and which are reversed then.
+TURNS: dict[Any, tuple[Image.Transpose, tuple[int, ...], tuple[int, ...]]] = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, (0, 1, 2), (2,)),
+    3: (Image.Transpose.ROTATE_180, (0, 1, 2), (1, 2)),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, (0, 1, 2), (1,)),
+    5: (Image.Transpose.TRANSPOSE, (0, 2, 1), ()),
+    6: (Image.Transpose.ROTATE_270, (0, 2, 1), (2,)),
+    7: (Image.Transpose.TRANSVERSE, (0, 2, 1), (1, 2)),
+    8: (Image.Transpose.ROTATE_90, (0, 2, 1), (1,)),
+}
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # 179 million: more than that PIL refuses
 MAX_RATIO = 1000  # long side by short side: resizing the short side of a line of pixels would take gigabytes
 
@@ -57,8 +67,14 @@ def decode_image(image: dict[str, Any] | None) -> Image.Image:
     source = xopen(image["path"], "rb") if image["bytes"] is None else io.BytesIO(image["bytes"])
     with source, broken_as_oserror(), Image.open(source, formats=FORMATS) as opened:
         check_size(*opened.size)
-        ImageOps.exif_transpose(opened, in_place=True)
-        return to_rgb(opened)
+        rgb = to_rgb(opened)
+        turn = find_turn(opened)
+        return rgb if turn is None else rgb.transpose(turn[0])
+
+
+def find_turn(image: Image.Image) -> tuple[Image.Transpose, tuple[int, ...], tuple[int, ...]] | None:
+    """How an image is to be turned upright; None where it is. PIL reads the orientation, for both decoders."""
+    return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
 
 
 @contextmanager
@@ -93,15 +109,15 @@ def decode_tensor(image: dict[str, Any] | None) -> torch.Tensor:
     if content is None:
         with xopen(image["path"], "rb") as file:
             content = file.read()
-    # PIL decodes a file with an orientation in XMP (near its start): torchvision reads the orientation of EXIF alone.
-    if content.startswith(b"\xff\xd8") and content.find(b"tiff:Orientation", 0, 1 << 16) < 0:
+    if content.startswith(b"\xff\xd8"):
         with broken_as_oserror(), Image.open(io.BytesIO(content), formats=FORMATS) as header:
             check_size(*header.size)
+            turn = find_turn(header)
         # torchvision warns at every image that its decoders will move to torchcodec.
         with suppress(RuntimeError), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            pixels: torch.Tensor = tv_decode(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-            return pixels
+            pixels: torch.Tensor = tv_decode(data, mode=ImageReadMode.RGB, apply_exif_orientation=False)
+            return pixels if turn is None else pixels.permute(turn[1]).flip(turn[2])
         # torchvision failed: the file is damaged, or only PIL reads its kind. PIL decides which.
     return torch.from_numpy(np.array(decode_image({"bytes": content, "path": None}))).permute(2, 0, 1)
 
@@ -110,9 +126,9 @@ def is_an_image(path: str | PathLike) -> bool:
     """Whether the content of a file is an image, whatever its name is."""
     known: list[str] = [name for name in FORMATS if name != "TGA"]  # whose files begin with nothing of their own
     try:
-        with Image.open(Path(path), formats=known):
+        with broken_as_oserror(), Image.open(Path(path), formats=known):
             return True
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except OSError:
         return False
 
 

@@ -153,7 +153,7 @@ def arrange(root: Path, files: Iterable[FoundFile], asked: Iterable[str] = ()) -
         asked: names of splits that the user gave, which are folders whatever their names are.
 
     Raises:
-        ValueError: the folders may mean two things, or an image is in two places.
+        ValueError: the folders may mean two things, an image is in two places, or a name is not UTF-8.
     """
     images, left_out = [], Counter[str]()
     for file in files:
@@ -162,6 +162,7 @@ def arrange(root: Path, files: Iterable[FoundFile], asked: Iterable[str] = ()) -
             images.append(file)
         else:
             left_out[reason] += 1
+    _refuse_unencodable(root, images)
     splits = _divide(root, images, set(asked))
     if splits is not None and (loose := len(images) - sum(map(len, splits.values()))):
         left_out["beside the folders of the splits"] = loose
@@ -235,6 +236,13 @@ def _are_splits(root: Path, tops: dict[str, list[FoundFile]], names: dict[str, s
     return False
 
 
+def _refuse_unencodable(root: Path, files: Iterable[FoundFile]) -> None:
+    # Labels and paths are kept as UTF-8.
+    for file in files:
+        if (path := f"{root}/{file.path}") != path.encode(errors="replace").decode():
+            raise ValueError(f"{path!r} has a name that is not UTF-8: rename it")
+
+
 def _refuse_splits_in_classes(root: Path, images: list[FoundFile]) -> None:
     inside: dict[str, set[str]] = defaultdict(set)
     for file in images:
@@ -284,9 +292,11 @@ def divide_data_files(root: Path, files: Iterable[FoundFile]) -> dict[str, list[
     """Parquet or tar files by split; all are `train` where none names a split.
 
     Raises:
-        ValueError: some files name a split and others do not.
+        ValueError: some files name a split and others do not, or a name is not UTF-8.
     """
     splits: dict[str | None, list[FoundFile]] = defaultdict(list)
+    files = list(files)
+    _refuse_unencodable(root, files)
     for file in files:
         splits[split_of_data_file(file)].append(file)
     unnamed = splits.pop(None, [])

@@ -19,6 +19,7 @@ from modeling_moco.distributed_moco import rank
 
 from ..engine.checkpoints import decided_by_main
 from ..engine.run_folder import whole_file
+from ..errors import one_line
 from .folders import HOW, NEEDS, FolderOfImages, FoundFile, arrange, divide_data_files, list_files, visible
 from .metadata import use_metadata
 
@@ -268,7 +269,13 @@ def _open_file(path: Path, streaming: bool, split: str) -> Opened:
 
 def _open_saved(root: Path, streaming: bool) -> Opened:
     """A folder that `save_to_disk` of `datasets` has written."""
-    saved = datasets.load_from_disk(str(root))
+    try:
+        saved = datasets.load_from_disk(str(root))
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(
+            f"dataset_name ({root}) is not what `save_to_disk` of `datasets` writes ({one_line(error)}): save it again, or "
+            "remove its dataset_dict.json and state.json where they are of something else"
+        ) from error
     splits: dict[str, Any] = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     content = {split: f"{len(rows):,} rows {rows._fingerprint}" for split, rows in splits.items()}
     if streaming:

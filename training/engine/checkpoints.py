@@ -3,7 +3,6 @@
 A checkpoint counts from the moment that its manifest, written last, is there and the files have the sizes that it lists.
 """
 
-import json
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from modeling_moco.distributed_moco import rank, world_size
 
+from ..errors import one_line
 from . import lock
 from .run_folder import (
     DATASET,
@@ -28,6 +28,7 @@ from .run_folder import (
     check_same_run,
     ended,
     has_begun,
+    read_json,
     write_json,
     write_recipe,
 )
@@ -130,16 +131,41 @@ def find_defect(checkpoint: Path) -> str | None:
     if not manifest.is_file():
         return "it was not written to the end"
     try:
-        sizes = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError):
+        sizes, _ = _read_manifest(checkpoint)
+    except ValueError:
         return f"its {MANIFEST} cannot be read"
     for name, size in sizes.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+        path = str(checkpoint / name)
+        if not os.path.isfile(path):  # a Path of too long a name would raise
+            return f"{one_line(name)} is missing"
+        if os.path.getsize(path) != size:
+            return f"{one_line(name)} has {os.path.getsize(path):,} bytes instead of {size:,}"
     return None
+
+
+def _read_manifest(checkpoint: Path) -> tuple[dict[str, int], BatchLayout]:
+    """The sizes of a checkpoint's files, and the layout of its run.
+
+    Raises:
+        ValueError: the manifest is damaged.
+    """
+    path, remedy = checkpoint / MANIFEST, "delete this checkpoint, and the one before it is used"
+    content = read_json(path, remedy)
+    try:
+        sizes, layout = dict(content["files"]), BatchLayout(**content["batch_layout"])
+        counts = [
+            layout.processes,
+            layout.per_device_batch_size,
+            layout.accumulation,
+            layout.images,
+            layout.workers or 0,
+        ]
+        whole = all(type(count) is int for count in (*counts, *sizes.values())) and min(counts[:3]) > 0
+        if not whole or not math.isfinite(layout.epoch):
+            raise ValueError("a size is no number of bytes, or a count no number of things")
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path} is not a manifest ({one_line(error)}): {remedy}") from error
+    return sizes, layout
 
 
 def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
@@ -175,9 +201,9 @@ def check_layout(checkpoint: Path, now: BatchLayout) -> str | None:
         None for the same layout, else a sentence that says what changes.
 
     Raises:
-        ValueError: what follows would be undefined.
+        ValueError: what follows would be undefined, or the checkpoint's manifest is damaged.
     """
-    then = BatchLayout(**json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["batch_layout"])
+    _, then = _read_manifest(checkpoint)
     if then.global_batch_size != now.global_batch_size:
         raise ValueError(
             f"{checkpoint} was trained with a global batch of {then.global_batch_size} ({_product(then)}), this run has "

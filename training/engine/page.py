@@ -13,13 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..cli import how_to_run
 from .checkpoints import newest_complete
 from .results import PACKAGES, read_results
-from .run_folder import CURVES, METRICS, OF_FEATURES, REPORT, SAVED_RECIPE, write_whole
+from .run_folder import CURVES, METRICS, OF_FEATURES, REPORT, SAVED_RECIPE, read_json, read_sections, write_whole
 
 STREAMED = "the images were streamed, and these figures need them by index"
 # The figure of a classifier's mistakes, by the name of the probe. That of a fine-tuning is called as the first.
@@ -96,8 +95,8 @@ def read_run(folder: Path) -> Run:
         ValueError: there is no pretraining run, it has no complete checkpoint yet, or its results cannot be read.
     """
     saved = folder / SAVED_RECIPE
-    recipe = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else None
-    if not isinstance(recipe, dict) or not {"data", "model"} <= recipe.keys():
+    recipe = read_sections(saved, "correct it, or pass another run") if saved.is_file() else {}
+    if not {"data", "model"} <= recipe.keys():
         raise ValueError(
             f"{folder} is not the folder of a pretraining run (it has no {SAVED_RECIPE} of one): pass what --output_dir "
             "was, e.g. runs/quickstart"
@@ -107,7 +106,7 @@ def read_run(folder: Path) -> Run:
         source, _ = newest_complete(folder)
     if source is None:
         raise ValueError(f"{folder} has no complete checkpoint yet: wait for the first one")
-    state = json.loads((source / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    state = read_json(source / TRAINER_STATE_NAME, "delete it, and the newest complete checkpoint is reported")
     return Run(folder, source, recipe, state, read_results(folder))
 
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
 
-from .run_folder import RESULTS, write_json
+from .run_folder import RESULTS, read_json, write_json
 
 Feature = Literal["backbone", "head"]  # the pooled output (D wide), or the unit-length query (projection_dim wide)
 
@@ -35,6 +35,10 @@ def encoder_digest(model: MoCoModel, feature: Feature = "backbone") -> str:
     return digest.hexdigest()[:16]
 
 
+KINDS: dict[str, Any] = {  # of the values in an entry of the file
+    **dict.fromkeys(("protocol", "metric", "feature", "model", "date"), str),
+    **{"value": int | float, "n": int, "interval": list, "settings": dict, "data": dict},
+}
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "scikit-learn")
 
 
@@ -112,15 +116,25 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     path = folder / RESULTS
     if not path.is_file():
         return []
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if not all("protocol" in entry for entry in results):
-            raise ValueError("an entry without a protocol")
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a valid results file ({error}): move it away, and a new one is written"
-        ) from error
+    remedy = "move it away, and a new one is written"
+    results = read_json(path, remedy, "a valid results file")
+    if not isinstance(results, list):
+        raise ValueError(f"{path} is not a valid results file (no list): {remedy}")
+    for number, entry in enumerate(results, 1):
+        if (defect := _defect(entry)) is not None:
+            raise ValueError(f"{path} is not a valid results file (entry {number} {defect}): {remedy}")
     return results
+
+
+def _defect(entry: Any) -> str | None:
+    """What is wrong with an entry; None where it has a protocol, and all that it has is of its kind."""
+    if not isinstance(entry, dict) or "protocol" not in entry:
+        return "has no protocol"
+    wrong = [name for name, kind in KINDS.items() if name in entry and not isinstance(entry[name], kind)]
+    ends = entry.get("interval", [0, 0])
+    if isinstance(ends, list) and (len(ends) != 2 or not all(isinstance(end, int | float) for end in ends)):
+        wrong.append("interval")
+    return f"has a {wrong[0]} of another kind" if wrong else None
 
 
 def _without_date(entry: dict[str, Any]) -> dict[str, Any]:

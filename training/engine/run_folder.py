@@ -5,6 +5,7 @@ Only this module names these files, so that writers, evaluations, the report and
 
 import json
 import os
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ..errors import one_line
 
 SAVED_RECIPE = "recipe.yaml"  # the settings of a run, in its output directory
 MANIFEST = "manifest.json"  # of a checkpoint, written last
@@ -61,6 +64,10 @@ NOT_OF_THE_RUN = ("probe",)  # section of a recipe for later commands
 PATHS = ("dataset_name", "model")  # settings that may be folders
 
 
+# PyYAML raises these of Python for a value that its tag does not fit, as `!!int ''`, and for very deep nesting.
+UNCAUGHT_BY_YAML = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, which takes its place at the end: readers see the old file or the new one."""
@@ -105,6 +112,48 @@ def check_free(folder: Path) -> None:
         raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
 
 
+def read_json(path: Path, remedy: str, what: str = "JSON") -> Any:
+    """The content of a JSON file.
+
+    Args:
+        remedy: what to do about a file that is none.
+        what: the file is to be.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not {what} ({one_line(error)}): {remedy}") from error
+
+
+def read_sections(path: Path, remedy: str) -> dict[str, dict[str, Any]]:
+    """The sections of a recipe, of a run's settings or of a probe's, by name.
+
+    Args:
+        remedy: what to do about a file that has none.
+
+    Raises:
+        ValueError: it is not YAML, or not made of sections of keys.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, *UNCAUGHT_BY_YAML) as error:
+        raise ValueError(f"{path} is not YAML ({one_line(error)}): {remedy}") from error
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise ValueError(f"{path} is not made of sections of keys: {remedy}")
+    names = [name for part in (content, *content.values()) for name in part]
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"{path} has the name {shown(odd[0])}, which is no text: {remedy}")
+    return content
+
+
+def shown(value: Any) -> str:
+    """A value of a file in a message: short, in one line."""
+    return one_line(reprlib.repr(value) if isinstance(value, list | dict | tuple) else str(value)[:200])
+
+
 def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     """Begin a run in its folder."""
     write_whole(folder / SAVED_RECIPE, yaml.safe_dump(recipe, sort_keys=False))
@@ -122,17 +171,17 @@ def check_same_run(folder: Path, settings: dict[str, dict[str, Any]], defaults: 
         defaults: values of the flags that neither gave.
 
     Raises:
-        ValueError: the run in the folder has other settings.
+        ValueError: the run in the folder has other settings, or they cannot be read.
     """
-    saved = yaml.safe_load((folder / SAVED_RECIPE).read_text(encoding="utf-8"))
+    saved = read_sections(folder / SAVED_RECIPE, "bring it back, or pass another --output_dir")
     for section in (name for name in settings if name not in NOT_OF_THE_RUN):
         usual = defaults.get(section, {})
         then, now = usual | saved.get(section, {}), usual | settings[section]
         for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE):
             if _as_path(key, then.get(key)) != _as_path(key, now.get(key)):
                 raise ValueError(
-                    f"output_dir ({folder}) already holds another run: {key} is {then.get(key)} there and {now.get(key)} "
-                    "here. Pass another --output_dir, or the same settings to continue it"
+                    f"output_dir ({folder}) already holds another run: {shown(key)} is {shown(then.get(key))} there and "
+                    f"{shown(now.get(key))} here. Pass another --output_dir, or the same settings to continue it"
                 )
 
 
@@ -154,13 +203,22 @@ def check_same_data(folder: Path, place: dict[str, Any]) -> None:
 
 
 def recorded_content(folder: Path, dataset: str) -> dict[str, str]:
-    """What identified the rows of each split of a dataset when a run was begun with it; empty where that is not known."""
+    """What identified the rows of each split of a dataset when a run was begun with it; empty where that is not known.
+
+    Raises:
+        ValueError: the record of it is damaged.
+    """
     path = folder / DATASET
     if not path.is_file():
         return {}
-    place = json.loads(path.read_text(encoding="utf-8"))
-    content: dict[str, str] = place["content"] if place["dataset"] == dataset else {}
-    return content
+    remedy = "bring it back, or delete it, and the data is no longer compared with what the run has seen"
+    place = read_json(path, remedy)
+    content = place.get("content") if isinstance(place, dict) else None
+    if not isinstance(content, dict) or not all(
+        isinstance(text, str) for text in (place.get("dataset"), *content.values())
+    ):
+        raise ValueError(f"{path} has no dataset with the content of its splits: {remedy}")
+    return content if place["dataset"] == dataset else {}
 
 
 def _as_path(key: str, value: Any) -> Any:

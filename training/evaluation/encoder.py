@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from transformers import set_seed
 from transformers.utils import CONFIG_NAME, logging
 
@@ -16,7 +15,7 @@ from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProce
 from ..cli import build_parser, how_to_run, offered, parse_flags
 from ..data.sources import DataArguments, EvaluationDataArguments
 from ..engine.results import read_results
-from ..engine.run_folder import SAVED_RECIPE, recorded_content
+from ..engine.run_folder import SAVED_RECIPE, read_sections, recorded_content
 from ..engine.sgd_trainer import PUBLISHING
 from .knn import KNNArguments
 
@@ -108,9 +107,9 @@ def pretraining_recipe(source: str, kind: type[EvaluationDataArguments] = Evalua
     """
     for folder in _folders_of(source):
         if (folder / SAVED_RECIPE).is_file():
-            recipe = yaml.safe_load((folder / SAVED_RECIPE).read_text(encoding="utf-8"))
+            recipe = read_sections(folder / SAVED_RECIPE, "correct it, or move it away")
             known = {f.name for f in fields(kind)}
-            return recipe | {"data": {key: value for key, value in recipe["data"].items() if key in known}}
+            return recipe | {"data": {key: value for key, value in recipe.get("data", {}).items() if key in known}}
     try:
         processor = MoCoImageProcessor.from_pretrained(source)
     except OSError:

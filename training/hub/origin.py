@@ -4,14 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from modeling_moco import MoCoForImageClassification
 
 from ..engine.results import encoder_digest, read_results
-from ..engine.run_folder import CONVERSION, FIGURES, MANIFEST, METRICS, RESULTS, SAVED_RECIPE
-from ..errors import first_line
-from . import exports
+from ..engine.run_folder import CONVERSION, FIGURES, MANIFEST, METRICS, RESULTS, SAVED_RECIPE, read_json, read_sections
 from .exports import Model
 
 MEASURED = (  # what an entry of `results.json` must have
@@ -137,19 +133,13 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     """Sections of a file beside a model; none if it is not there or a link."""
     if not path.is_file() or path.is_symlink():
         return {}
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML ({first_line(error)}): correct it, or move it away") from error
-    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
-        raise ValueError(f"{path} is not made of sections of keys: correct it, or move it away")
-    return content
+    return read_sections(path, "correct it, or move it away")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file() or path.is_symlink():
         return {}
-    try:
-        return dict(exports.read_json(path))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not JSON of names and values ({error}): correct it, or move it away") from error
+    content = read_json(path, "correct it, or move it away")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not JSON of names and values: correct it, or move it away")
+    return content
