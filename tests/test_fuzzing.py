@@ -654,7 +654,7 @@ def test_a_folder_holds_the_same_run_or_is_refused(place, data):
     with place() as folder:
         (folder / SAVED_RECIPE).write_bytes(data)
         now = {section: RECIPE_TREES[-1][section] for section in ("data", "model", "training")}
-        refusal(lambda: check_same_run(folder, now), folder)
+        refusal(lambda: check_same_run(folder, now, {}), folder)
 
 
 @given(data=mutated_json({"dataset": "digits", "content": {"train": "1,437 images 0123", "test": "360 images 4567"}}))

@@ -240,4 +240,7 @@ def mark_ended(folder: Path) -> None:
 def ended(folder: Path) -> str | None:
     """When the run of a folder ended; None for one that has not."""
     path = folder / METRICS
-    return json.loads(path.read_text(encoding="utf-8")).get("ended") if path.is_file() else None
+    if not path.is_file():
+        return None
+    when: str | None = read_json(path, "delete it, and the run goes on from its newest checkpoint").get("ended")
+    return when
