@@ -2,20 +2,24 @@
 
 import copy
 import math
+import sys
 import time
 from itertools import pairwise
 from statistics import median
 
+import datasets
 import pytest
 import torch
 from tiny_trainer import BATCH, IMAGES, StopAt, build, image_rows, tiny_model
 from transformers import TrainerCallback
 
+from modeling_moco import MoCoImageProcessor
 from training.data.images import MapImages
 from training.monitor import Monitor
 from training.pretrain import describe_bottleneck
-from training.trainer import MoCoTrainingArguments
-from training.views.pil import EvaluationView
+from training.trainer import MoCoTrainer, MoCoTrainingArguments
+from training.views.pil import EvaluationView, TwoViews
+from training.views.policy import POLICIES
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +244,101 @@ def test_sizes_that_cannot_work_are_refused_before_training(rows, tmp_path, kwar
 def test_a_model_in_16_bits_is_refused(rows, tmp_path):
     with pytest.raises(ValueError, match="bfloat16"):
         build(rows, tmp_path, tiny_model().to(torch.bfloat16))
+
+
+class Photographs(torch.utils.data.Dataset):
+    """Images of a user's own, as torchvision's datasets give them."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def run_on(images, folder, **kwargs):
+    args = MoCoTrainingArguments(
+        str(folder),
+        use_cpu=True,
+        disable_tqdm=True,
+        per_device_train_batch_size=BATCH,
+        eval_strategy="no",
+        max_steps=3,
+        **kwargs,
+    )
+    processor = MoCoImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    trainer = MoCoTrainer(tiny_model(), args, images, processor)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_images_of_any_dataset_train_as_the_projects_own(rows, tmp_path):
+    settings = {"logging_steps": 1, "save_strategy": "no"}
+    expected = run_on(MapImages(rows, TwoViews(POLICIES["v2"], 24)), tmp_path, **settings)
+    assert len(expected) == 3
+    decoded = rows.cast_column("image", datasets.Image())
+    pictures = [row["image"] for row in decoded]
+    for images in (
+        decoded.rename_column("image", "picture"),
+        Photographs(pictures),
+        Photographs([(picture, i) for i, picture in enumerate(pictures)]),
+    ):
+        assert run_on(images, tmp_path, **settings) == expected
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": False}
+    assert run_on(Photographs(pictures), tmp_path, **settings, **workers) == expected
+
+
+@pytest.mark.parametrize("kind", ["tensors", "stream", "no images", "list"])
+def test_a_dataset_without_images_by_index_is_refused_in_one_line(kind, rows, tmp_path):
+    images = {
+        "tensors": Photographs([torch.zeros(3, 24, 24)] * IMAGES),
+        "stream": rows.to_iterable_dataset(),
+        "no images": datasets.Dataset.from_dict({"text": ["a"] * IMAGES}),
+        "list": [1] * IMAGES,
+    }[kind]
+    with pytest.raises(ValueError, match=r"^train_dataset .*: (give|pass|keep)") as error:
+        run_on(images, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_gradient_checkpointing_changes_no_loss(rows, tmp_path):
+    losses = []
+    for enable in (False, True):
+        trainer = build(rows, tmp_path, activation_checkpointing=enable, max_steps=3)
+        trainer.train()
+        assert trainer.model.is_activation_checkpointing == enable
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"num_train_epochs": 0},
+        {"num_train_epochs": -1},
+        {"max_steps": 0},
+        {"max_steps": -5},
+        {"dataloader_drop_last": False},
+        {"remove_unused_columns": True},
+        {"deepspeed": "zero.json"},
+    ],
+    ids=str,
+)
+def test_a_setting_of_transformers_that_cannot_work_is_refused_in_one_line(setting, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # whether it is installed or not
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=rf"^{name} \({value!r}\)") as error:
+        MoCoTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **setting)
+    assert "\n" not in str(error.value)
+
+
+def test_a_number_of_steps_replaces_the_epochs(rows, tmp_path):
+    trainer = build(rows, tmp_path, max_steps=2, num_train_epochs=0)
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(tmp_path):

@@ -6,12 +6,14 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import datasets
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from torch.utils.data import DataLoader
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy
 
@@ -20,13 +22,15 @@ from modeling_moco.distributed_moco import gather, world_size
 
 from .cli import INCLUDE_PICTURES
 from .data.images import MapImages, StreamedImages, TrainingImages, collate
+from .data.memory_images import MemoryImages
 from .engine.callbacks import ListUnreadable, RankStatistics
 from .engine.results import Feature
 from .engine.sgd_trainer import PUBLISHING, SGDTrainer, SGDTrainingArguments
 from .evaluation.knn import KNNArguments
 from .health import Views, key_drift, queue_age, uniformity_kernel
 from .monitor import Monitor
-from .views.policy import seeded_generator
+from .views.pil import TwoViews
+from .views.policy import POLICIES, seeded_generator
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +69,8 @@ class MoCoTrainingArguments(SGDTrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.dataloader_drop_last:
+            raise ValueError("dataloader_drop_last (False) must stay on: the queue needs whole batches")
         if self.eval_every_n_epochs < 1:
             raise ValueError(f"eval_every_n_epochs ({self.eval_every_n_epochs}) must be at least 1")
         if self.knn_bank_size is not None and self.knn_bank_size < 1:
@@ -115,13 +121,68 @@ class OnDevice(DataLoader):
             yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+class Pictures:
+    """Rows `{"image": PIL image}` of a map-style torch Dataset, whose items are PIL images or tuples that begin with one."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset: Any = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.dataset[index]
+        image = item[0] if isinstance(item, tuple | list) else item
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"train_dataset has items of {type(image).__name__}: give PIL images, or tuples that begin with one, without a "
+                "transform (the trainer makes the views)"
+            )
+        return {"image": image}
+
+
+def to_rgb(image: Any) -> Any:
+    return image.convert("RGB")
+
+
+def as_training_images(dataset: Any, size: int, seed: int) -> TrainingImages:
+    """Training images of anything that has images: the views of v2 in `size` pixels, unless it makes its own.
+
+    Args:
+        dataset: training images of this project, an in-memory `datasets.Dataset` with one image column, or a map-style torch
+            Dataset whose items are PIL images or tuples that begin with one.
+
+    Raises:
+        ValueError: it is none of these, or it has another number of image columns.
+    """
+    if isinstance(dataset, MapImages | MemoryImages | StreamedImages):
+        return dataset
+    views = TwoViews(POLICIES["v2"], size)
+    if isinstance(dataset, datasets.Dataset):
+        columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        if len(columns) != 1:
+            raise ValueError(
+                f"train_dataset has {len(columns)} image columns among {', '.join(dataset.column_names)}: keep one, and cast "
+                "it to datasets.Image"
+            )
+        rows = dataset.select_columns(columns).rename_column(columns[0], "image")
+        return MapImages(rows.cast_column("image", datasets.Image(decode=False)), views, seed)
+    if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"train_dataset ({type(dataset).__name__}) is not a map-style dataset: pass a datasets.Dataset or a torch Dataset "
+            "of images, and a stream as StreamedImages"
+        )
+    return MapImages(Pictures(dataset), views, seed, to_rgb)
+
+
 class MoCoTrainer(SGDTrainer):
     """Pretrains a [`MoCoModel`].
 
     Args:
         model: in float32 (mixed precision comes from `args.bf16`).
         args: see [`MoCoTrainingArguments`].
-        train_dataset: images with the `TwoViews` transform.
+        train_dataset: images with the `TwoViews` transform, or images alone as `as_training_images` takes them, in the size of
+            the image processor.
         processing_class: the image processor, saved beside every checkpoint.
         knn_bank: images with the `EvaluationView` transform, whose features the monitor looks at.
         render: makes the views of a batch on the device (`DeviceViews`), where `train_dataset` gives no finished views.
@@ -137,19 +198,20 @@ class MoCoTrainer(SGDTrainer):
         self,
         model: MoCoModel,
         args: MoCoTrainingArguments,
-        train_dataset: TrainingImages,
+        train_dataset: TrainingImages | datasets.Dataset | Dataset,
         processing_class,
         knn_bank: MapImages | None = None,
         knn_queries: MapImages | None = None,
         render: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
     ):
-        _check_sizes(model, args, train_dataset)
-        self.unreadable = ListUnreadable(train_dataset)
+        images = as_training_images(train_dataset, processing_class.crop_size["height"], args.seed)
+        _check_sizes(model, args, images)
+        self.unreadable = ListUnreadable(images)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=knn_queries or knn_bank or train_dataset,  # Trainer wants one, or it would not evaluate
+            train_dataset=images,
+            eval_dataset=knn_queries or knn_bank or images,  # Trainer wants one, or it would not evaluate
             processing_class=processing_class,
             data_collator=collate,
             callbacks=[MoCoCallback(), RankStatistics(), self.unreadable],  # before those that complete a checkpoint

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -103,6 +104,7 @@ class SGDTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False)  # a NaN loss is shown
 
     def __post_init__(self):
+        self._check_values()
         super().__post_init__()
         self._check_processes()
         if self.save_total_limit is not None and self.save_total_limit < 2:
@@ -140,6 +142,20 @@ class SGDTrainingArguments(TrainingArguments):
         # public `n_gpu` can only be read.
         self._n_gpu = min(self.n_gpu, 1)
         self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
+
+    def _check_values(self) -> None:
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(
+                f"max_steps ({self.max_steps}) must be at least 1: leave it out to train for num_train_epochs"
+            )
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"num_train_epochs ({self.num_train_epochs}) must be above 0: there is nothing to train for"
+            )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns (True) would remove the views: leave it off")
+        if self.deepspeed is not None and find_spec("deepspeed") is None:
+            raise ValueError(f"deepspeed ({self.deepspeed!r}) needs a package: pip install deepspeed, or leave it out")
 
     def _check_processes(self) -> None:
         # Some launch commands silently start one process, or several unconnected ones.
