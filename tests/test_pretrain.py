@@ -48,10 +48,13 @@ TINY = [
 ]
 
 
-# Half a minute for both ResNet-18s on CIFAR-10: the symmetric one stays.
+# Steps as those of another recipe: the symmetric one of CIFAR-10 and the second version's with 200 epochs stay.
+ALIKE = ("cifar10_r18_200ep", "moco_v1_r50_in1k_200ep", "moco_v2_r50_in1k_800ep")
+
+
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == "cifar10_r18_200ep")) for name in recipe_names()],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in recipe_names()],
 )
 def test_every_recipe_trains_two_steps(name, tmp_path):
     args = parse_pretrain(["--recipe", name, *TINY, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
@@ -89,7 +92,7 @@ def quickstart(tmp_path_factory):
 
 @pytest.mark.parametrize("view_backend", ["cv2", "device"])
 @pytest.mark.parametrize(
-    "size", [32, 80], ids=["small", "large"]
+    "size", [32, pytest.param(80, marks=pytest.mark.slow)], ids=["small", "large"]
 )  # of the files: those of up to 64 px are kept in memory
 def test_views_can_be_made_by_every_backend(script, tmp_path, view_backend, size):
     for part, count in (("train", 24), ("test", 8)):

@@ -6,14 +6,13 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import datasets
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy
 
@@ -22,15 +21,14 @@ from modeling_moco.distributed_moco import gather, world_size
 
 from .cli import INCLUDE_PICTURES
 from .data.images import MapImages, StreamedImages, TrainingImages, collate
-from .data.memory_images import MemoryImages
+from .data.pipeline import as_training_images
 from .engine.callbacks import ListUnreadable, RankStatistics
 from .engine.results import Feature
 from .engine.sgd_trainer import PUBLISHING, SGDTrainer, SGDTrainingArguments
 from .evaluation.knn import KNNArguments
 from .health import Views, key_drift, queue_age, uniformity_kernel
 from .monitor import Monitor
-from .views.pil import TwoViews
-from .views.policy import POLICIES, seeded_generator
+from .views.policy import seeded_generator
 
 logger = logging.getLogger(__name__)
 
@@ -119,60 +117,6 @@ class OnDevice(DataLoader):
         device = PartialState().device
         for batch in super().__iter__():
             yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-class Pictures:
-    """Rows `{"image": PIL image}` of a map-style torch Dataset, whose items are PIL images or tuples that begin with one."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset: Any = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.dataset[index]
-        image = item[0] if isinstance(item, tuple | list) else item
-        if not isinstance(image, Image.Image):
-            raise ValueError(
-                f"train_dataset has items of {type(image).__name__}: give PIL images, or tuples that begin with one, without a "
-                "transform (the trainer makes the views)"
-            )
-        return {"image": image}
-
-
-def to_rgb(image: Any) -> Any:
-    return image.convert("RGB")
-
-
-def as_training_images(dataset: Any, size: int, seed: int) -> TrainingImages:
-    """Training images of anything that has images: the views of v2 in `size` pixels, unless it makes its own.
-
-    Args:
-        dataset: training images of this project, an in-memory `datasets.Dataset` with one image column, or a map-style torch
-            Dataset whose items are PIL images or tuples that begin with one.
-
-    Raises:
-        ValueError: it is none of these, or it has another number of image columns.
-    """
-    if isinstance(dataset, MapImages | MemoryImages | StreamedImages):
-        return dataset
-    views = TwoViews(POLICIES["v2"], size)
-    if isinstance(dataset, datasets.Dataset):
-        columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-        if len(columns) != 1:
-            raise ValueError(
-                f"train_dataset has {len(columns)} image columns among {', '.join(dataset.column_names)}: keep one, and cast "
-                "it to datasets.Image"
-            )
-        rows = dataset.select_columns(columns).rename_column(columns[0], "image")
-        return MapImages(rows.cast_column("image", datasets.Image(decode=False)), views, seed)
-    if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset):
-        raise ValueError(
-            f"train_dataset ({type(dataset).__name__}) is not a map-style dataset: pass a datasets.Dataset or a torch Dataset "
-            "of images, and a stream as StreamedImages"
-        )
-    return MapImages(Pictures(dataset), views, seed, to_rgb)
 
 
 class MoCoTrainer(SGDTrainer):

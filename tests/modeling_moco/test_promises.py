@@ -315,8 +315,8 @@ def test_gradient_checkpointing_that_timm_lacks_is_refused_in_one_line():
 # Export
 
 
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("architecture", ["test_resnet", pytest.param("test_vit", marks=pytest.mark.slow)])
 def test_both_modes_are_exported(architecture, strict):
     model, images = MoCoModel(moco_config(architecture)).eval(), views()
     for inputs in (images[:1], images):

@@ -134,7 +134,8 @@ def is_an_image(path: str | PathLike) -> bool:
 
 def name_of(row: dict[str, Any], index: int) -> str:
     """The path of a row's image, or else its number."""
-    return (row["image"] or {}).get("path") or f"row {index}"
+    image = row["image"]
+    return (image.get("path") if isinstance(image, dict) else None) or f"row {index}"
 
 
 def log_skipped(row: dict[str, Any], index: int, error: OSError) -> None:

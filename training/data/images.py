@@ -17,7 +17,7 @@ from .decode import decode_image, log_skipped, name_of
 from .shards import ShardedRows, batches_per_epoch, plan_epoch
 
 Transform = Any  # callable: (image, torch.Generator) -> dict of tensors
-Decode = Callable[[dict[str, Any]], Any]  # from the image of a row to the input of the transform
+Decode = Callable[[Any], Any]  # from the image of a row to the input of the transform
 
 
 class TrainingImages(Protocol):

@@ -4,13 +4,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import datasets
 import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainingArguments
+
+from modeling_moco.image_processing_moco import to_rgb
 
 from ..views.device import DeviceCrops, DeviceViews
 from ..views.opencv import render_view_cv2
 from ..views.pil import TwoViews, render_view
-from ..views.policy import build_policy
+from ..views.policy import POLICIES, build_policy
 from .decode import decode_image, decode_tensor
 from .images import MapImages, StreamedImages, TrainingImages
 from .memory_images import MemoryImages
@@ -68,3 +73,53 @@ def _are_small(rows: Any) -> bool:
         with suppress(OSError):
             return max(decode_image(row["image"]).size) <= MAX_IN_MEMORY_PX
     return False
+
+
+class Pictures:
+    """Rows `{"image": PIL image}` of a map-style torch Dataset, whose items are PIL images or tuples that begin with one."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset: Any = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.dataset[index]
+        image = item[0] if isinstance(item, tuple | list) else item
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"train_dataset has items of {type(image).__name__}: give PIL images, or tuples that begin with one, without a "
+                "transform (the trainer makes the views)"
+            )
+        return {"image": image}
+
+
+def as_training_images(dataset: Any, size: int, seed: int) -> TrainingImages:
+    """Training images of anything that has images: the views of v2 in `size` pixels, unless it makes its own.
+
+    Args:
+        dataset: training images of this project, an in-memory `datasets.Dataset` with one image column, or a map-style torch
+            Dataset whose items are PIL images or tuples that begin with one.
+
+    Raises:
+        ValueError: it is none of these, or it has another number of image columns.
+    """
+    if isinstance(dataset, MapImages | MemoryImages | StreamedImages):
+        return dataset
+    views = TwoViews(POLICIES["v2"], size)
+    if isinstance(dataset, datasets.Dataset):
+        columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        if len(columns) != 1:
+            raise ValueError(
+                f"train_dataset has {len(columns)} image columns among {', '.join(dataset.column_names)}: keep one, and cast "
+                "it to datasets.Image"
+            )
+        rows = dataset.select_columns(columns).rename_column(columns[0], "image")
+        return MapImages(rows.cast_column("image", datasets.Image(decode=False)), views, seed)
+    if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"train_dataset ({type(dataset).__name__}) is not a map-style dataset: pass a datasets.Dataset or a torch Dataset "
+            "of images, and a stream as StreamedImages"
+        )
+    return MapImages(Pictures(dataset), views, seed, to_rgb)

@@ -72,8 +72,6 @@ class ProgressLines(TrainerCallback):
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
-
-    def on_train_begin(self, args, state, control, **kwargs):
         self.shown: dict[str, str] = {}
         self.printed_at = -math.inf
 
