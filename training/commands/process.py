@@ -82,9 +82,8 @@ def _end_alone(status: int) -> None:
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(
-            status
-        )  # threads of the group may not live to see Python finalize, and leaving it waits for the others
+        # Threads of the group may not live to see Python finalize, and leaving it waits for the others.
+        os._exit(status)
     raise SystemExit(status) from None
 
 
