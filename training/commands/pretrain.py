@@ -11,7 +11,7 @@ from ..engine.checkpoints import claim_output_dir
 from ..engine.run_folder import REPORT
 from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
-from ..hub.publish import PublishCallback
+from ..hub.repository import PublishCallback
 from ..memory import keep_freed_memory
 from ..pretrain import announce, build_trainer, describe_bottleneck, finish, preview_views
 from ..recipe import parse_pretrain

@@ -7,7 +7,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..cli import build_parser, how_to_run, parse_flags
 from ..errors import one_line_errors
-from ..hub.publish import CARD, PublishArguments, Repository, list_files, load_published, make_folder, publish
+from ..hub.publish import CARD, PublishArguments, list_files, load_published, make_folder, publish
+from ..hub.repository import Repository
 
 
 def main(argv: list[str]) -> None:
