@@ -86,9 +86,9 @@ def test_no_folder_has_more_than_ten_modules():
         assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 10, folder
 
 
-def test_nothing_outside_hub_reaches_an_upload():
+def test_one_module_alone_reaches_an_upload():
     for name, path in {**modules("training"), **modules("modeling_moco"), **modules("scripts")}.items():
-        if room(name) == "hub":
+        if name == "training.hub.repository":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             called = node.func if isinstance(node, ast.Call) else None

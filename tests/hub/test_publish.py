@@ -25,7 +25,8 @@ from training.engine.results import Result, append_results, encoder_digest
 from training.evaluation.probe_arguments import LinearProbeArguments
 from training.hub.model_card import public_name
 from training.hub.origin import read_origin
-from training.hub.publish import PublishArguments, PublishCallback, Repository, list_files, load_published, publish
+from training.hub.publish import PublishArguments, list_files, load_published, publish
+from training.hub.repository import PublishCallback, Repository
 from training.trainer import MoCoTrainingArguments
 
 ROOT = Path(__file__).parents[2]

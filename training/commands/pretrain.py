@@ -13,7 +13,7 @@ from ..engine.checkpoints import claim_output_dir, decided_by_main, has_ended
 from ..engine.run_folder import REPORT, UNREADABLE, unused
 from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
-from ..hub.publish import PublishCallback
+from ..hub.repository import PublishCallback
 from ..memory import keep_freed_memory
 from ..pretrain import announce, build_trainer, describe_bottleneck, finish, preview_views
 from ..recipe import PretrainArguments, parse_pretrain

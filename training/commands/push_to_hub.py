@@ -9,7 +9,8 @@ from ..cli import build_parser, how_to_run, parse_flags
 from ..errors import one_line_errors
 from ..evaluation.encoder import check_exists
 from ..hub.origin import describe_figures, read_origin
-from ..hub.publish import CARD, PublishArguments, Repository, list_files, load_published, make_folder, publish
+from ..hub.publish import CARD, PublishArguments, list_files, load_published, make_folder, publish
+from ..hub.repository import Repository
 from .process import command
 
 
