@@ -138,14 +138,14 @@ def read_file(path: Path) -> Checkpoint:
 
 
 def known_values(content: dict[Any, Any]) -> dict[str, Any]:
-    """The values of `KNOWN` in a checkpoint or in a saved part of it: those that are numbers, and `arch` if it is a name."""
+    """The values of `KNOWN` in a checkpoint or in a saved part of it: finite numbers, and `arch` if it is a name."""
     values = {key: content[key] for key in KNOWN if key in content}
     for key, value in values.items():
         if _is_plain(value) and value.numel() == 1:
             values[key] = value.item()
     arch = values.pop("arch", None)
     printable = isinstance(arch, str) and re.fullmatch(r"[\w.-]+", arch)  # it is printed on the terminal
-    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+    numbers = {key: value for key, value in values.items() if isinstance(value, int | float) and abs(value) < 2**63}
     return numbers | ({"arch": arch} if printable else {})
 
 
@@ -210,6 +210,8 @@ def _is_plain(value: Any) -> bool:
         and value.device.type == "cpu"  # a tensor on the meta device has no data
         and not value.is_quantized
         and not value.is_nested
+        # or one number of the file, shown a billion times, would become a copy of a billion
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
 
 

@@ -8,6 +8,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from ..errors import one_line
 from .folders import METADATA, FolderOfImages
 
 READERS = {".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json, ".parquet": pq.read_table}
@@ -34,10 +35,10 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
         *sorted({file.parts[0] for files in folder.splits.values() for file in files if len(file.parts) > 1}),
     ):
         for path in (folder.root / place / name for name in METADATA):
-            if path.is_file() and (table := _read(path, column)) is not None:
+            if path.is_file() and (columns := _read(path, column)) is not None:
                 found = True
-                names = (f"{place}/{name}".removeprefix("/") for name in table[FILE_NAME].to_pylist())
-                labels |= dict(zip(names, table[column].to_pylist(), strict=True))
+                names = (f"{place}/{name}".removeprefix("/") for name in columns[FILE_NAME])
+                labels |= dict(zip(names, columns[column], strict=True))
     if not found:
         return None
     missing = labels.keys() - {file.path for files in folder.splits.values() for file in files}
@@ -52,17 +53,18 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
     return labels
 
 
-def _read(path: Path, column: str) -> pa.Table | None:
+def _read(path: Path, column: str) -> dict[str, list[Any]] | None:
+    """The columns of a metadata file that are used; None where it has no labels."""
     try:
         table = READERS[path.suffix](path)
-    except (OSError, pa.ArrowInvalid) as error:
+        columns = table.column_names
+        used = {name: table[name].to_pylist() for name in (FILE_NAME, column) if name in columns}
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}): mend it, or remove it to take the classes from folders"
+            f"{path} cannot be read ({one_line(error)}): mend it, or remove it to take the classes from folders"
         ) from error
-    if column not in table.column_names:
+    if column not in used:
         return None
-    if FILE_NAME not in table.column_names:
-        raise ValueError(
-            f"{path} has no column {FILE_NAME!r}, only {', '.join(table.column_names)}: rename the one with paths"
-        )
-    return table
+    if FILE_NAME not in used:
+        raise ValueError(f"{path} has no column {FILE_NAME!r}, only {', '.join(columns)}: rename the one with paths")
+    return used
