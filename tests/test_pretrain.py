@@ -539,7 +539,7 @@ def test_the_recorded_knn_is_that_of_the_saved_weights_whichever_epoch_they_are_
         setattr(args.training, name, value)
     splits = load_images(args.data)
     trainer = build_trainer(args, splits)
-    claim_output_dir(args.training, trainer.batch_layout, args.settings, args.about, splits.place)
+    claim_output_dir(args.training, trainer.batch_layout, args.settings, args.defaults, args.about, splits.place)
     trainer.train()
     metrics = finish(args, trainer, splits)
     measured = [entry for entry in trainer.state.log_history if "eval_rankme" in entry and entry["step"] > 0]
@@ -569,7 +569,7 @@ def test_what_was_not_measured_before_training_is_no_number_of_it(tmp_path):
     )
     splits = load_images(args.data)
     trainer = build_trainer(args, splits)
-    claim_output_dir(args.training, trainer.batch_layout, args.settings, args.about, splits.place)
+    claim_output_dir(args.training, trainer.batch_layout, args.settings, args.defaults, args.about, splits.place)
     trainer.train()
     metrics = finish(args, trainer, splits)
     assert "knn_top1_before" not in metrics

@@ -22,7 +22,7 @@ from .data.sources import ImageSplits
 from .engine.page import read_run, write_report
 from .engine.record import record
 from .engine.results import Result, conditions, encoder_digest, read_results
-from .engine.run_folder import FIGURES, METRICS, unused, write_json
+from .engine.run_folder import FIGURES, METRICS, mark_ended, unused, write_json
 from .evaluation.knn import protocol
 from .recipe import PretrainArguments
 from .report import chance_loss, draw_curves, draw_features
@@ -182,6 +182,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
             step=trainer.state.global_step,
         )
         write_report(read_run(folder))
+        mark_ended(folder)
     return metrics
 
 

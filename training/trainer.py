@@ -148,7 +148,7 @@ class MoCoTrainer(SGDTrainer):
         knn_queries: MapImages | None = None,
         render: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
     ):
-        images = as_training_images(train_dataset, processing_class.crop_size["height"], args.seed)
+        images = as_training_images(train_dataset, processing_class, args.seed)
         _check_sizes(model, args, images)
         self.unreadable = ListUnreadable(images)
         super().__init__(

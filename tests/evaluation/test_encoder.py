@@ -159,8 +159,9 @@ def test_an_evaluation_stops_where_the_images_of_the_run_are_others_now(saved, t
 
 @pytest.mark.parametrize("parse", [parse_knn, parse_linear_probe, parse_finetune])
 def test_a_mistyped_folder_is_called_one_and_a_model_of_unknown_data_asks_for_them(parse, saved, tmp_path):
-    for place in (tmp_path / "runs" / "quikstart", tmp_path):  # none, and one without a model
-        with pytest.raises(ValueError, match=f"{place} holds no MoCo model: pass the folder that a run saved to"):
+    none = tmp_path / "runs" / "quikstart"
+    for place, rule in ((none, "does not exist, neither here nor as a model"), (tmp_path, "holds no MoCo model")):
+        with pytest.raises(ValueError, match=f"{place} {rule}.*: pass the folder that a run saved to"):
             parse([str(place)])
     with pytest.raises(ValueError, match="does not say what it was trained on: pass --dataset_name"):
         parse([str(saved / "model")])

@@ -95,19 +95,27 @@ class Pictures:
         return {"image": image}
 
 
-def as_training_images(dataset: Any, size: int, seed: int) -> TrainingImages:
-    """Training images of anything that has images: the views of v2 in `size` pixels, unless it makes its own.
+def _makes_views(dataset: Any) -> bool:
+    map_style = isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset)
+    return map_style and isinstance(dataset[0], dict) and "key_pixel_values" in dataset[0]
+
+
+def as_training_images(dataset: Any, processor: Any, seed: int) -> TrainingImages:
+    """Training images of anything that has images: the views of v2, unless it makes its own.
 
     Args:
-        dataset: training images of this project, an in-memory `datasets.Dataset` with one image column, or a map-style torch
+        dataset: training images of this project, or another map-style Dataset of both views with the methods of
+            `TrainingImages` that a run calls; an in-memory `datasets.Dataset` with one image column, or a map-style torch
             Dataset whose items are PIL images or tuples that begin with one.
+        processor: the image processor of the model, whose `crop_size` is the size of a view in pixels.
+        seed: of the random views.
 
     Raises:
         ValueError: it is none of these, or it has another number of image columns.
     """
-    if isinstance(dataset, MapImages | MemoryImages | StreamedImages):
+    if isinstance(dataset, MapImages | MemoryImages | StreamedImages) or _makes_views(dataset):
         return dataset
-    views = TwoViews(POLICIES["v2"], size)
+    views = TwoViews(POLICIES["v2"], processor.crop_size["height"])
     if isinstance(dataset, datasets.Dataset):
         columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
         if len(columns) != 1:
