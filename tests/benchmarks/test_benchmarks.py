@@ -99,6 +99,7 @@ def held_by_a_tensor(megabytes: int) -> tuple[int, int]:
     return memory.bytes, nothing.bytes
 
 
+@pytest.mark.slow
 def test_peak_memory_is_what_was_held_in_between_even_if_it_is_free_again():
     held, nothing = in_own_process(held_by_a_tensor, 200)
     assert held == pytest.approx(200e6, rel=0.05)

@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -22,6 +23,7 @@ from training.evaluation.linear_probe import parse_linear_probe
 def test_a_path_that_leads_nowhere_is_said_to(script_name, tmp_path, script, monkeypatch, capsys):
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or it would be asked again and again
     for path, remedy in (("runs/quikstart", "did you mean runs/quickstart?"), ("nothing", "pass the folder")):
         with pytest.raises(SystemExit) as end:
             script(script_name).main([path, *(["org/name", "--dry_run"] if script_name == "push_to_hub" else [])])

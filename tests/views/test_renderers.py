@@ -391,6 +391,7 @@ def held_by_images(count: int) -> int:
     return memory.bytes
 
 
+@pytest.mark.slow
 def test_images_in_memory_are_held_once_even_while_they_are_decoded():
     assert in_own_process(held_by_images, 4000) == pytest.approx(4000 * 3 * 64 * 64, rel=0.1)
     assert not MemoryImages(rows([picture(0, 8, 8)]), POLICIES["cifar"]).images.is_shared()  # /dev/shm may be small
