@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from os import scandir
+from os.path import splitext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ class FoundFile(NamedTuple):
 
     @property
     def extension(self) -> str:
-        return Path(self.path).suffix.lower()
+        return splitext(self.path)[1].lower()
 
 
 @dataclass
