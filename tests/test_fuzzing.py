@@ -515,7 +515,7 @@ def test_a_recipe_is_loaded_or_refused(place, data):
 def _own_world():
     """Settings of transformers change the environment and the level of its log."""
     level = transformers.logging.get_verbosity()
-    with patch.dict(os.environ):
+    with patch.dict(os.environ):  # replaces nothing: it brings the environment back
         yield
     transformers.logging.set_verbosity(level)
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 from ranks import join_trainers, run_ranks
+from tiny_models import save_encoder
 
-from modeling_moco import MoCoConfig, MoCoModel
+from modeling_moco import MoCoModel
 from training.commands.process import command
 from training.engine import lock
 from training.engine.checkpoints import newest_complete
@@ -35,10 +36,7 @@ TWO = ["accelerate.commands.launch", "--quiet", "--config_file", str(ROOT / "con
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("encoder") / "run"
-    torch.manual_seed(7)
-    MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=64, batch_norm="split")).save_pretrained(folder)
-    return folder
+    return save_encoder(tmp_path_factory.mktemp("encoder") / "run")
 
 
 def ends(main, capsys) -> tuple[int, list[str]]:

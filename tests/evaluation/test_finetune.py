@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import join_trainers, run_ranks
+from tiny_models import save_encoder
 from transformers import TrainerCallback, pipeline
 
-from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
+from modeling_moco import MoCoForImageClassification, MoCoModel
 from training.commands import finetune
 from training.data.formats import load_digits
 from training.data.sources import ImageSplits, load_images
@@ -37,10 +38,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("encoder") / "run"
-    torch.manual_seed(7)
-    MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=64, batch_norm="split")).save_pretrained(folder)
-    return folder
+    return save_encoder(tmp_path_factory.mktemp("encoder") / "run")
 
 
 def build(encoder, folder, *flags, callback=None):

@@ -1,8 +1,10 @@
 """Tiny models on four kinds of backbone, and which of their tensors belong to the queries and to the keys."""
 
+from pathlib import Path
+
 import torch
 
-from modeling_moco import MoCoConfig
+from modeling_moco import MoCoConfig, MoCoModel
 
 K, C = 64, 16
 BACKBONES = {
@@ -36,3 +38,10 @@ def assert_equal(state, expected):
     for name, tensor in expected.items():
         assert state[name].dtype == tensor.dtype, name
         assert torch.equal(state[name], tensor), name
+
+
+def save_encoder(folder: Path) -> Path:
+    """A folder with a tiny pretrained model, as a run leaves it for evaluations."""
+    torch.manual_seed(7)
+    MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=64, batch_norm="split")).save_pretrained(folder)
+    return folder
