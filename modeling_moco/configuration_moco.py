@@ -26,8 +26,8 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
         key_momentum (`float`): m in [0, 1], the weight of the old key encoder in an update. Both papers use 0.999.
         temperature (`float`): T > 0, which divides the similarities. v1 uses 0.07, v2 uses 0.2.
         batch_norm (`str`): How to prevent BatchNorm statistics from leaking which key belongs to a query (v1 paper, section
-            3.3). `"shuffle"` encodes keys in an order that is shuffled over all processes. `"split"` normalises interleaved
-            groups of the batch of each process separately and shuffles its keys, which imitates several GPUs on one.
+            3.3). `"shuffle"` encodes keys in an order that is shuffled over all processes. `"split"` normalises consecutive
+            parts of the batch of each process separately and shuffles its keys, which imitates several GPUs on one.
             `"sync"` shares statistics between all processes. `"plain"` prevents nothing. All modes have the same state dict.
         batch_norm_splits (`int`): Groups per process for `"split"`. The official notebook uses 8.
         symmetric_loss (`bool`): Use each view once as query and once as key, and add both losses (official CIFAR-10

@@ -6,10 +6,10 @@ Every collective is the identity in a single process. Shapes: `N` local batch (e
 import timm
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from .configuration_moco import MoCoConfig
+from .split_norm_moco import SplitBatchNorm2d
 
 
 def world_size() -> int:
@@ -59,45 +59,6 @@ def exchange(x: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
     sent = x[rows.to(x.device, non_blocking=True)].contiguous()
     dist.all_to_all_single(received, sent, from_each, to_each)
     return received
-
-
-class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that normalises `splits` interleaved groups of the batch by themselves: sample i is in group i mod splits.
-
-    In training it imitates as many GPUs (official CIFAR-10 notebook); the running statistics are the mean over groups.
-    Parameters, buffers and evaluation are those of `nn.BatchNorm2d`.
-    """
-
-    splits: int
-    running_mean: torch.Tensor
-    running_var: torch.Tensor
-    num_batches_tracked: torch.Tensor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(x)
-        n, c, h, w = x.shape
-        if n % self.splits:
-            raise ValueError(
-                f"the batch per process ({n}) must be a multiple of batch_norm_splits ({self.splits}): change either"
-            )
-        assert self.momentum is not None, "timm has no BatchNorm with a cumulative average"
-        mean, var = self.running_mean.repeat(self.splits), self.running_var.repeat(self.splits)
-        out = F.batch_norm(
-            # `reshape`, because a channels_last tensor has no such view.
-            x.reshape(n // self.splits, self.splits * c, h, w),
-            mean,
-            var,
-            self.weight.repeat(self.splits),
-            self.bias.repeat(self.splits),
-            training=True,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
-        self.running_mean.copy_(mean.view(self.splits, c).mean(dim=0))
-        self.running_var.copy_(var.view(self.splits, c).mean(dim=0))
-        self.num_batches_tracked += 1
-        return out.reshape(n, c, h, w)
 
 
 def convert_batch_norm(encoder: nn.Module, config: MoCoConfig) -> nn.Module:

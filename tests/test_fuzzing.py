@@ -289,7 +289,7 @@ def pictures() -> list[bytes]:
             (image.convert("CMYK"), "TIFF", {}),
             (image.convert("F"), "TIFF", {}),
         ),
-        *((image, "TGA", {"compression": "tga_rle"}), (image.convert("P"), "TGA", {}), (image, "AVIF", {})),
+        *((image, "TGA", {"compression": "tga_rle"}), (image.convert("P"), "TGA", {})),
         *(
             (image.convert("1"), "TIFF", {"compression": "group4"}),
             (image, "TIFF", {"compression": "tiff_adobe_deflate"}),
@@ -303,8 +303,16 @@ def pictures() -> list[bytes]:
     return files
 
 
-PICTURES = pictures()
-AVIF = next(number for number, data in enumerate(PICTURES) if b"ftypavif" in data)
+def avif() -> bytes:
+    """An AVIF picture; of a Pillow without it (before 11.3) another one."""
+    file = io.BytesIO()
+    with suppress(KeyError):
+        Image.new("RGB", (9, 7), "teal").save(file, "AVIF")
+    return file.getvalue() or pictures()[0]
+
+
+AVIF = avif()
+PICTURES = [*pictures(), AVIF]
 
 
 @pytest.mark.filterwarnings("ignore")  # PIL and torchvision warn of what they pass over
@@ -331,8 +339,8 @@ def test_an_image_is_decoded_by_both_decoders_or_by_none(data):
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=LONG or 200)
 @given(data=mutated_bytes(PICTURES))
-@example(data=PICTURES[AVIF].replace(b"av1C\x81", b"av1C\0"))
-@example(data=PICTURES[AVIF].replace(b"pitm", b"\0itm"))
+@example(data=AVIF.replace(b"av1C\x81", b"av1C\0"))
+@example(data=AVIF.replace(b"pitm", b"\0itm"))
 def test_any_file_is_an_image_or_is_not(place, data):
     with place() as folder:
         (folder / "file").write_bytes(data)

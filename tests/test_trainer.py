@@ -10,6 +10,7 @@ from statistics import median
 import datasets
 import pytest
 import torch
+from tiny_models import CHECKPOINTING
 from tiny_trainer import BATCH, IMAGES, StopAt, build, image_rows, tiny_model
 from transformers import TrainerCallback
 
@@ -307,9 +308,9 @@ def test_a_dataset_without_images_by_index_is_refused_in_one_line(kind, rows, tm
 def test_gradient_checkpointing_changes_no_loss(rows, tmp_path):
     losses = []
     for enable in (False, True):
-        trainer = build(rows, tmp_path, activation_checkpointing=enable, max_steps=3)
+        trainer = build(rows, tmp_path, **{CHECKPOINTING: enable}, max_steps=3)
         trainer.train()
-        assert trainer.model.is_activation_checkpointing == enable
+        assert getattr(trainer.model, f"is_{CHECKPOINTING}") == enable
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 

@@ -351,10 +351,13 @@ def confusion(counts: torch.Tensor, class_names: list[str], path: Path) -> None:
     """Which classes a classifier calls which: a matrix of up to 40 classes, of more the pairs that are confused most.
 
     Args:
-        counts: images of class i that are called j, sparse and coalesced (C, C).
+        counts: class, what it is called, and how many images, for all pairs that occur: int64 (pairs, 3).
     """
     if len(class_names) <= MOST_CLASSES_OF_MATRIX:
-        _confusion_matrix(counts.to_dense(), class_names, path)
+        rows, columns, images = counts.unbind(dim=1)
+        matrix = counts.new_zeros(len(class_names), len(class_names))
+        matrix[rows, columns] = images
+        _confusion_matrix(matrix, class_names, path)
     else:
         _confused_pairs(counts, class_names, path)
 
@@ -378,18 +381,21 @@ def _confusion_matrix(counts: torch.Tensor, class_names: list[str], path: Path) 
 
 
 def _confused_pairs(counts: torch.Tensor, class_names: list[str], path: Path) -> None:
-    (rows, columns), images = counts.indices(), counts.values()
-    wrong = rows != columns
-    order = images[wrong].argsort(descending=True, stable=True)[:SHOWN_PAIRS]
-    pairs = [(_short(class_names[i], 22), _short(class_names[j], 22)) for i, j in counts.indices().T[wrong][order]]
-    shown, mistakes = images[wrong][order].tolist(), int(images[wrong].sum())
+    mistakes = counts[counts[:, 0] != counts[:, 1]]
+    most = mistakes[mistakes[:, 2].argsort(descending=True, stable=True)[:SHOWN_PAIRS]].tolist()
+    pairs, shown = (
+        [(_short(class_names[i], 22), _short(class_names[j], 22)) for i, j, _ in most],
+        [n for _, _, n in most],
+    )
     with figure(path, 0.8 + 0.2 * max(1, len(pairs)), layout="constrained") as fig:
         axis = fig.add_subplot()
         axis.barh(range(len(pairs)), shown, color=BLUE, height=0.7)
         axis.set_yticks(range(len(pairs)), [f"{name} is called {called}" for name, called in pairs])
         axis.set(ylim=(len(pairs) - 0.4, -0.6), xlabel="images")
         axis.margins(x=0.08)
-        axis.set_title(f"{sum(shown):,} of {mistakes:,} mistakes, the most frequent; {len(class_names):,} classes")
+        axis.set_title(
+            f"{sum(shown):,} of {int(mistakes[:, 2].sum()):,} mistakes, the most frequent; {len(class_names):,} classes"
+        )
         axis.grid(False, axis="y")
         axis.set_axisbelow(True)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -1,17 +1,13 @@
-"""BatchNorm by groups against nn.BatchNorm2d, and three gloo processes against one."""
-
-import copy
+"""The modes of BatchNorm, and three gloo processes against one."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from torch import nn
 
 from modeling_moco import MoCoConfig, MoCoModel
-from modeling_moco.distributed_moco import convert_batch_norm, exchange, gather, local_slice
+from modeling_moco.distributed_moco import exchange, gather, local_slice
 
-SPLITS, CHANNELS = 4, 3
 RANKS, LOCAL_BATCH = 3, 4  # with two ranks everyone sends as much as he receives
 ALL_ROWS = torch.arange(RANKS * LOCAL_BATCH).view(RANKS, LOCAL_BATCH)
 PARTS = [
@@ -34,72 +30,12 @@ def moco(batch_norm, splits=2):
     )
 
 
-@pytest.fixture
-def plain():
-    """A BatchNorm whose every tensor and setting differs from the default."""
-    torch.manual_seed(0)
-    norm = nn.BatchNorm2d(CHANNELS, eps=1e-3, momentum=0.3)
-    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-        nn.init.uniform_(tensor, 0.5, 2)
-    return norm
-
-
-def split(plain):
-    norm = convert_batch_norm(
-        nn.Sequential(copy.deepcopy(plain)), MoCoConfig(batch_norm="split", batch_norm_splits=SPLITS)
-    )
-    return norm[0]
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_split_batch_norm_is_batch_norm_on_each_interleaved_group(plain, memory_format):
-    norm = split(plain)
-    for _ in range(2):  # the second step starts from statistics that the first one left
-        x = torch.randn(12, CHANNELS, 5, 4) * 3 + torch.arange(12.0).view(12, 1, 1, 1)
-        x = x.to(memory_format=memory_format)
-        direction = torch.randn(12, CHANNELS, 5, 4)
-        x_split, x_oracle = (x.clone().requires_grad_() for _ in range(2))
-
-        out = norm(x_split)
-        groups = [copy.deepcopy(plain) for _ in range(SPLITS)]
-        expected = torch.empty_like(x)
-        for i, group in enumerate(groups):
-            expected[i::SPLITS] = group(x_oracle[i::SPLITS])
-        torch.testing.assert_close(out, expected)
-
-        norm.zero_grad()
-        (out * direction).sum().backward()
-        (expected * direction).sum().backward()
-        torch.testing.assert_close(x_split.grad, x_oracle.grad, atol=1e-5, rtol=1e-4)
-        for name in ("weight", "bias"):
-            total = sum(getattr(group, name).grad for group in groups)
-            torch.testing.assert_close(getattr(norm, name).grad, total, atol=1e-4, rtol=1e-4)
-        for name in ("running_mean", "running_var"):
-            mean = torch.stack([getattr(group, name) for group in groups]).mean(dim=0)
-            torch.testing.assert_close(getattr(norm, name), mean)
-            getattr(plain, name).copy_(mean)
-        plain.num_batches_tracked += 1
-        assert norm.num_batches_tracked == plain.num_batches_tracked
-
-
-def test_split_batch_norm_evaluates_as_batch_norm_whatever_the_batch(plain):
-    x = torch.randn(SPLITS + 1, CHANNELS, 5, 4)
-    norm = split(plain).eval()
-    assert torch.equal(norm(x), plain.eval()(x))
-    assert norm.num_batches_tracked == 0
-
-
 def test_state_dicts_are_the_same_in_every_mode():
     plain = moco("plain").state_dict()
     for mode in ("split", "shuffle", "sync"):
         state = moco(mode).state_dict()
         assert state.keys() == plain.keys()
         assert all(torch.equal(state[name], plain[name]) for name in plain)
-
-
-def test_indivisible_batch_is_rejected(plain):
-    with pytest.raises(ValueError, match=rf"\(6\).*batch_norm_splits \({SPLITS}\)"):
-        split(plain)(torch.randn(6, CHANNELS, 5, 4))
 
 
 def test_split_mode_rejects_a_batch_norm_it_cannot_imitate():

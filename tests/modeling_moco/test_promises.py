@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import BACKBONES, C, assert_equal, key_parts, moco_config, query_parts, views
+from tiny_models import BACKBONES, CHECKPOINTING, C, assert_equal, key_parts, moco_config, query_parts, views
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -293,8 +293,8 @@ def test_gradient_checkpointing_keeps_less_and_has_the_same_gradients(architectu
     inputs = views() if contrastive else (views()[0], torch.arange(8) % 3)
     gradients, kept = [], []
     for enable in (False, True, False):
-        (model.activation_checkpointing_enable if enable else model.activation_checkpointing_disable)()
-        assert model.is_activation_checkpointing == enable
+        getattr(model, f"{CHECKPOINTING}_{'enable' if enable else 'disable'}")()
+        assert getattr(model, f"is_{CHECKPOINTING}") == enable
         model.zero_grad()
         loss, size = saved_for_backward(lambda: model(*inputs).loss)
         loss.backward()
@@ -309,7 +309,7 @@ def test_gradient_checkpointing_keeps_less_and_has_the_same_gradients(architectu
 def test_gradient_checkpointing_that_timm_lacks_is_refused_in_one_line():
     model = MoCoModel(moco_config("dla46x_c"), momentum_encoder=False)
     with pytest.raises(ValueError, match=r"gradient_checkpointing \(True\) is not for dla46x_c"):
-        model.activation_checkpointing_enable()
+        getattr(model, f"{CHECKPOINTING}_enable")()
 
 
 # Export

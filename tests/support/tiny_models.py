@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from modeling_moco import MoCoConfig, MoCoModel
 
@@ -13,6 +14,11 @@ BACKBONES = {
     "test_vit": {"img_size": 32},
     "mobilenetv3_small_050": None,  # its head is wider than its feature map
 }
+
+# transformers 5.24 calls it by another name than 5.17.
+CHECKPOINTING = (
+    f"{'activation' if hasattr(PreTrainedModel, 'is_activation_checkpointing') else 'gradient'}_checkpointing"
+)
 
 
 def moco_config(architecture="test_resnet", **kwargs):

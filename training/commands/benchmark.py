@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..benchmarks import data, exchange, folder, knn, step, stream, train
+from ..benchmarks import data, exchange, folder, gpu, knn, step, stream, train
 from ..benchmarks.measure import draw_timings, write_numbers
 from ..errors import one_line_errors
 from ..memory import keep_freed_memory
@@ -15,7 +15,7 @@ from .process import command
 
 BENCHMARKS = {
     **{"data": data, "step": step, "train": train, "stream": stream},
-    **{"exchange": exchange, "knn": knn, "folder": folder},
+    **{"exchange": exchange, "knn": knn, "folder": folder, "gpu": gpu},
 }
 
 

@@ -74,7 +74,7 @@ class Probe:
             "per_class": [
                 {"class": name, "top1": top1} for name, top1 in zip(class_names, self.scores.per_class, strict=True)
             ],
-            "confusion": self.scores.pairs,
+            "confusion": self.scores.confusion.tolist(),
         }
 
     def table(self) -> str:

@@ -22,33 +22,26 @@ class Scores:
     Args:
         top1: per cent of `n` images whose class is first.
         top5: per cent whose class is among the first five; None with five classes or fewer, where every answer is.
-        confusion: images of class i that are called j, sparse and coalesced (C, C).
+        confusion: class, what it is called, and how many images, for all pairs that occur, in order: int64 (pairs, 3).
+        classes: C.
     """
 
     top1: float
     top5: float | None
     confusion: torch.Tensor
+    classes: int
 
     @property
     def n(self) -> int:
-        return int(self.confusion.values().sum())
+        return int(self.confusion[:, 2].sum())
 
     @property
     def per_class(self) -> list[float | None]:
         """Top-1 accuracy of every class in per cent; None for one without images."""
-        (rows, columns), images = self.confusion.indices(), self.confusion.values()
-        classes = self.confusion.shape[0]
-        counts = images.new_zeros(classes).index_add(0, rows, images).tolist()
-        right = images.new_zeros(classes).index_add(0, rows, images * (rows == columns)).tolist()
+        rows, columns, images = self.confusion.unbind(dim=1)
+        counts = images.new_zeros(self.classes).index_add(0, rows, images).tolist()
+        right = images.new_zeros(self.classes).index_add(0, rows, images * (rows == columns)).tolist()
         return [100 * hits / count if count else None for hits, count in zip(right, counts, strict=True)]
-
-    @property
-    def pairs(self) -> list[list[int]]:
-        """Class, what it is called, and how many images, for all pairs that occur."""
-        return [
-            [*pair, n]
-            for pair, n in zip(self.confusion.indices().T.tolist(), self.confusion.values().tolist(), strict=True)
-        ]
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -79,10 +72,10 @@ def score(answers: torch.Tensor, labels: torch.Tensor, classes: int) -> Scores:
     """Scores of the likeliest classes of every image (n, at most 5) against labels (n,), which are below `classes`."""
     answers, labels = answers.cpu(), labels.cpu()
     hits = answers == labels[:, None]
-    pairs, images = torch.stack([labels, answers[:, 0]]), torch.ones_like(labels)
-    confusion = torch.sparse_coo_tensor(pairs, images, (classes, classes), check_invariants=True).coalesce()
+    pairs, images = (labels * classes + answers[:, 0]).unique(return_counts=True)
+    confusion = torch.stack([pairs // classes, pairs % classes, images], dim=1)
     top1, any_of = (100 * part.double().mean().item() for part in (hits[:, 0], hits.any(dim=1)))
-    return Scores(top1, any_of if classes > ANSWERS else None, confusion)
+    return Scores(top1, any_of if classes > ANSWERS else None, confusion, classes)
 
 
 def score_parts(parts: Iterable[tuple[torch.Tensor, torch.Tensor]], classes: int) -> Scores:
