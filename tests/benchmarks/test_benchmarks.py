@@ -211,3 +211,33 @@ def test_the_cost_of_the_trainer_is_the_difference_of_its_medians():
     more = 1000 * (benchmark.median("Trainer") - benchmark.median("plain loop"))
     assert benchmark.remarks == [f"overhead {more:.2f} ms per step"]
     assert {len(values) for values in benchmark.seconds.values()} == {4}
+
+
+@pytest.mark.slow
+def test_the_gpu_command_runs_whole_on_a_cpu(script, tmp_path, capsys):
+    flags = ["--tiny", "--rounds", "1", "--dataset_name", "digits", "--cifar_flags", "--image_size 16 --eval_resize 16"]
+    script("benchmark").main(["gpu", *flags, "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "WRONG" not in printed
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert [check["value"] < check["limit"] for check in content["checks"]] == [True] * 7
+    titles = [benchmark["title"] for benchmark in content["benchmarks"]]
+    assert [sum(title.startswith(part) for title in titles) for part in ("a step", "two v2 views", "CIFAR-10")] == [
+        7,
+        1,
+        1,
+    ]
+    written = (tmp_path / "gpu.md").read_text()
+    assert all(title in written and title in printed for title in titles)
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_gpu_command_says_where_there_is_no_gpu(script, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        script("benchmark").main(["gpu", "--output", str(tmp_path / "new")])
+    assert (
+        "error: no GPU is visible: run this where torch.cuda.is_available(), or pass --tiny" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "new").exists()

@@ -33,6 +33,7 @@ from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.split_norm_moco import SplitBatchNorm2d, part_by_part
 
 from ..data.images import collate
+from ..data.sources import EvaluationDataArguments, load_images
 from ..engine.results import conditions
 from ..engine.run_folder import write_json, write_whole
 from ..views.device import DeviceCrops, DeviceViews
@@ -304,23 +305,33 @@ def cifar(args: argparse.Namespace) -> Iterator[Benchmark]:
             *args.cifar_flags.split(),
         ]
         if args.tiny:
-            flags += ["--architecture", "test_resnet", "--global_batch_size", "64", "--max_steps", "4"]
+            flags += [
+                "--architecture",
+                "test_resnet",
+                "--global_batch_size",
+                "64",
+                "--max_steps",
+                "4",
+                "--dataloader_num_workers",
+                "1",
+            ]
             flags += ["--use_cpu", str(args.device.type == "cpu"), "--eval_strategy", "no"]
-        process = subprocess.Popen([sys.executable, "-m", PRETRAIN, *flags], stdout=sys.stderr)
+        process = subprocess.Popen([sys.executable, "-m", PRETRAIN, *flags])
         try:
             process.wait(timeout=max(1, (args.deadline - RESERVE - time.monotonic()) * 2 / 3))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)  # it saves and ends
             process.wait()
         log = json.loads(_newest_state(Path(folder, "run")).read_text(encoding="utf-8"))["log_history"]
-    epochs = [50_000 / entry["images_per_second"] for entry in log if "loss" in entry]
+    images = len(load_images(EvaluationDataArguments(dataset_name=args.dataset_name)).train)
+    epochs = [images / entry["images_per_second"] for entry in log if "loss" in entry]
     waiting = [entry["waiting_for_data"] for entry in log if "loss" in entry]
     knn = [f"{entry['eval_knn_top1']:.1f} (epoch {entry['epoch']:.0f})" for entry in log if "eval_knn_top1" in entry]
     remarks = [f"kNN, %: {', '.join(knn) or 'none'}", f"waiting for images: {np.mean(waiting):.1f} % of the time"]
     title = (
         f"CIFAR-10, an epoch without evaluations, to epoch {log[-1]['epoch']:.1f}: cifar10_r18_200ep {args.cifar_flags}"
     )
-    yield Benchmark(title, {"training": epochs}, (), 50_000, remarks=remarks)
+    yield Benchmark(title, {"training": epochs}, (), images, remarks=remarks)
 
 
 def _newest_state(folder: Path) -> Path:
