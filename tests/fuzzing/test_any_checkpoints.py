@@ -1,0 +1,99 @@
+"""Mutated checkpoints and model directories are read, or refused in one line."""
+
+import json
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from mutations import anything, edited, edits, few, mutated_bytes, mutated_json, refusal, texts
+from tiny_models import moco_config
+
+from modeling_moco import MoCoModel
+from modeling_moco.modeling_moco import build_encoder
+from training.convert.files import read
+
+
+def official_state() -> dict[str, torch.Tensor]:
+    """The tensors of main_moco.py for a ResNet-18, which share one memory, so that the file is small."""
+    with torch.device("meta"):
+        encoder = build_encoder(moco_config("resnet18")).state_dict()
+    shapes = {name: tensor.shape for name, tensor in encoder.items()} | {"fc.weight": (16, 512), "fc.bias": (16,)}
+    memory, steps = torch.zeros(512 * 512 * 9, dtype=torch.float16), torch.zeros((), dtype=torch.int64)
+    state = {"queue": memory[: 16 * 32].view(16, 32), "queue_ptr": torch.zeros(1, dtype=torch.int64)}
+    for name, shape in shapes.items():
+        tensor = steps if name.endswith("tracked") else memory[: int(np.prod(shape))].view(shape)
+        state[f"encoder_q.{name}"] = tensor
+    return {f"module.{name}": tensor for name, tensor in state.items()}
+
+
+STATE = official_state()
+HEADS = ["module.encoder_q.fc.weight", "module.encoder_q.fc.bias", "module.queue", "module.queue_ptr"]
+sizes = st.sampled_from([0, 1, 2, 3, 16, 32, 10**4, 10**11, 2**40])
+tensors = st.builds(
+    lambda shape, kind: torch.zeros((), dtype=kind).expand(shape),
+    st.lists(sizes, max_size=3).filter(lambda shape: np.prod([float(n) for n in shape]) < 2**60),
+    st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool, torch.complex64, torch.uint8]),
+)
+values = (
+    tensors
+    | anything
+    | st.sampled_from(
+        [torch.zeros(2, device="meta"), torch.eye(2).to_sparse(), torch.tensor(float("nan")), torch.tensor(1.5)]
+    )
+)
+of_file = st.dictionaries(
+    st.sampled_from(["epoch", "arch", "best_acc1", "optimizer", "state_dict", "student", 7, ("a",), "x\ny"]),
+    values,
+    max_size=3,
+)
+of_state = st.dictionaries(
+    st.sampled_from(
+        [*HEADS, "module.encoder_q.conv1.weight", "module.x\n", "conv1.weight", "module.fc.weight", 3, "module."]
+    )
+    | texts,
+    values | st.just("left out"),
+    max_size=3,
+)
+
+
+@few
+@example(around={}, changes={}, edits=[])
+@example(around={"epoch": 10**400}, changes={}, edits=[])
+@example(around={}, changes={"module.queue": torch.zeros(()).expand(16, 10**11)}, edits=[])
+@given(around=of_file, changes=of_state, edits=st.just([]) | edits)
+def test_a_checkpoint_of_other_code_is_read_or_refused(place, around, changes, edits):
+    state = {name: tensor for name, tensor in (STATE | changes).items() if not isinstance(tensor, str)}
+    with place() as folder:
+        path = folder / "checkpoint.pth.tar"
+        with suppress(UnicodeEncodeError):  # torch cannot save some names
+            torch.save({"epoch": 3, "arch": "resnet18", "state_dict": state} | around, path)
+            path.write_bytes(edited(path.read_bytes(), edits))
+            checkpoint = []
+            if refusal(lambda: checkpoint.append(read(str(path))), path) is None:
+                assert str(checkpoint[0]).isprintable()
+                assert all(note.isprintable() for note in checkpoint[0].notes)
+
+
+@pytest.fixture(scope="module")
+def model_files(tmp_path_factory):
+    """The files of a saved model of this project, by name."""
+    folder = tmp_path_factory.mktemp("model")
+    MoCoModel(moco_config()).save_pretrained(folder)
+    (folder / "conversion.json").write_text(json.dumps({"format": "official MoCo", "epoch": 3, "prefix": ""}))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@few
+@given(data=st.data(), name=st.sampled_from(["config.json", "conversion.json", "model.safetensors"]))
+def test_a_model_directory_is_read_or_refused(place, model_files, data, name):
+    whole = model_files[name]
+    mutated = mutated_bytes([whole]) if name.endswith("safetensors") else mutated_json(json.loads(whole))
+    files = model_files | {name: data.draw(mutated)}
+    with place() as folder:
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
+        refusal(lambda: read(str(folder)), folder)
