@@ -105,8 +105,10 @@ class SGDTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check_values()
+        if "MASTER_ADDR" not in os.environ:  # nobody to connect to: accelerate would try, and leave half a state behind
+            self._check_processes(1)
         super().__post_init__()
-        self._check_processes()
+        self._check_processes(self.world_size)
         if self.save_total_limit is not None and self.save_total_limit < 2:
             raise ValueError(
                 f"save_total_limit ({self.save_total_limit}) must be at least 2: where the newest checkpoint is damaged, the "
@@ -157,12 +159,13 @@ class SGDTrainingArguments(TrainingArguments):
         if self.deepspeed is not None and find_spec("deepspeed") is None:
             raise ValueError(f"deepspeed ({self.deepspeed!r}) needs a package: pip install deepspeed, or leave it out")
 
-    def _check_processes(self) -> None:
+    @staticmethod
+    def _check_processes(started: int) -> None:
         # Some launch commands silently start one process, or several unconnected ones.
         asked = os.environ.get("WORLD_SIZE", "several" if "MASTER_PORT" in os.environ else "1")
-        if asked != str(self.world_size):
+        if asked != str(started):
             raise ValueError(
-                f"the launcher was asked for {asked} processes, but this is one of {self.world_size}: on GPUs pass "
+                f"the launcher was asked for {asked} processes, but this is one of {started}: on GPUs pass "
                 "--multi_gpu to accelerate launch, on CPUs use configs/accelerate/two_cpus.yaml and --use_cpu (or unset "
                 "WORLD_SIZE and MASTER_PORT)"
             )
