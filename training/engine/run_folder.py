@@ -49,6 +49,7 @@ OF_FEATURES = {
     ),
 }
 FIGURES = (*CURVES, *OF_FEATURES)
+WITH_IMAGES = ("neighbours",)  # of these, those that show images
 # What may differ between a run and its continuation, because it changes no weight: how fast images come, on what the run
 # computes, what is printed, sent, saved and measured meanwhile.
 FREE_TO_CHANGE = {
@@ -223,6 +224,15 @@ def recorded_content(folder: Path, dataset: str) -> dict[str, str]:
 
 def _as_path(key: str, value: Any) -> Any:
     return Path(value).resolve() if key in PATHS and isinstance(value, str) and Path(value).exists() else value
+
+
+def may_leave(figure: Path, data: dict[str, Any], include_pictures: bool) -> bool:
+    """Whether a figure may leave this machine: one that shows images of a local dataset only if that was asked for.
+
+    Args:
+        data: `ImageSplits.about`. Where it does not say where the images were, they may be somebody's own.
+    """
+    return include_pictures or data.get("local") is False or figure.stem not in WITH_IMAGES
 
 
 def unused(name: str) -> str:

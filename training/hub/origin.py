@@ -7,7 +7,17 @@ from typing import Any
 from modeling_moco import MoCoForImageClassification
 
 from ..engine.results import encoder_digest, read_results
-from ..engine.run_folder import CONVERSION, FIGURES, MANIFEST, METRICS, RESULTS, SAVED_RECIPE, read_json, read_sections
+from ..engine.run_folder import (
+    CONVERSION,
+    FIGURES,
+    MANIFEST,
+    METRICS,
+    RESULTS,
+    SAVED_RECIPE,
+    may_leave,
+    read_json,
+    read_sections,
+)
 from .exports import Model
 
 MEASURED = (  # what an entry of `results.json` must have
@@ -37,25 +47,18 @@ class Origin:
     results: list[dict[str, Any]]
     figures: list[Path]
 
-    @property
-    def local_data(self) -> bool:
-        """Whether the images may be somebody's own: they were in a folder, or it is not known where they were."""
-        return self.metrics.get("data", {}).get("local") is not False
 
-
-# What a figure shows of the data. Whoever sees the first one sees images.
+# What a figure shows of the data.
 SHOWN = {
     "neighbours": "images of the train split and of the evaluated one, and names of their classes",
     "tsne": "a point for each image and the names of the classes, no image",
     "training_curves": "numbers of the training, nothing of the data",
 }
-WITH_IMAGES = ("neighbours",)
 
 
 def published_figures(origin: Origin, include_pictures: bool) -> list[Path]:
     """The figures to publish: those that show images of a local dataset only if asked for."""
-    private = origin.local_data and not include_pictures
-    return [path for path in origin.figures if not (private and path.stem in WITH_IMAGES)]
+    return [path for path in origin.figures if may_leave(path, origin.metrics.get("data", {}), include_pictures)]
 
 
 def describe_figures(origin: Origin, include_pictures: bool) -> list[str]:
