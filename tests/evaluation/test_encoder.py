@@ -159,6 +159,24 @@ def test_an_evaluation_stops_where_the_images_of_the_run_are_others_now(saved, t
     assert len(load_images(parse_knn([str(run), "--dataset_name", "data"])[1]).train) == 11
 
 
+DAMAGED = {
+    "metrics.json": ('{"knn_top1_after": 9', "metrics.json is not JSON"),
+    "another/metrics.json": ('{"probes": ["official"]}', "metrics.json has official for a probe"),
+    "results.json": ('[{"protocol": "kNN"}]', "results.json is not a valid results file (entry 1 has no metric)"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("parse", [parse_knn, parse_linear_probe, parse_finetune])
+def test_damaged_numbers_of_a_run_are_named_before_any_time_is_spent(parse, name, saved, tmp_path):
+    folder = shutil.copytree(saved / "model", tmp_path / "run")
+    content, message = DAMAGED[name]
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{re.escape(message)}.*correct it, or move it away"):
+        parse([str(folder), "--dataset_name", "digits", "--use_cpu"])
+
+
 @pytest.mark.parametrize("parse", [parse_knn, parse_linear_probe, parse_finetune])
 def test_a_mistyped_folder_is_called_one_and_a_model_of_unknown_data_asks_for_them(parse, saved, tmp_path):
     none = tmp_path / "runs" / "quikstart"

@@ -311,6 +311,19 @@ def test_the_split_is_saved_reread_and_refused_once_the_data_has_changed(encoder
     assert json.loads(path.read_text()) == saved
 
 
+@pytest.mark.parametrize(
+    "content", ['{"indices": {"0": [3, 5', '{"indices": [3, 5]}', "[]", '{"indices": {"0": ["3"]}}']
+)
+def test_a_damaged_split_is_refused_in_one_line_and_left_alone(content, encoder, tmp_path):
+    run = parse_finetune([str(encoder), *TINY, "--output_dir", str(tmp_path)])
+    splits = load_images(run.data, labelled=True)
+    (tmp_path / "split.json").write_text(content)
+    with pytest.raises(ValueError, match=r"split\.json .*: bring it back, or delete it, and images are drawn") as error:
+        choose_labelled(splits, run.training)
+    assert len(str(error.value).splitlines()) == 1
+    assert (tmp_path / "split.json").read_text() == content
+
+
 def test_folders_are_named_after_the_share_of_the_labels_and_random_encoders_have_their_own(encoder):
     for flags, folder in (
         ([], "finetune_100pct"),

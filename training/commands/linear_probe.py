@@ -1,6 +1,5 @@
 """Train a linear classifier on a frozen encoder: `python scripts/linear_probe.py runs/quickstart`."""
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +13,7 @@ from ..data.decode import decode_image
 from ..data.sources import ImageSplits, load_images
 from ..engine.checkpoints import claim_output_dir, has_ended
 from ..engine.results import encoder_digest, read_results
-from ..engine.run_folder import FEATURES, METRICS, mark_ended, unused
+from ..engine.run_folder import FEATURES, METRICS, mark_ended, read_metrics, unused
 from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
 from ..evaluation import linear_probe as lp
@@ -81,8 +80,7 @@ def classify_some(folder: Path, splits: ImageSplits) -> None:
 
 def print_table(results_dir: Path, digest: str, top1: dict[str, float]) -> None:
     """The probe beside kNN accuracies: of the pretraining's monitor, or what has been measured of these weights since."""
-    path = results_dir / METRICS
-    monitored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    monitored = read_metrics(results_dir / METRICS, "correct it, or move it away")
     knn = [entry["value"] for entry in read_results(results_dir) if _is_knn(entry, digest)]
     rows = {"kNN before training": monitored.get("knn_top1_before")}
     rows["kNN after"] = knn[-1] if knn else monitored.get("knn_top1_after")

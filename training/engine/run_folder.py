@@ -129,6 +129,48 @@ def read_json(path: Path, remedy: str, what: str = "JSON") -> Any:
         raise ValueError(f"{path} is not {what} ({one_line(error)}): {remedy}") from error
 
 
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The names and values of a JSON file.
+
+    Raises:
+        ValueError: it has none.
+    """
+    content = read_json(path, remedy)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not JSON of names and values: {remedy}")
+    return content
+
+
+NUMBER = int | float | None  # None is what was not measured
+METRICS_KINDS: dict[str, Any] = {  # of the values in `metrics.json`
+    **{"ended": str, "protocol": str, "data": dict, "probes": list},
+    **dict.fromkeys(("knn_top1_before", "knn_top1_after", "loss", "contrast_top1", "images_per_second"), NUMBER),
+    **dict.fromkeys(("waiting_for_data", "top1", "top5", "n"), NUMBER),
+}
+
+
+def read_metrics(path: Path, remedy: str) -> dict[str, Any]:
+    """What a run, a probe or a fine-tuning came to, by name; nothing without the file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    metrics = read_object(path, remedy)
+    probes = metrics["probes"] if isinstance(metrics.get("probes"), list) else []
+    for entry in (metrics, *probes):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path} has {shown(entry)} for a probe: {remedy}")
+        if wrong := [
+            name for name, kind in METRICS_KINDS.items() if name in entry and not isinstance(entry[name], kind)
+        ]:
+            raise ValueError(f"{path} has a {wrong[0]} of another kind ({shown(entry[wrong[0]])}): {remedy}")
+    if lacking := [name for probe in probes for name in ("name", "protocol") if not isinstance(probe.get(name), str)]:
+        raise ValueError(f"{path} has a probe without {lacking[0]}: {remedy}")
+    return metrics
+
+
 def read_sections(path: Path, remedy: str) -> dict[str, dict[str, Any]]:
     """The sections of a recipe, of a run's settings or of a probe's, by name.
 
@@ -213,8 +255,8 @@ def recorded_content(folder: Path, dataset: str) -> dict[str, str]:
     if not path.is_file():
         return {}
     remedy = "bring it back, or delete it, and the data is no longer compared with what the run has seen"
-    place = read_json(path, remedy)
-    content = place.get("content") if isinstance(place, dict) else None
+    place = read_object(path, remedy)
+    content = place.get("content")
     if not isinstance(content, dict) or not all(
         isinstance(text, str) for text in (place.get("dataset"), *content.values())
     ):
@@ -243,14 +285,12 @@ def unused(name: str) -> str:
 
 def mark_ended(folder: Path) -> None:
     """Write to `metrics.json` when the run ended. All else in its folder must have been written."""
-    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    metrics = read_metrics(folder / METRICS, "give the same command again")
     write_json(folder / METRICS, metrics | {"ended": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
 def ended(folder: Path) -> str | None:
     """When the run of a folder ended; None for one that has not."""
-    path = folder / METRICS
-    if not path.is_file():
-        return None
-    when: str | None = read_json(path, "delete it, and the run goes on from its newest checkpoint").get("ended")
+    remedy = "delete it, and the run goes on from its newest checkpoint"
+    when: str | None = read_metrics(folder / METRICS, remedy).get("ended")
     return when

@@ -15,7 +15,7 @@ from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProce
 from ..cli import build_parser, how_to_run, offered, parse_flags
 from ..data.sources import DataArguments, EvaluationDataArguments
 from ..engine.results import read_results
-from ..engine.run_folder import SAVED_RECIPE, read_sections, recorded_content
+from ..engine.run_folder import METRICS, SAVED_RECIPE, read_metrics, read_sections, recorded_content
 from ..engine.sgd_trainer import PUBLISHING
 from .knn import KNNArguments
 
@@ -144,6 +144,17 @@ def check_exists(source: str) -> None:
         raise not_there(source) from error
 
 
+def check_results(folder: Path) -> None:
+    """Read what an evaluation adds to or shows beside its own result, before any time is spent on it.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    read_results(folder)
+    for path in (folder / METRICS, *folder.glob(f"*/{METRICS}")):  # of the run, and of the probes in it
+        read_metrics(path, "correct it, or move it away")
+
+
 def not_there(source: str) -> ValueError:
     """The error for a path, or a name on the Hub, that leads nowhere."""
     beside = [str(path) for path in Path(source).parent.glob("*") if path.is_dir()]
@@ -191,7 +202,7 @@ def parse_evaluation(
     given = parser.given(argv)
     check_exists(known.model)
     encoder = Encoder(known.model, known.random_encoder)
-    read_results(encoder.results_dir)  # what is there can be added to
+    check_results(encoder.results_dir)
     recipe = pretraining_recipe(known.model, parts["data"])
     if "dataset_name" not in recipe["data"] and "dataset_name" not in given:
         if not recipe["data"] and not (Path(known.model) / CONFIG_NAME).is_file():

@@ -12,17 +12,13 @@ from ..engine.run_folder import (
     FIGURES,
     MANIFEST,
     METRICS,
-    RESULTS,
     SAVED_RECIPE,
     may_leave,
-    read_json,
+    read_metrics,
+    read_object,
     read_sections,
 )
 from .exports import Model
-
-MEASURED = (  # what an entry of `results.json` must have
-    *("protocol", "feature", "metric", "value", "interval", "n", "seed", "settings", "data", "hardware"),
-)
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ def read_origin(source: Path, model: Model) -> Origin:
     run, final = _find_run(source)
     recipe = {} if run is None else _read_yaml(run / SAVED_RECIPE)
     encoder = model.moco if isinstance(model, MoCoForImageClassification) else model
-    metrics = {} if run is None else _read_json(run / METRICS)
+    metrics = {} if run is None else _read_metrics(run)
     if not final:  # of later weights: what was read is all that is the same
         metrics = {key: metrics[key] for key in ("data",) if key in metrics}
     return Origin(
@@ -117,12 +113,9 @@ def _read_own_results(home: Path, run: Path | None, digest: str, about_encoder: 
     """Results that were measured on the weights with this digest. Of a classifier none that another classifier had."""
     folders = {folder.resolve(): None for folder in (run, home) if folder is not None and folder.is_dir()}
     results = [(folder, entry) for folder in folders for entry in read_results(folder) if entry.get("model") == digest]
-    for folder, entry in results:
-        if missing := [key for key in MEASURED if key not in entry]:
-            raise ValueError(f"{folder / RESULTS} has an entry without {missing[0]}: correct it, or move the file away")
     if about_encoder:
         return [entry for _, entry in results]
-    own = ("weighted kNN", *(probe["protocol"] for probe in _read_json(home / METRICS).get("probes", [])))
+    own = ("weighted kNN", *(probe["protocol"] for probe in _read_metrics(home).get("probes", [])))
     return [entry for folder, entry in results if folder == home.resolve() or entry["protocol"].startswith(own)]
 
 
@@ -142,7 +135,9 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file() or path.is_symlink():
         return {}
-    content = read_json(path, "correct it, or move it away")
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not JSON of names and values: correct it, or move it away")
-    return content
+    return read_object(path, "correct it, or move it away")
+
+
+def _read_metrics(folder: Path) -> dict[str, Any]:
+    path = folder / METRICS
+    return {} if path.is_symlink() else read_metrics(path, "correct it, or move it away")
