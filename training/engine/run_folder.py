@@ -62,6 +62,7 @@ FREE_TO_CHANGE = {
     *("knn_k", "knn_temperature", "knn_bank_size", "knn_features"),
 }
 NOT_OF_THE_RUN = ("probe",)  # section of a recipe for later commands
+WEIGHTS = "weights"  # in the section "encoder" of an evaluation: digest of the weights that it began with
 PATHS = ("dataset_name", "model")  # settings that may be folders
 
 
@@ -214,18 +215,27 @@ def check_same_run(folder: Path, settings: dict[str, dict[str, Any]], defaults: 
         defaults: values of the flags that neither gave.
 
     Raises:
-        ValueError: the run in the folder has other settings, or they cannot be read.
+        ValueError: the run in the folder has other settings or evaluates other weights, or they cannot be read.
     """
     saved = read_sections(folder / SAVED_RECIPE, "bring it back, or pass another --output_dir")
     for section in (name for name in settings if name not in NOT_OF_THE_RUN):
         usual = defaults.get(section, {})
         then, now = usual | saved.get(section, {}), usual | settings[section]
-        for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE):
+        for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE - {WEIGHTS}):
             if _as_path(key, then.get(key)) != _as_path(key, now.get(key)):
                 raise ValueError(
                     f"output_dir ({folder}) already holds another run: {shown(key)} is {shown(then.get(key))} there and "
                     f"{shown(now.get(key))} here. Pass another --output_dir, or the same settings to continue it"
                 )
+    _check_same_encoder(folder, saved.get("encoder", {}), settings.get("encoder", {}))
+
+
+def _check_same_encoder(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    if WEIGHTS in then and WEIGHTS in now and then[WEIGHTS] != now[WEIGHTS]:
+        raise ValueError(
+            f"{now['model']} is not the encoder that the run in {folder} was begun with: the digest of its weights was "
+            f"{shown(then[WEIGHTS])} and is {now[WEIGHTS]}. Pass another --output_dir, or remove {folder}"
+        )
 
 
 def check_same_data(folder: Path, place: dict[str, Any]) -> None:

@@ -14,9 +14,9 @@ from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProce
 
 from ..cli import build_parser, how_to_run, offered, parse_flags
 from ..data.sources import DataArguments, EvaluationDataArguments
-from ..engine.results import read_results
+from ..engine.results import Result, read_results, table
 from ..engine.run_folder import METRICS, SAVED_RECIPE, read_metrics, read_sections, recorded_content
-from ..engine.sgd_trainer import PUBLISHING
+from ..engine.sgd_trainer import PUBLISHING, SGDTrainingArguments
 from .knn import KNNArguments
 
 Model = TypeVar("Model", MoCoModel, MoCoForImageClassification)
@@ -153,6 +153,16 @@ def check_results(folder: Path) -> None:
     read_results(folder)
     for path in (folder / METRICS, *folder.glob(f"*/{METRICS}")):  # of the run, and of the probes in it
         read_metrics(path, "correct it, or move it away")
+
+
+def show_recorded(training: SGDTrainingArguments) -> None:
+    """Print, on the main process, what the evaluation that ended in the output directory has measured."""
+    if training.process_index != 0:
+        return
+    metrics = read_metrics(Path(str(training.output_dir)) / METRICS, "correct it, or move it away")
+    entries = metrics.get("probes", [metrics])
+    whole = [(e, name) for e in entries for name in ("top1", "top5") if {"protocol", "n", name} <= e.keys()]
+    print(table([Result(e["protocol"], name, e[name], e["n"]) for e, name in whole]))
 
 
 def not_there(source: str) -> ValueError:
