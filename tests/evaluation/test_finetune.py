@@ -279,7 +279,9 @@ def test_the_script_can_be_stopped_continued_and_leaves_a_classifier_with_its_re
         own = [hit for hit, row in zip(hits, rows, strict=True) if str(row["label"]) == name]
         assert accuracy == (pytest.approx(100 * np.mean(own)) if own else None)
     saved = MoCoForImageClassification.from_pretrained(folder)
-    assert saved.config.batch_norm == "plain"
+    norms = {type(module) for module in saved.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)}
+    assert norms == {torch.nn.BatchNorm2d}  # the groups of pretraining keep the keys apart, and fine-tuning has none
+    assert saved.config.batch_norm == "split"  # as in pretraining
     assert changed(saved.moco, copy_of(Encoder(str(encoder)).load(MoCoForImageClassification, 0).moco))
 
 

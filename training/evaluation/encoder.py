@@ -83,15 +83,15 @@ class Encoder:
             torch.nn.init.zeros_(model.classifier.bias)
         return model
 
-    def load_classifier(self, class_names: list[str], seed: int, **config: Any) -> MoCoForImageClassification:
-        """The encoder with a new classifier for these classes; `config` overrides its configuration.
+    def load_classifier(self, class_names: list[str], seed: int) -> MoCoForImageClassification:
+        """The encoder with a new classifier for these classes.
 
         Raises:
             ValueError: there is no model.
         """
         id2label = dict(enumerate(class_names))
         label2id = {name: number for number, name in id2label.items()}
-        return self.load(MoCoForImageClassification, seed, id2label=id2label, label2id=label2id, **config)
+        return self.load(MoCoForImageClassification, seed, id2label=id2label, label2id=label2id)
 
 
 def pretraining_recipe(source: str, kind: type[EvaluationDataArguments] = EvaluationDataArguments) -> dict[str, Any]:

@@ -293,8 +293,7 @@ def build_trainer(run: FinetuneRun, splits: ImageSplits, indices: np.ndarray) ->
     batch = args.per_device_train_batch_size
     if args.world_size == 1 and len(indices) > batch and len(indices) % batch == 1:
         args.dataloader_drop_last = True  # BatchNorm has nothing to normalise one image by
-    # The groups of pretraining keep the keys apart, and fine-tuning has none.
-    model = run.encoder.load_classifier(splits.class_names, args.seed, batch_norm="plain")
+    model = run.encoder.load_classifier(splits.class_names, args.seed)
     crop = OneView(build_policy("crop", data.horizontal_flip), data.image_size)
     return FinetuneTrainer(
         model,
