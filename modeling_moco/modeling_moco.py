@@ -107,6 +107,22 @@ def build_projector(config: MoCoConfig, dim: int) -> nn.Module:
     return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, config.projection_dim))
 
 
+def _spare_statistics(norm: Any, args: Any) -> None:
+    # Gradient checkpointing encodes the images again within the backward pass. BatchNorm would count them twice, so that it
+    # gets copies of its statistics to change.
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return
+    if "spared" not in vars(norm):  # a classifier and the encoder in it both ask for this
+        norm.spared = dict(norm.named_buffers(recurse=False))
+        for name, buffer in norm.spared.items():
+            setattr(norm, name, buffer.clone())
+
+
+def _restore_statistics(norm: nn.Module, args: Any, output: Any) -> None:
+    for name, buffer in vars(norm).pop("spared", {}).items():
+        setattr(norm, name, buffer)
+
+
 class MoCoPreTrainedModel(PreTrainedModel):
     config: MoCoConfig
     config_class = MoCoConfig
@@ -119,6 +135,7 @@ class MoCoPreTrainedModel(PreTrainedModel):
 
     encoder_q: TimmEncoder
     _gradient_checkpointing = False
+    _statistics_hooks: Any = ()
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -167,6 +184,12 @@ class MoCoPreTrainedModel(PreTrainedModel):
                 "leave it out"
             ) from error
         self._gradient_checkpointing = enable
+        for hook in self._statistics_hooks:
+            hook.remove()
+        norms = [m for m in self.encoder_q.modules() if enable and isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._statistics_hooks = [norm.register_forward_pre_hook(_spare_statistics) for norm in norms]
+        # Always: torch ends the second pass by an exception, once it has all that it needs.
+        self._statistics_hooks += [norm.register_forward_hook(_restore_statistics, always_call=True) for norm in norms]
 
     def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) in the model's dtype. Those of dtype uint8 are normalised, others are normalised already."""

@@ -6,15 +6,20 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from ranks import run_ranks
 from torch import nn
 
 from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.dictionary_moco import QueueDictionary
 from training.data.images import MapImages
+from training.data.sources import DataArguments, load_images
 from training.errors import TrainingError
+from training.evaluation.knn import KNNArguments
 from training.health import diagnose, key_drift, leak, queue_age, rankme, uniformity_kernel
+from training.monitor import Monitor
 from training.trainer import MoCoTrainer, MoCoTrainingArguments
 from training.views.pil import EvaluationView
 
@@ -45,6 +50,34 @@ def test_rankme_counts_the_dimensions_that_features_fill():
     assert rankme(x) == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-3)
     for constant in (torch.ones(30, 8), torch.zeros(30, 8)):
         assert rankme(constant) == pytest.approx(1, abs=1e-3)
+
+
+RANKS, SEEN = 2, 51  # images, which do not divide by two
+
+
+def look_at_a_share(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    (folder / f"{rank}.txt").write_text(repr(look(folder)))
+    dist.destroy_process_group()
+
+
+def look(folder) -> float:
+    model, bank = torch.load(folder / "inputs.pt", weights_only=False)
+    settings = KNNArguments(per_device_eval_batch_size=7, dataloader_num_workers=0)
+    return Monitor(model, settings, bank).look_at_features()["rankme"]
+
+
+def test_two_processes_see_the_rankme_of_one(tmp_path):
+    torch.manual_seed(0)
+    model = MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=64)).eval()
+    digits = load_images(DataArguments(dataset_name="digits", image_size=32, eval_resize=32, max_train_samples=SEEN))
+    torch.save((model, MapImages(digits.train, EvaluationView(32, 32))), tmp_path / "inputs.pt")
+    alone = look(tmp_path)
+    assert alone > 1.5  # features of a collapsed model would agree whatever is gathered
+    run_ranks(look_at_a_share, (tmp_path,), RANKS)
+    for rank in range(RANKS):
+        assert float((tmp_path / f"{rank}.txt").read_text()) == pytest.approx(alone, rel=1e-4)
 
 
 def test_key_drift_is_zero_for_a_copy_and_relative_to_the_query_encoder():

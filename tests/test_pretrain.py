@@ -379,6 +379,22 @@ WARNED = {
 }
 
 
+@pytest.mark.parametrize(("flags", "said"), [([], 1), (["--include_pictures"], 0), (["--streaming"], 0)])
+def test_it_is_said_at_the_start_which_pictures_a_tracker_elsewhere_does_not_get(flags, said, tmp_path, capsys):
+    for i, row in enumerate(load_digits()["train"].select(range(16))):
+        path = tmp_path / "mine" / "train" / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row["image"].save(path)
+    elsewhere = ["--report_to", "trackio", "--trackio_space_id", "org/space", "--eval_strategy", "no", *flags]
+    folders = ["--dataset_name", str(tmp_path / "mine"), "--output_dir", str(tmp_path / "run")]
+    args = parse_pretrain([*TINY, *folders, *elsewhere])
+    announce(args, build_trainer(args, load_images(args.data)))
+    assert (
+        capsys.readouterr().out.count("neighbours.png shows images of a local dataset and is not sent to trackio")
+        == said
+    )
+
+
 @pytest.mark.parametrize("case", WARNED)
 def test_what_decides_the_result_is_said_at_the_start(case, tmp_path, capsys):
     flags, warning = WARNED[case]

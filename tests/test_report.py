@@ -323,11 +323,29 @@ def damaged_results(folder: Path) -> None:
     (folder / "results.json").write_text("{")
 
 
+def result_without_an_interval(folder: Path) -> None:
+    append_results(folder, [Result("some probe", "top1", 90.0, 40)], model="0", data={})
+    (entry,) = read_results(folder)
+    del entry["interval"]
+    (folder / "results.json").write_text(json.dumps([entry]))
+
+
+def damaged_metrics(folder: Path) -> None:
+    (folder / "metrics.json").write_text('{"loss": [2.0')
+
+
+def state_of_another_kind(folder: Path) -> None:
+    (folder / "trainer_state.json").write_text("[]")
+
+
 REFUSED = {
     no_recipe: "is not the folder of a pretraining run",
     recipe_of_a_probe: "is not the folder of a pretraining run",
     no_checkpoint: "has no complete checkpoint yet",
-    damaged_results: "is not a valid results file",
+    damaged_results: "results.json is not a valid results file",
+    result_without_an_interval: "results.json is not a valid results file (entry 1 has no interval): correct it, or move it",
+    damaged_metrics: "metrics.json is not JSON",
+    state_of_another_kind: "trainer_state.json is not JSON of names and values: delete it",
 }
 
 

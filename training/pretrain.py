@@ -139,6 +139,9 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
             f"BatchNorm sees {group} image at once, whose statistics say nothing: raise the batch, use fewer processes or "
             "--batch_norm_splits, or pass --batch_norm sync"
         )
+    drawn = [] if args.data.streaming else [Path(f"{name}.png") for name in FIGURES]
+    if kept := training.trackers.kept_back(drawn, {"local": args.data.local}):
+        yield kept
     images = trainer.train_dataset.images_per_epoch
     if images < config.queue_size:
         yield (

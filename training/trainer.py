@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import datasets
@@ -23,6 +23,7 @@ from .cli import INCLUDE_PICTURES
 from .data.images import MapImages, StreamedImages, TrainingImages, collate
 from .data.pipeline import as_training_images
 from .engine.callbacks import ListUnreadable, RankStatistics
+from .engine.record import Trackers
 from .engine.results import Feature
 from .engine.sgd_trainer import PUBLISHING, SGDTrainer, SGDTrainingArguments
 from .evaluation.knn import KNNArguments
@@ -61,7 +62,9 @@ class MoCoTrainingArguments(SGDTrainingArguments):
         metadata={"help": "Number of evenly spaced train images that the monitor looks at; by default all."},
     )
     knn_features: Feature = field(default="backbone", metadata={"help": "Features of the monitor: backbone or head."})
-    include_pictures: bool = field(default=False, metadata={"help": f"With push_to_hub: {INCLUDE_PICTURES}"})
+    include_pictures: bool = field(
+        default=False, metadata={"help": f"With push_to_hub, and trackers that are elsewhere: {INCLUDE_PICTURES}"}
+    )
     dataloader_drop_last: bool = field(default=True)  # the queue needs whole batches
     ddp_broadcast_buffers: bool | None = field(default=False)  # ranks keep their BatchNorm statistics, queues are equal
 
@@ -76,6 +79,10 @@ class MoCoTrainingArguments(SGDTrainingArguments):
                 f"knn_bank_size ({self.knn_bank_size}) must be at least 1 image; leave it out for all of them"
             )
         _ = self.knn  # checks its values
+
+    @property
+    def trackers(self) -> Trackers:
+        return replace(super().trackers, include_pictures=self.include_pictures)
 
     @property
     def knn(self) -> KNNArguments:

@@ -1,5 +1,6 @@
 """Which encoder an evaluation looks at, and where its results go."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from numbered_images import write_folders
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
 from training.commands.knn import parse_knn
 from training.data.sources import CropDataArguments, DataArguments, EvaluationDataArguments, load_images
+from training.engine.results import encoder_digest
 from training.engine.run_folder import DATASET, SAVED_RECIPE, write_json
 from training.evaluation.encoder import Encoder, pretraining_recipe
 from training.evaluation.finetune import parse_finetune
@@ -159,6 +161,24 @@ def test_an_evaluation_stops_where_the_images_of_the_run_are_others_now(saved, t
     assert len(load_images(parse_knn([str(run), "--dataset_name", "data"])[1]).train) == 11
 
 
+DAMAGED = {
+    "metrics.json": ('{"knn_top1_after": 9', "metrics.json is not JSON"),
+    "another/metrics.json": ('{"probes": ["official"]}', "metrics.json has official for a probe"),
+    "results.json": ('[{"protocol": "kNN"}]', "results.json is not a valid results file (entry 1 has no metric)"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("parse", [parse_knn, parse_linear_probe, parse_finetune])
+def test_damaged_numbers_of_a_run_are_named_before_any_time_is_spent(parse, name, saved, tmp_path):
+    folder = shutil.copytree(saved / "model", tmp_path / "run")
+    content, message = DAMAGED[name]
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{re.escape(message)}.*correct it, or move it away"):
+        parse([str(folder), "--dataset_name", "digits", "--use_cpu"])
+
+
 @pytest.mark.parametrize("parse", [parse_knn, parse_linear_probe, parse_finetune])
 def test_a_mistyped_folder_is_called_one_and_a_model_of_unknown_data_asks_for_them(parse, saved, tmp_path):
     none = tmp_path / "runs" / "quikstart"
@@ -167,3 +187,74 @@ def test_a_mistyped_folder_is_called_one_and_a_model_of_unknown_data_asks_for_th
             parse([str(place)])
     with pytest.raises(ValueError, match="does not say what it was trained on: pass --dataset_name"):
         parse([str(saved / "model")])
+
+
+# An evaluation that has ended
+
+SHORT = ["--image_size", "32", "--eval_resize", "32", "--use_cpu", "--num_train_epochs", "1", "--disable_tqdm", "True"]
+EVALUATIONS = {
+    "cached": ("linear_probe", ["--mode", "cached"]),
+    "official": ("linear_probe", []),
+    "finetune": ("finetune", ["--global_batch_size", "4"]),
+}
+
+
+@pytest.fixture(params=EVALUATIONS)
+def evaluation(request, saved, tmp_path, script, monkeypatch):
+    """An evaluation as its user gives it again and again, the encoder that it is of and the images."""
+    monkeypatch.chdir(tmp_path)
+    model = shutil.copytree(saved / "model", tmp_path / "model")
+    images = write_folders(tmp_path / "images")
+    name, flags = EVALUATIONS[request.param]
+    flags = [flag for flag in SHORT if request.param != "cached" or flag not in ("--disable_tqdm", "True")] + flags
+    command = [str(model), "--dataset_name", str(images), "--output_dir", "evaluated", *flags]
+    return lambda: script(name).main(command), model, images
+
+
+def test_what_an_evaluation_found_is_shown_again_for_the_same_weights_and_images_alone(evaluation, tmp_path, capsys):
+    evaluate, model, images = evaluation
+    evaluate()
+    shutil.rmtree(model / "features", ignore_errors=True)
+    files = {path: path.read_bytes() for folder in (model, tmp_path / "evaluated") for path in folder.rglob("*.json")}
+    capsys.readouterr()
+    evaluate()
+    about, ended, *found = capsys.readouterr().out.splitlines()
+    assert about.startswith(f"{images}: 24 images")
+    assert ended.startswith("evaluated holds this run, which ended at ")
+    assert ended.endswith(": nothing to do. Pass another --output_dir to run it again.")
+    metrics = json.loads((tmp_path / "evaluated" / "metrics.json").read_text())
+    for line, entry in zip(found, metrics.get("probes", [metrics]), strict=True):
+        assert line.startswith(entry["protocol"])
+        assert f"| {entry['top1']:.2f} % " in line
+    assert not (model / "features").exists()
+
+    weights = (model / "model.safetensors").read_bytes()
+    assert refused_for_other_weights(evaluate, model, capsys)
+    (model / "model.safetensors").write_bytes(weights)
+    next(images.rglob("train/*/*.png")).unlink()
+    with pytest.raises(SystemExit):
+        evaluate()
+    assert "is not what the run in evaluated was begun with: split 'train' was" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_an_evaluation_that_was_stopped_does_not_go_on_with_other_weights(evaluation, tmp_path, capsys):
+    evaluate, model, _ = evaluation
+    evaluate()
+    (tmp_path / "evaluated" / "metrics.json").unlink()
+    assert refused_for_other_weights(evaluate, model, capsys)
+
+
+def refused_for_other_weights(evaluate, model: Path, capsys) -> bool:
+    before, now = MoCoModel.from_pretrained(model), MoCoModel.from_pretrained(model)
+    with torch.no_grad():
+        now.encoder_q.bn1.running_mean[0] += 1
+    now.save_pretrained(model)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate()
+    (line,) = capsys.readouterr().err.splitlines()
+    return line == (
+        f"error: {model} is not the encoder that the run in evaluated was begun with: the digest of its weights was "
+        f"{encoder_digest(before)} and is {encoder_digest(now)}. Pass another --output_dir, or remove evaluated"
+    )

@@ -279,7 +279,9 @@ def test_the_script_can_be_stopped_continued_and_leaves_a_classifier_with_its_re
         own = [hit for hit, row in zip(hits, rows, strict=True) if str(row["label"]) == name]
         assert accuracy == (pytest.approx(100 * np.mean(own)) if own else None)
     saved = MoCoForImageClassification.from_pretrained(folder)
-    assert saved.config.batch_norm == "plain"
+    norms = {type(module) for module in saved.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)}
+    assert norms == {torch.nn.BatchNorm2d}  # the groups of pretraining keep the keys apart, and fine-tuning has none
+    assert saved.config.batch_norm == "split"  # as in pretraining
     assert changed(saved.moco, copy_of(Encoder(str(encoder)).load(MoCoForImageClassification, 0).moco))
 
 
@@ -309,6 +311,19 @@ def test_the_split_is_saved_reread_and_refused_once_the_data_has_changed(encoder
     with pytest.raises(ValueError, match=r"split\.json names images that digits does not have .* another --output_dir"):
         save_split(splits, run.training, choose_labelled(splits, run.training))
     assert json.loads(path.read_text()) == saved
+
+
+@pytest.mark.parametrize(
+    "content", ['{"indices": {"0": [3, 5', '{"indices": [3, 5]}', "[]", '{"indices": {"0": ["3"]}}']
+)
+def test_a_damaged_split_is_refused_in_one_line_and_left_alone(content, encoder, tmp_path):
+    run = parse_finetune([str(encoder), *TINY, "--output_dir", str(tmp_path)])
+    splits = load_images(run.data, labelled=True)
+    (tmp_path / "split.json").write_text(content)
+    with pytest.raises(ValueError, match=r"split\.json .*: bring it back, or delete it, and images are drawn") as error:
+        choose_labelled(splits, run.training)
+    assert len(str(error.value).splitlines()) == 1
+    assert (tmp_path / "split.json").read_text() == content
 
 
 def test_folders_are_named_after_the_share_of_the_labels_and_random_encoders_have_their_own(encoder):

@@ -11,12 +11,17 @@ from training.engine.results import read_results
 from training.engine.run_folder import (
     DATASET,
     MANIFEST,
+    METRICS,
     RESULTS,
     SAVED_RECIPE,
+    SPLIT,
     check_same_data,
     check_same_run,
+    ended,
+    read_metrics,
     recorded_content,
 )
+from training.evaluation.finetune import read_split
 
 RESULT = {
     **{"protocol": "weighted kNN", "metric": "top1", "value": 93.5, "n": 360, "feature": "backbone", "seed": None},
@@ -32,7 +37,8 @@ RESULT = {
 @example(data=b"null")
 @example(data=b'["protocol"]')
 @example(data=b'[{"protocol": 1}]')
-@example(data=b'[{"protocol": "", "interval": [null]}]')
+@example(data=json.dumps([RESULT | {"interval": [None]}]).encode())
+@example(data=json.dumps([RESULT, {key: value for key, value in RESULT.items() if key != "interval"}]).encode())
 @example(data=DEEP)
 def test_results_are_read_or_refused(place, data):
     with place() as folder:
@@ -40,8 +46,56 @@ def test_results_are_read_or_refused(place, data):
         entries = []
         if refusal(lambda: entries.extend(read_results(folder)), folder / RESULTS, "move it away") is None:
             for entry in entries:
-                assert isinstance(entry["protocol"], str)
-                f"{entry.get('value', 0):.2f} {entry.get('n', 0):,}"
+                low, high = entry["interval"]
+                f"{entry['value']:.2f} {low:.2f} {high:.2f} {entry['n']:,} {entry['date'][:10]} {entry['data'].get('split')}"
+
+
+METRICS_TREE = {
+    "ended": "2026-01-01T00:00:00+00:00",
+    "knn_top1_before": None,
+    "knn_top1_after": 93.5,
+    "loss": 2,
+    "data": {"dataset": "digits", "local": False},
+    "probes": [{"name": "official", "protocol": "linear probe", "top1": 90.5, "n": 360}],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
+@given(data=mutated_json(METRICS_TREE))
+@example(data=b"")
+@example(data=json.dumps(METRICS_TREE).encode()[:40])
+@example(data=b"[]")
+@example(data=b'{"probes": [1]}')
+@example(data=b'{"probes": [{"name": "official"}]}')
+@example(data=b'{"ended": 1}')
+@example(data=DEEP)
+def test_metrics_are_read_or_refused(place, data):
+    with place() as folder:
+        path, metrics = folder / METRICS, {}
+        path.write_bytes(data)
+        if refusal(lambda: metrics.update(read_metrics(path, "move it away")), path, "move it away") is None:
+            assert isinstance(ended(folder), str | None)
+            for name in ("knn_top1_before", "knn_top1_after", "loss"):
+                assert metrics.get(name) is None or f"{metrics[name]:.2f}"
+            assert all(
+                isinstance(probe[name], str) for probe in metrics.get("probes", []) for name in ("name", "protocol")
+            )
+
+
+@given(data=mutated_json({"dataset": "digits", "seed": 0, "indices": {"0": [3, 5], "1": [2]}}))
+@example(data=b"")
+@example(data=b'{"indices": {"0": [3, 5]')
+@example(data=b'{"indices": {"0": "35"}}')
+@example(data=b'{"indices": {"0": [-1]}}')
+@example(data=b'{"indices": {}}')
+@example(data=b"[]")
+@example(data=DEEP)
+def test_a_split_is_read_or_refused(place, data):
+    with place() as folder:
+        path, split = folder / SPLIT, {}
+        path.write_bytes(data)
+        if refusal(lambda: split.update(read_split(path)), path, "bring it back") is None:
+            assert min(i for images in split.values() for i in images) >= 0
 
 
 LAYOUT = BatchLayout(processes=2, per_device_batch_size=8, accumulation=1, images=100, workers=2, epoch=0.5)

@@ -306,6 +306,45 @@ def test_gradient_checkpointing_keeps_less_and_has_the_same_gradients(architectu
         torch.testing.assert_close(checkpointed, plain, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("test_resnet", {}),
+        ("test_resnet", {"batch_norm": "split", "batch_norm_splits": 2}),
+        ("test_resnet", {"batch_norm": "split", "batch_norm_splits": 2, "symmetric_loss": True}),
+        ("mobilenetv3_small_050", {}),  # timm's own BatchNorm
+        ("test_resnet", None),  # a classifier
+    ],
+)
+def test_gradient_checkpointing_counts_every_image_once_in_the_statistics(architecture, config):
+    steps, statistics = [views() for _ in range(3)], {False: [], True: []}
+    for enable in (False, True):
+        torch.manual_seed(3)
+        if config is None:
+            model = MoCoForImageClassification(moco_config(num_labels=3))
+            inputs = [(images, torch.arange(8) % 3) for images, _ in steps]
+        else:
+            model, inputs = MoCoModel(moco_config(architecture, **config)), steps
+        if enable:
+            getattr(model, f"{CHECKPOINTING}_enable")()
+        model.train()
+        for x in inputs[:2]:
+            model(*x).loss.backward()
+            statistics[enable].append(of_batch_norm(model))
+        if enable:  # the forward pass after the last backward pass counts too
+            getattr(model, f"{CHECKPOINTING}_disable")()
+        model(*inputs[2])
+        statistics[enable].append(of_batch_norm(model))
+    counts = {tensor.item() for name, tensor in statistics[False][-1].items() if name.endswith("num_batches_tracked")}
+    assert counts == {6 if config and "symmetric_loss" in config else 3}
+    for checkpointed, plain in zip(statistics[True], statistics[False], strict=True):
+        assert_equal(checkpointed, plain)
+
+
+def of_batch_norm(model):
+    return {name: tensor.clone() for name, tensor in model.named_buffers() if "dictionary" not in name}
+
+
 def test_gradient_checkpointing_that_timm_lacks_is_refused_in_one_line():
     model = MoCoModel(moco_config("dla46x_c"), momentum_encoder=False)
     with pytest.raises(ValueError, match=r"gradient_checkpointing \(True\) is not for dla46x_c"):

@@ -7,9 +7,10 @@ from transformers.utils.logging import disable_progress_bar
 from ..cli import how_to_classify
 from ..data.sources import load_images
 from ..engine.checkpoints import claim_output_dir, has_ended
-from ..engine.run_folder import RESULTS
+from ..engine.run_folder import RESULTS, WEIGHTS
 from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
+from ..evaluation.encoder import show_recorded
 from ..evaluation.finetune import announce, build_trainer, choose_labelled, finish, parse_finetune, save_split
 from ..memory import keep_freed_memory
 from .process import command
@@ -21,11 +22,13 @@ def main(argv: list[str]) -> None:
     disable_progress_bar()  # transformers' bars for loading and saving weights
     with one_line_errors():
         run = parse_finetune(argv)
-        if has_ended(run.training, run.settings, run.defaults):
-            return
         splits = load_images(run.data, labelled=True)
         labelled = choose_labelled(splits, run.training)
         trainer = build_trainer(run, splits, labelled)
+        run.settings["encoder"][WEIGHTS] = trainer.encoder
+        if has_ended(run.training, run.settings, run.defaults, splits.place):
+            show_recorded(run.training)
+            return
         about = {"title": f"fine-tuning {run.encoder}"}
         checkpoint = claim_output_dir(
             run.training, trainer.batch_layout, run.settings, run.defaults, about, splits.place

@@ -1,6 +1,5 @@
 """Train a linear classifier on a frozen encoder: `python scripts/linear_probe.py runs/quickstart`."""
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,11 +13,12 @@ from ..data.decode import decode_image
 from ..data.sources import ImageSplits, load_images
 from ..engine.checkpoints import claim_output_dir, has_ended
 from ..engine.results import encoder_digest, read_results
-from ..engine.run_folder import FEATURES, METRICS, mark_ended, unused
+from ..engine.run_folder import FEATURES, METRICS, WEIGHTS, mark_ended, read_metrics, unused
 from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
 from ..evaluation import linear_probe as lp
 from ..evaluation.cached_probe import build_cached
+from ..evaluation.encoder import show_recorded
 from ..evaluation.probe_results import Probe
 from ..memory import keep_freed_memory
 from .process import command
@@ -36,10 +36,12 @@ def main(argv: list[str]) -> None:
     logging.disable_progress_bar()
     with one_line_errors():
         run = lp.parse_linear_probe(argv)
-        if run.training.mode == "official" and has_ended(run.training, run.settings, run.defaults):
-            return
         splits = load_images(run.data, labelled=True)
         model = run.encoder.load_classifier(splits.class_names, run.training.seed)
+        run.settings["encoder"][WEIGHTS] = encoder_digest(model.moco)
+        if has_ended(run.training, run.settings, run.defaults, splits.place):
+            show_recorded(run.training)
+            return
         trainer = None
         probes: Iterable[Probe] = []
         if run.training.mode == "official":
@@ -64,8 +66,8 @@ def main(argv: list[str]) -> None:
             top1[f"linear probe, {probe.name}"] = probe.scores.top1
     if main_process:
         print_table(run.encoder.results_dir, encoder_digest(model.moco), top1)
-    if main_process and trainer is not None:
         mark_ended(folder)
+    if main_process and trainer is not None:
         classify_some(folder, splits)
         classify, free = how_to_classify(str(folder)), unused("runs/mine")
         print(NEXT.format(classify=classify, pretrain=how_to_run("pretrain"), unused=free))
@@ -81,8 +83,7 @@ def classify_some(folder: Path, splits: ImageSplits) -> None:
 
 def print_table(results_dir: Path, digest: str, top1: dict[str, float]) -> None:
     """The probe beside kNN accuracies: of the pretraining's monitor, or what has been measured of these weights since."""
-    path = results_dir / METRICS
-    monitored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    monitored = read_metrics(results_dir / METRICS, "correct it, or move it away")
     knn = [entry["value"] for entry in read_results(results_dir) if _is_knn(entry, digest)]
     rows = {"kNN before training": monitored.get("knn_top1_before")}
     rows["kNN after"] = knn[-1] if knn else monitored.get("knn_top1_after")

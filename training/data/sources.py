@@ -68,6 +68,11 @@ class SourceArguments:
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"{name} ({count}) must be at least 1: leave it out for all images")
 
+    @property
+    def local(self) -> bool:
+        """Whether the images are files of this machine, and so may be somebody's own."""
+        return Path(self.dataset_name).is_absolute()
+
 
 @dataclass
 class EvaluationDataArguments(SourceArguments):
@@ -220,7 +225,7 @@ def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageS
     used = {split: opened.content[split] for split in (args.train_split, eval_split) if split in opened.content}
     about = {
         "dataset": args.dataset_name,
-        "local": Path(args.dataset_name).is_absolute(),
+        "local": args.local,
         "config": args.dataset_config_name,
         "revision": opened.content.get(args.train_split),
         "train_split": args.train_split,

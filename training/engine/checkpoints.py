@@ -306,12 +306,19 @@ def decided_by_main(decide: Callable[[], T]) -> T:
 
 
 def has_ended(
-    training: TrainingArguments, settings: dict[str, dict[str, Any]], defaults: dict[str, dict[str, Any]]
+    training: TrainingArguments,
+    settings: dict[str, dict[str, Any]],
+    defaults: dict[str, dict[str, Any]],
+    place: dict[str, Any] | None = None,
 ) -> bool:
     """Whether the output directory holds this run and it has come to its end; the main process then says so.
 
+    Args:
+        place: name and content of its dataset; None does not compare them.
+        settings, defaults: as `check_same_run`.
+
     Raises:
-        ValueError: it has ended and has other settings.
+        ValueError: it has ended and has other settings, weights or data.
     """
     folder = Path(str(training.output_dir))
 
@@ -319,6 +326,8 @@ def has_ended(
         date = ended(folder)
         if date is not None:
             check_same_run(folder, settings, defaults)
+            if place is not None:
+                check_same_data(folder, place)
         return date
 
     date = decided_by_main(look)

@@ -18,7 +18,17 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..cli import how_to_run
 from .checkpoints import newest_complete
 from .results import PACKAGES, read_results
-from .run_folder import CURVES, METRICS, OF_FEATURES, REPORT, SAVED_RECIPE, read_json, read_sections, write_whole
+from .run_folder import (
+    CURVES,
+    METRICS,
+    OF_FEATURES,
+    REPORT,
+    SAVED_RECIPE,
+    read_metrics,
+    read_object,
+    read_sections,
+    write_whole,
+)
 
 STREAMED = "the images were streamed, and these figures need them by index"
 # The figure of a classifier's mistakes, by the name of the probe. That of a fine-tuning is called as the first.
@@ -106,7 +116,7 @@ def read_run(folder: Path) -> Run:
         source, _ = newest_complete(folder)
     if source is None:
         raise ValueError(f"{folder} has no complete checkpoint yet: wait for the first one")
-    state = read_json(source / TRAINER_STATE_NAME, "delete it, and the newest complete checkpoint is reported")
+    state = read_object(source / TRAINER_STATE_NAME, "delete it, and the newest complete checkpoint is reported")
     return Run(folder, source, recipe, state, read_results(folder))
 
 
@@ -202,9 +212,9 @@ def _metric(entry: dict[str, Any]) -> str:
 
 
 def _numbers(path: Path) -> Iterator[str]:
-    if not path.is_file():
+    metrics = read_metrics(path, "correct it, or move it away")
+    if not metrics:
         return
-    metrics = json.loads(path.read_text(encoding="utf-8"))
     shown = {}
     for key, value in metrics.items():
         name, form = NUMBERS.get(key, (key, None))
@@ -234,9 +244,8 @@ def _confusions(run: Path) -> Iterator[str]:
     """The mistakes of every classifier that was trained on the run's model, in folders of the run."""
     for folder in sorted(path for path in run.iterdir() if path.is_dir() and not path.is_symlink()):
         figures = {stem: folder / f"{stem}.svg" for stem in CONFUSIONS.values() if (folder / f"{stem}.svg").is_file()}
-        metrics = folder / METRICS
-        measured = json.loads(metrics.read_text(encoding="utf-8")) if figures and metrics.is_file() else {}
-        protocols = {CONFUSIONS[probe["name"]]: probe["protocol"] for probe in measured.get("probes", [])}
+        measured = read_metrics(folder / METRICS, "correct it, or move it away") if figures else {}
+        protocols = {CONFUSIONS.get(probe["name"]): probe["protocol"] for probe in measured.get("probes", [])}
         for stem, path in figures.items():
             protocol = protocols.get(stem, measured.get("protocol", stem))
             title = f"Mistakes of {folder.name}, {protocol}"

@@ -3,6 +3,7 @@
 transformers sends what is logged during training and then closes the run, which is opened again here by its name.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,8 +16,10 @@ from PIL import Image
 
 from .page import refresh_report
 from .results import Result, append_results
+from .run_folder import may_leave
 
 TRACKERS = ("trackio", "tensorboard", "wandb")
+TRACKIO_ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # set, they send its runs to a Space or a server
 
 
 def run_name(folder: Path) -> str:
@@ -32,12 +35,16 @@ class Trackers:
         names: of `TRACKERS`; other ones that transformers knows get only what is logged during training.
         project, run_name: under which the run is found again.
         folder: that of the run. The files of tensorboard go to `runs/results` in it.
+        include_pictures: send figures that show images of a local dataset to other machines too.
+        trackio_elsewhere: whether trackio was given a Space. Otherwise its runs stay here.
     """
 
     names: list[str]
     project: str
     run_name: str
     folder: Path
+    include_pictures: bool = False
+    trackio_elsewhere: bool = False
 
     def check(self) -> None:
         """
@@ -48,21 +55,46 @@ class Trackers:
             if name in TRACKERS and find_spec(name) is None:
                 raise ValueError(f"report_to ({name}) is not installed: pip install {name}")
 
-    def send(self, results: Iterable[Result] = (), figures: Iterable[Path] = (), step: int | None = None) -> None:
-        """Send results and figures. Call it on the main process.
+    def send(
+        self, results: Iterable[Result], figures: Iterable[Path], data: dict[str, Any], step: int | None = None
+    ) -> None:
+        """Send results, and to each tracker the figures that it may have. Call it on the main process.
 
         Args:
             figures: PNG files, named after their stems.
+            data: `ImageSplits.about`.
             step: of the training that they end; None for what is measured later.
         """
         numbers = {f"results/{r.protocol}, {r.feature}, {r.metric}": r.value for r in results}
-        images = {f"figures/{path.stem}": path for path in figures}
+        drawn = list(figures)
         for name in self.names:
+            images = {f"figures/{path.stem}": path for path in drawn if self._may_have(name, path, data)}
             if name in TRACKERS:
                 tracker = LOGGER_TYPE_TO_CLASS[name](*self._place(name), **self._run(name))
                 tracker.start()
                 _SEND[name](tracker, numbers, images, step)
                 tracker.finish()
+
+    def kept_back(self, figures: Iterable[Path], data: dict[str, Any]) -> str | None:
+        """A sentence about the figures that some tracker does not get; None where each gets all."""
+        drawn = list(figures)
+        names = [name for name in self.names if name in TRACKERS and self._leaves(name)]
+        kept = [path.name for path in drawn if not may_leave(path, data, self.include_pictures)]
+        if not names or not kept:
+            return None
+        return (
+            f"{', '.join(kept)} shows images of a local dataset and is not sent to {', '.join(names)}: --include_pictures "
+            "sends it"
+        )
+
+    def _may_have(self, name: str, figure: Path, data: dict[str, Any]) -> bool:
+        return not self._leaves(name) or may_leave(figure, data, self.include_pictures)
+
+    def _leaves(self, name: str) -> bool:
+        """Whether a tracker shows on another machine what it gets."""
+        if name == "trackio":
+            return self.trackio_elsewhere or any(os.environ.get(variable) for variable in TRACKIO_ELSEWHERE)
+        return name != "tensorboard"
 
     def _place(self, name: str) -> tuple[str, ...]:
         return ("results", str(self.folder / "runs")) if name == "tensorboard" else (self.project,)
@@ -123,4 +155,4 @@ def record(
         append_results(home, results, model=model, data=data)
         refresh_report(home)
     if trackers is not None:
-        trackers.send(results, figures, step)
+        trackers.send(results, figures, data, step)

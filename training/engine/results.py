@@ -35,9 +35,9 @@ def encoder_digest(model: MoCoModel, feature: Feature = "backbone") -> str:
     return digest.hexdigest()[:16]
 
 
-KINDS: dict[str, Any] = {  # of the values in an entry of the file
-    **dict.fromkeys(("protocol", "metric", "feature", "model", "date"), str),
-    **{"value": int | float, "n": int, "interval": list, "settings": dict, "data": dict},
+KINDS: dict[str, Any] = {  # of the values that every entry of the file has
+    **dict.fromkeys(("protocol", "metric", "feature", "model", "date", "hardware"), str),
+    **{"value": int | float, "n": int, "interval": list, "settings": dict, "seed": int | None, "data": dict},
 }
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "scikit-learn")
 
@@ -116,7 +116,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     path = folder / RESULTS
     if not path.is_file():
         return []
-    remedy = "move it away, and a new one is written"
+    remedy = "correct it, or move it away, and a new one is written"
     results = read_json(path, remedy, "a valid results file")
     if not isinstance(results, list):
         raise ValueError(f"{path} is not a valid results file (no list): {remedy}")
@@ -127,11 +127,13 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def _defect(entry: Any) -> str | None:
-    """What is wrong with an entry; None where it has a protocol, and all that it has is of its kind."""
-    if not isinstance(entry, dict) or "protocol" not in entry:
-        return "has no protocol"
-    wrong = [name for name, kind in KINDS.items() if name in entry and not isinstance(entry[name], kind)]
-    ends = entry.get("interval", [0, 0])
+    """What is wrong with an entry; None where it has all that reports and cards show, each of its kind."""
+    if not isinstance(entry, dict):
+        return "has no names and values"
+    if missing := [name for name in KINDS if name not in entry]:
+        return f"has no {missing[0]}"
+    wrong = [name for name, kind in KINDS.items() if not isinstance(entry[name], kind)]
+    ends = entry["interval"]
     if isinstance(ends, list) and (len(ends) != 2 or not all(isinstance(end, int | float) for end in ends)):
         wrong.append("interval")
     return f"has a {wrong[0]} of another kind" if wrong else None

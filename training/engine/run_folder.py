@@ -49,6 +49,7 @@ OF_FEATURES = {
     ),
 }
 FIGURES = (*CURVES, *OF_FEATURES)
+WITH_IMAGES = ("neighbours",)  # of these, those that show images
 # What may differ between a run and its continuation, because it changes no weight: how fast images come, on what the run
 # computes, what is printed, sent, saved and measured meanwhile.
 FREE_TO_CHANGE = {
@@ -61,6 +62,7 @@ FREE_TO_CHANGE = {
     *("knn_k", "knn_temperature", "knn_bank_size", "knn_features"),
 }
 NOT_OF_THE_RUN = ("probe",)  # section of a recipe for later commands
+WEIGHTS = "weights"  # in the section "encoder" of an evaluation: digest of the weights that it began with
 PATHS = ("dataset_name", "model")  # settings that may be folders
 
 
@@ -128,6 +130,48 @@ def read_json(path: Path, remedy: str, what: str = "JSON") -> Any:
         raise ValueError(f"{path} is not {what} ({one_line(error)}): {remedy}") from error
 
 
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The names and values of a JSON file.
+
+    Raises:
+        ValueError: it has none.
+    """
+    content = read_json(path, remedy)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not JSON of names and values: {remedy}")
+    return content
+
+
+NUMBER = int | float | None  # None is what was not measured
+METRICS_KINDS: dict[str, Any] = {  # of the values in `metrics.json`
+    **{"ended": str, "protocol": str, "data": dict, "probes": list},
+    **dict.fromkeys(("knn_top1_before", "knn_top1_after", "loss", "contrast_top1", "images_per_second"), NUMBER),
+    **dict.fromkeys(("waiting_for_data", "top1", "top5", "n"), NUMBER),
+}
+
+
+def read_metrics(path: Path, remedy: str) -> dict[str, Any]:
+    """What a run, a probe or a fine-tuning came to, by name; nothing without the file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    metrics = read_object(path, remedy)
+    probes = metrics["probes"] if isinstance(metrics.get("probes"), list) else []
+    for entry in (metrics, *probes):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path} has {shown(entry)} for a probe: {remedy}")
+        if wrong := [
+            name for name, kind in METRICS_KINDS.items() if name in entry and not isinstance(entry[name], kind)
+        ]:
+            raise ValueError(f"{path} has a {wrong[0]} of another kind ({shown(entry[wrong[0]])}): {remedy}")
+    if lacking := [name for probe in probes for name in ("name", "protocol") if not isinstance(probe.get(name), str)]:
+        raise ValueError(f"{path} has a probe without {lacking[0]}: {remedy}")
+    return metrics
+
+
 def read_sections(path: Path, remedy: str) -> dict[str, dict[str, Any]]:
     """The sections of a recipe, of a run's settings or of a probe's, by name.
 
@@ -171,18 +215,27 @@ def check_same_run(folder: Path, settings: dict[str, dict[str, Any]], defaults: 
         defaults: values of the flags that neither gave.
 
     Raises:
-        ValueError: the run in the folder has other settings, or they cannot be read.
+        ValueError: the run in the folder has other settings or evaluates other weights, or they cannot be read.
     """
     saved = read_sections(folder / SAVED_RECIPE, "bring it back, or pass another --output_dir")
     for section in (name for name in settings if name not in NOT_OF_THE_RUN):
         usual = defaults.get(section, {})
         then, now = usual | saved.get(section, {}), usual | settings[section]
-        for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE):
+        for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE - {WEIGHTS}):
             if _as_path(key, then.get(key)) != _as_path(key, now.get(key)):
                 raise ValueError(
                     f"output_dir ({folder}) already holds another run: {shown(key)} is {shown(then.get(key))} there and "
                     f"{shown(now.get(key))} here. Pass another --output_dir, or the same settings to continue it"
                 )
+    _check_same_encoder(folder, saved.get("encoder", {}), settings.get("encoder", {}))
+
+
+def _check_same_encoder(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    if WEIGHTS in then and WEIGHTS in now and then[WEIGHTS] != now[WEIGHTS]:
+        raise ValueError(
+            f"{now['model']} is not the encoder that the run in {folder} was begun with: the digest of its weights was "
+            f"{shown(then[WEIGHTS])} and is {now[WEIGHTS]}. Pass another --output_dir, or remove {folder}"
+        )
 
 
 def check_same_data(folder: Path, place: dict[str, Any]) -> None:
@@ -212,8 +265,8 @@ def recorded_content(folder: Path, dataset: str) -> dict[str, str]:
     if not path.is_file():
         return {}
     remedy = "bring it back, or delete it, and the data is no longer compared with what the run has seen"
-    place = read_json(path, remedy)
-    content = place.get("content") if isinstance(place, dict) else None
+    place = read_object(path, remedy)
+    content = place.get("content")
     if not isinstance(content, dict) or not all(
         isinstance(text, str) for text in (place.get("dataset"), *content.values())
     ):
@@ -225,6 +278,15 @@ def _as_path(key: str, value: Any) -> Any:
     return Path(value).resolve() if key in PATHS and isinstance(value, str) and Path(value).exists() else value
 
 
+def may_leave(figure: Path, data: dict[str, Any], include_pictures: bool) -> bool:
+    """Whether a figure may leave this machine: one that shows images of a local dataset only if that was asked for.
+
+    Args:
+        data: `ImageSplits.about`. Where it does not say where the images were, they may be somebody's own.
+    """
+    return include_pictures or data.get("local") is False or figure.stem not in WITH_IMAGES
+
+
 def unused(name: str) -> str:
     """A path for a new run: this one, or with the first number behind it that makes it free."""
     numbered = (f"{name}_{number}" for number in count(2))
@@ -233,14 +295,12 @@ def unused(name: str) -> str:
 
 def mark_ended(folder: Path) -> None:
     """Write to `metrics.json` when the run ended. All else in its folder must have been written."""
-    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    metrics = read_metrics(folder / METRICS, "give the same command again")
     write_json(folder / METRICS, metrics | {"ended": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
 def ended(folder: Path) -> str | None:
     """When the run of a folder ended; None for one that has not."""
-    path = folder / METRICS
-    if not path.is_file():
-        return None
-    when: str | None = read_json(path, "delete it, and the run goes on from its newest checkpoint").get("ended")
+    remedy = "delete it, and the run goes on from its newest checkpoint"
+    when: str | None = read_metrics(folder / METRICS, remedy).get("ended")
     return when

@@ -184,7 +184,13 @@ class SGDTrainingArguments(TrainingArguments):
     def trackers(self) -> Trackers:
         """Where results and figures go when training is over."""
         folder = Path(str(self.output_dir))
-        return Trackers(self.report_to, self.project, self.run_name or run_name(folder), folder)
+        return Trackers(
+            self.report_to,
+            self.project,
+            self.run_name or run_name(folder),
+            folder,
+            trackio_elsewhere=bool(self.trackio_space_id or self.trackio_static_space_id),
+        )
 
 
 class SGDTrainer(Trainer):

@@ -14,9 +14,9 @@ from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProce
 
 from ..cli import build_parser, how_to_run, offered, parse_flags
 from ..data.sources import DataArguments, EvaluationDataArguments
-from ..engine.results import read_results
-from ..engine.run_folder import SAVED_RECIPE, read_sections, recorded_content
-from ..engine.sgd_trainer import PUBLISHING
+from ..engine.results import Result, read_results, table
+from ..engine.run_folder import METRICS, SAVED_RECIPE, read_metrics, read_sections, recorded_content
+from ..engine.sgd_trainer import PUBLISHING, SGDTrainingArguments
 from .knn import KNNArguments
 
 Model = TypeVar("Model", MoCoModel, MoCoForImageClassification)
@@ -83,15 +83,15 @@ class Encoder:
             torch.nn.init.zeros_(model.classifier.bias)
         return model
 
-    def load_classifier(self, class_names: list[str], seed: int, **config: Any) -> MoCoForImageClassification:
-        """The encoder with a new classifier for these classes; `config` overrides its configuration.
+    def load_classifier(self, class_names: list[str], seed: int) -> MoCoForImageClassification:
+        """The encoder with a new classifier for these classes.
 
         Raises:
             ValueError: there is no model.
         """
         id2label = dict(enumerate(class_names))
         label2id = {name: number for number, name in id2label.items()}
-        return self.load(MoCoForImageClassification, seed, id2label=id2label, label2id=label2id, **config)
+        return self.load(MoCoForImageClassification, seed, id2label=id2label, label2id=label2id)
 
 
 def pretraining_recipe(source: str, kind: type[EvaluationDataArguments] = EvaluationDataArguments) -> dict[str, Any]:
@@ -144,6 +144,27 @@ def check_exists(source: str) -> None:
         raise not_there(source) from error
 
 
+def check_results(folder: Path) -> None:
+    """Read what an evaluation adds to or shows beside its own result, before any time is spent on it.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    read_results(folder)
+    for path in (folder / METRICS, *folder.glob(f"*/{METRICS}")):  # of the run, and of the probes in it
+        read_metrics(path, "correct it, or move it away")
+
+
+def show_recorded(training: SGDTrainingArguments) -> None:
+    """Print, on the main process, what the evaluation that ended in the output directory has measured."""
+    if training.process_index != 0:
+        return
+    metrics = read_metrics(Path(str(training.output_dir)) / METRICS, "correct it, or move it away")
+    entries = metrics.get("probes", [metrics])
+    whole = [(e, name) for e in entries for name in ("top1", "top5") if {"protocol", "n", name} <= e.keys()]
+    print(table([Result(e["protocol"], name, e[name], e["n"]) for e, name in whole]))
+
+
 def not_there(source: str) -> ValueError:
     """The error for a path, or a name on the Hub, that leads nowhere."""
     beside = [str(path) for path in Path(source).parent.glob("*") if path.is_dir()]
@@ -191,7 +212,7 @@ def parse_evaluation(
     given = parser.given(argv)
     check_exists(known.model)
     encoder = Encoder(known.model, known.random_encoder)
-    read_results(encoder.results_dir)  # what is there can be added to
+    check_results(encoder.results_dir)
     recipe = pretraining_recipe(known.model, parts["data"])
     if "dataset_name" not in recipe["data"] and "dataset_name" not in given:
         if not recipe["data"] and not (Path(known.model) / CONFIG_NAME).is_file():

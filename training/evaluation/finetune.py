@@ -12,7 +12,6 @@ Sources of the defaults:
 The peers take their few images from the lists that SimCLR published for ImageNet. Here they are drawn from a seed, and saved.
 """
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from ..data.labels import read_labels
 from ..data.sources import CropDataArguments, ImageSplits
 from ..engine.record import record
 from ..engine.results import encoder_digest
-from ..engine.run_folder import METRICS, SPLIT, mark_ended, write_json
+from ..engine.run_folder import METRICS, SPLIT, mark_ended, read_object, write_json
 from ..engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
 from ..views.pil import OneView
 from ..views.policy import build_policy
@@ -188,7 +187,7 @@ def choose_labelled(splits: ImageSplits, args: FinetuneArguments) -> np.ndarray:
     """Indices of the images to train on: those that the output directory names, if they are there; else newly drawn."""
     labels, path = read_labels(splits.train), _split_path(args)
     if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))["indices"]
+        saved = read_split(path)
         indices = np.sort(np.concatenate(list(saved.values())).astype(int))
         if indices[-1] < len(labels) and _by_name(splits, labels, indices) == saved:
             return indices
@@ -202,7 +201,7 @@ def save_split(splits: ImageSplits, args: FinetuneArguments, indices: np.ndarray
         ValueError: it is there and names others, which the dataset no longer has under these classes.
     """
     names, path = _by_name(splits, read_labels(splits.train), indices), _split_path(args)
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["indices"] != names:
+    if path.is_file() and read_split(path) != names:
         raise ValueError(
             f"{path} names images that {splits.about['dataset']} does not have now under these classes: the data has changed. "
             "Pass another --output_dir"
@@ -210,6 +209,22 @@ def save_split(splits: ImageSplits, args: FinetuneArguments, indices: np.ndarray
     if args.process_index == 0:
         content = splits.about | {"seed": args.seed, "label_fraction": args.label_fraction, "indices": names}
         write_json(path, content)
+
+
+def read_split(path: Path) -> dict[str, list[int]]:
+    """The images of every class that a fine-tuning is trained on.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    remedy = "bring it back, or delete it, and images are drawn from the seed again"
+    split = read_object(path, remedy).get("indices")
+    lists = list(split.values()) if isinstance(split, dict) else [None]
+    if not all(isinstance(images, list) and all(type(i) is int and i >= 0 for i in images) for images in lists):
+        raise ValueError(f"{path} has no indices of images by the name of their class: {remedy}")
+    if not any(lists):
+        raise ValueError(f"{path} names no image: {remedy}")
+    return dict(split or {})
 
 
 def _split_path(args: FinetuneArguments) -> Path:
@@ -278,8 +293,7 @@ def build_trainer(run: FinetuneRun, splits: ImageSplits, indices: np.ndarray) ->
     batch = args.per_device_train_batch_size
     if args.world_size == 1 and len(indices) > batch and len(indices) % batch == 1:
         args.dataloader_drop_last = True  # BatchNorm has nothing to normalise one image by
-    # The groups of pretraining keep the keys apart, and fine-tuning has none.
-    model = run.encoder.load_classifier(splits.class_names, args.seed, batch_norm="plain")
+    model = run.encoder.load_classifier(splits.class_names, args.seed)
     crop = OneView(build_policy("crop", data.horizontal_flip), data.image_size)
     return FinetuneTrainer(
         model,

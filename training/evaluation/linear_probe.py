@@ -7,7 +7,6 @@ in `probe_results.py`. Shapes: `N` batch, `C` classes, `H` heads.
 """
 
 import copy
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..data.sources import CropDataArguments, ImageSplits
 from ..engine.page import CONFUSIONS
 from ..engine.record import record
 from ..engine.results import encoder_digest
-from ..engine.run_folder import METRICS, write_json
+from ..engine.run_folder import METRICS, read_metrics, write_json
 from ..engine.sgd_trainer import SGDTrainer
 from ..views.pil import OneView
 from ..views.policy import build_policy
@@ -101,7 +100,7 @@ def save_probe(probe: Probe, run: ProbeRun, splits: ImageSplits, encoder: MoCoMo
     """Write a probe to `metrics.json` and a figure in the output directory, and to the encoder's `results.json`."""
     folder = Path(str(run.training.output_dir))
     path = folder / METRICS
-    written = json.loads(path.read_text(encoding="utf-8"))["probes"] if path.is_file() else []
+    written = read_metrics(path, "move it away, and a new one is written").get("probes", [])
     probes = [entry for entry in written if entry["name"] != probe.name] + [probe.about(splits.class_names)]
     metrics = {"mode": run.training.mode, "encoder": str(run.encoder), "probes": probes}
     write_json(path, metrics)

@@ -4,7 +4,6 @@ Tensors get other names and are not changed. Shapes: `N` images, `S` pixels, `D`
 """
 
 import copy
-import json
 import math
 import re
 import warnings
@@ -21,7 +20,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
 from modeling_moco import MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 from modeling_moco.modeling_moco import build_encoder
 
-from ..engine.run_folder import write_json
+from ..engine.run_folder import read_object, write_json
 
 Model = MoCoModel | MoCoForImageClassification
 
@@ -133,7 +132,7 @@ def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license
     if isinstance(model, MoCoForImageClassification):
         about["label_names"] = class_names(model)
     save_for_hf(exported, str(folder), about, safe_serialization=True, data_config=data_config(processor))
-    config = read_json(folder / "config.json")
+    config = read_written(folder / "config.json")
     config["pretrained_cfg"].pop("origin_url", None)  # of timm's weights
     arguments = {key: value for key, value in config.pop("model_args", {}).items() if key not in PASSED_BY_CALLERS}
     arguments |= model.config.model_args or {}
@@ -141,6 +140,11 @@ def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license
     config |= {"image_processor_type": "TimmWrapperImageProcessor"} | ({"model_args": arguments} if arguments else {})
     write_json(folder / "config.json", config)
     return True
+
+
+def read_written(path: Path) -> dict[str, Any]:
+    """A file of the folder that is being published."""
+    return read_object(path, "publish again")
 
 
 def class_names(model: MoCoForImageClassification) -> list[str]:
@@ -177,7 +181,7 @@ def save_resnet(model: Model, folder: Path, timm_config: dict[str, Any]) -> bool
     shared = {key: timm_config[key] for key in ("image_processor_type", "pretrained_cfg")}
     for name in ("config.json", "preprocessor_config.json"):
         path = folder / name
-        write_json(path, (read_json(path) if path.is_file() else {}) | shared)
+        write_json(path, (read_written(path) if path.is_file() else {}) | shared)
     return True
 
 
@@ -258,8 +262,3 @@ def save_onnx(program: torch.export.ExportedProgram, size: int, output: str, fol
             raise ValueError(f"the ONNX model differs by {difference:.1e}: publish without --onnx")
         worst = max(worst, difference)
     return worst
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content

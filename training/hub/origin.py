@@ -7,12 +7,18 @@ from typing import Any
 from modeling_moco import MoCoForImageClassification
 
 from ..engine.results import encoder_digest, read_results
-from ..engine.run_folder import CONVERSION, FIGURES, MANIFEST, METRICS, RESULTS, SAVED_RECIPE, read_json, read_sections
-from .exports import Model
-
-MEASURED = (  # what an entry of `results.json` must have
-    *("protocol", "feature", "metric", "value", "interval", "n", "seed", "settings", "data", "hardware"),
+from ..engine.run_folder import (
+    CONVERSION,
+    FIGURES,
+    MANIFEST,
+    METRICS,
+    SAVED_RECIPE,
+    may_leave,
+    read_metrics,
+    read_object,
+    read_sections,
 )
+from .exports import Model
 
 
 @dataclass(frozen=True)
@@ -37,25 +43,18 @@ class Origin:
     results: list[dict[str, Any]]
     figures: list[Path]
 
-    @property
-    def local_data(self) -> bool:
-        """Whether the images may be somebody's own: they were in a folder, or it is not known where they were."""
-        return self.metrics.get("data", {}).get("local") is not False
 
-
-# What a figure shows of the data. Whoever sees the first one sees images.
+# What a figure shows of the data.
 SHOWN = {
     "neighbours": "images of the train split and of the evaluated one, and names of their classes",
     "tsne": "a point for each image and the names of the classes, no image",
     "training_curves": "numbers of the training, nothing of the data",
 }
-WITH_IMAGES = ("neighbours",)
 
 
 def published_figures(origin: Origin, include_pictures: bool) -> list[Path]:
     """The figures to publish: those that show images of a local dataset only if asked for."""
-    private = origin.local_data and not include_pictures
-    return [path for path in origin.figures if not (private and path.stem in WITH_IMAGES)]
+    return [path for path in origin.figures if may_leave(path, origin.metrics.get("data", {}), include_pictures)]
 
 
 def describe_figures(origin: Origin, include_pictures: bool) -> list[str]:
@@ -77,7 +76,7 @@ def read_origin(source: Path, model: Model) -> Origin:
     run, final = _find_run(source)
     recipe = {} if run is None else _read_yaml(run / SAVED_RECIPE)
     encoder = model.moco if isinstance(model, MoCoForImageClassification) else model
-    metrics = {} if run is None else _read_json(run / METRICS)
+    metrics = {} if run is None else _read_metrics(run)
     if not final:  # of later weights: what was read is all that is the same
         metrics = {key: metrics[key] for key in ("data",) if key in metrics}
     return Origin(
@@ -114,12 +113,9 @@ def _read_own_results(home: Path, run: Path | None, digest: str, about_encoder: 
     """Results that were measured on the weights with this digest. Of a classifier none that another classifier had."""
     folders = {folder.resolve(): None for folder in (run, home) if folder is not None and folder.is_dir()}
     results = [(folder, entry) for folder in folders for entry in read_results(folder) if entry.get("model") == digest]
-    for folder, entry in results:
-        if missing := [key for key in MEASURED if key not in entry]:
-            raise ValueError(f"{folder / RESULTS} has an entry without {missing[0]}: correct it, or move the file away")
     if about_encoder:
         return [entry for _, entry in results]
-    own = ("weighted kNN", *(probe["protocol"] for probe in _read_json(home / METRICS).get("probes", [])))
+    own = ("weighted kNN", *(probe["protocol"] for probe in _read_metrics(home).get("probes", [])))
     return [entry for folder, entry in results if folder == home.resolve() or entry["protocol"].startswith(own)]
 
 
@@ -139,7 +135,9 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file() or path.is_symlink():
         return {}
-    content = read_json(path, "correct it, or move it away")
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not JSON of names and values: correct it, or move it away")
-    return content
+    return read_object(path, "correct it, or move it away")
+
+
+def _read_metrics(folder: Path) -> dict[str, Any]:
+    path = folder / METRICS
+    return {} if path.is_symlink() else read_metrics(path, "correct it, or move it away")

@@ -33,7 +33,7 @@ from ..cli import INCLUDE_PICTURES
 from ..engine.run_folder import write_json
 from ..errors import first_line
 from . import exports
-from .exports import Model, read_json
+from .exports import Model, read_written
 from .model_card import render_card
 from .origin import published_figures, read_origin
 
@@ -170,7 +170,7 @@ def _save_weights(model: Model, processor: MoCoImageProcessor, repo_id: str, lic
     config.architectures = [type(model).__name__]
     if exports.save_timm(model, processor, folder, license):
         section = config.to_dict() | {"transformers_weights": "moco.safetensors"}
-        whole = read_json(folder / "config.json") | {"auto_map": AUTO_MAP, "moco": section}
+        whole = read_written(folder / "config.json") | {"auto_map": AUTO_MAP, "moco": section}
         write_json(folder / "config.json", whole)
         save_file(model.state_dict(), folder / "moco.safetensors", metadata={"format": "pt"})
         exports.save_resnet(model, folder / "resnet", whole)
