@@ -300,7 +300,14 @@ def drawn(monkeypatch) -> list[Figure]:
     return kept
 
 
-@pytest.mark.parametrize("knn_k", [None, [200, 20], [200, 5, 10, 20, 50, 100]])
+@pytest.mark.parametrize(
+    "knn_k",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param([200, 20], marks=pytest.mark.slow),
+        [200, 5, 10, 20, 50, 100],
+    ],
+)
 def test_no_legend_lies_on_curves_and_no_word_is_cut(knn_k, drawn, tmp_path):
     more = {f"eval_knn_top1_k{k}": 61.25 for k in (knn_k or [])[1:]}
     regrouped = {"eval_contrast_top1": 12.53}

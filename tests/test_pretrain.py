@@ -49,7 +49,7 @@ TINY = [
 
 
 # Steps as those of another recipe: the symmetric one of CIFAR-10 and the second version's with 200 epochs stay.
-ALIKE = ("cifar10_r18_200ep", "moco_v1_r50_in1k_200ep", "moco_v2_r50_in1k_800ep")
+ALIKE = ("cifar10_r18_200ep", "cifar10_r18_symmetric_200ep", "moco_v1_r50_in1k_200ep", "moco_v2_r50_in1k_800ep")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +206,7 @@ def test_the_pipeline_loads_the_probe_and_reaches_its_accuracy(quickstart, scrip
     assert 100 * np.mean(hits) == pytest.approx(result["top1"], abs=0.5)
 
 
+@pytest.mark.slow
 def test_the_cached_probe_shares_the_features_of_knn(quickstart, script, capsys):
     folder, _, _ = quickstart
     script("knn").main([str(folder), "--use_cpu"])
@@ -505,6 +506,7 @@ def test_a_probe_of_a_folder_without_a_model_is_refused(tmp_path, script, capsys
         assert "pass the folder that a run saved to" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_launcher_shows_one_line_for_bad_input():
     result = launch("--recipe", "x")
     assert result.returncode != 0
@@ -546,7 +548,7 @@ def test_a_broken_file_is_named_skipped_and_counted(tmp_path, script, caplog):
 # Which weights, which images, which recipe
 
 
-@pytest.mark.parametrize("best_is_highest", [True, False])
+@pytest.mark.parametrize("best_is_highest", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_recorded_knn_is_that_of_the_saved_weights_whichever_epoch_they_are_of(best_is_highest, tmp_path):
     folder = tmp_path / "run"
     args = parse_pretrain([*TINY, "--num_train_epochs", "3", "--eval_every_n_epochs", "1", "--output_dir", str(folder)])

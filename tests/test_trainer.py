@@ -99,7 +99,10 @@ def test_weight_decay_reaches_batch_norm_and_biases(rows, tmp_path):
             assert decays[id(parameter)] == 0.01, name
 
 
-@pytest.mark.parametrize(("accumulate", "stop", "left"), [(1, 2, 10), (1, 8, 4), (2, 4, 4), (4, 3, 2)])
+@pytest.mark.parametrize(
+    ("accumulate", "stop", "left"),
+    [*(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 2, 10), (2, 4, 4))), (1, 8, 4), (4, 3, 2)],
+)
 def test_a_resumed_stream_decodes_no_image_that_it_skips(rows, tmp_path, accumulate, stop, left):
     options = {"stream": True, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": accumulate}
     build(rows, tmp_path, callback=StopAt(stop), **options).train()

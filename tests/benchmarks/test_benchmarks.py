@@ -30,7 +30,15 @@ TINY = {
     "folder": "--images 30 --classes 3 --rounds 1",
     "knn": "--bank 2000 --queries 50 --dim 16 --knn_k 20 --rounds 1",
 }
-SLOW = ("step", "train", "knn", "exchange", "folder")  # processes of their own, which take seconds to start
+SLOW = (
+    "step",
+    "train",
+    "knn",
+    "exchange",
+    "stream",
+    "data",
+    "folder",
+)  # many seconds, most with processes of their own
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TINY])
@@ -206,6 +214,7 @@ def test_official_views_are_blurred_where_they_are_of_photographs():
     assert np.std(PILBlur()(noise)) < np.std(noise)
 
 
+@pytest.mark.slow
 def test_the_cost_of_the_trainer_is_the_difference_of_its_medians():
     benchmark = trainer_overhead(rounds=1)
     more = 1000 * (benchmark.median("Trainer") - benchmark.median("plain loop"))

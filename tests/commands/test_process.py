@@ -148,6 +148,8 @@ def test_fine_tuning_on_a_full_disk_is_one_line_and_goes_on_when_there_is_room(e
 def start(words: list[str], **kwargs) -> subprocess.Popen:
     """A command in a process group of its own, as a terminal starts one."""
     env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    # Those that a shell starts in the background ignore Ctrl-C, these tests among them.
+    kwargs["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *words], env=env, text=True, start_new_session=True, **both, **kwargs)
 
@@ -184,6 +186,7 @@ def pretrain(folder: Path, *flags: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_run_with_its_workers_and_the_second_ends_at_once(tmp_path):
     folder = tmp_path / "run"
     with start(pretrain(folder, "--dataloader_num_workers", "1")) as process:
@@ -220,6 +223,7 @@ def test_ctrl_c_saves_a_run_on_two_processes_once(tmp_path):
     assert "[rank" not in err  # no traceback of ours
 
 
+@pytest.mark.slow
 def test_the_second_of_two_commands_in_one_folder_is_refused_in_one_line(tmp_path):
     folder = tmp_path / "run"
     with start(pretrain(folder, "--dataloader_num_workers", "0")) as first:

@@ -43,7 +43,10 @@ from training.convert.key_maps import RESNETS
             True,
             "official MoCo v1, resnet18, K 48, dim 16, epoch 200",
         ),  # as torch 1.3 wrote files
-        (mlp, "resnet50", 65536, False, "official MoCo v2, resnet50, K 65,536, dim 16, epoch 200"),
+        pytest.param(
+            *(mlp, "resnet50", 65536, False, "official MoCo v2, resnet50, K 65,536, dim 16, epoch 200"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_official_checkpoint_computes_what_torchvision_does_and_comes_back_bit_for_bit(

@@ -300,7 +300,7 @@ def test_what_was_published_can_be_saved_and_published_again(tmp_path):
 # ONNX, torch.export
 
 
-@pytest.mark.parametrize("stem", ["default", "small"])
+@pytest.mark.parametrize("stem", ["default", pytest.param("small", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # torch's own
 def test_onnx_and_torch_export_take_any_number_of_images(stem, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -479,7 +479,7 @@ print(json.dumps(found | {"scores": {entry["label"]: entry["score"] for entry in
 """
 
 
-@pytest.mark.parametrize("trust", ["trust", "no trust"])
+@pytest.mark.parametrize("trust", ["trust", pytest.param("no trust", marks=pytest.mark.slow)])
 def test_what_is_fine_tuned_by_a_stranger_and_saved_loads_again(resnet, trust, tmp_path):
     images()[2].save(tmp_path / "image.png")
     target = tmp_path / "tuned"

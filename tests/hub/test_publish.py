@@ -588,6 +588,7 @@ sys.exit(f"{failed} of {tried} failed" if failed or tried < 20 else 0)
 """
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_documentation_run_as_printed(hub, script, tmp_path):
     torch.manual_seed(0)
     encoder = MoCoModel(MoCoConfig(queue_size=64))

@@ -16,7 +16,7 @@ SPLITS, CHANNELS = 4, 3
 SHAPES = {  # (N, C, H, W), groups
     "fewer channels than a tile": ((8, 3, 5, 4), 4),
     "more channels than a tile": ((16, 70, 9, 9), 2),
-    "several parts in a group": ((8, 64, 40, 40), 2),
+    "several parts in a group": ((4, 64, 24, 24), 2),
     "maps of one pixel": ((8, 64, 1, 1), 2),
 }
 
