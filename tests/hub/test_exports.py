@@ -257,7 +257,7 @@ def test_training_state_travels_when_asked_for(tmp_path):
     alone = published(tmp_path / "saved", tmp_path / "alone")
     whole = published(tmp_path / "saved", tmp_path / "whole", include_training_state=True)
     assert_equal(MoCoModel.from_pretrained(whole).state_dict(), model.state_dict())
-    assert set(exports.read_json(whole / "config.json")) == set(exports.read_json(alone / "config.json"))
+    assert set(exports.read_written(whole / "config.json")) == set(exports.read_written(alone / "config.json"))
     fresh = MoCoModel.from_pretrained(alone)
     assert_equal(fresh.encoder_q.state_dict(), model.encoder_q.state_dict())
     assert fresh.dictionary.queue_ptr.item() == 0
@@ -290,9 +290,9 @@ def test_what_was_published_can_be_saved_and_published_again(tmp_path):
     for name in list_files(folder):
         if name != "config.json":  # whose keys come in another order
             assert (again / name).read_bytes() == (folder / name).read_bytes(), name
-    assert exports.read_json(again / "config.json") == exports.read_json(folder / "config.json")
+    assert exports.read_written(again / "config.json") == exports.read_written(folder / "config.json")
     MoCoForImageClassification.from_pretrained(folder).save_pretrained(tmp_path / "ours")
-    assert exports.read_json(tmp_path / "ours" / "config.json")["model_type"] == "moco"
+    assert exports.read_written(tmp_path / "ours" / "config.json")["model_type"] == "moco"
     back = MoCoForImageClassification.from_pretrained(tmp_path / "ours")
     assert_equal(back.state_dict(), model.state_dict())
 

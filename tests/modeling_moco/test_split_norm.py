@@ -146,7 +146,9 @@ def _type_of(name: str, pointer: str) -> str:
 
 
 def test_the_kernels_equal_float64(monkeypatch):
-    pytest.importorskip("triton", reason="no Triton for this platform")
+    # The interpreter of Triton 3.6 asks NumPy for what 2.5 no longer does.
+    oldest = None if torch.cuda.is_available() else "3.7"
+    pytest.importorskip("triton", oldest, reason="no Triton for this platform, or too old an interpreter")
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     errors = in_own_process(errors_of_kernels)
