@@ -1,7 +1,8 @@
 """BatchNorm over parts of a batch, as several GPUs would see it, on one device.
 
 Shapes: `N` batch, `G` groups of N / G consecutive images, `C` channels, `M` values of a channel in a group (N / G · H · W).
-The kernels call G, C and M `groups`, `channels` and `values`.
+The kernels call G, C and M `groups`, `channels` and `values`. Each of the three ways takes and returns maps (N, C, H, W) and
+changes the running statistics (C,) in place.
 """
 
 from typing import Any

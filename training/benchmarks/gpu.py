@@ -35,11 +35,11 @@ from modeling_moco.split_norm_moco import SplitBatchNorm2d, part_by_part
 from ..data.images import collate
 from ..data.sources import EvaluationDataArguments, load_images
 from ..engine.results import conditions
-from ..engine.run_folder import write_json, write_whole
+from ..engine.run_folder import write_whole
 from ..views.device import DeviceCrops, DeviceViews
 from ..views.pil import render_view
 from ..views.policy import build_policy, seeded_generator
-from .measure import Benchmark, draw_timings, time_rounds
+from .measure import Benchmark, draw_timings, time_rounds, write_numbers
 from .step import VARIANTS, build_steps
 from .train import PRETRAIN
 
@@ -99,16 +99,9 @@ def run(args: argparse.Namespace) -> list[Benchmark]:
 def _write(found: list[Benchmark | Check], folder: Path) -> None:
     checks = [row for row in found if isinstance(row, Check)]
     timed = [row for row in found if isinstance(row, Benchmark)]
-    content = conditions() | {
-        "checks": [vars(check) for check in checks],
-        "benchmarks": [
-            {"title": row.title, "remarks": row.remarks, "variants": {v: row.numbers(v) for v in row.seconds}}
-            for row in timed
-        ],
-    }
-    write_json(folder / "gpu.json", content)
+    write_numbers(timed, folder / "gpu.json", checks=[vars(check) for check in checks])
     tables = [*(f"- {check.line()}" for check in checks), *(f"\n```\n{row.table()}\n```" for row in timed)]
-    write_whole(folder / "gpu.md", f"# {content['hardware']}\n\n" + "\n".join(tables) + "\n")
+    write_whole(folder / "gpu.md", f"# {conditions()['hardware']}\n\n" + "\n".join(tables) + "\n")
     if timed:
         draw_timings(timed, folder / "gpu")
 

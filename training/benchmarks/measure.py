@@ -104,8 +104,8 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def write_numbers(benchmarks: list[Benchmark], path: Path) -> None:
-    """Every number, with versions, hardware, threads, command and commit."""
+def write_numbers(benchmarks: list[Benchmark], path: Path, **more: Any) -> None:
+    """Every number, and what more there is, with versions, hardware, threads, command and commit."""
     measured = [
         {
             "title": benchmark.title,
@@ -115,7 +115,7 @@ def write_numbers(benchmarks: list[Benchmark], path: Path) -> None:
         }
         for benchmark in benchmarks
     ]
-    content = conditions() | {"threads": torch.get_num_threads(), "benchmarks": measured}
+    content = conditions() | {"threads": torch.get_num_threads(), "benchmarks": measured} | more
     write_json(path, content)
 
 

@@ -15,8 +15,10 @@ from .process import command
 
 BENCHMARKS = {
     **{"data": data, "step": step, "train": train, "stream": stream},
-    **{"exchange": exchange, "knn": knn, "folder": folder, "gpu": gpu},
+    **{"exchange": exchange, "knn": knn, "folder": folder},
 }
+
+WRITE_AS_THEY_GO = {"gpu": gpu}  # to a folder of their own, row by row
 
 
 @command
@@ -24,15 +26,16 @@ def main(argv: list[str]) -> None:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for name, benchmark in BENCHMARKS.items():
+    for name, benchmark in (BENCHMARKS | WRITE_AS_THEY_GO).items():
         about = str(benchmark.__doc__)
         command = commands.add_parser(
             name, help=about.split("\n")[0], description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         benchmark.add_arguments(command)
-        command.add_argument("--json", type=Path, help="File for all numbers and what they were measured with.")
-        command.add_argument("--figure", type=Path, help="File for a figure, which is written as PNG and SVG.")
-        command.set_defaults(run=benchmark.run)
+        command.set_defaults(run=benchmark.run, json=None, figure=None)
+        if name in BENCHMARKS:
+            command.add_argument("--json", type=Path, help="File for all numbers and what they were measured with.")
+            command.add_argument("--figure", type=Path, help="File for a figure, which is written as PNG and SVG.")
     args = parser.parse_args(argv)
     with one_line_errors():
         results = args.run(args)
