@@ -26,16 +26,24 @@ from .engine.run_folder import FIGURES, METRICS, mark_ended, unused, write_json
 from .evaluation.knn import protocol
 from .recipe import PretrainArguments
 from .report import chance_loss, draw_curves, draw_features
+from .start import Start, begin_with
 from .trainer import MoCoTrainer
 from .views.pil import render_view
 
 PREVIEWED = 8  # images
 OFFICIAL_GPUS = 8  # that share a global batch in the papers
+QUEUES = {  # what `queue_start` does
+    "random": "begins with random keys",
+    "encode": "begins with keys of training images, which are encoded before the first step",
+}
 BOUND_BY_DATA = 10  # per cent of the time
 
 
-def build_trainer(args: PretrainArguments, splits: ImageSplits) -> MoCoTrainer:
+def build_trainer(args: PretrainArguments, splits: ImageSplits, start: Start | None = None) -> MoCoTrainer:
     """Model and trainer. Everything that the user's input can break breaks here, before any time is spent.
+
+    Args:
+        start: weights that the model begins with; None for random ones.
 
     Raises:
         ValueError: with the value, the rule and the remedy.
@@ -59,6 +67,10 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits) -> MoCoTrainer:
             print(f"The kNN monitor is off: {missing}.")
     set_seed(training.seed)
     model = MoCoModel(args.config)
+    if start is not None:
+        begin_with(model, start)
+        if training.queue_start is None and not start.has_queue:
+            training.queue_start = "encode"
     check_image_size(model, data.image_size)
     render = build_render(data, compiled=training.torch_compile)
     return MoCoTrainer(model, training, train, data.image_processor(args.config), bank, queries, render)
@@ -84,10 +96,10 @@ def check_image_size(model: MoCoModel, size: int) -> None:
         ) from error
 
 
-def announce(args: PretrainArguments, trainer: MoCoTrainer) -> None:
+def announce(args: PretrainArguments, trainer: MoCoTrainer, start: Start | None = None) -> None:
     """Say what is about to run, in the numbers that decide its result."""
     training, config = args.training, args.config
-    if args.default_recipe:
+    if "recipe" not in args.given:
         print(
             "No --recipe given: running 'quickstart'. For your own images:\n"
             f"  {how_to_run('pretrain')} --recipe moco_v2_r50_in1k_200ep --dataset_name FOLDER "
@@ -102,6 +114,12 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer) -> None:
         f"accumulated), learning rate {training.learning_rate:g}, {config.architecture}, K {config.queue_size:,}, "
         f"m {config.key_momentum:g}, T {config.temperature:g}, to {training.output_dir}"
     )
+    if start is not None:
+        print(f"    start: from {args.init_from} ({start.checkpoint})")
+    for note in [] if start is None else start.notes:
+        print(f"         - {note}")
+    if training.queue_start is not None:
+        print(f"    queue: {QUEUES[training.queue_start]}")
     print(
         f"  reading: the loss may rise while keys replace the random queue, and stay near {'2 ' * config.symmetric_loss}"
         f"log(1+K) = {chance_loss(config):.2f}, where all keys look alike, for a while. That is not a fault: watch "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,18 @@ from modeling_moco import MoCoConfig
 
 from .cli import build_parser, default_values, how_to_run, nearest_name, offered, parse_flags
 from .data.sources import DataArguments
-from .engine.run_folder import FREE_TO_CHANGE, read_sections, shown
+from .engine.run_folder import FREE_TO_CHANGE, START, WEIGHTS, read_sections, shown
 from .evaluation.probe_arguments import LinearProbeArguments
+from .start import Start
 from .trainer import MoCoTrainingArguments
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "quickstart"
 BASED_ON = "Based on recipe "
+INIT_FROM = (
+    "Weights to begin with instead of random ones: the folder of a run, a model on the Hub (of MoCo, or of timm as "
+    "timm/resnet50.a1_in1k), or a checkpoint that `convert` reads. What does not fit is new, and is named."
+)
 ABOUT = ("title", "source", "command", "hardware", "expected")
 # Settings that neither the weights nor a result depend on, beside those that a continued run may change.
 WITHOUT_RESULT = FREE_TO_CHANGE | {
@@ -43,6 +49,7 @@ def _model_arguments() -> type:
             if isinstance(f.default, tuple):  # a list on the command line
                 default = {"default_factory": partial(list, f.default)}
             fields.append((f.name, hints[f.name], dataclasses.field(**default, metadata={"help": help_texts[f.name]})))
+    fields.append(("init_from", str | None, dataclasses.field(default=None, metadata={"help": INIT_FROM})))
     return dataclasses.make_dataclass(
         "ModelArguments", fields, namespace={"_argument_group_name": "model (MoCoConfig)"}
     )
@@ -82,7 +89,8 @@ class PretrainArguments:
 
     Args:
         settings: the values that either of them gave.
-        default_recipe: whether the command line named no recipe.
+        given: names of the values that the command line set itself.
+        init_from: the weights to begin with, None for random ones.
         preview_views: a figure to draw instead of training, without its suffix.
     """
 
@@ -91,8 +99,15 @@ class PretrainArguments:
     config: MoCoConfig
     training: MoCoTrainingArguments
     settings: dict[str, dict[str, Any]]
-    default_recipe: bool = False
+    given: frozenset[str] = frozenset()
+    init_from: str | None = None
     preview_views: Path | None = None
+
+    def begin_with(self, start: Start) -> None:
+        """Make the weights part of the run, and normalise images as they were trained to see them."""
+        self.settings[START] = {"model": self.init_from, WEIGHTS: start.digest}
+        for name in {"image_mean", "image_std"} - self.given:
+            setattr(self.config, name, getattr(start.checkpoint.config, name))
 
     @property
     def changed(self) -> list[str]:
@@ -126,9 +141,8 @@ def recipe_names() -> list[str]:
 
 def sections() -> dict[str, list[str]]:
     """Keys that each section of a recipe may have."""
-    return {"about": list(ABOUT)} | {
-        section: [f.name for f in offered(kind)] for section, kind in (PARTS | PROBE).items()
-    }
+    of_flags = {section: [f.name for f in offered(kind)] for section, kind in (PARTS | PROBE).items()}
+    return {"about": list(ABOUT), START: ["model", WEIGHTS]} | of_flags  # the second is in the recipe.yaml of a run
 
 
 def load_recipe(name_or_path: str) -> Recipe:
@@ -225,9 +239,12 @@ def parse_pretrain(argv: list[str]) -> PretrainArguments:
         settings["data"]["dataset_name"] = data.dataset_name  # absolute, where it is a folder
     settings["probe"] = recipe.probe
     preview = None if namespace.preview_views is None else _figure_path(namespace.preview_views)
-    config = MoCoConfig(**dataclasses.asdict(model))
-    default = "recipe" not in parser.given(argv)
-    return PretrainArguments(recipe, data, config, training, settings, default, preview)
+    of_model = dataclasses.asdict(model)
+    init_from = of_model.pop("init_from")
+    if init_from is not None and os.path.exists(init_from):
+        init_from = settings["model"]["init_from"] = os.path.abspath(init_from)  # the run is continued from anywhere
+    given = frozenset(parser.given(argv))
+    return PretrainArguments(recipe, data, MoCoConfig(**of_model), training, settings, given, init_from, preview)
 
 
 def _figure_path(name: str) -> Path:

@@ -4,20 +4,22 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from itertools import chain, count, islice
+from typing import ClassVar, Literal
 
 import datasets
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy
 
 from modeling_moco import MoCoModel
-from modeling_moco.distributed_moco import gather, world_size
+from modeling_moco.distributed_moco import gather, rank, world_size
 
 from .cli import INCLUDE_PICTURES
 from .data.images import MapImages, StreamedImages, TrainingImages, collate
@@ -64,6 +66,13 @@ class MoCoTrainingArguments(SGDTrainingArguments):
     knn_features: Feature = field(default="backbone", metadata={"help": "Features of the monitor: backbone or head."})
     include_pictures: bool = field(
         default=False, metadata={"help": f"With push_to_hub, and trackers that are elsewhere: {INCLUDE_PICTURES}"}
+    )
+    queue_start: Literal["random", "encode"] | None = field(
+        default=None,
+        metadata={
+            "help": "Keys in the queue before the first step: random ones, or those of training images that the key encoder "
+            "encodes. By default encode with init_from, unless a queue comes along, and random without."
+        },
     )
     dataloader_drop_last: bool = field(default=True)  # the queue needs whole batches
     ddp_broadcast_buffers: bool | None = field(default=False)  # ranks keep their BatchNorm statistics, queues are equal
@@ -175,7 +184,9 @@ class MoCoTrainer(SGDTrainer):
         self._logged_at = time.perf_counter()
         self._waited = 0.0  # seconds for images, since the last log
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if not resume_from_checkpoint:
+            self._fill_queue()
         if world_size() > 1:  # ranks may have drawn different queues; from here on they stay equal
             for buffer in self.model.dictionary.buffers():
                 dist.broadcast(buffer, src=0)
@@ -183,7 +194,38 @@ class MoCoTrainer(SGDTrainer):
         with warnings.catch_warnings():
             # torch 2.14 itself says to keep it where each rank has buffers of its own when training begins.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @torch.no_grad()
+    def _fill_queue(self) -> None:
+        """Give the queue the keys that `queue_start` asks for. It is the same again if the run is begun again."""
+        dictionary, epoch = self.model.dictionary, math.ceil(self.args.num_train_epochs)
+        if self.args.queue_start == "random":
+            dictionary.reset()
+        if self.args.queue_start != "encode":
+            return
+        needed = math.ceil(
+            self.model.config.queue_size / (self.args.world_size * self.args.per_device_train_batch_size)
+        )
+        epochs = chain.from_iterable(
+            map(self._batches_of, count(epoch))
+        )  # the queue may hold more images than there are
+        batches = tqdm(islice(epochs, needed), "encoding the queue", needed, disable=rank() > 0 or None)
+        self.model.train()  # keys are normalised by their batch, as in training
+        for number, batch in enumerate(batches):
+            self.model.shuffle_generator = seeded_generator(self.args.seed, epoch, number)
+            views = self.make_views(batch)
+            with self.compute_loss_context_manager():
+                keys = self.model.encode_keys(views[VIEWS[1]])
+            dictionary.enqueue(keys)
+
+    def _batches_of(self, epoch: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The batches of this process in an epoch that the run itself does not reach."""
+        loader = self.get_train_dataloader()
+        self.train_dataset.set_epoch(epoch)
+        if hasattr(loader, "set_epoch"):  # accelerate's: the order
+            loader.set_epoch(epoch)
+        yield from loader
 
     def build_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, StreamedImages):

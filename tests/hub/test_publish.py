@@ -1,7 +1,6 @@
 """Publishing to a Hub on this machine with the true client: pushed once, loaded everywhere; and what goes wrong on the way."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from hub_server import TOKEN, Hub, metadata_errors
+from hub_server import TOKEN, environment, metadata_errors
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 from tiny_trainer import build, image_rows
@@ -75,24 +74,6 @@ except OSError as error:
     found["secret"] = str(error)
 print(json.dumps(found))
 """
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub with nothing in it, which this process takes for the true one, and a token that may write."""
-    hub = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield hub
-    hub.close()
-
-
-def environment(hub: Hub, folder: Path, token: str | None = None) -> dict[str, str]:
-    env = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"}
-    env |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder), "OMP_NUM_THREADS": "1"}
-    return env | {"TRANSFORMERS_VERBOSITY": "error"} | ({"HF_TOKEN": token} if token else {})
 
 
 @pytest.fixture(scope="module")

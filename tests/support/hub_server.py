@@ -7,9 +7,11 @@ the checks that the Hub makes of a card's metadata. Faults are set on `Hub`.
 import base64
 import hashlib
 import json
+import os
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import yaml
@@ -82,6 +84,13 @@ class Hub:
         self.open.set()
         self.server.shutdown()
         self.server.server_close()
+
+
+def environment(hub: Hub, folder: Path, token: str | None = None) -> dict[str, str]:
+    """Of a process that takes it for the true Hub, with a cache in `folder`."""
+    env = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"}
+    env |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    return env | {"TRANSFORMERS_VERBOSITY": "error"} | ({"HF_TOKEN": token} if token else {})
 
 
 def metadata_errors(card: str) -> list[str]:

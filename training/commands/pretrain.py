@@ -17,6 +17,7 @@ from ..hub.repository import PublishCallback
 from ..memory import keep_freed_memory
 from ..pretrain import announce, build_trainer, describe_bottleneck, finish, preview_views
 from ..recipe import PretrainArguments, parse_pretrain
+from ..start import read_start
 from .process import command
 
 
@@ -37,14 +38,17 @@ def main(argv: list[str]) -> None:
         if has_ended(args.training, args.settings, args.defaults):
             publish_end(args, publisher)
             return
+        start = None if args.init_from is None else read_start(args.init_from, args.config)
+        if start is not None:
+            args.begin_with(start)
         splits = load_images(args.data)
-        trainer = build_trainer(args, splits)
+        trainer = build_trainer(args, splits, start)
         if publisher is not None:
             trainer.add_callback(publisher)  # after the trainer's own, which complete a checkpoint
         layout = trainer.batch_layout
         checkpoint = claim_output_dir(args.training, layout, args.settings, args.defaults, args.about, splits.place)
     if trainer.is_world_process_zero():
-        announce(args, trainer)
+        announce(args, trainer, start)
         if checkpoint:
             print(f" continue: from {checkpoint}")
     args.training.eval_on_start = args.training.eval_strategy != "no" and checkpoint is None

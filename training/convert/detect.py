@@ -84,7 +84,7 @@ class Checkpoint:
         ]
         if wrong:
             raise ValueError(
-                f"{self.source} ({self}) is not a complete model: {_few(wrong)}. It is damaged or another model: download or "
+                f"{self.source} ({self}) is not a complete model: {few(wrong)}. It is damaged or another model: download or "
                 "copy it again"
             )
         copies = {name: self.state[name].detach().clone(memory_format=torch.contiguous_format) for name in expected}
@@ -115,10 +115,10 @@ def read_file(path: Path) -> Checkpoint:
     unknown = [name for name in there if name not in left_out and rename(name, layout.names) is None]
     if unknown:
         raise ValueError(
-            f"{path} ({layout.title}) contains {_few(unknown)}, which MoCo does not have: it is another model. {_convertible()}"
+            f"{path} ({layout.title}) contains {few(unknown)}, which MoCo does not have: it is another model. {_convertible()}"
         )
     state = {rename(name, layout.names) or "": tensor for name, tensor in there.items() if name not in left_out}
-    notes = [f"left out: {_few(left_out)}"] if left_out else []
+    notes = [f"left out: {few(left_out)}"] if left_out else []
     queue = state.get("dictionary.queue")
     if queue is not None and queue.dim() == 3 and len(queue) == 2:
         state["dictionary.queue"] = queue[0]
@@ -186,18 +186,18 @@ def _recognise(path: Path, content: dict[Any, Any]) -> tuple[Layout, State, str]
 
     layout = next((layout for layout in LAYOUTS if has(layout.signature)), None)
     if layout is None:
-        what = next((what for signature, what in FOREIGN if has(signature)), f"unknown names ({_few(list(state))})")
+        what = next((what for signature, what in FOREIGN if has(signature)), f"unknown names ({few(list(state))})")
         raise ValueError(f"{path} contains {what}: {_convertible()}")
     bare = [str(name) for name in inner if not str(name).startswith(WRAPPED)]
     if 0 < len(bare) < len(inner):
         raise ValueError(
-            f"{path} ({layout.title}) contains {_few(bare)} without the prefix {WRAPPED}, and other tensors with it: delete "
+            f"{path} ({layout.title}) contains {few(bare)} without the prefix {WRAPPED}, and other tensors with it: delete "
             "one of the two kinds, or rename it"
         )
     wrong = [name for name, tensor in state.items() if not _is_plain(tensor)]
     if wrong:
         raise ValueError(
-            f"{path} ({layout.title}) contains {_few(wrong)}, which are not dense tensors with data: ask its author for a file "
+            f"{path} ({layout.title}) contains {few(wrong)}, which are not dense tensors with data: ask its author for a file "
             "with dense tensors"
         )
     return layout, state, "" if bare else WRAPPED
@@ -250,7 +250,7 @@ def _recognise_moco(architecture: str, state: State) -> tuple[MoCoConfig, State,
             break
     else:  # without the head that made the keys, the queue and the key encoder are useless
         kept = {name: tensor for name, tensor in state.items() if name.startswith("encoder_q.")}
-        shapes = _few([f"{name} {tuple(tensor.shape)}" for name, tensor in head.items()]) or "none at all"
+        shapes = few([f"{name} {tuple(tensor.shape)}" for name, tensor in head.items()]) or "none at all"
         remark = f"only the encoder is kept: the projection head ({shapes}) is not MoCo's, and the keys depend on it"
         return MoCoConfig(architecture=architecture), kept, [remark]
     version = PUBLISHED[config.projection_head][0]
@@ -285,7 +285,7 @@ def recognise_resnet(path: Path, encoder: State) -> str:
             return name
     nearest = min(wrong, key=lambda name: len(wrong[name]))
     raise ValueError(
-        f"{path} does not contain a ResNet of torchvision; compared with {nearest}, {_few(wrong[nearest])}. It is damaged or "
+        f"{path} does not contain a ResNet of torchvision; compared with {nearest}, {few(wrong[nearest])}. It is damaged or "
         "another model: download or copy it again"
     )
 
@@ -323,6 +323,7 @@ def _number(tensor: torch.Tensor) -> str:
     return "floating point" if tensor.is_floating_point() else "integer" if tensor.dtype in INTEGERS else "neither"
 
 
-def _few(phrases: list[str]) -> str:
+def few(phrases: list[str]) -> str:
+    """The first three phrases, and how many more there are."""
     printable = [repr(phrase)[1:-1] for phrase in phrases[:3]]  # names from files are printed on the terminal
     return ", ".join(printable) + (f" and {len(phrases) - 3:,} more" if len(phrases) > 3 else "")

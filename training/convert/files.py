@@ -25,9 +25,10 @@ from ..cli import build_parser, how_to_run, nearest_name
 from ..engine.run_folder import CONVERSION, read_json, write_json
 from ..errors import first_line, one_line
 from .detect import Checkpoint, known_values, read_file
-from .key_maps import CLASSIFIER, DETECTRON2, OFFICIAL, RESNETS, WITH_HEAD, WITHOUT_HEAD, WRAPPED, rename_back
+from .key_maps import CLASSIFIER, DETECTRON2, OFFICIAL, RESNETS, WITH_HEAD, WITHOUT_HEAD, WRAPPED, State, rename_back
 
 SUFFIXES = (".tar", ".pth", ".pt", ".pkl", ".ckpt")  # suffixes of checkpoint files
+OF_THE_CLASSIFIER = ("num_classes", "in_chans")  # model_args of timm that an encoder of colour images has no choice in
 DAMAGED = (
     ValueError,
     TypeError,
@@ -92,7 +93,7 @@ def parse_convert(argv: list[str]) -> tuple[str, Path, str]:
 
 
 def read(source: str) -> Checkpoint:
-    """Read a checkpoint file of any kind in `LAYOUTS`, or a model directory or Hub repository of this project.
+    """Read a checkpoint file of any kind in `LAYOUTS`, or a folder or Hub repository of this project or of timm.
 
     Raises:
         ValueError: the source does not exist, is damaged, is of another kind or needs code; or its tensors are not a complete
@@ -104,10 +105,13 @@ def read(source: str) -> Checkpoint:
 def _read_model(source: str) -> Checkpoint:
     try:
         content, _ = MoCoConfig.get_config_dict(source)
+        weights = content.get("transformers_weights", SAFE_WEIGHTS_NAME)
+        if "architecture" in content and "pretrained_cfg" in content:
+            return _of_timm(source, content, load_file(str(cached_file(source, weights)))).checked()
         if content.get("model_type") != MoCoConfig.model_type:
             raise OSError(f"model_type {content.get('model_type')} in config.json")
         config = MoCoConfig.from_pretrained(source)
-        state = load_file(str(cached_file(source, content.get("transformers_weights", SAFE_WEIGHTS_NAME))))
+        state = load_file(str(cached_file(source, weights)))
     except (OSError, SafetensorError, StrictDataclassError, *DAMAGED) as error:
         what = (
             "does not contain a MoCo model"
@@ -118,6 +122,23 @@ def _read_model(source: str) -> Checkpoint:
         raise ValueError(f"{source} {what} ({reason}): pass a checkpoint, or the folder that a run saved to") from error
     title = "MoCo classifier" if "classifier.weight" in state else "MoCo"
     return Checkpoint(source, title, config, state, _read_about(Path(source) / CONVERSION)).checked()
+
+
+def _of_timm(source: str, content: dict[str, Any], state: State) -> Checkpoint:
+    """The encoder of a timm model, from its config.json and its tensors."""
+    told, given = content["pretrained_cfg"], content.get("model_args") or {}
+    config = MoCoConfig(
+        architecture=content["architecture"],
+        model_args={name: value for name, value in given.items() if name not in OF_THE_CLASSIFIER} or None,
+        image_mean=list(told["mean"]),
+        image_std=list(told["std"]),
+    )
+    heads = told.get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
+    names = {name: name.removeprefix("timm_model.") for name in state}  # transformers' TimmWrapper adds that
+    encoder = {f"encoder_q.{names[name]}": x for name, x in state.items() if not names[name].startswith(heads)}
+    notes = ["left out: its classifier"] if len(encoder) < len(state) else []
+    return Checkpoint(source, "timm", config, encoder, notes=notes)
 
 
 def _read_about(path: Path) -> dict[str, Any]:

@@ -62,8 +62,9 @@ FREE_TO_CHANGE = {
     *("knn_k", "knn_temperature", "knn_bank_size", "knn_features"),
 }
 NOT_OF_THE_RUN = ("probe",)  # section of a recipe for later commands
-WEIGHTS = "weights"  # in the section "encoder" of an evaluation: digest of the weights that it began with
-PATHS = ("dataset_name", "model")  # settings that may be folders
+START = "start"  # section of a recipe.yaml about the weights that a pretraining run began with
+WEIGHTS = "weights"  # there, and in the section "encoder" of an evaluation: digest of the weights that it began with
+PATHS = ("dataset_name", "model", "init_from")  # settings that may be folders
 
 
 # PyYAML raises these of Python for a value that its tag does not fit, as `!!int ''`, and for very deep nesting.
@@ -227,7 +228,8 @@ def check_same_run(folder: Path, settings: dict[str, dict[str, Any]], defaults: 
                     f"output_dir ({folder}) already holds another run: {shown(key)} is {shown(then.get(key))} there and "
                     f"{shown(now.get(key))} here. Pass another --output_dir, or the same settings to continue it"
                 )
-    _check_same_encoder(folder, saved.get("encoder", {}), settings.get("encoder", {}))
+    for section in ("encoder", START):
+        _check_same_encoder(folder, saved.get(section, {}), settings.get(section, {}))
 
 
 def _check_same_encoder(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -20,7 +20,18 @@ PLACES = (Path(__file__).with_name("model_card.md"), Path(__file__).parents[2] /
 TEMPLATE = next(path for path in PLACES if path.is_file())
 SHOWN_SECTIONS = ("data", "model", "training")  # of a recipe; what it was expected to reach is no result
 # Settings of training whose values are shown though they are words: others may say where on this machine something is.
-WORDS = ("optim", "optim_args", "lr_scheduler_type", "eval_strategy", "save_strategy", "knn_features", "mode")
+WORDS = (
+    *(
+        "optim",
+        "optim_args",
+        "lr_scheduler_type",
+        "eval_strategy",
+        "save_strategy",
+        "knn_features",
+        "queue_start",
+        "mode",
+    ),
+)
 
 
 def public_name(dataset: str, local: bool | None = None) -> str:
@@ -62,6 +73,7 @@ def render_card(
         pipeline_tag=task,
         tags=["moco", "contrastive-learning", "self-supervised-learning", model.config.architecture],
         datasets=_hub_datasets(origin),
+        base_model=_base_model(origin),
         metrics=["accuracy"] if results else None,
         model_name=name,
         eval_results=[_eval_result(entry) for entry in results] or None,
@@ -122,6 +134,8 @@ def _training(origin: Origin) -> str:
     about, metrics = origin.recipe.get("about", {}), origin.metrics
     source = f" (source: {about['source']})" if "source" in about else ""
     sentences = [f"{about['title']}{source}." if "title" in about else "", *_ran(metrics)]
+    if (began := _start(origin)) is not None:
+        sentences.append(f"It began with the weights of `{began}`.")
     if converted := origin.conversion:
         epoch = f", epoch {converted['epoch']:g}" if "epoch" in converted else ""
         sentences.append(f"Converted from `{converted['file']}` ({converted['format']}{epoch}).")
@@ -145,6 +159,8 @@ def _settings(origin: Origin) -> dict[str, dict[str, Any]]:
     sections = {name: dict(origin.recipe.get(name, {})) for name in SHOWN_SECTIONS}
     if dataset := _dataset(origin):
         sections["data"]["dataset_name"] = dataset
+    if (began := _start(origin)) is not None:
+        sections["model"]["init_from"] = began
     sections["training"] = _public(sections["training"])
     sections["fine-tuning" if origin.fine_tuned else "probe"] = _public(origin.evaluation)
     return {name: values for name, values in sections.items() if values}
@@ -164,6 +180,17 @@ def _public(settings: dict[str, Any]) -> dict[str, Any]:
 def _hub_datasets(origin: Origin) -> list[str] | None:
     given, name = origin.recipe.get("data", {}).get("dataset_name"), _dataset(origin)
     return [given] if given is not None and name == given and "/" in given else None
+
+
+def _start(origin: Origin) -> str | None:
+    """The weights that the run began with: a name on the Hub, or of a file or folder; None for random ones."""
+    source = origin.recipe.get("model", {}).get("init_from")
+    return None if source is None else public_name(source)
+
+
+def _base_model(origin: Origin) -> str | None:
+    source, name = origin.recipe.get("model", {}).get("init_from"), _start(origin)
+    return name if name is not None and name == source and "/" in name else None
 
 
 def _newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
