@@ -19,8 +19,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 SCRIPTS = {name: module for name, (module, _) in COMMANDS.items()}
 # By python, by a launcher or by SLURM. One without flags is the name of a script in a sentence.
 STARTED = re.compile(r"(?:python |accelerate launch .*|sbatch )(?:scripts|configs/slurm)/(\w+)\.(?:py|sbatch)\b(.*)")
-# By python, by a launcher or by SLURM. One without flags is the name of a script in a sentence.
-STARTED = re.compile(r"(?:python |accelerate launch .*|sbatch )(?:scripts|configs/slurm)/(\w+)\.(?:py|sbatch)\b(.*)")
 PARSERS = {
     "pretrain": parse_pretrain,
     "knn": parse_knn,

@@ -13,7 +13,7 @@
     benchmarks/ one module for each claim about speed and memory
     evaluation/ kNN, linear probe, fine-tuning: what features are worth
     hub/        what is published, and its way to the Hub
-    convert/    checkpoints of other code, in and out
+    convert/    checkpoints of other code, in and out, and to begin a run with
     engine/     the trainer that all methods share, checkpoints, the folder of a run, results, trackers
     data/       from the name of a dataset to rows, and from rows to images
     views/      random parameters of a view, and three backends that render it

@@ -15,6 +15,7 @@ from modeling_moco import MoCoModel
 
 from . import plots
 from .cli import how_to_run
+from .convert.start import Start, begin_with
 from .data.decode import decode_image
 from .data.images import MapImages, StreamedImages
 from .data.pipeline import build_render, training_images, two_views
@@ -26,7 +27,6 @@ from .engine.run_folder import FIGURES, METRICS, mark_ended, unused, write_json
 from .evaluation.knn import protocol
 from .recipe import PretrainArguments
 from .report import chance_loss, draw_curves, draw_features
-from .start import Start, begin_with
 from .trainer import MoCoTrainer
 from .views.pil import render_view
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from modeling_moco import MoCoConfig
 
 from .cli import build_parser, default_values, how_to_run, nearest_name, offered, parse_flags
+from .convert.start import Start
 from .data.sources import DataArguments
 from .engine.run_folder import FREE_TO_CHANGE, START, WEIGHTS, read_sections, shown
 from .evaluation.probe_arguments import LinearProbeArguments
-from .start import Start
 from .trainer import MoCoTrainingArguments
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -8,6 +8,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from ..cli import how_to_run
+from ..convert.start import read_start
 from ..data.sources import ImageSplits, load_images
 from ..engine.checkpoints import claim_output_dir, decided_by_main, has_ended
 from ..engine.run_folder import REPORT, UNREADABLE, unused
@@ -17,7 +18,6 @@ from ..hub.repository import PublishCallback
 from ..memory import keep_freed_memory
 from ..pretrain import announce, build_trainer, describe_bottleneck, finish, preview_views
 from ..recipe import PretrainArguments, parse_pretrain
-from ..start import read_start
 from .process import command
 
 

@@ -8,9 +8,9 @@ import torch
 
 from modeling_moco import MoCoConfig, MoCoModel
 
-from .convert.detect import Checkpoint, few
-from .convert.files import read
-from .convert.key_maps import State
+from .detect import Checkpoint, few
+from .files import read
+from .key_maps import State
 
 PREFIXES = ("hf-hub:", "local-dir:")  # that timm writes before the name of a repository or a folder
 KEY_SIDE = ("encoder_k", "projector_k")

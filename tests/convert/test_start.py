@@ -11,10 +11,10 @@ from transformers import TrainerCallback
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 from training.convert.files import read
+from training.convert.start import begin_with, read_start
 from training.data.sources import load_images
 from training.pretrain import announce, build_trainer
 from training.recipe import load_recipe, parse_pretrain
-from training.start import begin_with, read_start
 
 TINY = [
     *("--dataset_name", "digits", "--max_train_samples", "64", "--max_eval_samples", "16", "--image_size", "32"),
