@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from foreign_checkpoints import lincls, official, prefixed, resave
+from ranks import join_trainers, run_ranks
 from timm.models import save_for_hf
 from tiny_models import assert_equal, key_parts, moco_config, query_parts
 from tiny_trainer import StopAt, build, image_rows, tiny_model
@@ -134,6 +135,8 @@ def test_timms_weights_are_taken_with_their_mean_and_std(architecture, tmp_path)
     assert_equal(mine, {name: theirs[name] for name in mine})
     assert len(theirs) == len(mine) + 2  # without weight and bias of its classifier
     assert args.config.image_mean == [0.1, 0.2, 0.3]
+    with pytest.raises(ValueError, match=r"does not contain a MoCo model \(model_type timm_wrapper"):
+        read(str(tmp_path / "timm"))  # a converted model is published as one that MoCo has trained
     args = parse_pretrain([*flags, "--image_mean", "0.4", "0.4", "0.4"])
     args.begin_with(begun)
     assert args.config.image_mean == [0.4, 0.4, 0.4]
@@ -275,3 +278,17 @@ def test_an_encoded_queue_is_the_same_when_a_run_begins_again(tmp_path):
         build(image_rows(), tmp_path / name, callback=seen, queue_start="encode").train()
         found.append(seen.queue)
     assert torch.equal(*found)
+
+
+def _rank(rank, folder):
+    join_trainers(rank, folder, 2)
+    seen = StepZero()
+    build(image_rows(), f"{folder}/run", callback=seen, queue_start="encode", per_device_train_batch_size=2).train()
+    torch.save(seen.queue, f"{folder}/{rank}.pt")
+
+
+def test_two_processes_fill_one_queue_with_the_images_of_both(tmp_path):
+    run_ranks(_rank, (str(tmp_path),), 2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)
+    assert len(torch.unique(first.T, dim=0)) == 16  # of four batches of two from each process

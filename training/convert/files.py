@@ -8,7 +8,7 @@ import io
 import os
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,26 +92,28 @@ def parse_convert(argv: list[str]) -> tuple[str, Path, str]:
 # Reading
 
 
-def read(source: str) -> Checkpoint:
-    """Read a checkpoint file of any kind in `LAYOUTS`, or a folder or Hub repository of this project or of timm.
+def read(source: str, of_timm: bool = False) -> Checkpoint:
+    """Read a checkpoint file of any kind in `LAYOUTS`, or a model directory or Hub repository of this project.
+
+    Args:
+        of_timm: whether it may be timm's too, which no contrastive training has seen.
 
     Raises:
         ValueError: the source does not exist, is damaged, is of another kind or needs code; or its tensors are not a complete
             model.
     """
-    return read_file(Path(source)) if os.path.isfile(source) else _read_model(source)
+    return read_file(Path(source)) if os.path.isfile(source) else _read_model(source, of_timm)
 
 
-def _read_model(source: str) -> Checkpoint:
+def _read_model(source: str, of_timm: bool) -> Checkpoint:
     try:
         content, _ = MoCoConfig.get_config_dict(source)
         weights = content.get("transformers_weights", SAFE_WEIGHTS_NAME)
-        if "architecture" in content and "pretrained_cfg" in content:
-            return _of_timm(source, content, load_file(str(cached_file(source, weights)))).checked()
-        if content.get("model_type") != MoCoConfig.model_type:
+        from_timm = of_timm and "architecture" in content and "pretrained_cfg" in content
+        if not from_timm and content.get("model_type") != MoCoConfig.model_type:
             raise OSError(f"model_type {content.get('model_type')} in config.json")
-        config = MoCoConfig.from_pretrained(source)
         state = load_file(str(cached_file(source, weights)))
+        config = _timm_config(content) if from_timm else MoCoConfig.from_pretrained(source)
     except (OSError, SafetensorError, StrictDataclassError, *DAMAGED) as error:
         what = (
             "does not contain a MoCo model"
@@ -120,25 +122,31 @@ def _read_model(source: str) -> Checkpoint:
         )
         reason = one_line(first_line(error.__cause__ if isinstance(error, StrictDataclassError) else error))
         raise ValueError(f"{source} {what} ({reason}): pass a checkpoint, or the folder that a run saved to") from error
+    if from_timm:
+        return _timm_encoder(source, config, content["pretrained_cfg"].get("classifier") or (), state).checked()
     title = "MoCo classifier" if "classifier.weight" in state else "MoCo"
     return Checkpoint(source, title, config, state, _read_about(Path(source) / CONVERSION)).checked()
 
 
-def _of_timm(source: str, content: dict[str, Any], state: State) -> Checkpoint:
-    """The encoder of a timm model, from its config.json and its tensors."""
+def _timm_config(content: dict[str, Any]) -> MoCoConfig:
     told, given = content["pretrained_cfg"], content.get("model_args") or {}
-    config = MoCoConfig(
+    return MoCoConfig(
         architecture=content["architecture"],
         model_args={name: value for name, value in given.items() if name not in OF_THE_CLASSIFIER} or None,
         image_mean=list(told["mean"]),
         image_std=list(told["std"]),
     )
-    heads = told.get("classifier") or ()
-    heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
+
+
+def _timm_encoder(source: str, config: MoCoConfig, classifier: str | Iterable[str], state: State) -> Checkpoint:
+    """
+    Args:
+        classifier: name of the module that classifies, or names of several.
+    """
+    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     names = {name: name.removeprefix("timm_model.") for name in state}  # transformers' TimmWrapper adds that
     encoder = {f"encoder_q.{names[name]}": x for name, x in state.items() if not names[name].startswith(heads)}
-    notes = ["left out: its classifier"] if len(encoder) < len(state) else []
-    return Checkpoint(source, "timm", config, encoder, notes=notes)
+    return Checkpoint(source, "timm", config, encoder)
 
 
 def _read_about(path: Path) -> dict[str, Any]:

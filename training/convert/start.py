@@ -57,7 +57,7 @@ def read_start(source: str, config: MoCoConfig) -> Start:
     """
     for prefix in PREFIXES:
         source = source.removeprefix(prefix)
-    checkpoint = read(source)
+    checkpoint = read(source, of_timm=True)
     if checkpoint.is_classifier:
         raise ValueError(
             f"init_from ({source}) is a classifier, whose encoder may have seen labels: pass the pretrained encoder that it "
