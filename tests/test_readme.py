@@ -48,7 +48,8 @@ def test_the_training_step_of_the_design_page_runs():
 def test_the_readme_is_short_and_lists_every_recipe():
     readme = _read("README.md")
     assert len(readme.splitlines()) <= 180
-    assert set(re.findall(r"^\| `(\w+)` \|", readme, re.M)) == set(recipe_names())
+    first_cells = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", readme, re.M)
+    assert sorted(re.findall(r"\w+", " ".join(first_cells))) == recipe_names()
 
 
 def test_the_map_has_every_module_in_its_folder_and_no_other():

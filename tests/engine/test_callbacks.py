@@ -56,6 +56,15 @@ def test_a_line_comes_once_a_minute_and_at_every_evaluation(rows, tmp_path, caps
     assert "kNN" not in shown
 
 
+def test_rankme_speaks_where_there_are_no_labels(rows, tmp_path, capsys):
+    trainer = build(rows, tmp_path)
+    trainer.add_callback(ProgressLines())
+    trainer.log({"eval_rankme": 12.34, "epoch": 1.0})
+    assert ": RankMe 12.3\n" in capsys.readouterr().out
+    trainer.log({"eval_rankme": 23.45, "eval_knn_top1": 91.26, "epoch": 2.0})
+    assert ": kNN 91.3%\n" in capsys.readouterr().out
+
+
 def test_a_terminal_gets_a_bar(rows, tmp_path, monkeypatch):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 150))

@@ -33,14 +33,16 @@ SHOWN = {
     "contrast_top1": ("contrast", "{:.1f}%"),
     "eval_knn_top1": ("kNN", "{:.1f}%"),
     "eval_top1": ("top-1", "{:.1f}%"),
+    "eval_rankme": ("RankMe", "{:.1f}"),
     "images_per_second": ("images/s", "{:.0f}"),
 }
 SECONDS_BETWEEN_LINES = 60  # 200 epochs of ImageNet in 53 hours make 0.3 MB
 
 
 def newest_numbers(logs: dict[str, Any]) -> dict[str, str]:
-    """What `SHOWN` has of a log entry."""
-    return {name: form.format(logs[key]) for key, (name, form) in SHOWN.items() if key in logs}
+    """What `SHOWN` has of a log entry. RankMe speaks for the features where no label does."""
+    hidden = "eval_rankme" if "eval_knn_top1" in logs else None
+    return {name: form.format(logs[key]) for key, (name, form) in SHOWN.items() if key in logs and key != hidden}
 
 
 class ProgressBar(ProgressCallback):
@@ -87,7 +89,7 @@ class ProgressLines(TrainerCallback):
             print(f"{place}: {numbers}", flush=True)  # a log is not written line by line
         for key in logs.keys() & SHOWN.keys():
             if key.startswith("eval_"):  # a later line is of other weights
-                self.shown.pop(SHOWN[key][0])
+                self.shown.pop(SHOWN[key][0], None)
 
 
 class SetEpoch(TrainerCallback):
