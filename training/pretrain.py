@@ -109,7 +109,8 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer, start: Start | None 
         if key in args.about:
             print(f"{key:>9}: {args.about[key]}")
     print(
-        f"      run: {trainer.train_dataset.images_per_epoch:,} images in two views of {args.data.image_size} px, global batch {training.global_batch_size} "
+        f"      run: {trainer.train_dataset.images_per_epoch:,} images in two views of {args.data.image_size} px, "
+        f"global batch {training.global_batch_size} "
         f"({training.world_size} x {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
         f"accumulated), learning rate {training.learning_rate:g}, {config.architecture}, K {config.queue_size:,}, "
         f"m {config.key_momentum:g}, T {config.temperature:g}, to {training.output_dir}"
