@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     **{"cli": 0, "errors": 0, "memory": 0, "modeling_moco": 0},
     **{"views": 1, "health": 1},
-    **{"engine": 2, "plots": 2},
-    "data": 3,
+    "engine": 2,
+    **{"data": 3, "plots": 3},
     **{"evaluation": 4, "hub": 4, "convert": 4},
     **{"monitor": 5, "report": 5},
     **{"trainer": 6, "recipe": 7, "pretrain": 8, "benchmarks": 9, "commands": 10},

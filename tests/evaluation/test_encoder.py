@@ -14,8 +14,9 @@ from numbered_images import write_folders
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
 from training.commands.knn import parse_knn
 from training.data.sources import CropDataArguments, DataArguments, EvaluationDataArguments, load_images
+from training.engine.files import write_json
 from training.engine.results import encoder_digest
-from training.engine.run_folder import DATASET, SAVED_RECIPE, write_json
+from training.engine.run_folder import DATASET, SAVED_RECIPE
 from training.evaluation.encoder import Encoder, pretraining_recipe
 from training.evaluation.finetune import parse_finetune
 from training.evaluation.linear_probe import parse_linear_probe

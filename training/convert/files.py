@@ -22,7 +22,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from modeling_moco import MoCoConfig, MoCoImageProcessor
 
 from ..cli import build_parser, how_to_run, nearest_name
-from ..engine.run_folder import CONVERSION, read_json, write_json
+from ..engine.files import check_model_files, read_json, write_json
+from ..engine.run_folder import CONVERSION
 from ..errors import first_line, one_line
 from .detect import Checkpoint, known_values, read_file
 from .key_maps import CLASSIFIER, DETECTRON2, OFFICIAL, RESNETS, WITH_HEAD, WITHOUT_HEAD, WRAPPED, rename_back
@@ -102,6 +103,7 @@ def read(source: str) -> Checkpoint:
 
 
 def _read_model(source: str) -> Checkpoint:
+    check_model_files(Path(source))
     try:
         content, _ = MoCoConfig.get_config_dict(source)
         if content.get("model_type") != MoCoConfig.model_type:

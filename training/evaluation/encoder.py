@@ -14,6 +14,7 @@ from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProce
 
 from ..cli import build_parser, how_to_run, offered, parse_flags
 from ..data.sources import DataArguments, EvaluationDataArguments
+from ..engine.files import below, check_model_files
 from ..engine.results import Result, read_results, table
 from ..engine.run_folder import METRICS, SAVED_RECIPE, read_metrics, read_sections, recorded_content
 from ..engine.sgd_trainer import PUBLISHING, SGDTrainingArguments
@@ -38,7 +39,7 @@ class Encoder:
     def results_dir(self) -> Path:
         """Folder of its results: the model's own, or `runs/NAME` for a Hub repository; `random_encoder/` inside if random."""
         folder = Path(self.source) if Path(self.source).is_dir() else Path("runs") / Path(self.source).name
-        return folder / "random_encoder" if self.random else folder
+        return below(folder, "random_encoder") if self.random else folder
 
     def __str__(self) -> str:
         return f"a random encoder like {self.source}" if self.random else self.source
@@ -50,9 +51,10 @@ class Encoder:
             head: whether the checkpoint must have the projector of the queries too.
 
         Raises:
-            ValueError: there is no model, or it lacks what `kind` or `head` needs.
+            ValueError: there is no model, it lacks what `kind` or `head` needs, or a file of it lies elsewhere.
         """
         verbosity = logging.get_verbosity()
+        check_model_files(Path(self.source))
         logging.set_verbosity_error()  # transformers warns that a classifier is new, which is the point
         set_seed(seed)
         try:
@@ -62,7 +64,7 @@ class Encoder:
             if self.random:
                 return kind(loaded).eval()
             model, report = kind.from_pretrained(
-                self.source, config=loaded, output_loading_info=True, ignore_mismatched_sizes=True
+                self.source, config=loaded, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
             )
         except OSError as error:
             raise ValueError(

@@ -6,19 +6,21 @@ from typing import Any
 
 from modeling_moco import MoCoForImageClassification
 
+from ..engine.files import read_object
 from ..engine.results import encoder_digest, read_results
 from ..engine.run_folder import (
     CONVERSION,
-    FIGURES,
     MANIFEST,
     METRICS,
     SAVED_RECIPE,
+    drawn,
     may_leave,
     read_metrics,
-    read_object,
     read_sections,
 )
 from .exports import Model
+
+REMEDY = "correct it, or move it away"
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def read_origin(source: Path, model: Model) -> Origin:
         metrics=metrics,
         conversion=_read_json((run or source) / CONVERSION),
         results=_read_own_results(home, run, encoder_digest(encoder), about_encoder=not evaluated),
-        figures=_find_figures(run) if run and final and not evaluated.get("fine_tuned") else [],
+        figures=drawn(run) if run and final and not evaluated.get("fine_tuned") else [],
     )
 
 
@@ -119,25 +121,14 @@ def _read_own_results(home: Path, run: Path | None, digest: str, about_encoder: 
     return [entry for folder, entry in results if folder == home.resolve() or entry["protocol"].startswith(own)]
 
 
-def _find_figures(folder: Path) -> list[Path]:
-    # Links may show what lies elsewhere.
-    paths = [folder / f"{name}.png" for name in FIGURES]
-    return [path for path in paths if path.is_file() and not path.is_symlink()]
-
-
 def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
-    """Sections of a file beside a model; none if it is not there or a link."""
-    if not path.is_file() or path.is_symlink():
-        return {}
-    return read_sections(path, "correct it, or move it away")
+    """Sections of a file beside a model; none if it is not there."""
+    return read_sections(path, REMEDY) if path.is_file() else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file() or path.is_symlink():
-        return {}
-    return read_object(path, "correct it, or move it away")
+    return read_object(path, REMEDY) if path.is_file() else {}
 
 
 def _read_metrics(folder: Path) -> dict[str, Any]:
-    path = folder / METRICS
-    return {} if path.is_symlink() else read_metrics(path, "correct it, or move it away")
+    return read_metrics(folder / METRICS, REMEDY)

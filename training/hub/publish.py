@@ -30,7 +30,7 @@ import modeling_moco
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 
 from ..cli import INCLUDE_PICTURES
-from ..engine.run_folder import write_json
+from ..engine.files import check_model_files, write_json
 from ..errors import first_line
 from . import exports
 from .exports import Model, read_written
@@ -69,8 +69,9 @@ def load_published(source: str, training_state: bool) -> tuple[Model, MoCoImageP
 
     Raises:
         ValueError: there is no such model, or it lacks its weights, its image processor or the training state; they are
-            damaged; or its images are prepared in a way that other libraries cannot follow.
+            damaged or lie elsewhere; or its images are prepared in a way that other libraries cannot follow.
     """
+    check_model_files(Path(source))
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
