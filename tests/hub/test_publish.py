@@ -17,7 +17,7 @@ import torch
 from hub_server import TOKEN, Hub, metadata_errors
 from huggingface_hub import ModelCard, constants
 from PIL import Image
-from tiny_trainer import build, image_rows
+from tiny_trainer import TINY, build, image_rows
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessorPil, MoCoModel
 from training.engine.checkpoints import newest_complete
@@ -30,11 +30,6 @@ from training.hub.repository import PublishCallback, Repository
 from training.trainer import MoCoTrainingArguments
 
 ROOT = Path(__file__).parents[2]
-TINY = [
-    *("--dataset_name", "digits", "--max_train_samples", "64", "--max_eval_samples", "16", "--image_size", "32"),
-    *("--eval_resize", "32", "--queue_size", "64", "--global_batch_size", "16", "--knn_k", "5", "--use_cpu"),
-    *("--dataloader_num_workers", "0", "--dataloader_persistent_workers", "False", "--disable_tqdm", "True"),
-]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx")  # and httpx2: the client's own use of them
 # What a stranger does: no package of ours, an empty cache. Prints a line of JSON.
 STRANGER = """
@@ -75,18 +70,6 @@ except OSError as error:
     found["secret"] = str(error)
 print(json.dumps(found))
 """
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub with nothing in it, which this process takes for the true one, and a token that may write."""
-    hub = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield hub
-    hub.close()
 
 
 def environment(hub: Hub, folder: Path, token: str | None = None) -> dict[str, str]:
@@ -488,7 +471,7 @@ def test_without_a_network_there_is_one_line(hub, run, script, capsys, monkeypat
 def test_a_run_publishes_every_save_and_its_end(hub, script, tmp_path, capsys):
     folder = tmp_path / "run"
     flags = [*TINY, "--num_train_epochs", "3", "--output_dir", str(folder)]
-    flags += ["--push_to_hub", "True", "--hub_model_id", "org/live", "--hub_token", TOKEN]
+    flags += ["--push_to_hub", "True", "--hub_model_id", "org/live"]
     script("pretrain").main(flags)
     assert "Published: http" in capsys.readouterr().out
     *saves, last = hub.repos["org/live"].log

@@ -19,6 +19,7 @@ from filelock import FileLock
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
 
+from ..errors import hide_secrets
 from .files import inside, read_json, write_json
 from .run_folder import RESULTS
 
@@ -159,7 +160,7 @@ def _command() -> str:
     words, hide = [], False
     for word in sys.argv:
         flag, equals, _ = word.partition("=")
-        words.append("***" if hide else f"{flag}=***" if "token" in flag and equals else word)
+        words.append("***" if hide else f"{flag}=***" if "token" in flag and equals else hide_secrets(word))
         hide = "token" in flag and not equals
     return shlex.join(words)
 

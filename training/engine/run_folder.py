@@ -3,7 +3,6 @@
 Only this module names these files, so that writers, evaluations, the report and the Hub agree on them.
 """
 
-import reprlib
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import one_line
+from ..errors import one_line, shown
 from .files import UNFINISHED, inside, leads_out, read_object, write_json, write_whole
 
 SAVED_RECIPE = "recipe.yaml"  # the settings of a run, in its output directory
@@ -128,11 +127,6 @@ def read_sections(path: Path, remedy: str) -> dict[str, dict[str, Any]]:
     if odd := [name for name in names if not isinstance(name, str)]:
         raise ValueError(f"{path} has the name {shown(odd[0])}, which is no text: {remedy}")
     return content
-
-
-def shown(value: Any) -> str:
-    """A value of a file in a message: short, in one line."""
-    return one_line(reprlib.repr(value) if isinstance(value, list | dict | tuple) else str(value)[:200])
 
 
 def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:

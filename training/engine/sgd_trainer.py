@@ -35,7 +35,7 @@ REQUEUE = (
 )
 NEVER = torch.iinfo(torch.int64).max
 # What transformers calls its settings for the Hub. Only pretraining publishes while it runs.
-PUBLISHING = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token")
+PUBLISHING = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")
 
 
 @dataclass
@@ -53,7 +53,7 @@ class SGDTrainingArguments(TrainingArguments):
             *("eval_accumulation_steps", "eval_delay", "eval_do_concat_batches", "eval_on_start", "eval_steps"),
             *("eval_use_gather_object", "fp16_full_eval", "bf16_full_eval", "fsdp", "fsdp_config", "greater_is_better"),
             *PUBLISHING,
-            *("hub_always_push", "ignore_data_skip", "include_for_metrics"),
+            *("hub_always_push", "hub_token", "ignore_data_skip", "include_for_metrics"),
             *("include_num_input_tokens_seen", "label_names", "label_smoothing_factor", "length_column_name"),
             *("load_best_model_at_end", "log_on_each_node", "logging_nan_inf_filter"),
             *("metric_for_best_model", "neftune_noise_alpha", "optim_target_modules", "parallelism_config"),
@@ -125,6 +125,11 @@ class SGDTrainingArguments(TrainingArguments):
         if self.push_to_hub and "push_to_hub" in self.NOT_OFFERED:
             raise ValueError(
                 "push_to_hub (True) is for pretraining: publish the folder that this saves to with scripts/push_to_hub.py"
+            )
+        if self.hub_token is not None:
+            raise ValueError(
+                "hub_token must be None, for Trainer writes its arguments beside every checkpoint: log in with "
+                "`hf auth login`, or set HF_TOKEN"
             )
         # Trainer must not see this flag: it would upload the folder of a run as it is, pickles and local paths included.
         self.publish = self.push_to_hub

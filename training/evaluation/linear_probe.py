@@ -74,7 +74,7 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
         PARTS,
         command="probe",
         description="Train a linear classifier on a frozen encoder, as the papers evaluate.",
-        defaults=lambda recipe: recipe.get("probe", {}),
+        defaults=lambda recipe: {"probe": recipe.get("probe", {})},
         output="linear_probe",
     )
     if training.mode == "cached":
