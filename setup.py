@@ -72,6 +72,7 @@ setup(
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML>=6.0.12",
+            "markdown-it-py>=3",
             "trackio>=0.40",
             "tensorboard>=2.20",
             "onnx>=1.19",

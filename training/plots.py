@@ -22,6 +22,7 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from .engine.files import whole_files
+from .errors import visible
 from .views.policy import ViewParams
 
 # Of the palette of Okabe and Ito. The first colour of each is for queries, the second for keys and for what is wrong.
@@ -263,7 +264,7 @@ def _name(label: int, class_names: list[str]) -> str:
 
 
 def _short(name: str, length: int) -> str:
-    name = name.split(",")[0]  # ImageNet's are lists of synonyms
+    name = visible(name.split(",")[0])  # ImageNet's are lists of synonyms
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 

@@ -4,11 +4,11 @@ It shows what lies in the folder of the run, and is written anew whenever a resu
 """
 
 import base64
+import html
 import json
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..cli import how_to_run
+from ..errors import visible
 from .checkpoints import newest_complete
 from .files import leads_out, read_object, write_whole
 from .results import PACKAGES, read_results
@@ -164,6 +165,11 @@ def _page(run: Run, missing: str | None) -> str:
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
     )
+
+
+def escape(text: str) -> str:
+    """Words of others in HTML, without signs that turn what stands around them."""
+    return html.escape(visible(text))
 
 
 # Numbers
