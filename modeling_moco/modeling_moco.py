@@ -4,6 +4,7 @@ Shapes: `N` local batch, `R` processes, `C` projection_dim, `K` queue_size, `D` 
 """
 
 import difflib
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ from .image_processing_moco import MoCoImageProcessor, normalize  # noqa: F401  
 logger = logging.get_logger(__name__)
 
 STATE_OF_TRAINING = [r"encoder_k\.", r"projector_[qk]\.", r"dictionary\."]  # tensors for contrastive training alone
+OF_TIMM = inspect.signature(timm.create_model).parameters.keys()  # where weights come from, and the like
 TimmEncoder = Any  # timm has no type for "a model with forward_features, forward_head and feature_info"
 
 
@@ -68,6 +70,11 @@ def build_encoder(config: MoCoConfig) -> TimmEncoder:
     if not timm.is_model(config.architecture):
         close = difflib.get_close_matches(config.architecture, timm.list_models()) or timm.list_models("resnet*")[:3]
         raise ValueError(f"architecture ({config.architecture!r}) is not a timm model: try {', '.join(close)}")
+    if refused := (config.model_args or {}).keys() & OF_TIMM:
+        raise ValueError(
+            f"model_args ({config.model_args}) may not have {min(refused)}, which is no argument of {config.architecture}: "
+            "weights come from a model's own folder"
+        )
     try:
         encoder = timm.create_model(config.architecture, pretrained=False, num_classes=0, **(config.model_args or {}))
     except TypeError as error:

@@ -361,3 +361,11 @@ def test_any_class_name_is_drawn_as_it_is_written(tmp_path):
         }
         assert set(names) <= shown, name
     assert "$\\frac{a$" in words(tmp_path / "grid")
+
+
+def test_signs_that_xml_and_terminals_know_are_drawn_as_escapes(tmp_path):
+    names = ["\0\x1b[2J", "a-->b", "\u202ec"]
+    confusion(counts(3), names, tmp_path / "matrix")
+    shown = words(tmp_path / "matrix")
+    svg(tmp_path / "matrix")  # is XML
+    assert {"\\x00\\x1b[2J", "\\u202ec"} <= set(shown)

@@ -28,8 +28,8 @@ from training.data.formats import load_digits
 from training.data.images import MapImages
 from training.data.sources import ImageSplits, load_images
 from training.engine.checkpoints import claim_output_dir
+from training.engine.files import write_json
 from training.engine.results import Result, append_results, encoder_digest, read_results
-from training.engine.run_folder import write_json
 from training.evaluation.finetune import FinetuneArguments
 from training.evaluation.knn import evaluate_knn
 from training.evaluation.linear_probe import parse_linear_probe

@@ -8,10 +8,11 @@ import torch
 import yaml
 
 from modeling_moco import MoCoConfig
+from training.cli import names_in_files, offered
 from training.engine.checkpoints import BatchLayout, claim_output_dir, write_manifest
-from training.engine.schedule import epoch_schedule
+from training.engine.sgd_trainer import epoch_schedule
 from training.errors import one_line_errors
-from training.recipe import RECIPES, load_recipe, parse_pretrain, recipe_names
+from training.recipe import PARTS, RECIPES, load_recipe, parse_pretrain, recipe_names
 
 NAMES = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
 CPU = ["--use_cpu", "--report_to", "none"]
@@ -233,6 +234,52 @@ def test_help_lists_the_projects_own_flags_first(capsys):
         assert f"\n  {flag} " not in inherited
     assert "\n  --gradient_accumulation_steps " in inherited
     assert all(name in own for name in recipe_names())
+
+
+# Where results go
+
+
+PLACES = {
+    *("output_dir", "report_to", "project", "run_name", "include_pictures"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy"),
+}
+
+
+@pytest.mark.parametrize("section", ["data", "model", "training", "probe"])
+@pytest.mark.parametrize("key", sorted({*PLACES, "hub_token", "logging_dir"}))
+def test_no_file_says_where_results_go_or_who_is_told(key, section, recipe_file):
+    path = recipe_file({section: {key: "elsewhere"}})
+    with pytest.raises(ValueError, match=rf"key '{key}' in section '{section}' of {path} would say where") as refused:
+        parse_pretrain(["--recipe", str(path), *CPU])
+    assert f"take it out, and pass --{key} if you want it" in str(refused.value)
+
+
+def test_these_are_all_the_flags_that_a_file_may_not_set():
+    flags = {f.name for kind in PARTS.values() for f in offered(kind)}
+    assert flags - {name for kind in PARTS.values() for name in names_in_files(kind)} == PLACES
+
+
+def test_a_run_does_not_record_where_its_results_went(claim, tmp_path):
+    claim("--run_name", "mine", "--project", "birds", "--include_pictures", "True")
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert not [name for name in PLACES if f" {name}:" in recipe]
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["https://user:hunter2@host/run", "hf_" + "a1" * 16, "--run_name=https://:hunter2@host", "ghp_" + "a1" * 16],
+)
+def test_passwords_and_tokens_are_refused_and_not_repeated(word, recipe_file):
+    flags = [word] if word.startswith("--") else ["--run_name", word]
+    with pytest.raises(ValueError, match=r"\*\*\*.* has a token or a password") as refused:
+        parse_pretrain([*flags, *CPU])
+    assert "hunter2" not in str(refused.value)
+    assert "a1a1" not in str(refused.value)
+    path = recipe_file({"data": {"dataset_name": word.removeprefix("--run_name=")}})
+    with pytest.raises(ValueError, match=r"'dataset_name' .* has a token or a password") as refused:
+        parse_pretrain(["--recipe", str(path), *CPU])
+    assert "hunter2" not in str(refused.value)
 
 
 # Output directories

@@ -249,6 +249,16 @@ def test_what_comes_from_files_is_escaped(run):
         assert html.escape(words) in page.source
 
 
+def test_signs_that_turn_a_text_are_shown(run):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["about"]["title"] = recipe["probe"]["optim"] = "a\u202eb\x1b"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_report(read_run(run))
+    text = (run / "report.html").read_text()
+    assert text.count("a\\u202eb\\x1b") == 4  # the title twice, and in both sections
+    assert all(line.isprintable() for line in text.splitlines())
+
+
 def test_the_report_of_a_killed_run_shows_its_newest_complete_checkpoint(killed, script, capsys):
     before = {path.name for path in killed.iterdir()}
     script("report").main([str(killed)])

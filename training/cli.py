@@ -5,20 +5,28 @@ import copy
 import dataclasses
 import difflib
 import json
+import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import get_annotations
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
-# Prefixes of settings outside a run's identity: destinations, what goes there, and the token.
-NOT_IDENTITY = ("output_dir", "push_to_hub", "hub_", "include_pictures")
+from .errors import hide_secrets, one_line, shown
+
+# Settings that the command line alone may give, for a file may be a stranger's: where results go, who is told, what is
+# published. They are no part of what a run is, and are not recorded with it.
+DESTINATIONS = re.compile(
+    "output_dir|logging_dir|report_to|project|run_name|include_pictures|push_to_hub.*|(hub|trackio)_.*"
+)
 INCLUDE_PICTURES = (
     "Publish figures that show images of a local dataset too. "
     "Those of a Hub dataset and of the digits are always published."
 )
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 INHERITED = "transformers.TrainingArguments"  # section of the flags that transformers documents
 SCRIPTS = {"probe": "linear_probe", "publish": "push_to_hub"}  # of the commands whose script has another name
 
@@ -40,12 +48,16 @@ class _Parser(HfArgumentParser):
     def parse_args(self, args=None, namespace=None):
         known = sorted(f"--{name}" for name in self.names)
         for word in args:
+            if hide_secrets(word) != word:
+                raise ValueError(f"{one_line(word)} has a token or a password, which would be recorded: leave it out")
             flag = "--" + word.split("=")[0][2:].replace("-", "_")
             if word.startswith("--") and flag not in known and flag.replace("--no_", "--") not in known:
                 raise ValueError(f"flag {flag} is unknown{self._where(flag) or nearest_name(flag, known)}")
         return super().parse_args(args, namespace)
 
     def _where(self, flag: str) -> str | None:
+        if "token" in flag:
+            return f": a command line is seen by everybody on this machine; {LOG_IN}"
         command = self.elsewhere.get(flag[2:].removeprefix("no_"))
         return None if command is None else f" here: `{how_to_run(command)}` has it"
 
@@ -148,11 +160,77 @@ def parse_flags(
             raise ValueError(
                 f"model_args ({namespace.model_args}) is not JSON: write it like '{{\"img_size\": 32}}'"
             ) from error
-    chosen = {name for name in given | set(defaults) if not name.startswith(NOT_IDENTITY)}
+    chosen = {name for name in given | set(defaults) if not DESTINATIONS.fullmatch(name)}
     keys = {section: [f.name for f in offered(kind)] for section, kind in parts.items()}
     instances = [kind(**{key: getattr(namespace, key) for key in keys[section]}) for section, kind in parts.items()]
     settings = {section: {key: getattr(namespace, key) for key in keys[section] if key in chosen} for section in parts}
     return namespace, instances, settings
+
+
+def names_in_files(kind: Any) -> list[str]:
+    """The flags of a dataclass that a file may set too."""
+    return [f.name for f in offered(kind) if not DESTINATIONS.fullmatch(f.name)]
+
+
+def section_of_file(path: Path, section: str, entries: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """The values that a section of a file gives to the fields of a dataclass.
+
+    Raises:
+        ValueError: a key is no field, or one that the command line alone may set; or a value is of another kind than its
+            field's, or has a password.
+    """
+    check_names(path, section, entries, names_in_files(kind))
+    hints = get_type_hints(kind) | {"model_args": dict | str | None}
+    hints |= {f.name: hints[f.name] | None for f in offered(kind) if f.default is None}
+    for key, value in entries.items():
+        if hide_secrets(str(value)) != str(value):
+            raise ValueError(f"key {key!r} in section {section!r} of {path} has a token or a password: take it out")
+        if not _fits(value, hints[key]):
+            raise ValueError(
+                f"key {key!r} in section {section!r} of {path} is {shown(value)}, which is no "
+                f"{_in_words(hints[key])}: correct it"
+            )
+    of_floats = {
+        key for key in entries if list[float] in (hints[key], *get_args(hints[key]))
+    }  # YAML reads 1 as an integer
+    return {key: list(map(float, value)) if key in of_floats and value else value for key, value in entries.items()}
+
+
+def check_names(path: Path, section: str, entries: dict[str, Any], known: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: a section of a file has a key that is not known.
+    """
+    for key in (key for key in entries if key not in known):
+        where = f"key {shown(key)!r} in section {section!r} of {path}"
+        if DESTINATIONS.fullmatch(key):
+            raise ValueError(
+                f"{where} would say where results go or who is told, as the command line alone may: take it out, and "
+                f"pass --{key} if you want it"
+            )
+        raise ValueError(f"{where} is unknown{nearest_name(key, list(known))}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of YAML is of the kind of a flag. A text may stand for a number: YAML 1.1 takes 1e-4 for one."""
+    origin, kinds = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in kinds
+    if origin is list:
+        texts = kinds[0] is str
+        return isinstance(value, list) and all(isinstance(x, str) == texts and _fits(x, kinds[0]) for x in value)
+    if origin is dict or kind is dict:
+        return isinstance(value, dict)
+    if kinds:  # one of several
+        return any(_fits(value, other) for other in kinds)
+    if kind in (int, float):
+        number = isinstance(value, int | kind) and not isinstance(value, bool)
+        return isinstance(value, str) or (number and abs(value) < 2**63)
+    return isinstance(value, str) or (kind in (bool, type(None)) and isinstance(value, kind))
+
+
+def _in_words(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
 
 
 def nearest_name(word: str, known: list[str]) -> str:

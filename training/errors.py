@@ -1,11 +1,21 @@
-"""One line for the user's errors, and the error that ends a run."""
+"""One line for the user's errors, what of a text may be shown, and the error that ends a run."""
 
 import os
+import re
+import reprlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+
+# Tokens of the Hub, GitHub, GitLab, OpenAI and others, AWS, Google and Slack; private keys; passwords in a URL.
+SECRETS = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bgh[opsu]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{20,}"
+    r"|\bsk-(?:proj-|ant-)?\w{20,}|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{35}|\bxox[abprs]-[\w-]{10,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|(?<=://)[^\s/:@]*:[^\s/@]+(?=@)"
+)
 
 
 @contextmanager
@@ -23,8 +33,27 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, StrictData
 
 
 def one_line(text: object) -> str:
-    """A message as one line. Names from files may hold line ends, and signs that a terminal would obey: those are escaped."""
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in " ".join(str(text).split()))
+    """A message as one line without secrets. Names from files may hold line ends, and signs that a terminal would obey."""
+    return visible(hide_secrets(" ".join(str(text).split())))
+
+
+def visible(text: str, kept: str = "") -> str:
+    """A text with escapes for the signs that show nothing, but may move what is shown: controls and changes of direction.
+
+    Args:
+        kept: signs that stay as they are.
+    """
+    return "".join(sign if sign.isprintable() or sign in kept else repr(sign)[1:-1] for sign in text)
+
+
+def hide_secrets(text: str) -> str:
+    """A text with stars for what has the form of a token or a password."""
+    return SECRETS.sub("***", text)
+
+
+def shown(value: Any) -> str:
+    """A value of a file in a message: short, in one line."""
+    return one_line(reprlib.repr(value) if isinstance(value, list | dict | tuple) else str(value)[:200])
 
 
 class TrainingError(RuntimeError):

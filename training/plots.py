@@ -21,6 +21,8 @@ from PIL import Image
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
+from .engine.files import whole_files
+from .errors import visible
 from .views.policy import ViewParams
 
 # Of the palette of Okabe and Ito. The first colour of each is for queries, the second for keys and for what is wrong.
@@ -75,8 +77,9 @@ def figure(path: Path, height: float, **kwargs: Any) -> Iterator[Figure]:
         yield fig
         with warnings.catch_warnings():  # matplotlib's own font lacks the characters of most languages
             warnings.filterwarnings("ignore", r"Glyph .* missing from font")
-            fig.savefig(path.with_name(f"{path.name}.png"), dpi=DPI)
-            fig.savefig(path.with_name(f"{path.name}.svg"), dpi=DPI, metadata={"Date": None})
+            with whole_files(path.parent) as fresh:
+                fig.savefig(fresh / f"{path.name}.png", dpi=DPI)
+                fig.savefig(fresh / f"{path.name}.svg", dpi=DPI, metadata={"Date": None})
 
 
 class Panel(NamedTuple):
@@ -261,7 +264,7 @@ def _name(label: int, class_names: list[str]) -> str:
 
 
 def _short(name: str, length: int) -> str:
-    name = name.split(",")[0]  # ImageNet's are lists of synonyms
+    name = visible(name.split(",")[0])  # ImageNet's are lists of synonyms
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 

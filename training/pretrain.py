@@ -20,10 +20,11 @@ from .data.decode import decode_image
 from .data.images import MapImages, StreamedImages
 from .data.pipeline import build_render, training_images, two_views
 from .data.sources import ImageSplits
+from .engine.files import write_json
 from .engine.page import read_run, write_report
 from .engine.record import record
 from .engine.results import Result, conditions, encoder_digest, read_results
-from .engine.run_folder import FIGURES, METRICS, mark_ended, unused, write_json
+from .engine.run_folder import FIGURES, METRICS, drawn, mark_ended, unused
 from .evaluation.knn import protocol
 from .recipe import PretrainArguments
 from .report import chance_loss, draw_curves, draw_features
@@ -200,7 +201,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
             model=encoder_digest(trainer.model, args.training.knn_features),
             data=splits.about,
             trackers=args.training.trackers,
-            figures=[path for name in FIGURES if (path := folder / f"{name}.png").is_file()],
+            figures=drawn(folder),
             step=trainer.state.global_step,
         )
         write_report(read_run(folder))

@@ -6,14 +6,25 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from modeling_moco import MoCoConfig
 
-from .cli import build_parser, default_values, how_to_run, nearest_name, offered, parse_flags
+from .cli import (
+    build_parser,
+    check_names,
+    default_values,
+    how_to_run,
+    names_in_files,
+    nearest_name,
+    offered,
+    parse_flags,
+    section_of_file,
+)
 from .convert.start import Start
 from .data.sources import DataArguments
-from .engine.run_folder import FREE_TO_CHANGE, START, WEIGHTS, read_sections, shown
+from .engine.run_folder import FREE_TO_CHANGE, START, WEIGHTS, read_sections
+from .errors import shown
 from .evaluation.probe_arguments import LinearProbeArguments
 from .trainer import MoCoTrainingArguments
 
@@ -141,7 +152,7 @@ def recipe_names() -> list[str]:
 
 def sections() -> dict[str, list[str]]:
     """Keys that each section of a recipe may have."""
-    of_flags = {section: [f.name for f in offered(kind)] for section, kind in (PARTS | PROBE).items()}
+    of_flags = {section: names_in_files(kind) for section, kind in (PARTS | PROBE).items()}
     return {"about": list(ABOUT), START: ["model", WEIGHTS]} | of_flags  # the second is in the recipe.yaml of a run
 
 
@@ -162,54 +173,13 @@ def load_recipe(name_or_path: str) -> Recipe:
     for section, entries in content.items():
         if section not in known:
             raise ValueError(f"section {shown(section)!r} in {path} is unknown{nearest_name(section, list(known))}")
-        for key in entries:
-            if key not in known[section]:
-                raise ValueError(
-                    f"key {shown(key)!r} in section {section!r} of {path} is unknown{nearest_name(key, known[section])}"
-                )
-    for section in PARTS | PROBE:
-        content[section] = _of_their_kinds(path, section, content.get(section, {}))
+        if section == "about":
+            check_names(path, section, entries, ABOUT)
+    for section, kind in (PARTS | PROBE).items():
+        content[section] = section_of_file(path, section, content.get(section, {}), kind)
     values = {key: value for section in PARTS for key, value in content[section].items()}
-    return Recipe(path.stem, content.get("about", {}), values, content["probe"])
-
-
-def _of_their_kinds(path: Path, section: str, entries: dict[str, Any]) -> dict[str, Any]:
-    """The values of a section, after a check that each is of the kind of its flag."""
-    fields = offered((PARTS | PROBE)[section])
-    hints = get_type_hints((PARTS | PROBE)[section]) | {"model_args": dict | str | None}
-    hints |= {f.name: hints[f.name] | None for f in fields if f.default is None}
-    for key, value in entries.items():
-        if not _fits(value, hints[key]):
-            raise ValueError(
-                f"key {key!r} in section {section!r} of {path} is {shown(value)}, which is no "
-                f"{_in_words(hints[key])}: correct it"
-            )
-    of_floats = {
-        key for key in entries if list[float] in (hints[key], *get_args(hints[key]))
-    }  # YAML reads 1 as an integer
-    return {key: list(map(float, value)) if key in of_floats and value else value for key, value in entries.items()}
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value of YAML is of the kind of a flag. A text may stand for a number: YAML 1.1 takes 1e-4 for one."""
-    origin, kinds = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return value in kinds
-    if origin is list:
-        texts = kinds[0] is str
-        return isinstance(value, list) and all(isinstance(x, str) == texts and _fits(x, kinds[0]) for x in value)
-    if origin is dict or kind is dict:
-        return isinstance(value, dict)
-    if kinds:  # one of several
-        return any(_fits(value, other) for other in kinds)
-    if kind in (int, float):
-        number = isinstance(value, int | kind) and not isinstance(value, bool)
-        return isinstance(value, str) or (number and abs(value) < 2**63)
-    return isinstance(value, str) or (kind in (bool, type(None)) and isinstance(value, kind))
-
-
-def _in_words(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
+    about = {key: str(value) for key, value in content.get("about", {}).items()}
+    return Recipe(path.stem, about, values, content["probe"])
 
 
 def parse_pretrain(argv: list[str]) -> PretrainArguments:

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import logging
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from ranks import join_trainers, run_ranks
 from tiny_models import save_encoder
+from tqdm import trange
 
 from modeling_moco import MoCoModel
 from training.commands.process import command
@@ -292,3 +294,22 @@ def test_four_processes_train_stop_continue_and_are_evaluated(tmp_path):
         ["report", str(folder)],
     ):
         assert statuses(1, 4, words) == [[0, 0, 0, 0]], words
+
+
+def test_names_of_others_do_not_steer_a_terminal(capfd):
+    @command
+    def show(words):
+        for stream in (sys.stdout, sys.stderr):
+            print(*words, sep="\n", file=stream)
+        logging.getLogger("training.test").warning(words[0])
+        for _ in trange(2, position=1, file=sys.stderr):
+            pass
+
+    show(["\x1b]0;title\x07\x1b[2J", "a\u202eb", "tab\tand é", "\x9b1m"])
+    said = capfd.readouterr()
+    for text in (said.out, said.err):
+        assert "\\x1b]0;title\\x07\\x1b[2J\na\\u202eb\ntab\tand é\n\\x9b1m\n" in text
+    assert not set("\x07\x9b\u202e") & set(said.out + said.err)
+    assert set(re.findall("\x1b..", said.err)) == {"\x1b[A"}  # of the progress bar
+    print("\x1b[2J")  # the program's own stream again
+    assert capfd.readouterr().out == "\x1b[2J\n"

@@ -14,8 +14,9 @@ from numbered_images import write_folders
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
 from training.commands.knn import parse_knn
 from training.data.sources import CropDataArguments, DataArguments, EvaluationDataArguments, load_images
+from training.engine.files import write_json
 from training.engine.results import encoder_digest
-from training.engine.run_folder import DATASET, SAVED_RECIPE, write_json
+from training.engine.run_folder import DATASET, SAVED_RECIPE
 from training.evaluation.encoder import Encoder, pretraining_recipe
 from training.evaluation.finetune import parse_finetune
 from training.evaluation.linear_probe import parse_linear_probe
@@ -258,3 +259,45 @@ def refused_for_other_weights(evaluate, model: Path, capsys) -> bool:
         f"error: {model} is not the encoder that the run in evaluated was begun with: the digest of its weights was "
         f"{encoder_digest(before)} and is {encoder_digest(now)}. Pass another --output_dir, or remove evaluated"
     )
+
+
+ELSEWHERE = {"output_dir": "/elsewhere", "report_to": ["wandb"], "project": "theirs", "run_name": "theirs"}
+
+
+@pytest.mark.parametrize("section", ["data", "training", "encoder"])
+def test_the_recipe_of_a_run_does_not_say_where_evaluations_go(section, saved, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved / "model", run)
+    recipe = {"data": {"dataset_name": "digits"}, "training": {"knn_k": [3]}}
+    recipe[section] = recipe.get(section, {}) | ELSEWHERE
+    (run / SAVED_RECIPE).write_text(yaml.safe_dump(recipe))
+    _, _, knn = parse_knn([str(run), "--use_cpu"])
+    assert (knn.knn_k, knn.report_to, knn.project) == ([3], [], "moco")
+    for parsed in (parse_linear_probe([str(run), "--use_cpu"]), parse_finetune([str(run), "--use_cpu"])):
+        training = parsed.training
+        assert (Path(training.output_dir).parent, training.project) == (run, "moco")
+        assert not set(training.report_to) & {"wandb"}
+        assert "elsewhere" not in str(parsed.settings)
+        assert "theirs" not in str(parsed.settings)
+
+
+@pytest.mark.parametrize("key", [*ELSEWHERE, "hub_token", "push_to_hub"])
+def test_the_section_of_a_probe_sets_its_own_flags_alone(key, saved, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved / "model", run)
+    (run / SAVED_RECIPE).write_text(yaml.safe_dump({"data": {"dataset_name": "digits"}, "probe": {key: "x"}}))
+    with pytest.raises(ValueError, match=f"key '{key}' in section 'probe' of {run / SAVED_RECIPE} would say where"):
+        parse_linear_probe([str(run), "--use_cpu"])
+
+
+@pytest.mark.parametrize(
+    ("parse", "section", "key"), [(parse_knn, "training", "knn_k"), (parse_knn, "data", "image_size")]
+)
+def test_a_recorded_value_of_another_kind_is_refused(parse, section, key, saved, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved / "model", run)
+    recipe = {"data": {"dataset_name": "digits"}}
+    recipe[section] = recipe.get(section, {}) | {key: {"odd": 1}}
+    (run / SAVED_RECIPE).write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match=f"key '{key}' in section '{section}' of .* is .*odd.*: correct it"):
+        parse([str(run), "--use_cpu"])

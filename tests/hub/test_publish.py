@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,8 +16,9 @@ import pytest
 import torch
 from hub_server import TOKEN, environment, metadata_errors
 from huggingface_hub import ModelCard, constants
+from markdown_it import MarkdownIt
 from PIL import Image
-from tiny_trainer import build, image_rows
+from tiny_trainer import TINY, build, image_rows
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessorPil, MoCoModel
 from training.engine.checkpoints import newest_complete
@@ -29,11 +31,6 @@ from training.hub.repository import PublishCallback, Repository
 from training.trainer import MoCoTrainingArguments
 
 ROOT = Path(__file__).parents[2]
-TINY = [
-    *("--dataset_name", "digits", "--max_train_samples", "64", "--max_eval_samples", "16", "--image_size", "32"),
-    *("--eval_resize", "32", "--queue_size", "64", "--global_batch_size", "16", "--knn_k", "5", "--use_cpu"),
-    *("--dataloader_num_workers", "0", "--dataloader_persistent_workers", "False", "--disable_tqdm", "True"),
-]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx")  # and httpx2: the client's own use of them
 # What a stranger does: no package of ours, an empty cache. Prints a line of JSON.
 STRANGER = """
@@ -280,18 +277,98 @@ def test_settings_that_say_where_something_is_stay_at_home(run, tmp_path):
     (tmp_path / "elsewhere.yaml").write_text(json.dumps({"about": {"title": "another's"}}))
     (source / "recipe.yaml").unlink()
     (source / "recipe.yaml").symlink_to(tmp_path / "elsewhere.yaml")
-    assert "another's" not in card_of(source, tmp_path / "linked")[0]
+    with pytest.raises(ValueError, match=r"recipe\.yaml leads out of") as refused:
+        card_of(source, tmp_path / "linked")
+    assert "another's" not in str(refused.value)
 
 
-def test_a_path_of_this_machine_in_a_title_is_refused(run, tmp_path, monkeypatch):
-    source = tmp_path / "source"
-    shutil.copytree(run, source, ignore=shutil.ignore_patterns("checkpoint*", "linear_probe", "finetune*", "*.png"))
-    (source / "recipe.yaml").write_text(json.dumps({"about": {"title": f"birds of {source}/here"}}))
-    with pytest.raises(ValueError, match=r"README\.md would publish .*: take it out of the recipe"):
+def copied(run: Path, source: Path) -> Path:
+    """A run without its checkpoints, evaluations and figures."""
+    shutil.copytree(run, source, ignore=shutil.ignore_patterns("checkpoint*", "linear_probe*", "finetune*", "*.png"))
+    return source
+
+
+def private_words(source: Path) -> dict[str, tuple[str, str]]:
+    """Words of a title: what the refusal calls them, and what it must not repeat."""
+    return {
+        f"birds of {source}/here": ("the folder of the model", "-"),
+        "birds of /data/birds": ("a path (/data/birds)", "-"),
+        "birds of C:\\data": ("a path (C:", "-"),
+        "birds of jane's": ("your user name (jane)", "-"),
+        "birds on aviary7": ("the name of this machine (aviary7)", "-"),
+        "birds by hf_" + "a1" * 17: ("a token or a password", "a1a1"),
+        "birds by ghp_" + "a1" * 18: ("a token or a password", "a1a1"),
+        "birds of https://jo:hunter2@host": ("a token or a password", "hunter2"),
+        f"birds by {TOKEN}": ("your token", TOKEN),
+    }
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_what_belongs_to_this_machine_stops_a_title(number, hub, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOGNAME", "jane")
+    monkeypatch.setattr(socket, "gethostname", lambda: "aviary7.example.org")
+    source = copied(run, tmp_path / "source")
+    title, (what, secret) = list(private_words(source).items())[number]
+    (source / "recipe.yaml").write_text(json.dumps({"about": {"title": title}}))
+    with pytest.raises(
+        ValueError, match=r"nothing is published, .* in line \d+ of README\.md.*: take it out of"
+    ) as refused:
         card_of(source, tmp_path / "published")
-    monkeypatch.setenv("HOME", "/name")  # no part of org/name
-    (source / "recipe.yaml").write_text(json.dumps({"about": {"title": "birds"}}))
-    card_of(source, tmp_path / "again")
+    assert what in str(refused.value)
+    assert secret == "-" or secret not in str(refused.value)
+
+
+def test_a_name_that_everybodys_card_has_says_nothing(hub, run, tmp_path, monkeypatch):
+    source = copied(run, tmp_path / "source")
+    (source / "recipe.yaml").write_text(json.dumps({"about": {"title": "birds of a root"}}))
+    for user, host in (("root", "localhost"), ("name", "org"), ("torch", "image")):
+        monkeypatch.setenv("LOGNAME", user)
+        monkeypatch.setenv("HOME", f"/{user}")  # no part of org/name
+        monkeypatch.setattr(socket, "gethostname", lambda name=host: name)
+        card_of(source, tmp_path / user)
+
+
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "[here](javascript:alert(1))",
+    "![](http://host/pixel.png)",
+    "```\n<script>alert(1)</script>\n```",
+    "a | b\n|---|---|\n| <b>x</b> |",
+    "x\n---\nlicense: other\n---\n",
+    "# Free\n\n> of charge\n\n    code",
+    "&lt;b&gt; <!-- *a* _b_ ~~c~~ $d$ `e`",
+    "\x1b[2J\u202eevil\x07",
+]
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_words_of_others_stay_words_in_the_card(words, run, tmp_path):
+    source = copied(run, tmp_path / "source")
+    recipe = {"about": {"title": words, "source": words}, "data": {"dataset_name": words, "train_split": words}}
+    recipe |= {"model": {"```": words}, "training": {"optim": words}}
+    (source / "recipe.yaml").write_text(json.dumps(recipe))
+    (source / "conversion.json").write_text(json.dumps({"file": words, "format": words}))
+    metrics = json.loads((source / "metrics.json").read_text())
+    metrics |= {"hardware": words, "commit": words, "versions": {"torch": words}, "data": {"local": False}}
+    (source / "metrics.json").write_text(json.dumps(metrics))
+    data = {"dataset": words, "split": words, "local": False}
+    result = Result(words, words, 50.0, 4, feature=words, settings={words: words})
+    append_results(source, [result], model=encoder_digest(model_of(source)), data=data)
+    text, card = card_of(source, tmp_path / "published")
+    assert metadata_errors(text) == []
+    assert card.data.license == "mit"
+    body = text.split("\n---\n", 1)[1]
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    kinds = [inner for token in tokens for inner in (token, *(token.children or []))]
+    assert not [token for token in kinds if token.type.startswith("html")]
+    links = {token.attrs.get("href", token.attrs.get("src")) for token in kinds if token.type in ("link_open", "image")}
+    assert links <= {"https://arxiv.org/abs/2003.04297"}
+    assert [token.info for token in kinds if token.type == "fence"] == ["python"] * 4 + ["yaml", "bibtex"]
+    headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
+    assert headings == ["name", "Use", "Training", "Evaluation", "Limits", "Citation"]
+    rows = [token for token in tokens if token.type == "tr_open"]
+    assert len(rows) == 1 + len(read_origin(source, model_of(source)).results)
+    assert all(line.isprintable() for line in text.splitlines())
 
 
 def test_a_card_names_the_version_that_its_projection_head_has(tmp_path):
@@ -467,7 +544,7 @@ def test_without_a_network_there_is_one_line(hub, run, script, capsys, monkeypat
 def test_a_run_publishes_every_save_and_its_end(hub, script, tmp_path, capsys):
     folder = tmp_path / "run"
     flags = [*TINY, "--num_train_epochs", "3", "--output_dir", str(folder)]
-    flags += ["--push_to_hub", "True", "--hub_model_id", "org/live", "--hub_token", TOKEN]
+    flags += ["--push_to_hub", "True", "--hub_model_id", "org/live"]
     script("pretrain").main(flags)
     assert "Published: http" in capsys.readouterr().out
     *saves, last = hub.repos["org/live"].log

@@ -1,5 +1,7 @@
 """What is saved comes back: models whole and half, Auto classes, the backbone and pipelines."""
 
+import json
+
 import numpy as np
 import pytest
 import timm
@@ -197,3 +199,10 @@ def test_pipelines_return_what_the_model_computes(trained, checkpoints, mode):
     expected = probabilities.topk(3)
     assert [entry["label"] for entry in top] == [f"LABEL_{i}" for i in expected.indices]
     assert [entry["score"] for entry in top] == pytest.approx(expected.values.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"])
+def test_a_configuration_opens_no_file_of_its_own_choice(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(moco_config(model_args={name: "/private/weights.pth"}).to_dict()))
+    with pytest.raises(ValueError, match=f"may not have {name}, which is no argument of test_resnet"):
+        MoCoModel(MoCoConfig.from_pretrained(tmp_path))

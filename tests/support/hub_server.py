@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -97,7 +98,7 @@ def metadata_errors(card: str) -> list[str]:
     """What the Hub says of a card's metadata (its model-index schema and known names)."""
     if not card.startswith("---\n"):
         return ["the card has no metadata"]
-    data = yaml.safe_load(card.split("---\n")[1])
+    data = yaml.safe_load(re.split(r"^---$", card, flags=re.M)[1])
     errors = [] if data.get("license") in LICENSES else [f"license {data.get('license')!r} is not known"]
     if data.get("pipeline_tag") not in TASKS:
         errors.append(f"pipeline_tag {data.get('pipeline_tag')!r} is not known")

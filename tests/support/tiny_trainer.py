@@ -15,6 +15,12 @@ from training.views.device import DeviceViews
 from training.views.pil import TwoViews
 from training.views.policy import POLICIES
 
+# Flags of a run of seconds.
+TINY = [
+    *("--dataset_name", "digits", "--max_train_samples", "64", "--max_eval_samples", "16", "--image_size", "32"),
+    *("--eval_resize", "32", "--queue_size", "64", "--global_batch_size", "16", "--knn_k", "5", "--use_cpu"),
+    *("--dataloader_num_workers", "0", "--dataloader_persistent_workers", "False", "--disable_tqdm", "True"),
+]
 BATCH, IMAGES = 4, 26  # six whole batches and a remainder
 
 

@@ -34,8 +34,8 @@ from modeling_moco.split_norm_moco import SplitBatchNorm2d, part_by_part
 
 from ..data.images import collate
 from ..data.sources import EvaluationDataArguments, load_images
+from ..engine.files import write_whole
 from ..engine.results import conditions
-from ..engine.run_folder import write_whole
 from ..views.device import DeviceCrops, DeviceViews
 from ..views.pil import render_view
 from ..views.policy import build_policy, seeded_generator

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
+from ..engine.files import write_json
 from ..engine.results import conditions
-from ..engine.run_folder import write_json
 from ..plots import BLUE, GRAY, INK, figure
 
 

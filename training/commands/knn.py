@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from modeling_moco import MoCoModel
 
+from ..cli import names_in_files
 from ..data.images import MapImages
 from ..data.sources import EvaluationDataArguments, load_images
 from ..engine.record import Trackers, record, run_name
@@ -53,8 +54,9 @@ def parse_knn(argv: list[str]) -> tuple[Encoder, EvaluationDataArguments, KNNArg
         ValueError: no model there, no dataset named, an unknown flag, or a value out of its range.
     """
 
-    def of_monitor(recipe: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in recipe.get("training", {}).items() if key.startswith("knn_")}
+    def of_monitor(recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        training, names = recipe.get("training", {}), names_in_files(KNNArguments)
+        return {"training": {key: training[key] for key in names if key in training and key.startswith("knn_")}}
 
     encoder, (data, args), _, _ = parse_evaluation(
         argv,

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from safetensors import SafetensorError
 
 from ..engine import lock
 from ..engine.sgd_trainer import REQUEUE
-from ..errors import first_line
+from ..errors import first_line, visible
 
 INTERRUPTED = 130  # exit status after Ctrl-C where nothing had to be saved: 128 + SIGINT
+CURSOR_UP = "\x1b[A"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The main process may still publish, which takes as long as its network needs, while the others have nothing left to do.
 PATIENCE = timedelta(days=30)
@@ -36,7 +38,8 @@ def command(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     def run(argv: list[str]) -> None:
         _show_any_character()
         try:
-            main(argv)
+            with redirect_stdout(_Visible(sys.stdout)), redirect_stderr(_Visible(sys.stderr)):
+                main(argv)
             _leave_together()
         except SystemExit as end:
             if end.code == REQUEUE:  # of all processes
@@ -57,6 +60,24 @@ def command(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
             lock.give_back()
 
     return run
+
+
+class _Visible:
+    """A stream on which names of files and classes move nothing: what a terminal would obey is escaped.
+
+    Args:
+        stream: all else is left to it.
+    """
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        lines = text.split(CURSOR_UP)  # of a progress bar
+        return int(self.stream.write(CURSOR_UP.join(visible(line, kept="\n\r\t") for line in lines)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _show_any_character() -> None:

@@ -8,7 +8,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..cli import build_parser, how_to_run, parse_flags
 from ..errors import one_line_errors
 from ..evaluation.encoder import check_exists
-from ..hub.origin import describe_figures, read_origin
+from ..hub.origin import describe_shown, read_origin
 from ..hub.publish import CARD, PublishArguments, list_files, load_published, make_folder, publish
 from ..hub.repository import Repository
 from .process import command
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
             folder = Path(name)
             publish(names.source, model, processor, repository.name, args, folder)
             show_files(folder)
-            print("\n".join(describe_figures(read_origin(Path(names.source), model), args.include_pictures)))
+            print("\n".join(describe_shown(read_origin(Path(names.source), model), model, args.include_pictures)))
             if args.dry_run:
                 print(f"\n{(folder / CARD).read_text(encoding='utf-8')}\nNothing was uploaded (--dry_run).")
                 return

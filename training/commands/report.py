@@ -1,6 +1,5 @@
 """Draw the figures of a pretraining run and write its report.html: `python scripts/report.py runs/quickstart`."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -10,9 +9,10 @@ from transformers.utils import logging
 
 from modeling_moco import MoCoModel
 
+from ..cli import build_parser, how_to_run, section_of_file
 from ..data.sources import DataArguments
 from ..engine.page import read_run, write_report
-from ..engine.run_folder import recorded_content
+from ..engine.run_folder import SAVED_RECIPE, recorded_content
 from ..errors import one_line_errors
 from ..evaluation.encoder import Encoder, not_there
 from ..memory import keep_freed_memory
@@ -24,10 +24,10 @@ from .process import command
 def main(argv: list[str]) -> None:
     keep_freed_memory()
     logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = build_parser([], usage=f"{how_to_run('report')} RUN", description=str(__doc__))
     parser.add_argument("run_dir", type=Path, help="output directory of a pretraining run, ended or not")
-    folder = parser.parse_args(argv).run_dir
     with one_line_errors():
+        folder = parser.parse_args(argv).run_dir
         if not folder.exists():
             raise not_there(str(folder))
         run = read_run(folder)
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
         model = Encoder(str(run.source)).load(MoCoModel, seed=0).to(state.device)
         missing = None
         try:
-            data = DataArguments(**run.recipe["data"])
+            data = DataArguments(**section_of_file(folder / SAVED_RECIPE, "data", run.recipe["data"], DataArguments))
             data.content = recorded_content(folder, data.dataset_name)
             draw_features(model, open_images(data), data, folder)
         except ValueError as error:

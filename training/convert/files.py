@@ -22,7 +22,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from modeling_moco import MoCoConfig, MoCoImageProcessor
 
 from ..cli import build_parser, how_to_run, nearest_name
-from ..engine.run_folder import CONVERSION, read_json, write_json
+from ..engine.files import check_model_files, read_json, write_json
+from ..engine.run_folder import CONVERSION
 from ..errors import first_line, one_line
 from .detect import Checkpoint, known_values, read_file
 from .key_maps import CLASSIFIER, DETECTRON2, OFFICIAL, RESNETS, WITH_HEAD, WITHOUT_HEAD, WRAPPED, State, rename_back
@@ -106,6 +107,7 @@ def read(source: str, of_timm: bool = False) -> Checkpoint:
 
 
 def _read_model(source: str, of_timm: bool) -> Checkpoint:
+    check_model_files(Path(source))
     try:
         content, _ = MoCoConfig.get_config_dict(source)
         weights = content.get("transformers_weights", SAFE_WEIGHTS_NAME)

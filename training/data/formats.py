@@ -18,7 +18,7 @@ from PIL import Image
 from modeling_moco.distributed_moco import rank
 
 from ..engine.checkpoints import decided_by_main
-from ..engine.run_folder import whole_file
+from ..engine.files import whole_file
 from ..errors import one_line
 from .folders import HOW, NEEDS, FolderOfImages, FoundFile, arrange, divide_data_files, list_files, visible
 from .metadata import use_metadata

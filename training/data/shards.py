@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from modeling_moco.distributed_moco import world_size
 
-from ..engine.run_folder import write_json
+from ..engine.files import write_json
 
 CHUNK = 32  # rows to ask `datasets` for at a time: single rows take longer
 OPEN_FOOTERS = 16  # parquet footers to read in parallel: on the Hub each request takes a while

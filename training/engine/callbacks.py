@@ -15,7 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_moco.distributed_moco import rank, world_size
 
-from .run_folder import UNREADABLE, write_whole
+from .files import inside, write_whole
+from .run_folder import UNREADABLE
 
 
 def gather_lists(mine: list[str]) -> list[str]:
@@ -123,7 +124,7 @@ class ListUnreadable(TrainerCallback):
         names = gather_lists(self.images.unreadable())
         path = folder / UNREADABLE
         if path.is_file():
-            names += path.read_text(encoding="utf-8").splitlines()
+            names += inside(path).read_text(encoding="utf-8").splitlines()
         names = sorted(set(names))
         if names and rank() == 0:
             write_whole(path, "".join(f"{name}\n" for name in names))

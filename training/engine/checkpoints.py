@@ -20,18 +20,8 @@ from modeling_moco.distributed_moco import rank, world_size
 
 from ..errors import one_line
 from . import lock
-from .run_folder import (
-    DATASET,
-    MANIFEST,
-    check_free,
-    check_same_data,
-    check_same_run,
-    ended,
-    has_begun,
-    read_json,
-    write_json,
-    write_recipe,
-)
+from .files import check_model_files, inside, read_json, write_json
+from .run_folder import DATASET, MANIFEST, check_free, check_same_data, check_same_run, ended, has_begun, write_recipe
 
 T = TypeVar("T")
 
@@ -80,10 +70,17 @@ class CompleteCheckpoints(TrainerCallback):
         self._begun = self._saved_at = None
 
     def begin(self, checkpoint: Path) -> None:
-        """Remove what a killed process left of a checkpoint. Call it on all processes before anything is written."""
+        """Make a checkpoint's folder, without what a killed process left of it. Call it on all processes before any writes.
+
+        Raises:
+            OSError: it cannot be made.
+        """
         self._begun = checkpoint
         if rank() == 0:
+            if checkpoint.is_symlink():
+                checkpoint.unlink()
             shutil.rmtree(checkpoint, ignore_errors=True)
+            checkpoint.mkdir(parents=True)
         _wait()
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -134,12 +131,20 @@ def find_defect(checkpoint: Path) -> str | None:
         sizes, _ = _read_manifest(checkpoint)
     except ValueError:
         return f"its {MANIFEST} cannot be read"
+    if checkpoint.is_symlink():
+        return "it is a link"
+    try:
+        check_model_files(checkpoint)
+        for path in (*checkpoint.rglob("*"), *(checkpoint / name for name in sizes)):
+            inside(path, checkpoint)
+    except ValueError as error:
+        return str(error)
     for name, size in sizes.items():
-        path = str(checkpoint / name)
-        if not os.path.isfile(path):  # a Path of too long a name would raise
+        file = str(checkpoint / name)
+        if not os.path.isfile(file):  # a Path of too long a name would raise
             return f"{one_line(name)} is missing"
-        if os.path.getsize(path) != size:
-            return f"{one_line(name)} has {os.path.getsize(path):,} bytes instead of {size:,}"
+        if os.path.getsize(file) != size:
+            return f"{one_line(name)} has {os.path.getsize(file):,} bytes instead of {size:,}"
     return None
 
 

@@ -4,11 +4,11 @@ It shows what lies in the folder of the run, and is written anew whenever a resu
 """
 
 import base64
+import html
 import json
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,11 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..cli import how_to_run
+from ..errors import visible
 from .checkpoints import newest_complete
+from .files import leads_out, read_object, write_whole
 from .results import PACKAGES, read_results
-from .run_folder import (
-    CURVES,
-    METRICS,
-    OF_FEATURES,
-    REPORT,
-    SAVED_RECIPE,
-    read_metrics,
-    read_object,
-    read_sections,
-    write_whole,
-)
+from .run_folder import CURVES, METRICS, OF_FEATURES, REPORT, SAVED_RECIPE, read_metrics, read_sections
 
 STREAMED = "the images were streamed, and these figures need them by index"
 # The figure of a classifier's mistakes, by the name of the probe. That of a fine-tuning is called as the first.
@@ -175,6 +167,11 @@ def _page(run: Run, missing: str | None) -> str:
     )
 
 
+def escape(text: str) -> str:
+    """Words of others in HTML, without signs that turn what stands around them."""
+    return html.escape(visible(text))
+
+
 # Numbers
 
 
@@ -253,7 +250,7 @@ def _confusions(run: Path) -> Iterator[str]:
 
 
 def _figure(path: Path, title: str, reading: str, missing: str | None) -> str:
-    if not path.is_file() or path.is_symlink():  # a link may lead anywhere, and the report may be shown to anybody
+    if not path.is_file() or leads_out(path):  # the report may be shown to anybody
         why = missing or f"draw it by {how_to_run('report')} {path.parent}"
         return f'<p class="missing">{path.stem} is missing: {escape(why)}</p>'
     note = f" Drawn earlier; not drawn again, because {missing}" if missing else ""

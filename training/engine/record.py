@@ -14,10 +14,12 @@ import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 
+from .files import below
 from .page import refresh_report
 from .results import Result, append_results
 from .run_folder import may_leave
 
+TENSORBOARD = "runs"  # in the folder of a run, its files
 TRACKERS = ("trackio", "tensorboard", "wandb")
 TRACKIO_ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # set, they send its runs to a Space or a server
 
@@ -49,11 +51,12 @@ class Trackers:
     def check(self) -> None:
         """
         Raises:
-            ValueError: a tracker is not installed.
+            ValueError: a tracker is not installed, or the folder of its files is a link.
         """
         for name in self.names:
             if name in TRACKERS and find_spec(name) is None:
                 raise ValueError(f"report_to ({name}) is not installed: pip install {name}")
+        below(self.folder, TENSORBOARD)
 
     def send(
         self, results: Iterable[Result], figures: Iterable[Path], data: dict[str, Any], step: int | None = None
@@ -97,7 +100,7 @@ class Trackers:
         return name != "tensorboard"
 
     def _place(self, name: str) -> tuple[str, ...]:
-        return ("results", str(self.folder / "runs")) if name == "tensorboard" else (self.project,)
+        return ("results", str(self.folder / TENSORBOARD)) if name == "tensorboard" else (self.project,)
 
     def _run(self, name: str) -> dict[str, Any]:
         return {} if name == "tensorboard" else {"name": self.run_name, "resume": "allow"}

@@ -19,7 +19,9 @@ from filelock import FileLock
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import world_size
 
-from .run_folder import RESULTS, read_json, write_json
+from ..errors import hide_secrets
+from .files import inside, read_json, write_json
+from .run_folder import RESULTS
 
 Feature = Literal["backbone", "head"]  # the pooled output (D wide), or the unit-length query (projection_dim wide)
 
@@ -97,7 +99,7 @@ def append_results(folder: Path, results: list[Result], *, model: str, data: dic
     """
     here = {"model": model, "data": data} | conditions()
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{RESULTS}.lock"):  # two evaluations may end together
+    with FileLock(inside(folder / f".{RESULTS}.lock")):  # two evaluations may end together
         known = read_results(folder)
         seen = [_without_date(entry) for entry in known]
         for result in results:
@@ -158,7 +160,7 @@ def _command() -> str:
     words, hide = [], False
     for word in sys.argv:
         flag, equals, _ = word.partition("=")
-        words.append("***" if hide else f"{flag}=***" if "token" in flag and equals else word)
+        words.append("***" if hide else f"{flag}=***" if "token" in flag and equals else hide_secrets(word))
         hide = "token" in flag and not equals
     return shlex.join(words)
 

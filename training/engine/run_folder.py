@@ -1,13 +1,8 @@
-"""The folder of a run: the names of all its files, whose run it is, and files that are whole or not there.
+"""The folder of a run: the names of all its files, and whose run it is.
 
 Only this module names these files, so that writers, evaluations, the report and the Hub agree on them.
 """
 
-import json
-import os
-import reprlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
@@ -15,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from ..errors import one_line
+from ..errors import one_line, shown
+from .files import UNFINISHED, inside, leads_out, read_object, write_json, write_whole
 
 SAVED_RECIPE = "recipe.yaml"  # the settings of a run, in its output directory
 MANIFEST = "manifest.json"  # of a checkpoint, written last
@@ -26,7 +22,7 @@ LOCK = ".lock"  # held by the process that writes to the folder, and says which 
 CONVERSION = "conversion.json"  # where a converted model came from, beside it
 UNREADABLE = "unreadable_images.txt"  # training images that were left out because they cannot be read
 DATASET = "dataset.json"  # what a run was trained on: name, number and digest of its files
-FIRST_FILES = (SAVED_RECIPE, DATASET, LOCK)  # what a crash at the start of a run leaves
+FIRST_FILES = (SAVED_RECIPE, DATASET, LOCK, UNFINISHED)  # what a crash at the start of a run leaves
 REPORT = "report.html"
 FEATURES = "features"  # folder of features that were extracted once
 # Name of a figure's files: its title, and how to read it.
@@ -71,39 +67,6 @@ PATHS = ("dataset_name", "model", "init_from")  # settings that may be folders
 UNCAUGHT_BY_YAML = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place at the end: readers see the old file or the new one."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # which names the file
-    finally:
-        unfinished.unlink(missing_ok=True)  # after an error
-
-
-def write_whole(path: Path, text: str, durable: bool = False) -> None:
-    """Write a text file that is there with all its content, or as it was before.
-
-    Args:
-        durable: wait until the disk has it, so that it outlives a loss of power.
-    """
-    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def write_json(path: Path, content: Any, durable: bool = False) -> None:
-    """`write_whole` for content that JSON knows."""
-    write_whole(path, json.dumps(content, indent=2) + "\n", durable)
-
-
 def check_free(folder: Path) -> None:
     """
     Raises:
@@ -115,39 +78,20 @@ def check_free(folder: Path) -> None:
         raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
 
 
-def read_json(path: Path, remedy: str, what: str = "JSON") -> Any:
-    """The content of a JSON file.
-
-    Args:
-        remedy: what to do about a file that is none.
-        what: the file is to be.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not {what} ({one_line(error)}): {remedy}") from error
-
-
-def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The names and values of a JSON file.
-
-    Raises:
-        ValueError: it has none.
-    """
-    content = read_json(path, remedy)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not JSON of names and values: {remedy}")
-    return content
-
-
 NUMBER = int | float | None  # None is what was not measured
 METRICS_KINDS: dict[str, Any] = {  # of the values in `metrics.json`
     **{"ended": str, "protocol": str, "data": dict, "probes": list},
-    **dict.fromkeys(("knn_top1_before", "knn_top1_after", "loss", "contrast_top1", "images_per_second"), NUMBER),
+    **dict.fromkeys(("knn_top1_before", "knn_top1_after", "loss", "contrast_top1"), NUMBER),
     **dict.fromkeys(("waiting_for_data", "top1", "top5", "n"), NUMBER),
+    **{
+        "steps": int,
+        "skipped_images": int,
+        "images_per_second": int | float,
+        "processes": int,
+        "hardware": str,
+        "versions": dict,
+        "commit": str | None,
+    },
 }
 
 
@@ -180,8 +124,9 @@ def read_sections(path: Path, remedy: str) -> dict[str, dict[str, Any]]:
         remedy: what to do about a file that has none.
 
     Raises:
-        ValueError: it is not YAML, or not made of sections of keys.
+        ValueError: it is not YAML, not made of sections of keys, or leads out of its folder.
     """
+    inside(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, *UNCAUGHT_BY_YAML) as error:
@@ -192,11 +137,6 @@ def read_sections(path: Path, remedy: str) -> dict[str, dict[str, Any]]:
     if odd := [name for name in names if not isinstance(name, str)]:
         raise ValueError(f"{path} has the name {shown(odd[0])}, which is no text: {remedy}")
     return content
-
-
-def shown(value: Any) -> str:
-    """A value of a file in a message: short, in one line."""
-    return one_line(reprlib.repr(value) if isinstance(value, list | dict | tuple) else str(value)[:200])
 
 
 def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
@@ -278,6 +218,12 @@ def recorded_content(folder: Path, dataset: str) -> dict[str, str]:
 
 def _as_path(key: str, value: Any) -> Any:
     return Path(value).resolve() if key in PATHS and isinstance(value, str) and Path(value).exists() else value
+
+
+def drawn(folder: Path) -> list[Path]:
+    """The figures of a run that are there, as PNG files. A link may show what lies elsewhere, and is none."""
+    paths = [folder / f"{name}.png" for name in FIGURES]
+    return [path for path in paths if path.is_file() and not leads_out(path)]
 
 
 def may_leave(figure: Path, data: dict[str, Any], include_pictures: bool) -> bool:

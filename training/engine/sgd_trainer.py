@@ -12,8 +12,11 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
@@ -23,16 +26,16 @@ from ..cli import how_to_run
 from ..errors import TrainingError, one_line_errors
 from .callbacks import ProgressBar, ProgressLines, SetEpoch
 from .checkpoints import BatchLayout, CompleteCheckpoints, newest_complete
+from .files import whole_file, whole_files
 from .preemption import SaveAndStop, outlive_signals
 from .record import Trackers, run_name
-from .schedule import epoch_schedule
 
 REQUEUE = (
     75  # exit status after a SIGTERM or Ctrl-C: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
 )
 NEVER = torch.iinfo(torch.int64).max
 # What transformers calls its settings for the Hub. Only pretraining publishes while it runs.
-PUBLISHING = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token")
+PUBLISHING = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")
 
 
 @dataclass
@@ -50,7 +53,7 @@ class SGDTrainingArguments(TrainingArguments):
             *("eval_accumulation_steps", "eval_delay", "eval_do_concat_batches", "eval_on_start", "eval_steps"),
             *("eval_use_gather_object", "fp16_full_eval", "bf16_full_eval", "fsdp", "fsdp_config", "greater_is_better"),
             *PUBLISHING,
-            *("hub_always_push", "ignore_data_skip", "include_for_metrics"),
+            *("hub_always_push", "hub_token", "ignore_data_skip", "include_for_metrics"),
             *("include_num_input_tokens_seen", "label_names", "label_smoothing_factor", "length_column_name"),
             *("load_best_model_at_end", "log_on_each_node", "logging_nan_inf_filter"),
             *("metric_for_best_model", "neftune_noise_alpha", "optim_target_modules", "parallelism_config"),
@@ -122,6 +125,11 @@ class SGDTrainingArguments(TrainingArguments):
         if self.push_to_hub and "push_to_hub" in self.NOT_OFFERED:
             raise ValueError(
                 "push_to_hub (True) is for pretraining: publish the folder that this saves to with scripts/push_to_hub.py"
+            )
+        if self.hub_token is not None:
+            raise ValueError(
+                "hub_token must be None, for Trainer writes its arguments beside every checkpoint: log in with "
+                "`hf auth login`, or set HF_TOKEN"
             )
         # Trainer must not see this flag: it would upload the folder of a run as it is, pickles and local paths included.
         self.publish = self.push_to_hub
@@ -317,7 +325,16 @@ class SGDTrainer(Trainer):
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):  # a checkpoint is begun with its model
             self._check_finite(weights=True)
             self._checkpoints.begin(folder)
-        super().save_model(output_dir, _internal_call=True)
+            super().save_model(str(folder), _internal_call=True)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_files(folder) as fresh:  # transformers would write through a link
+            super().save_model(str(fresh), _internal_call=True)
+
+    def save_state(self) -> None:
+        if self.args.should_save:
+            with whole_file(Path(str(self.args.output_dir)) / TRAINER_STATE_NAME) as fresh:
+                self.state.save_to_json(str(fresh))
 
     def push_to_hub(self, *args, **kwargs) -> str:
         """
@@ -363,3 +380,23 @@ def train(trainer: SGDTrainer, checkpoint: str | None) -> None:
             name = trainer.stopped_by.name
             print(f"Stopped by {name} at step {trainer.state.global_step}, saved. The same command continues.")
         raise SystemExit(REQUEUE)
+
+
+def epoch_factor(epoch: int, epochs: int, milestones: list[int] | None) -> float:
+    """Factor of the learning rate in `epoch` (from 0): x0.1 at every milestone passed, or without them a half cosine."""
+    if milestones:
+        return math.prod(0.1 for milestone in milestones if epoch >= milestone)
+    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def epoch_schedule(
+    optimizer: Optimizer, steps_per_epoch: int, epochs: int, milestones: list[int] | None = None
+) -> LambdaLR:
+    """A scheduler that is stepped at every optimizer step and changes the learning rate at the start of every epoch.
+
+    Args:
+        steps_per_epoch: optimizer steps of one epoch.
+        epochs: epochs of the run.
+        milestones: epochs at which the learning rate drops to a tenth; none for the cosine.
+    """
+    return LambdaLR(optimizer, lambda step: epoch_factor(step // steps_per_epoch, epochs, milestones))

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,8 +12,9 @@ from transformers.utils import CONFIG_NAME, logging
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 
-from ..cli import build_parser, how_to_run, offered, parse_flags
+from ..cli import build_parser, how_to_run, offered, parse_flags, section_of_file
 from ..data.sources import DataArguments, EvaluationDataArguments
+from ..engine.files import below, check_model_files
 from ..engine.results import Result, read_results, table
 from ..engine.run_folder import METRICS, SAVED_RECIPE, read_metrics, read_sections, recorded_content
 from ..engine.sgd_trainer import PUBLISHING, SGDTrainingArguments
@@ -38,7 +39,7 @@ class Encoder:
     def results_dir(self) -> Path:
         """Folder of its results: the model's own, or `runs/NAME` for a Hub repository; `random_encoder/` inside if random."""
         folder = Path(self.source) if Path(self.source).is_dir() else Path("runs") / Path(self.source).name
-        return folder / "random_encoder" if self.random else folder
+        return below(folder, "random_encoder") if self.random else folder
 
     def __str__(self) -> str:
         return f"a random encoder like {self.source}" if self.random else self.source
@@ -50,9 +51,10 @@ class Encoder:
             head: whether the checkpoint must have the projector of the queries too.
 
         Raises:
-            ValueError: there is no model, or it lacks what `kind` or `head` needs.
+            ValueError: there is no model, it lacks what `kind` or `head` needs, or a file of it lies elsewhere.
         """
         verbosity = logging.get_verbosity()
+        check_model_files(Path(self.source))
         logging.set_verbosity_error()  # transformers warns that a classifier is new, which is the point
         set_seed(seed)
         try:
@@ -62,7 +64,7 @@ class Encoder:
             if self.random:
                 return kind(loaded).eval()
             model, report = kind.from_pretrained(
-                self.source, config=loaded, output_loading_info=True, ignore_mismatched_sizes=True
+                self.source, config=loaded, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
             )
         except OSError as error:
             raise ValueError(
@@ -108,8 +110,9 @@ def pretraining_recipe(source: str, kind: type[EvaluationDataArguments] = Evalua
     for folder in _folders_of(source):
         if (folder / SAVED_RECIPE).is_file():
             recipe = read_sections(folder / SAVED_RECIPE, "correct it, or move it away")
-            known = {f.name for f in fields(kind)}
-            return recipe | {"data": {key: value for key, value in recipe.get("data", {}).items() if key in known}}
+            known = {f.name for f in offered(kind)}
+            data = {key: value for key, value in recipe.get("data", {}).items() if key in known}
+            return recipe | {"data": section_of_file(folder / SAVED_RECIPE, "data", data, kind)}
     try:
         processor = MoCoImageProcessor.from_pretrained(source)
     except OSError:
@@ -179,7 +182,7 @@ def parse_evaluation(
     *,
     command: str,
     description: str,
-    defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda recipe: {},
+    defaults: Callable[[dict[str, Any]], dict[str, dict[str, Any]]] = lambda recipe: {},
     output: str | None = None,
 ) -> tuple[Encoder, list[Any], dict[str, dict[str, Any]], set[str]]:
     """Flags over the settings of the pretraining run that the model came from.
@@ -187,7 +190,7 @@ def parse_evaluation(
     Args:
         command: its name in `moco`.
         parts: dataclasses of flags; "data" is `EvaluationDataArguments` or a subclass.
-        defaults: from the run's recipe to values for other flags than those of the data.
+        defaults: from the run's recipe to those of its values that are for other flags than those of the data, by section.
         output: name of the folder in the encoder's results_dir that `--output_dir` defaults to.
 
     Returns:
@@ -220,7 +223,10 @@ def parse_evaluation(
                 f"{known.model} holds no MoCo model: pass the folder that a run saved to, e.g. runs/quickstart"
             )
         raise ValueError(f"{known.model} does not say what it was trained on: pass --dataset_name")
-    values = recipe["data"] | defaults(recipe)
+    values = dict(recipe["data"])
+    kind = next(kind for part, kind in parts.items() if part != "data")
+    for section, entries in defaults(recipe).items():
+        values |= section_of_file(Path(known.model) / SAVED_RECIPE, section, entries, kind)
     if output is not None:
         values = {"output_dir": str(encoder.results_dir / output)} | values
     _, instances, settings = parse_flags(parser, parts, argv, values)

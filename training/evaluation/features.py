@@ -20,9 +20,9 @@ from modeling_moco.distributed_moco import gather as gather_rows
 from modeling_moco.distributed_moco import rank, world_size
 
 from ..data.images import MapImages
+from ..engine.files import below, whole_file, write_json
 from ..engine.preemption import outlive_signals
 from ..engine.results import Feature, encoder_digest
-from ..engine.run_folder import whole_file, write_json
 
 ROWS_PER_FILE = 16_384  # what an interrupted extraction repeats at most
 
@@ -117,7 +117,7 @@ def cached_features(
         "feature": feature,
         "n": len(images),
     }
-    folder = folder / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    folder = below(below(folder.parent, folder.name), hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16])
     files = {start: folder / f"{start:09}.arrow" for start in range(0, len(images), ROWS_PER_FILE)}
     missing = {start: path for start, path in files.items() if not path.is_file()}
     if world_size() > 1:  # one process looks for all: another job may be writing the same files

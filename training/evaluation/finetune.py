@@ -30,9 +30,10 @@ from ..cli import default_values
 from ..data.images import MapImages
 from ..data.labels import read_labels
 from ..data.sources import CropDataArguments, ImageSplits
+from ..engine.files import below, read_object, write_json
 from ..engine.record import record
 from ..engine.results import encoder_digest
-from ..engine.run_folder import METRICS, SPLIT, mark_ended, read_object, write_json
+from ..engine.run_folder import METRICS, SPLIT, mark_ended
 from ..engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
 from ..views.pil import OneView
 from ..views.policy import build_policy
@@ -278,7 +279,7 @@ def parse_finetune(argv: list[str]) -> FinetuneRun:
         output="finetune",
     )
     if "output_dir" not in given:
-        training.output_dir += f"_{100 * training.label_fraction:g}pct"
+        training.output_dir = str(below(encoder.results_dir, f"finetune_{100 * training.label_fraction:g}pct"))
     settings["encoder"]["fine_tuned"] = True
     return FinetuneRun(encoder, data, training, settings)
 

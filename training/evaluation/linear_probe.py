@@ -24,10 +24,11 @@ from .. import plots
 from ..cli import default_values, offered
 from ..data.images import MapImages
 from ..data.sources import CropDataArguments, ImageSplits
+from ..engine.files import below, whole_files, write_json
 from ..engine.page import CONFUSIONS
 from ..engine.record import record
 from ..engine.results import encoder_digest
-from ..engine.run_folder import METRICS, read_metrics, write_json
+from ..engine.run_folder import METRICS, read_metrics
 from ..engine.sgd_trainer import SGDTrainer
 from ..views.pil import OneView
 from ..views.policy import build_policy
@@ -73,7 +74,7 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
         PARTS,
         command="probe",
         description="Train a linear classifier on a frozen encoder, as the papers evaluate.",
-        defaults=lambda recipe: recipe.get("probe", {}),
+        defaults=lambda recipe: {"probe": recipe.get("probe", {})},
         output="linear_probe",
     )
     if training.mode == "cached":
@@ -92,7 +93,7 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
     settings["training"]["mode"] = training.mode
     if "output_dir" not in given:  # a folder for each kind of probe
         kind = "_cached" if training.mode == "cached" else "" if training.learning_rates is None else "_rates"
-        training.output_dir = f"{training.output_dir}{kind}"
+        training.output_dir = str(below(encoder.results_dir, f"linear_probe{kind}"))
     return ProbeRun(encoder, data, training, settings)
 
 
@@ -269,6 +270,7 @@ def finish(trainer: LinearProbeTrainer, model: MoCoForImageClassification) -> Pr
     probe, chosen = trainer.probe()
     model.classifier = trainer.model.heads[chosen]
     if trainer.is_world_process_zero():
-        model.save_pretrained(trainer.args.output_dir)
-        trainer.processing_class.save_pretrained(trainer.args.output_dir)
+        with whole_files(Path(str(trainer.args.output_dir))) as fresh:
+            model.save_pretrained(fresh)
+            trainer.processing_class.save_pretrained(fresh)
     return probe

@@ -20,7 +20,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
 from modeling_moco import MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 from modeling_moco.modeling_moco import build_encoder
 
-from ..engine.run_folder import read_object, write_json
+from ..engine.files import read_object, write_json
 
 Model = MoCoModel | MoCoForImageClassification
 

@@ -3,6 +3,7 @@
 Names of files on this machine do not appear: a local dataset is called by the name of its folder.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,14 @@ TEMPLATE = next(path for path in PLACES if path.is_file())
 SHOWN_SECTIONS = ("data", "model", "training")  # of a recipe; what it was expected to reach is no result
 # Settings of training whose values are shown though they are words: others may say where on this machine something is.
 WORDS = (
-    *(
-        "optim",
-        "optim_args",
-        "lr_scheduler_type",
-        "eval_strategy",
-        "save_strategy",
-        "knn_features",
-        "queue_start",
-        "mode",
-    ),
+    *("optim", "optim_args", "lr_scheduler_type", "eval_strategy", "save_strategy"),
+    *("knn_features", "queue_start", "mode"),
 )
+
+
+def escape(text: object) -> str:
+    """Words of others in Markdown: shown as they are, and neither HTML, a link, code nor the end of a cell."""
+    return re.sub(r"([\\`*\[\]<>|~$&#]|(?<!\w)_|_(?!\w))", r"\\\1", str(text))
 
 
 def public_name(dataset: str, local: bool | None = None) -> str:
@@ -107,7 +105,7 @@ def render_card(
         training=_training(origin),
         settings=yaml.safe_dump(settings, sort_keys=False) if (settings := _settings(origin)) else "",
         figures=[(path.name, *titles[path.stem]) for path in origin.figures],
-        results=[[cell.replace("|", "\\|") for cell in _row(entry)] for entry in results],
+        results=[list(map(escape, _row(entry))) for entry in results],
     )
     return card
 
@@ -118,7 +116,7 @@ def _summary(model: Model, origin: Origin) -> str:
     if classifies and not origin.recipe:  # a classifier has no projection head that could tell
         version, paper = "MoCo", "1911.05722"
     dataset = _dataset(origin)
-    images = f" on {dataset}" if dataset else ""
+    images = f" on {escape(dataset)}" if dataset else ""
     sentence = (
         f"A {config.architecture} trained by Momentum Contrast ({version}, "
         f"[arXiv:{paper}](https://arxiv.org/abs/{paper})){images} without labels"
@@ -132,13 +130,13 @@ def _summary(model: Model, origin: Origin) -> str:
 
 def _training(origin: Origin) -> str:
     about, metrics = origin.recipe.get("about", {}), origin.metrics
-    source = f" (source: {about['source']})" if "source" in about else ""
-    sentences = [f"{about['title']}{source}." if "title" in about else "", *_ran(metrics)]
+    source = f" (source: {escape(about['source'])})" if "source" in about else ""
+    sentences = [f"Recipe: {escape(about['title'])}{source}." if "title" in about else "", *_ran(metrics)]
     if (began := _start(origin)) is not None:
-        sentences.append(f"It began with the weights of `{began}`.")
+        sentences.append(f"It began with the weights of {escape(began)}.")
     if converted := origin.conversion:
         epoch = f", epoch {converted['epoch']:g}" if "epoch" in converted else ""
-        sentences.append(f"Converted from `{converted['file']}` ({converted['format']}{epoch}).")
+        sentences.append(f"Converted from {escape(converted['file'])} ({escape(converted['format'])}{epoch}).")
     if origin.recipe:
         sentences.append("These are the settings that were given; all else has its default.")
     return " ".join(filter(None, sentences)) or "Nothing is recorded of how these weights were trained."
@@ -146,12 +144,12 @@ def _training(origin: Origin) -> str:
 
 def _ran(metrics: dict[str, Any]) -> list[str]:
     sentences = []
-    if "steps" in metrics:
+    if {"steps", "images_per_second"} <= metrics.keys():
         sentences.append(f"{metrics['steps']:,} steps, {metrics['images_per_second']:.4g} images/s.")
-    if "hardware" in metrics:
-        versions = ", ".join(f"{name} {metrics['versions'][name]}" for name in ("torch", "transformers", "timm"))
-        commit = f", commit {metrics['commit']}" if metrics["commit"] else ""
-        sentences.append(f"{metrics['processes']} x {metrics['hardware']}; {versions}{commit}.")
+    if {"hardware", "versions", "processes"} <= metrics.keys():
+        versions = ", ".join(f"{name} {metrics['versions'].get(name)}" for name in ("torch", "transformers", "timm"))
+        commit = f", commit {metrics['commit']}" if metrics.get("commit") else ""
+        sentences.append(escape(f"{metrics['processes']} x {metrics['hardware']}; {versions}{commit}."))
     return sentences
 
 

@@ -6,19 +6,22 @@ from typing import Any
 
 from modeling_moco import MoCoForImageClassification
 
+from ..engine.files import read_object
 from ..engine.results import encoder_digest, read_results
 from ..engine.run_folder import (
     CONVERSION,
-    FIGURES,
     MANIFEST,
     METRICS,
     SAVED_RECIPE,
+    drawn,
     may_leave,
     read_metrics,
-    read_object,
     read_sections,
 )
+from ..errors import visible
 from .exports import Model
+
+REMEDY = "correct it, or move it away"
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,15 @@ def published_figures(origin: Origin, include_pictures: bool) -> list[Path]:
     return [path for path in origin.figures if may_leave(path, origin.metrics.get("data", {}), include_pictures)]
 
 
-def describe_figures(origin: Origin, include_pictures: bool) -> list[str]:
-    """A line for every figure: what it shows of the data, and which one is left out."""
+def describe_shown(origin: Origin, model: Model, include_pictures: bool) -> list[str]:
+    """What is shown of the data, in lines: a classifier's classes, and what each figure shows, or why it is left out."""
+    classes = model.config.num_labels if isinstance(model, MoCoForImageClassification) else 0
+    named = [f"config.json has the names of the {classes} classes"] if classes else []
     published = published_figures(origin, include_pictures)
     remedy = ", and is left out, for the dataset is local: --include_pictures publishes it"
-    return [f"{path.name} shows {SHOWN[path.stem]}{'' if path in published else remedy}" for path in origin.figures]
+    return named + [
+        f"{path.name} shows {SHOWN[path.stem]}{'' if path in published else remedy}" for path in origin.figures
+    ]
 
 
 def read_origin(source: Path, model: Model) -> Origin:
@@ -74,19 +81,19 @@ def read_origin(source: Path, model: Model) -> Origin:
     settings = _read_yaml(home / SAVED_RECIPE)
     evaluated = settings.get("encoder", {})  # of a probe or a fine-tuning, which began with that model
     run, final = _find_run(source)
-    recipe = {} if run is None else _read_yaml(run / SAVED_RECIPE)
+    recipe = {} if run is None else _plain(_read_yaml(run / SAVED_RECIPE))
     encoder = model.moco if isinstance(model, MoCoForImageClassification) else model
-    metrics = {} if run is None else _read_metrics(run)
+    metrics = {} if run is None else _plain(_read_metrics(run))
     if not final:  # of later weights: what was read is all that is the same
         metrics = {key: metrics[key] for key in ("data",) if key in metrics}
     return Origin(
         recipe={key: value for key, value in recipe.items() if key != "probe"},  # what a probe would begin with
-        evaluation=settings.get("training", {}) if evaluated else {},
+        evaluation=_plain(settings.get("training", {})) if evaluated else {},
         fine_tuned=bool(evaluated.get("fine_tuned")),
         metrics=metrics,
-        conversion=_read_json((run or source) / CONVERSION),
-        results=_read_own_results(home, run, encoder_digest(encoder), about_encoder=not evaluated),
-        figures=_find_figures(run) if run and final and not evaluated.get("fine_tuned") else [],
+        conversion=_read_conversion((run or source) / CONVERSION),
+        results=_plain(_read_own_results(home, run, encoder_digest(encoder), about_encoder=not evaluated)),
+        figures=drawn(run) if run and final and not evaluated.get("fine_tuned") else [],
     )
 
 
@@ -119,25 +126,29 @@ def _read_own_results(home: Path, run: Path | None, digest: str, about_encoder: 
     return [entry for folder, entry in results if folder == home.resolve() or entry["protocol"].startswith(own)]
 
 
-def _find_figures(folder: Path) -> list[Path]:
-    # Links may show what lies elsewhere.
-    paths = [folder / f"{name}.png" for name in FIGURES]
-    return [path for path in paths if path.is_file() and not path.is_symlink()]
-
-
 def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
-    """Sections of a file beside a model; none if it is not there or a link."""
-    if not path.is_file() or path.is_symlink():
-        return {}
-    return read_sections(path, "correct it, or move it away")
+    """Sections of a file beside a model; none if it is not there."""
+    return read_sections(path, REMEDY) if path.is_file() else {}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file() or path.is_symlink():
+def _read_conversion(path: Path) -> dict[str, Any]:
+    if not path.is_file():
         return {}
-    return read_object(path, "correct it, or move it away")
+    about = _plain(read_object(path, REMEDY))
+    for name, kind in (("file", str), ("format", str), ("epoch", int | float)):
+        if not isinstance(about.get(name, 0 if name == "epoch" else None), kind):
+            raise ValueError(f"{path} has no {name}, or one of another kind: {REMEDY}")
+    return about
+
+
+def _plain(value: Any) -> Any:
+    """What a file holds, with each text in one line of signs that show something."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return list(map(_plain, value))
+    return visible(" ".join(value.split())) if isinstance(value, str) else value
 
 
 def _read_metrics(folder: Path) -> dict[str, Any]:
-    path = folder / METRICS
-    return {} if path.is_symlink() else read_metrics(path, "correct it, or move it away")
+    return read_metrics(folder / METRICS, REMEDY)

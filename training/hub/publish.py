@@ -14,8 +14,11 @@ One with a stem for small images, which timm does not know, has our format alone
 written here or figures of the run are in it.
 """
 
+import getpass
+import json
 import re
 import shutil
+import socket
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,14 +33,17 @@ import modeling_moco
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 
 from ..cli import INCLUDE_PICTURES
-from ..engine.run_folder import write_json
-from ..errors import first_line
+from ..engine.files import check_model_files, write_json
+from ..errors import SECRETS, first_line
 from . import exports
 from .exports import Model, read_written
-from .model_card import render_card
+from .model_card import TEMPLATE, render_card
 from .origin import published_figures, read_origin
 
 CARD = "README.md"
+TEXTS = (".md", ".json", ".py")
+PATH = r"(?<![\w.:/~<-])/(?:[\w.@+-]+/)+[\w.@+-]*[\w@+-]|\b[A-Za-z]:\\+\w"  # an absolute one, of two names at least
+PUBLIC_NAMES = ("root", "localhost")
 AUTO_MAP = {
     "AutoConfig": "configuration_moco.MoCoConfig",
     "AutoModel": "modeling_moco.MoCoModel",
@@ -69,8 +75,9 @@ def load_published(source: str, training_state: bool) -> tuple[Model, MoCoImageP
 
     Raises:
         ValueError: there is no such model, or it lacks its weights, its image processor or the training state; they are
-            damaged; or its images are prepared in a way that other libraries cannot follow.
+            damaged or lie elsewhere; or its images are prepared in a way that other libraries cannot follow.
     """
+    check_model_files(Path(source))
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -160,7 +167,7 @@ def _publish(
         training_state=args.include_training_state,
     )
     card.save(folder / CARD)
-    _check_private(source, folder)
+    _check_private(source, repo_id, folder)
 
 
 def _save_weights(model: Model, processor: MoCoImageProcessor, repo_id: str, license: str, folder: Path) -> None:
@@ -199,17 +206,47 @@ def list_files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _check_private(source: str, folder: Path) -> None:
-    # The last of several guards: nothing above should have let one through.
-    places = [text for text in (str(Path.home()), str(Path(source).absolute())) if text != "/"]
-    secrets = {text: rf"(?<![\w.~-]){re.escape(text)}(?![\w.-])" for text in places}  # no part of another name
-    if token := get_token():
-        secrets["your token"] = re.escape(token)
-    for name in list_files(folder):
-        if name.endswith((".md", ".json")):
-            text = (folder / name).read_text(encoding="utf-8")
-            if found := [secret for secret, pattern in secrets.items() if re.search(pattern, text)]:
-                raise ValueError(
-                    f"{name} would publish {found[0]}, which is this machine's: take it out of the recipe, the results or the "
-                    f"configuration beside {source}"
-                )
+def _check_private(source: str, repo_id: str, folder: Path) -> None:
+    """The last of several guards: nothing above should have let one through.
+
+    Raises:
+        ValueError: a text that would be published has what belongs to this machine or its user.
+    """
+    private = _private(source, repo_id, folder)
+    found = [
+        f"{what}{'' if 'token' in what else f' ({match[0]})'} in line {number} of {name}"
+        for name in list_files(folder)
+        if name.endswith(TEXTS)
+        for number, line in enumerate((folder / name).read_text(encoding="utf-8").splitlines(), 1)
+        for what, pattern in private.items()
+        if (match := re.search(pattern, line))
+    ]
+    if found:
+        raise ValueError(
+            f"nothing is published, for it would show {', '.join(found[:5])}: take it out of the recipe, the results or the "
+            f"configuration beside {source}"
+        )
+
+
+def _private(source: str, repo_id: str, folder: Path) -> dict[str, str]:
+    """What may not be published: in words, and as a pattern."""
+    names = {"your user name": _user(), "the name of this machine": socket.gethostname().split(".")[0]}
+    # A name that everybody's card or code has, or the repository itself, says nothing.
+    known = "\n".join([repo_id, *PUBLIC_NAMES, TEMPLATE.read_text(encoding="utf-8")])
+    names = {what: name for what, name in names.items() if name and not re.search(_word(name), known)}
+    places = {"your folder": str(Path.home()), "the folder of the model": str(Path(source).absolute())}
+    texts = names | {what: text for what, text in places.items() if text != "/"} | {"your token": get_token() or ""}
+    return {"a token or a password": SECRETS.pattern, "a path": PATH} | {
+        what: f"{_word(text)}|{_word(json.dumps(text)[1:-1])}" for what, text in texts.items() if text
+    }
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # none in the list of users, as in some containers
+        return None
+
+
+def _word(text: str) -> str:
+    return rf"(?<![\w.~-]){re.escape(text)}(?![\w-])"  # no part of another name

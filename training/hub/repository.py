@@ -58,13 +58,11 @@ class Repository:
 
     Args:
         private: create it private, if it does not exist.
-        token: by default that of this machine's login.
         revision: branch to commit to; it is created if it does not exist.
     """
 
     name: str
     private: bool = False
-    token: str | None = None
     revision: str | None = None
 
     def __post_init__(self):
@@ -77,7 +75,7 @@ class Repository:
 
     @property
     def api(self) -> HfApi:
-        return HfApi(token=self.token)
+        return HfApi()  # with the token of HF_TOKEN or of this machine's login
 
     def prepare(self) -> "Repository":
         """Check the right to write, and create the repository if it does not exist.
@@ -89,7 +87,7 @@ class Repository:
             ValueError: there is no token, no right or no network; the repository holds something else, or it is public and
                 should be private.
         """
-        if (self.token or get_token()) is None:
+        if get_token() is None:
             raise ValueError(
                 f"no token to write to {self.name} with: log in with `hf auth login`, or set HF_TOKEN to one that may write"
             )
@@ -155,7 +153,7 @@ class PublishCallback(TrainerCallback):
                 "or 'every_save'"
             )
         name = args.hub_model_id or Path(str(args.output_dir)).name
-        repository = Repository(name, bool(args.hub_private_repo), args.hub_token, args.hub_revision)
+        repository = Repository(name, bool(args.hub_private_repo), args.hub_revision)
         return cls(repository, args.hub_strategy == HubStrategy.EVERY_SAVE, include_pictures)
 
     def prepare(self) -> None:
