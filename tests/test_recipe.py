@@ -9,7 +9,7 @@ import yaml
 
 from modeling_moco import MoCoConfig
 from training.engine.checkpoints import BatchLayout, claim_output_dir, write_manifest
-from training.engine.schedule import epoch_schedule
+from training.engine.sgd_trainer import epoch_schedule
 from training.errors import one_line_errors
 from training.recipe import RECIPES, load_recipe, parse_pretrain, recipe_names
 

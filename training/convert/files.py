@@ -14,27 +14,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
-from modeling_moco import MoCoConfig, MoCoImageProcessor
+from modeling_moco import MoCoImageProcessor, MoCoModel
 
 from ..cli import build_parser, how_to_run, nearest_name
+from ..engine.model_folder import check_size, read_config, weights_file
 from ..engine.run_folder import CONVERSION, read_json, write_json
 from ..errors import first_line, one_line
 from .detect import Checkpoint, known_values, read_file
 from .key_maps import CLASSIFIER, DETECTRON2, OFFICIAL, RESNETS, WITH_HEAD, WITHOUT_HEAD, WRAPPED, rename_back
 
 SUFFIXES = (".tar", ".pth", ".pt", ".pkl", ".ckpt")  # suffixes of checkpoint files
-DAMAGED = (
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-)  # transformers' for a changed config.json
 
 
 # The command line
@@ -103,19 +95,18 @@ def read(source: str) -> Checkpoint:
 
 def _read_model(source: str) -> Checkpoint:
     try:
-        content, _ = MoCoConfig.get_config_dict(source)
-        if content.get("model_type") != MoCoConfig.model_type:
-            raise OSError(f"model_type {content.get('model_type')} in config.json")
-        config = MoCoConfig.from_pretrained(source)
-        state = load_file(str(cached_file(source, content.get("transformers_weights", SAFE_WEIGHTS_NAME))))
-    except (OSError, SafetensorError, StrictDataclassError, *DAMAGED) as error:
+        config = read_config(source)
+        check_size(source, config, MoCoModel)
+        state = load_file(weights_file(source, config))
+    except (OSError, SafetensorError) as error:
         what = (
             "does not contain a MoCo model"
             if os.path.isdir(source)
             else "is not a file, a folder or a Hub repository that can be reached"
         )
-        reason = one_line(first_line(error.__cause__ if isinstance(error, StrictDataclassError) else error))
-        raise ValueError(f"{source} {what} ({reason}): pass a checkpoint, or the folder that a run saved to") from error
+        raise ValueError(
+            f"{source} {what} ({one_line(first_line(error))}): pass a checkpoint, or the folder that a run saved to"
+        ) from error
     title = "MoCo classifier" if "classifier.weight" in state else "MoCo"
     return Checkpoint(source, title, config, state, _read_about(Path(source) / CONVERSION)).checked()
 

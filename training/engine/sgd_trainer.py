@@ -4,16 +4,21 @@ import math
 import os
 import signal
 import sys
+import warnings
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import safe_globals
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
@@ -23,10 +28,17 @@ from ..cli import how_to_run
 from ..errors import TrainingError, one_line_errors
 from .callbacks import ProgressBar, ProgressLines, SetEpoch
 from .checkpoints import BatchLayout, CompleteCheckpoints, newest_complete
+from .model_folder import UNREADABLE, check_archive
 from .preemption import SaveAndStop, outlive_signals
 from .record import Trackers, run_name
-from .schedule import epoch_schedule
 
+STATES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "pytorch_model*.bin",
+)  # pickles of a checkpoint
 REQUEUE = (
     75  # exit status after a SIGTERM or Ctrl-C: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
 )
@@ -294,6 +306,8 @@ class SGDTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:  # Trainer would take the newest, complete or not
             resume_from_checkpoint, _ = newest_complete(Path(str(self.args.output_dir)))
+        if resume_from_checkpoint:
+            _check_states(Path(str(resume_from_checkpoint)))
         self._diverged_at.fill_(NEVER)
         self.args.resume_from_checkpoint = checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
         # Trainer would delete older checkpoints before a new one counts.
@@ -352,6 +366,39 @@ class SGDTrainer(Trainer):
     def _last_checkpoint(self) -> str:
         checkpoint, _ = newest_complete(Path(str(self.args.output_dir)))
         return f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+
+
+def _check_states(checkpoint: Path) -> None:
+    # Trainer ends in a traceback for these, which advises to switch the check for code off.
+    for path in chain.from_iterable(checkpoint.glob(name) for name in STATES):
+        try:
+            check_archive(path)
+            with safe_globals(), warnings.catch_warnings(action="ignore"):
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # of tensors the headers alone
+        except UNREADABLE as error:
+            raise TrainingError(
+                f"{path} is damaged, or would run code, and is not loaded: delete {checkpoint}, and the one before it is used"
+            ) from error
+
+
+def epoch_factor(epoch: int, epochs: int, milestones: list[int] | None) -> float:
+    """Factor of the learning rate in `epoch` (from 0): x0.1 at every milestone passed, or without them a half cosine."""
+    if milestones:
+        return math.prod(0.1 for milestone in milestones if epoch >= milestone)
+    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def epoch_schedule(
+    optimizer: Optimizer, steps_per_epoch: int, epochs: int, milestones: list[int] | None = None
+) -> LambdaLR:
+    """A scheduler that is stepped at every optimizer step and changes the learning rate at the start of every epoch.
+
+    Args:
+        steps_per_epoch: optimizer steps of one epoch.
+        epochs: epochs of the run.
+        milestones: epochs at which the learning rate drops to a tenth; none for the cosine.
+    """
+    return LambdaLR(optimizer, lambda step: epoch_factor(step // steps_per_epoch, epochs, milestones))
 
 
 def train(trainer: SGDTrainer, checkpoint: str | None) -> None:
