@@ -38,7 +38,7 @@ HOSTILE = {
     "_attn_implementation": ["kernels-community/flash-attn", "flash_attention_2", "evil/x:y"],
     "attn_implementation": ["kernels-community/flash-attn", {"": "evil/x"}],
     "transformers_weights": ["../private.safetensors", "/etc/hostname", "evil/x", 7, "pytorch_model.bin"],
-    "dtype": ["load", "evil"],
+    "dtype": ["load", "evil", 0],
     "model_args": [
         *({"checkpoint_path": "PRIVATE"}, {"pretrained": True}, {"pretrained_cfg": {"url": "http://127.0.0.1:9/x"}}),
         *({"pretrained_cfg_overlay": {"file": "PRIVATE"}}, {"cache_dir": "PRIVATE"}, {"pretrained_strict": False}),

@@ -63,6 +63,8 @@ def read_config(source: str) -> MoCoConfig:
         if content.get("model_type") != MoCoConfig.model_type:
             raise OSError(f"model_type {shown(content.get('model_type'))} in {CONFIG_NAME}")
         config: MoCoConfig = MoCoConfig.from_pretrained(source)
+        if not isinstance(config.dtype, torch.dtype | None):
+            raise ValueError(f"dtype ({shown(config.dtype)}) is none of torch's: use float32")
     except StrictDataclassError as error:
         raise _damaged(source, error.__cause__) from error
     except DAMAGED as error:
