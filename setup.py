@@ -69,6 +69,8 @@ setup(
             "pytest>=9",
             "pytest-xdist>=3.8",
             "hypothesis>=6.100",
+            "uv>=0.9",  # makes requirements.lock
+            "setuptools>=77",  # as in pyproject.toml: the lock file has what builds the project too
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML>=6.0.12",

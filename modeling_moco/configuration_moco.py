@@ -9,6 +9,14 @@ from transformers.backbone_utils import BackboneConfigMixin
 STEMS = ("default", "no_max_pool", "small")
 PROJECTION_HEADS = ("linear", "mlp")
 BATCH_NORMS = ("shuffle", "split", "sync", "plain")
+MOST = 2**40  # of what a setting counts
+MOST_IN_ARGUMENT = 10_000  # layers, channels or pixels that an argument of a timm model asks for, all together
+
+
+def _asked_for(value: Any) -> int:
+    if isinstance(value, dict | list | tuple):
+        return sum(map(_asked_for, value.values() if isinstance(value, dict) else value))
+    return abs(value) if isinstance(value, int) else 0
 
 
 @strict
@@ -89,8 +97,11 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
             if value not in choices:
                 raise ValueError(f"{name} ({value!r}) is unknown: choose one of {', '.join(choices)}")
         for name in ("projection_dim", "queue_size", "batch_norm_splits"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+            if not 1 <= getattr(self, name) < MOST:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1, and below {MOST:,}")
+        for name, value in (self.model_args or {}).items():
+            if _asked_for(value) > MOST_IN_ARGUMENT:
+                raise ValueError(f"model_args ({name!r}) must not ask for more than {MOST_IN_ARGUMENT:,}: lower it")
         if not 0 <= self.key_momentum <= 1:
             raise ValueError(f"key_momentum ({self.key_momentum}) must lie in [0, 1]: the papers use 0.999")
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:

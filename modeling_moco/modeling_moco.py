@@ -77,7 +77,7 @@ def build_encoder(config: MoCoConfig) -> TimmEncoder:
         )
     try:
         encoder = timm.create_model(config.architecture, pretrained=False, num_classes=0, **(config.model_args or {}))
-    except TypeError as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"model_args ({config.model_args}) do not fit {config.architecture}: {error}") from error
     for module in encoder.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

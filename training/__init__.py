@@ -6,7 +6,7 @@
     recipe      a YAML file and the command line on top of it; the files are in recipes/
     cli         flags from dataclasses
     errors      one line for an error of the user's
-    memory      freed memory is kept
+    model_folder  a stranger's model: no code, no other file
     plots       every figure, from data
     report      the figures and report.html of a run
     commands/   one module for each command: parse, build, run

@@ -16,7 +16,6 @@ from modeling_moco import MoCoModel
 from . import plots
 from .cli import how_to_run
 from .convert.start import Start, begin_with
-from .data.decode import decode_image
 from .data.images import MapImages, StreamedImages
 from .data.pipeline import build_render, training_images, two_views
 from .data.sources import ImageSplits
@@ -51,15 +50,17 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits, start: Start | N
     """
     data, training = args.data, args.training
     read_results(Path(str(training.output_dir)))  # what is there can be added to
-    train = training_images(data, splits.train, training)
+    train = training_images(data, splits, training)
     bank = queries = None
     if training.eval_strategy != IntervalStrategy.NO:
-        view = data.evaluation_view()
+        view, decode = data.evaluation_view(), splits.decoder.image
         if not data.streaming:
-            bank = MapImages(splits.train, view).evenly_spaced(training.knn_bank_size or len(splits.train))
+            bank = MapImages(splits.train, view, decode=decode).evenly_spaced(
+                training.knn_bank_size or len(splits.train)
+            )
         missing = _missing_for_knn(args, splits)
         if missing is None and bank is not None:
-            queries = MapImages(splits.eval, view)
+            queries = MapImages(splits.eval, view, decode=decode)
             if max(training.knn_k) > len(bank):
                 raise ValueError(
                     f"knn_k ({max(training.knn_k)}) is larger than the bank ({len(bank)} images): lower it"
@@ -263,13 +264,13 @@ def drawn_images(args: PretrainArguments, splits: ImageSplits) -> Iterator[plots
 
     One that cannot be read is left out.
     """
-    views, images = two_views(args.data), training_images(args.data, splits.train, args.training)
+    views, images = two_views(args.data), training_images(args.data, splits, args.training)
     rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(islice(splits.train, 10 * PREVIEWED))
     if not isinstance(images, StreamedImages):  # from the whole dataset: folders are sorted by class
         rows = ((i, splits.train[i]) for i in range(0, len(images), max(1, len(images) // PREVIEWED)))
     for index, row in rows:
         with suppress(OSError):
-            image = decode_image(row["image"])
+            image = splits.decoder.image(row["image"])
             both = images.view_params(index, image)
             rendered = [render_view(image, params, views.size, views.policy) for params in both]
             yield plots.DrawnImage(image, both, rendered)

@@ -50,14 +50,16 @@ def draw_features(model: MoCoModel, splits: ImageSplits, data: DataArguments, fo
     Raises:
         ValueError: the images cannot be read.
     """
-    view = data.evaluation_view()
+    view, decode = data.evaluation_view(), splits.decoder.image
     shown = splits.train if splits.eval is None else splits.eval
     labels, names = read_labels(shown), _names(splits.class_names, shown, splits.train)
     chosen = spread_over_classes(labels.tolist(), min(GRID_QUERIES, -(-len(shown) // 2)))
-    bank = MapImages(splits.train, view).evenly_spaced(GRID_BANK)
+    bank = MapImages(splits.train, view, decode=decode).evenly_spaced(GRID_BANK)
     if splits.eval is None:  # a query is not its own neighbour
-        bank = MapImages(shown.select([i for i in range(len(shown)) if i not in chosen]), view).evenly_spaced(GRID_BANK)
-    queries, embedded = MapImages(shown.select(chosen), view), MapImages(shown, view).evenly_spaced(EMBEDDED)
+        others = shown.select([i for i in range(len(shown)) if i not in chosen])
+        bank = MapImages(others, view, decode=decode).evenly_spaced(GRID_BANK)
+    queries = MapImages(shown.select(chosen), view, decode=decode)
+    embedded = MapImages(shown, view, decode=decode).evenly_spaced(EMBEDDED)
     query_features, _ = extract_features(model, queries)
     bank_features, _ = extract_features(model, bank)
     features, classes = extract_features(model, embedded)

@@ -19,6 +19,7 @@ from training.benchmarks.data import DECODE_ALONE, OfficialViews, PILBlur, photo
 from training.benchmarks.measure import Benchmark, PeakMemory, in_own_process, time_rounds
 from training.benchmarks.step import VARIANTS, build_steps, encoder_only, official_style, this_project
 from training.benchmarks.train import pretrain_flags, trainer_overhead
+from training.data.decode import Decoder
 from training.recipe import parse_pretrain
 
 TINY = {
@@ -199,8 +200,8 @@ def test_the_limit_of_a_run_is_the_slower_of_its_data_and_its_step(slower, faste
 
 
 def test_the_limit_of_the_views_decodes_as_the_fastest_variants_do():
-    decoders = {name: decode for name, (_, decode) in photograph_transforms(224).items()}
-    assert decoders[DECODE_ALONE] is decoders["cv2"] is decoders["device, the CPU's share"]
+    decoders = {name: decode for name, (_, decode) in photograph_transforms(224, Decoder()).items()}
+    assert decoders[DECODE_ALONE] == decoders["cv2"] == decoders["device, the CPU's share"]
 
 
 def test_official_views_are_blurred_where_they_are_of_photographs():

@@ -88,7 +88,7 @@ def test_what_was_published_is_converted_too_and_its_card_says_where_it_came_fro
     args = PublishArguments(include_training_state=True)
     publish(str(tmp_path / "model"), model, processor, "org/name", args, tmp_path / "published")
     assert (
-        "Converted from `moco.pth.tar` (official MoCo, epoch 200)" in (tmp_path / "published" / "README.md").read_text()
+        "Converted from moco.pth.tar (official MoCo, epoch 200)" in (tmp_path / "published" / "README.md").read_text()
     )
     convert(tmp_path / "published", tmp_path / "back.pth.tar", "--to", "official")
     before, after = (torch.load(tmp_path / f"{name}.pth.tar", weights_only=True) for name in ("moco", "back"))

@@ -147,7 +147,10 @@ def test_position_embeddings_are_resampled_as_timm_does(tmp_path):
     save_for_hf(timm.create_model("test_vit", num_classes=10), tmp_path / "timm", safe_serialization=True)
     model = MoCoModel(moco_config("test_vit"))
     notes = start(model, tmp_path / "timm")
-    assert notes[0] == "resampled: encoder_q.pos_embed (1, 101, 64) to (1, 5, 64)"
+    assert notes[:2] == [
+        "left out: encoder_q.head.bias, encoder_q.head.weight",
+        "resampled: encoder_q.pos_embed (1, 101, 64) to (1, 5, 64)",
+    ]
     overlay = {"file": str(tmp_path / "timm" / "model.safetensors"), "num_classes": 10}
     there = timm.create_model("test_vit", pretrained=True, pretrained_cfg_overlay=overlay, img_size=32, num_classes=0)
     assert_equal(model.encoder_q.state_dict(), there.state_dict())

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers.image_utils import load_image
 
 from modeling_moco import MoCoImageProcessor, MoCoImageProcessorPil
-from training.data.decode import decode_image, decode_tensor
+from training.data.decode import Decoder, decode_image, decode_tensor
 from training.data.images import MapImages, StreamedImages
 from training.data.sources import DataArguments, load_images
 from training.views.pil import EvaluationView, TwoViews
@@ -62,7 +62,7 @@ def test_exif_orientation_is_applied_as_datasets_does(orientation, tmp_path):
     exif[0x0112] = orientation
     image.save(tmp_path / "turned.jpg", exif=exif)
     row = {"bytes": None, "path": str(tmp_path / "turned.jpg")}
-    decoded = decode_image(row)
+    decoded = Decoder(places=(f"{tmp_path}/",)).image(row)
     assert decoded.size == ((40, 24) if orientation < 5 else (24, 40))
     assert decoded.tobytes() == datasets.Image().decode_example(row).convert("RGB").tobytes()
 
@@ -144,20 +144,6 @@ def test_a_line_of_pixels_is_no_image_for_any_decoder(size):
             decode(image)
 
 
-def test_no_decoder_reads_what_claims_more_pixels_than_a_photograph_has():
-    jpeg = bytearray(saved(Image.new("RGB", (64, 64)), "JPEG"))
-    place = jpeg.index(b"\xff\xc0") + 5
-    jpeg[place : place + 4] = struct.pack(">HH", 30_000, 30_000)
-    for decode in (decode_image, decode_tensor):
-        with pytest.raises(OSError, match="pixels"):
-            decode({"bytes": bytes(jpeg), "path": None})
-
-
-def test_formats_that_start_other_programs_are_not_opened():
-    with pytest.raises(OSError, match="cannot identify"):
-        decode_image({"bytes": saved(Image.new("RGB", (9, 9)), "EPS"), "path": None})
-
-
 def write_pictures(folder: Path, pictures: list[Image.Image]) -> str:
     (folder / "train" / "a").mkdir(parents=True)
     for i, picture in enumerate(pictures):
@@ -220,7 +206,8 @@ def test_a_broken_file_of_a_folder_is_named_by_its_path(tmp_path, caplog):
     source = write_folders(tmp_path / "folder")
     broken = source / "train" / "dog" / "4.png"
     broken.write_bytes(encoded(4)[:-30])
-    images = MapImages(load_images(DataArguments(dataset_name=str(source))).train, pixel)
+    splits = load_images(DataArguments(dataset_name=str(source)))
+    images = MapImages(splits.train, pixel, decode=splits.decoder.image)
     with caplog.at_level(logging.WARNING):
         found = Counter(chain(*read(images, batch_size=6)))
     assert sum(found.values()) == ROWS

@@ -2,10 +2,12 @@
 
 import json
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from bombs import memory_for
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import anything, edited, edits, few, mutated_bytes, mutated_json, refusal, texts
@@ -14,6 +16,7 @@ from tiny_models import moco_config
 from modeling_moco import MoCoModel
 from modeling_moco.modeling_moco import build_encoder
 from training.convert.files import read
+from training.evaluation.encoder import Encoder
 
 
 def official_state() -> dict[str, torch.Tensor]:
@@ -96,4 +99,48 @@ def test_a_model_directory_is_read_or_refused(place, model_files, data, name):
     with place() as folder:
         for file, content in files.items():
             (folder / file).write_bytes(content)
-        refusal(lambda: read(str(folder)), folder)
+        for call in (read, lambda source: Encoder(source).load(MoCoModel, seed=0)):
+            with memory_for(2000 * 2**20):
+                refusal(partial(call, str(folder)), folder)
+
+
+whole_numbers = st.sampled_from([0, 1, -1, 64, 10**4, 10**10, 10**13, 2**63, 10**30])
+names = st.sampled_from(["evil/x", "../private", "sdpa", "PRIVATE", "resnet18", "float16", "load"]) | texts
+settings_of_config = st.dictionaries(
+    st.sampled_from(
+        [
+            *(
+                "queue_size",
+                "projection_dim",
+                "num_labels",
+                "architecture",
+                "model_args",
+                "quantization_config",
+                "dtype",
+            ),
+            *("_attn_implementation", "attn_implementation", "transformers_weights", "auto_map", "id2label", "moco"),
+        ]
+    ),
+    anything | whole_numbers | names | st.dictionaries(names | st.just("depth"), whole_numbers | names, max_size=2),
+    min_size=1,
+    max_size=2,
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@few
+@given(changes=settings_of_config)
+@example(changes={"num_labels": 10**13})
+@example(changes={"model_args": {"layers": [float("nan"), 10**9]}})
+@example(changes={"model_args": {"checkpoint_path": "/etc/hostname"}})
+@example(changes={"dtype": "load"})
+@example(changes={"dtype": 0})
+@example(changes={"moco": 7})
+def test_a_hostile_config_is_used_or_refused(place, model_files, changes):
+    with suppress(UnicodeEncodeError), place() as folder:
+        config = json.dumps(json.loads(model_files["config.json"]) | changes).encode()
+        for file, content in (model_files | {"config.json": config}).items():
+            (folder / file).write_bytes(content)
+        for call in (read, lambda source: Encoder(source).load(MoCoModel, seed=0)):
+            with memory_for(2000 * 2**20):
+                refusal(partial(call, str(folder)), folder)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from mutations import PICTURES, few, mutated_bytes, refusal
 from PIL import Image
 
-from training.data.decode import decode_image
 from training.data.folders import arrange, divide_data_files, list_files
 from training.data.sources import DataArguments, load_images
 
@@ -149,7 +148,7 @@ def test_a_folder_is_opened_or_refused(place, tree, streaming, labelled):
         if refusal(lambda: splits.append(load_images(data, labelled)), as_printed=True) is None:
             for row in splits[0].train:
                 with suppress(OSError):
-                    decode_image(row["image"])
+                    splits[0].decoder.image(row["image"])
 
 
 @few

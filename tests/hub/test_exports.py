@@ -26,7 +26,6 @@ from transformers import (
 )
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoImageProcessorPil, MoCoModel
-from training.data.decode import decode_image
 from training.data.sources import DataArguments, load_images
 from training.hub import exports
 from training.hub.publish import PublishArguments, list_files, load_published, publish
@@ -366,8 +365,8 @@ def test_timm_resizes_to_the_same_pixel(size, resize):
 def photographs(count=100):
     folder = Path(__file__).parents[3] / "shared" / "data" / "imagenet-500"
     if folder.is_dir():
-        rows = load_images(DataArguments(dataset_name=str(folder))).train
-        return [decode_image(rows[i]["image"]) for i in range(count)]
+        splits = load_images(DataArguments(dataset_name=str(folder)))
+        return [splits.decoder.image(splits.train[i]["image"]) for i in range(count)]
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (count, 12, 16, 3), dtype=np.uint8)
     return [Image.fromarray(x).resize((500 - i, 375 + i)) for i, x in enumerate(coarse)]

@@ -69,7 +69,9 @@ def test_a_run_begins_with_timms_weights(hub, script, tmp_path):
     HfApi(endpoint=hub.url).upload_folder(repo_id="timm/test_resnet.r160_in1k", folder_path=tmp_path / "timm")
     name = "hf-hub:timm/test_resnet.r160_in1k"
     said = pretrain(hub, tmp_path / "home", "--output_dir", str(tmp_path / "run"), "--init_from", name)
-    assert f"start: from {name} (timm, test_resnet)\n         - the projector is new\n" in said
+    assert (
+        f"start: from {name} (timm, test_resnet)\n         - left out: encoder_q.fc.bias, encoder_q.fc.weight\n" in said
+    )
     model = MoCoModel.from_pretrained(tmp_path / "run")
     for key, tensor in model.encoder_q.named_parameters():
         assert torch.equal(tensor, pretrained.get_parameter(key)), key

@@ -22,7 +22,7 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
-from ..data.decode import decode_image, decode_tensor
+from ..data.decode import Decoder
 from ..data.images import MapImages, collate
 from ..data.memory_images import MemoryImages
 from ..data.sources import EvaluationDataArguments, load_images
@@ -92,10 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[Benchmark]:
-    rows = photographs(args)
+    rows, decoder = photographs(args)
     with one_thread():
-        benchmarks = [photograph_views(rows, args), small_views(args)]
-    benchmarks.append(loaders(rows, args))
+        benchmarks = [photograph_views(rows, decoder, args), small_views(args)]
+    benchmarks.append(loaders(rows, decoder, args))
     if torch.cuda.is_available():
         benchmarks.append(device_views(args))
     return benchmarks
@@ -109,12 +109,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def photographs(args: argparse.Namespace) -> datasets.Dataset:
-    """Rows with encoded photographs, of the dataset or random."""
+def photographs(args: argparse.Namespace) -> tuple[datasets.Dataset, Decoder]:
+    """Rows with encoded photographs, of the dataset or random, and their decoder."""
     count = max(args.images, args.loader_images)
     if args.dataset_name:
-        rows = load_images(EvaluationDataArguments(dataset_name=args.dataset_name)).train
-        return rows.select(range(min(count, len(rows))))
+        splits = load_images(EvaluationDataArguments(dataset_name=args.dataset_name))
+        return splits.train.select(range(min(count, len(splits.train)))), splits.decoder
     random = np.random.default_rng(0)
     rows = []
     for _ in range(min(count, 100)):
@@ -125,7 +125,7 @@ def photographs(args: argparse.Namespace) -> datasets.Dataset:
         image = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
         rows.append(encoded(image, "JPEG"))
     features = datasets.Features({"image": datasets.Image(decode=False)})
-    return datasets.Dataset.from_dict({"image": rows}, features=features)
+    return datasets.Dataset.from_dict({"image": rows}, features=features), Decoder()
 
 
 def encoded(image: Image.Image, format: str) -> dict[str, Any]:
@@ -134,27 +134,27 @@ def encoded(image: Image.Image, format: str) -> dict[str, Any]:
     return {"bytes": file.getvalue(), "path": None}
 
 
-def transforms(size: int, policy: str) -> dict[str, tuple[Any, Callable]]:
+def transforms(size: int, policy: str, decoder: Decoder) -> dict[str, tuple[Any, Callable]]:
     """The transform of each variant, and the decoder of its images."""
     views = TwoViews(build_policy(policy, min_scale=0.2), size)
     found: dict[str, tuple[Any, Callable]] = {
-        OFFICIAL: (OfficialViews(size), decode_image),
-        "pil": (views, decode_image),
-        "cv2": (TwoViews(views.policy, size, render_view_cv2), decode_tensor),
+        OFFICIAL: (OfficialViews(size), decoder.image),
+        "pil": (views, decoder.image),
+        "cv2": (TwoViews(views.policy, size, render_view_cv2), decoder.tensor),
     }
     if size > SMALL_PX:
-        found["device, the CPU's share"] = (DeviceCrops(views.policy, size), decode_tensor)
+        found["device, the CPU's share"] = (DeviceCrops(views.policy, size), decoder.tensor)
         if find_spec("lightly"):
-            found["lightly"] = (LightlyViews(size), decode_image)
+            found["lightly"] = (LightlyViews(size), decoder.image)
     return found
 
 
-def photograph_transforms(size: int) -> dict[str, tuple[Any, Callable]]:
+def photograph_transforms(size: int, decoder: Decoder) -> dict[str, tuple[Any, Callable]]:
     """`transforms` of photographs, and their limit, which decodes like the fastest of them."""
-    return {DECODE_ALONE: (lambda image, generator: None, decode_tensor)} | transforms(size, "v2")
+    return {DECODE_ALONE: (lambda image, generator: None, decoder.tensor)} | transforms(size, "v2", decoder)
 
 
-def photograph_views(rows: datasets.Dataset, args: argparse.Namespace) -> Benchmark:
+def photograph_views(rows: datasets.Dataset, decoder: Decoder, args: argparse.Namespace) -> Benchmark:
     """Decode photographs in memory and make two views of each, on one core."""
     images = [row["image"] for row in rows.select(range(min(args.images, len(rows))))]
     generator = torch.Generator().manual_seed(0)
@@ -164,7 +164,7 @@ def photograph_views(rows: datasets.Dataset, args: argparse.Namespace) -> Benchm
             transform(decode(image), generator)
 
     variants: dict[str, Callable] = {
-        name: partial(make, *both) for name, both in photograph_transforms(args.image_size).items()
+        name: partial(make, *both) for name, both in photograph_transforms(args.image_size, decoder).items()
     }
     title = f"{len(images)} photographs, decoded, two v2 views of {args.image_size} px each, one core"
     return _per_image(title, time_rounds(variants, args.rounds), len(images), (DECODE_ALONE, OFFICIAL))
@@ -179,7 +179,7 @@ def small_views(args: argparse.Namespace) -> Benchmark:
     generator = torch.Generator().manual_seed(0)
     policy = build_policy("cifar", min_scale=0.2)
     source: Any = [{"image": encoded(image, "PNG")} for image in small]
-    memory, render = MemoryImages(source, policy), DeviceViews(policy, SMALL_PX)
+    memory, render, decoder = MemoryImages(source, policy), DeviceViews(policy, SMALL_PX), Decoder()
 
     def make(transform: Any, images: list) -> None:
         for image in images:
@@ -189,19 +189,19 @@ def small_views(args: argparse.Namespace) -> Benchmark:
         render(memory.__getitems__(list(range(len(memory)))))
 
     variants: dict[str, Callable] = {
-        name: partial(make, transform, small if decode is decode_image else tensors)
-        for name, (transform, decode) in transforms(SMALL_PX, "cifar").items()
+        name: partial(make, transform, small if decode == decoder.image else tensors)
+        for name, (transform, decode) in transforms(SMALL_PX, "cifar", decoder).items()
     }
     variants["device, in one batch"] = in_batches
     title = f"{len(memory)} images of {SMALL_PX} px from memory, two views each, one core"
     return _per_image(title, time_rounds(variants, args.rounds), len(memory), (OFFICIAL,))
 
 
-def loaders(rows: datasets.Dataset, args: argparse.Namespace) -> Benchmark:
+def loaders(rows: datasets.Dataset, decoder: Decoder, args: argparse.Namespace) -> Benchmark:
     """Read the same photographs through a DataLoader with one and with two worker processes."""
     batches = max(1, min(args.loader_images, len(rows)) // 32)
     variants: dict[str, Callable] = {}
-    for name, (transform, decode) in transforms(args.image_size, "v2").items():
+    for name, (transform, decode) in transforms(args.image_size, "v2", decoder).items():
         for workers in (1, 2):
             images = MapImages(rows, transform, decode=decode)
             loader = DataLoader(

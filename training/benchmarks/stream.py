@@ -38,8 +38,13 @@ def seconds_to_first_batch(images: StreamedImages, batch_size: int, workers: int
 def run(args: argparse.Namespace) -> list[Benchmark]:
     data = DataArguments(dataset_name=args.dataset_name, streaming=True, image_size=args.image_size)
     views = TwoViews(build_policy("v2"), args.image_size)
+    splits = load_images(data)
     images = StreamedImages(
-        load_images(data).train, views, batch_size=args.per_device_train_batch_size, buffer_size=args.shuffle_buffer
+        splits.train,
+        views,
+        batch_size=args.per_device_train_batch_size,
+        buffer_size=args.shuffle_buffer,
+        decode=splits.decoder.image,
     )
     skips = [images.batches * tenths // 10 for tenths in (1, 5, 9)]
     speed: dict[str, list[float]] = {_name(workers): [] for workers in WORKERS}

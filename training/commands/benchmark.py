@@ -10,7 +10,7 @@ from pathlib import Path
 from ..benchmarks import data, exchange, folder, gpu, knn, step, stream, train
 from ..benchmarks.measure import draw_timings, write_numbers
 from ..errors import one_line_errors
-from ..memory import keep_freed_memory
+from .memory import keep_freed_memory
 from .process import command
 
 BENCHMARKS = {

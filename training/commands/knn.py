@@ -18,7 +18,7 @@ from ..engine.run_folder import FEATURES
 from ..errors import one_line_errors
 from ..evaluation.encoder import Encoder, parse_evaluation
 from ..evaluation.knn import KNNArguments, evaluate_knn
-from ..memory import keep_freed_memory
+from .memory import keep_freed_memory
 from .process import command
 
 
@@ -37,7 +37,8 @@ def main(argv: list[str]) -> None:
         model = load_model(encoder, args).to(state.device)
         trackers = Trackers(args.report_to, args.project, run_name(encoder.results_dir), encoder.results_dir)
         trackers.check()
-    bank, queries = (MapImages(split, data.evaluation_view()) for split in (splits.train, splits.eval))
+    view, decode = data.evaluation_view(), splits.decoder.image
+    bank, queries = (MapImages(split, view, decode=decode) for split in (splits.train, splits.eval))
     if state.is_main_process:
         print(f"kNN of {encoder}: {args.knn_features} feature, bank {len(bank):,} images, {len(queries):,} queries")
     results = evaluate_knn(model, bank, queries, args, cache=encoder.results_dir / FEATURES)

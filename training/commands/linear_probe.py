@@ -9,7 +9,6 @@ from transformers import pipeline
 from transformers.utils import logging
 
 from ..cli import how_to_classify, how_to_run
-from ..data.decode import decode_image
 from ..data.sources import ImageSplits, load_images
 from ..engine.checkpoints import claim_output_dir, has_ended
 from ..engine.results import encoder_digest, read_results
@@ -20,7 +19,7 @@ from ..evaluation import linear_probe as lp
 from ..evaluation.cached_probe import build_cached
 from ..evaluation.encoder import show_recorded
 from ..evaluation.probe_results import Probe
-from ..memory import keep_freed_memory
+from .memory import keep_freed_memory
 from .process import command
 
 SHOWN_IMAGES = 4
@@ -77,7 +76,7 @@ def classify_some(folder: Path, splits: ImageSplits) -> None:
     classify = pipeline("image-classification", model=str(folder))
     print(f"pipeline('image-classification', model='{folder}') on test images:")
     for row in splits.eval.select(range(min(SHOWN_IMAGES, len(splits.eval)))):
-        best = classify(decode_image(row["image"]))[0]
+        best = classify(splits.decoder.image(row["image"]))[0]
         print(f"  {splits.class_names[row['label']]} is called {best['label']} ({best['score']:.2f})")
 
 

@@ -15,9 +15,9 @@ from ..engine.run_folder import REPORT, UNREADABLE, unused
 from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
 from ..hub.repository import PublishCallback
-from ..memory import keep_freed_memory
 from ..pretrain import announce, build_trainer, describe_bottleneck, finish, preview_views
 from ..recipe import PretrainArguments, parse_pretrain
+from .memory import keep_freed_memory
 from .process import command
 
 

@@ -15,8 +15,8 @@ from ..engine.page import read_run, write_report
 from ..engine.run_folder import SAVED_RECIPE, recorded_content
 from ..errors import one_line_errors
 from ..evaluation.encoder import Encoder, not_there
-from ..memory import keep_freed_memory
 from ..report import draw_curves, draw_features, open_images
+from .memory import keep_freed_memory
 from .process import command
 
 

@@ -3,9 +3,7 @@
 Files are read with `torch.load(weights_only=True)`, which returns tensors and plain values and runs no code.
 """
 
-import pickle
 import re
-import struct
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -14,21 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
 from modeling_moco.modeling_moco import build_encoder, build_projector
 
+from ..engine.files import UNREADABLE, check_archive
 from .key_maps import CLASSIFIER, FOREIGN, LAYOUTS, OFFICIAL, RESNETS, WRAPPED, Layout, State, rename
 
 KNOWN = ("epoch", "arch", "best_acc1")  # values that official files contain beside the tensors
 PUBLISHED = {"linear": ("v1", 0.07), "mlp": ("v2", 0.2)}  # version and temperature of each projection head
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# torch.load raises these for truncated or changed files, and for files of another kind.
-UNREADABLE = (
-    *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, LookupError, ValueError, TypeError),
-    *(AttributeError, AssertionError, MemoryError, OverflowError, SafetensorError),
-)
 
 
 @dataclass
@@ -151,13 +144,22 @@ def known_values(content: dict[Any, Any]) -> dict[str, Any]:
 
 def _load(path: Path) -> dict[Any, Any]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of a TorchScript archive, which is refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        check_archive(path)
+        content = _unpickled(path)
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error}): check the disk and its permissions, or copy it again"
         ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} contains a {type(content).__name__}, not a checkpoint: {_convertible()}")
+    return content
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of a TorchScript archive, which is refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if asked:
@@ -168,9 +170,6 @@ def _load(path: Path) -> dict[Any, Any]:
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) is not a torch checkpoint, or is damaged: download or copy it again"
         ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} contains a {type(content).__name__}, not a checkpoint: {_convertible()}")
-    return content
 
 
 def _recognise(path: Path, content: dict[Any, Any]) -> tuple[Layout, State, str]:

@@ -8,35 +8,26 @@ import io
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
-from modeling_moco import MoCoConfig, MoCoImageProcessor
+from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
 
 from ..cli import build_parser, how_to_run, nearest_name
 from ..engine.files import check_model_files, read_json, write_json
 from ..engine.run_folder import CONVERSION
 from ..errors import first_line, one_line
-from .detect import Checkpoint, known_values, read_file
+from ..model_folder import check_size, read_config, read_timm_config, weights_file
+from .detect import Checkpoint, few, known_values, read_file
 from .key_maps import CLASSIFIER, DETECTRON2, OFFICIAL, RESNETS, WITH_HEAD, WITHOUT_HEAD, WRAPPED, State, rename_back
 
 SUFFIXES = (".tar", ".pth", ".pt", ".pkl", ".ckpt")  # suffixes of checkpoint files
-OF_THE_CLASSIFIER = ("num_classes", "in_chans")  # model_args of timm that an encoder of colour images has no choice in
-DAMAGED = (
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-)  # transformers' for a changed config.json
 
 
 # The command line
@@ -93,62 +84,47 @@ def parse_convert(argv: list[str]) -> tuple[str, Path, str]:
 # Reading
 
 
-def read(source: str, of_timm: bool = False) -> Checkpoint:
+def read(source: str, timm_too: bool = False) -> Checkpoint:
     """Read a checkpoint file of any kind in `LAYOUTS`, or a model directory or Hub repository of this project.
 
     Args:
-        of_timm: whether it may be timm's too, which no contrastive training has seen.
+        timm_too: whether it may be timm's too, which no contrastive training has seen.
 
     Raises:
         ValueError: the source does not exist, is damaged, is of another kind or needs code; or its tensors are not a complete
             model.
     """
-    return read_file(Path(source)) if os.path.isfile(source) else _read_model(source, of_timm)
+    return read_file(Path(source)) if os.path.isfile(source) else _read_model(source, timm_too)
 
 
-def _read_model(source: str, of_timm: bool) -> Checkpoint:
+def _read_model(source: str, timm_too: bool) -> Checkpoint:
     check_model_files(Path(source))
     try:
-        content, _ = MoCoConfig.get_config_dict(source)
-        weights = content.get("transformers_weights", SAFE_WEIGHTS_NAME)
-        from_timm = of_timm and "architecture" in content and "pretrained_cfg" in content
-        if not from_timm and content.get("model_type") != MoCoConfig.model_type:
-            raise OSError(f"model_type {content.get('model_type')} in config.json")
-        state = load_file(str(cached_file(source, weights)))
-        config = _timm_config(content) if from_timm else MoCoConfig.from_pretrained(source)
-    except (OSError, SafetensorError, StrictDataclassError, *DAMAGED) as error:
+        of_timm = read_timm_config(source) if timm_too else None
+        config = of_timm or read_config(source)
+        check_size(source, config, MoCoModel, momentum_encoder=of_timm is None)
+        state = load_file(weights_file(source, config))
+    except (OSError, SafetensorError) as error:
         what = (
             "does not contain a MoCo model"
             if os.path.isdir(source)
             else "is not a file, a folder or a Hub repository that can be reached"
         )
-        reason = one_line(first_line(error.__cause__ if isinstance(error, StrictDataclassError) else error))
-        raise ValueError(f"{source} {what} ({reason}): pass a checkpoint, or the folder that a run saved to") from error
-    if from_timm:
-        return _timm_encoder(source, config, content["pretrained_cfg"].get("classifier") or (), state).checked()
+        raise ValueError(
+            f"{source} {what} ({one_line(first_line(error))}): pass a checkpoint, or the folder that a run saved to"
+        ) from error
+    if of_timm is not None:
+        return _encoder_alone(source, config, state).checked()
     title = "MoCo classifier" if "classifier.weight" in state else "MoCo"
     return Checkpoint(source, title, config, state, _read_about(Path(source) / CONVERSION)).checked()
 
 
-def _timm_config(content: dict[str, Any]) -> MoCoConfig:
-    told, given = content["pretrained_cfg"], content.get("model_args") or {}
-    return MoCoConfig(
-        architecture=content["architecture"],
-        model_args={name: value for name, value in given.items() if name not in OF_THE_CLASSIFIER} or None,
-        image_mean=list(told["mean"]),
-        image_std=list(told["std"]),
-    )
-
-
-def _timm_encoder(source: str, config: MoCoConfig, classifier: str | Iterable[str], state: State) -> Checkpoint:
-    """
-    Args:
-        classifier: name of the module that classifies, or names of several.
-    """
-    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-    names = {name: name.removeprefix("timm_model.") for name in state}  # transformers' TimmWrapper adds that
-    encoder = {f"encoder_q.{names[name]}": x for name, x in state.items() if not names[name].startswith(heads)}
-    return Checkpoint(source, "timm", config, encoder)
+def _encoder_alone(source: str, config: MoCoConfig, state: State) -> Checkpoint:
+    """The encoder of a timm model, without its classifier."""
+    state = {f"encoder_q.{name.removeprefix('timm_model.')}": x for name, x in state.items()}  # TimmWrapper adds that
+    spare = [name for name in state if name not in Checkpoint(source, "timm", config, state).empty_model().state_dict()]
+    notes = [f"left out: {few(spare)}"] if spare else []
+    return Checkpoint(source, "timm", config, {k: x for k, x in state.items() if k not in spare}, notes=notes)
 
 
 def _read_about(path: Path) -> dict[str, Any]:

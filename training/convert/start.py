@@ -57,7 +57,7 @@ def read_start(source: str, config: MoCoConfig) -> Start:
     """
     for prefix in PREFIXES:
         source = source.removeprefix(prefix)
-    checkpoint = read(source, of_timm=True)
+    checkpoint = read(source, timm_too=True)
     if checkpoint.is_classifier:
         raise ValueError(
             f"init_from ({source}) is a classifier, whose encoder may have seen labels: pass the pretrained encoder that it "
@@ -69,7 +69,7 @@ def read_start(source: str, config: MoCoConfig) -> Start:
             f"init_from ({source}) is a {there}, but this run trains a {config.architecture}: pass --architecture {there}, or "
             "other weights"
         )
-    return Start(checkpoint)
+    return Start(checkpoint, [note for note in checkpoint.notes if note.startswith("left out")])
 
 
 def _bare(architecture: str) -> str:

@@ -5,12 +5,14 @@ This module decodes, and not `datasets`, so that one broken file costs one image
 
 import io
 import logging
+import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from os import PathLike
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as tv_decode
 
 from modeling_moco.image_processing_moco import to_rgb
+
+from ..errors import first_line, one_line
 
 try:
     from pillow_heif import register_heif_opener
@@ -48,28 +52,98 @@ TURNS: dict[Any, tuple[Image.Transpose, tuple[int, ...], tuple[int, ...]]] = {
     7: (Image.Transpose.TRANSVERSE, (0, 2, 1), (1, 2)),
     8: (Image.Transpose.ROTATE_90, (0, 2, 1), (1,)),
 }
-MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # 179 million: more than that PIL refuses
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # 179 million, PIL's own limit
 MAX_RATIO = 1000  # long side by short side: resizing the short side of a line of pixels would take gigabytes
+MAX_BYTES = 2**30  # of the file of one image: what MAX_PIXELS take without compression, and more
 
 
-def decode_image(image: dict[str, Any] | None) -> Image.Image:
-    """The RGB image of a row, rotated by its EXIF tag as `datasets` and transformers' pipelines do.
+@dataclass(frozen=True)
+class Decoder:
+    """From the image of a row, {"bytes", "path"} or None, to RGB pixels, turned upright by its EXIF tag.
+
+    A stranger may have made the rows. Sizes are looked at before memory is taken, and a row without bytes is read from its path
+    only where that lies in the dataset's own place.
 
     Args:
-        image: {"bytes", "path"}; the path is read where the bytes are None. None for a row without an image.
-
-    Raises:
-        OSError: there is no image, the file cannot be opened, or its pixels have no grey levels of known range.
+        max_pixels: of an image; larger ones are not decoded.
+        places: beginnings of the paths that may be read; none for rows that have their bytes.
     """
-    if image is None:
-        raise UnidentifiedImageError("the row has no image")
-    # `xopen` also reads inside archives, whose paths look like zip://a.png::train.zip.
-    source = xopen(image["path"], "rb") if image["bytes"] is None else io.BytesIO(image["bytes"])
-    with source, broken_as_oserror(), Image.open(source, formats=FORMATS) as opened:
-        check_size(*opened.size)
-        rgb = to_rgb(opened)
-        turn = find_turn(opened)
-        return rgb if turn is None else rgb.transpose(turn[0])
+
+    max_pixels: int = MAX_PIXELS
+    places: tuple[str, ...] = ()
+
+    def image(self, row: dict[str, Any] | None) -> Image.Image:
+        """The image of a row, upright as `datasets` and transformers' pipelines turn it.
+
+        Raises:
+            OSError: there is no image, its file may not be read or cannot be opened, it is too large for `max_pixels` or for
+                the memory, or its pixels have no grey levels of known range.
+        """
+        with unreadable_as_oserror(), self._file(row) as file:
+            return self._from_pil(file)
+
+    def tensor(self, row: dict[str, Any] | None) -> torch.Tensor:
+        """The same pixels, uint8 (3, H, W). torchvision decodes JPEG files, PIL decodes the others.
+
+        Raises:
+            OSError: as `image`.
+        """
+        with unreadable_as_oserror(), self._file(row) as file:
+            if file.read(2) == b"\xff\xd8":
+                with self._opened(file) as header:
+                    turn = find_turn(header)
+                # torchvision warns at every image that its decoders will move to torchcodec.
+                with suppress(RuntimeError), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+                    file.seek(0)
+                    data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+                    pixels: torch.Tensor = tv_decode(data, mode=ImageReadMode.RGB, apply_exif_orientation=False)
+                    return pixels if turn is None else pixels.permute(turn[1]).flip(turn[2])
+                # torchvision failed: the file is damaged, or only PIL reads its kind. PIL decides which.
+            return torch.from_numpy(np.array(self._from_pil(file))).permute(2, 0, 1)
+
+    def _file(self, row: dict[str, Any] | None) -> IO[bytes]:
+        if row is None or (row["bytes"] is None and row["path"] is None):
+            raise UnidentifiedImageError("the row has no image")
+        if row["bytes"] is not None:
+            return io.BytesIO(row["bytes"])
+        path, remote = row["path"], "://" in row["path"]
+        place = path.split("::")[-1] if remote else path  # zip://a.png::train.zip lies where its archive does
+        if ".." in path.split("/") or not place.startswith(self.places):
+            raise UnidentifiedImageError(
+                "the row has a path and no bytes, and only a folder of images has paths that are read"
+            )
+        if remote:
+            with xopen(path, "rb") as file:
+                return io.BytesIO(file.read(MAX_BYTES))
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:  # a device or a pipe may have no end
+            raise UnidentifiedImageError(f"{path} is no file of at most {MAX_BYTES:,} bytes")
+        return open(path, "rb")
+
+    def _from_pil(self, file: IO[bytes]) -> Image.Image:
+        with self._opened(file) as opened:
+            rgb = to_rgb(opened)
+            turn = find_turn(opened)
+            return rgb if turn is None else rgb.transpose(turn[0])
+
+    @contextmanager
+    def _opened(self, file: IO[bytes]) -> Iterator[Image.Image]:
+        """The header of an image whose size is allowed."""
+        file.seek(0)
+        if Image.MAX_IMAGE_PIXELS and self.max_pixels > Image.MAX_IMAGE_PIXELS:
+            Image.MAX_IMAGE_PIXELS = self.max_pixels  # PIL warns above it, and refuses twice of it
+        with Image.open(file, formats=FORMATS) as opened:
+            width, height = opened.size
+            if width * height > self.max_pixels or max(width, height) > MAX_RATIO * min(width, height):
+                raise UnidentifiedImageError(
+                    f"{width} x {height} pixels: at most {self.max_pixels:,} are read (--max_image_pixels), and sides at most "
+                    f"{MAX_RATIO:,} times as long as wide"
+                )
+            yield opened
+
+
+# Of rows that have their bytes.
+decode_image, decode_tensor = Decoder().image, Decoder().tensor
 
 
 def find_turn(image: Image.Image) -> tuple[Image.Transpose, tuple[int, ...], tuple[int, ...]] | None:
@@ -78,55 +152,19 @@ def find_turn(image: Image.Image) -> tuple[Image.Transpose, tuple[int, ...], tup
 
 
 @contextmanager
-def broken_as_oserror() -> Iterator[None]:
-    """Turn what PIL raises for broken files to an OSError."""
+def unreadable_as_oserror() -> Iterator[None]:
+    """Turn what decoders raise for broken images, and for those that do not fit into memory, to an OSError."""
     try:
         yield
     except (Image.DecompressionBombError, MemoryError, RuntimeError, SyntaxError, ValueError) as error:
-        raise UnidentifiedImageError(str(error)) from error
+        raise UnidentifiedImageError(first_line(error)) from error
 
 
-def check_size(width: int, height: int) -> None:
-    """
-    Raises:
-        UnidentifiedImageError: the image has too many pixels, or is too narrow.
-    """
-    if width * height > MAX_PIXELS or max(width, height) > MAX_RATIO * min(width, height):
-        raise UnidentifiedImageError(
-            f"{width} x {height} pixels: at most {MAX_PIXELS:,} are read, and sides at most {MAX_RATIO:,} times as long as wide"
-        )
-
-
-def decode_tensor(image: dict[str, Any] | None) -> torch.Tensor:
-    """The same pixels as `decode_image`, uint8 (3, H, W). torchvision decodes JPEG files, PIL decodes the others.
-
-    Raises:
-        OSError: as `decode_image`.
-    """
-    if image is None:
-        raise UnidentifiedImageError("the row has no image")
-    content = image["bytes"]
-    if content is None:
-        with xopen(image["path"], "rb") as file:
-            content = file.read()
-    if content.startswith(b"\xff\xd8"):
-        with broken_as_oserror(), Image.open(io.BytesIO(content), formats=FORMATS) as header:
-            check_size(*header.size)
-            turn = find_turn(header)
-        # torchvision warns at every image that its decoders will move to torchcodec.
-        with suppress(RuntimeError), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            pixels: torch.Tensor = tv_decode(data, mode=ImageReadMode.RGB, apply_exif_orientation=False)
-            return pixels if turn is None else pixels.permute(turn[1]).flip(turn[2])
-        # torchvision failed: the file is damaged, or only PIL reads its kind. PIL decides which.
-    return torch.from_numpy(np.array(decode_image({"bytes": content, "path": None}))).permute(2, 0, 1)
-
-
-def is_an_image(path: str | PathLike) -> bool:
+def is_an_image(path: str | os.PathLike) -> bool:
     """Whether the content of a file is an image, whatever its name is."""
     known: list[str] = [name for name in FORMATS if name != "TGA"]  # whose files begin with nothing of their own
     try:
-        with broken_as_oserror(), Image.open(Path(path), formats=known):
+        with unreadable_as_oserror(), Image.open(Path(path), formats=known):
             return True
     except OSError:
         return False
@@ -135,7 +173,7 @@ def is_an_image(path: str | PathLike) -> bool:
 def name_of(row: dict[str, Any], index: int) -> str:
     """The path of a row's image, or else its number."""
     image = row["image"]
-    return (image.get("path") if isinstance(image, dict) else None) or f"row {index}"
+    return one_line((image.get("path") if isinstance(image, dict) else None) or f"row {index}")
 
 
 def log_skipped(row: dict[str, Any], index: int, error: OSError) -> None:

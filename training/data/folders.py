@@ -5,6 +5,7 @@ links. Here a name means something at its own place only, deeper folders belong 
 """
 
 import re
+import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,14 @@ from functools import partial
 from os import scandir
 from os.path import splitext
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from ..errors import one_line
 from .decode import EXTENSIONS, is_an_image
 
 SPLITS = {"training": "train", "testing": "test"} | {
@@ -33,6 +38,12 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 OF_IMAGES = {"image", "images", "img", "imgs", "jpegimages"}
 OF_MASKS = {"annotations", "ground_truth", "gt", "labels", "mask", "masks", "segmentationclass", "segmentationobject"}
 SCANNERS = 16  # threads that list folders: a network file system answers each request after a while
+NO_FILE = -2  # as a size
+MOST_UNPACKED = 10  # times the size of a file of images, which are compressed already: what unpacks to more is a trap
+LITTLE = 2**28  # bytes that any file may unpack to
+FEW_ROWS = 100_000  # that any file may have
+LEAST_ROW = 16  # bytes of a file for each of more rows: no image takes less
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".npz", ".pth")  # members of a tar that `datasets` unpacks, to any size
 HOW = "FOLDER/train/CLASS and FOLDER/test/CLASS"
 
 
@@ -41,7 +52,7 @@ class FoundFile(NamedTuple):
 
     Args:
         path: relative to the folder, with `/`.
-        size: bytes; -1 where a link leads nowhere.
+        size: bytes; -1 where a link leads nowhere; `NO_FILE` for a pipe, a socket or a device, which may have no end.
         inode: one number for all names of one file.
         stamp: nanoseconds; the last change of content or name.
     """
@@ -130,7 +141,8 @@ def _list(root: Path, folder: tuple[str, tuple[int, ...]]) -> tuple[list[FoundFi
                     continue
                 if not entry.is_dir():
                     stamp = max(stat.st_mtime_ns, stat.st_ctime_ns)
-                    files.append(FoundFile(path, stat.st_size, _inode(stat), stamp))
+                    size = stat.st_size if S_ISREG(stat.st_mode) else NO_FILE
+                    files.append(FoundFile(path, size, _inode(stat), stamp))
                 elif _inode(stat) in above:
                     raise ValueError(f"{root / path} leads back to a folder that contains it: remove this link")
                 else:
@@ -183,6 +195,8 @@ def _why_not(root: Path, file: FoundFile) -> str | None:
         return "in hidden folders"
     if name.startswith(".") or name in SYSTEM_FILES:
         return "hidden"
+    if file.size == NO_FILE:
+        return "pipes, sockets or devices"
     if file.size < 0:
         return "links to nowhere"
     if file.size == 0:
@@ -280,6 +294,40 @@ def _refuse_two_names_of_one_file(folder: FolderOfImages) -> None:
             )
 
 
+def check_data_file(path: Path) -> None:
+    """Look at what a parquet or tar file unpacks to, by its footer or the headers of its members, before memory is taken.
+
+    Raises:
+        ValueError: it is damaged, or unpacks to far more than images do.
+    """
+    size = path.stat().st_size
+    try:
+        reason = _why_not_this_tar(path) if path.suffix.lower() == ".tar" else _why_not_this_parquet(path, size)
+    except (OSError, tarfile.TarError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{path} cannot be read ({one_line(error)}): download it again, a tar without compression"
+        ) from error
+    if reason is not None:
+        raise ValueError(f"{path} ({size:,} bytes) {reason}: it is not read, because it would fill the memory")
+
+
+def _why_not_this_parquet(path: Path, size: int) -> str | None:
+    footer = pq.read_metadata(path)
+    if footer.num_rows > max(FEW_ROWS, size // LEAST_ROW):
+        return f"claims {footer.num_rows:,} rows, more than it can have images"
+    unpacked = max((footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)), default=0)
+    return f"unpacks to {unpacked:,} bytes" if unpacked > max(LITTLE, MOST_UNPACKED * size) else None
+
+
+def _why_not_this_tar(path: Path) -> str | None:
+    with tarfile.open(path, "r:") as tar:
+        while member := tar.next():
+            tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
+            if member.issparse() or member.name.lower().endswith(PACKED):
+                return f"has a packed member, {one_line(member.name)}"
+    return None
+
+
 def split_of_data_file(file: FoundFile) -> str | None:
     """The split that a parquet or tar file is named after, else its folders; None without one."""
     *folders, name = file.parts
@@ -314,7 +362,7 @@ def _train_first(splits: dict[str, list[FoundFile]]) -> dict[str, list[FoundFile
 
 
 def visible(files: Iterable[FoundFile]) -> Iterator[FoundFile]:
-    """The files that are not hidden and lie in no hidden folder."""
+    """The regular files that are not hidden and lie in no hidden folder."""
     for file in files:
-        if not any(part.startswith(".") or part == "__MACOSX" for part in file.parts):
+        if file.size != NO_FILE and not any(part.startswith(".") or part == "__MACOSX" for part in file.parts):
             yield file

@@ -12,7 +12,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.table import MemoryMappedTable
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
 from modeling_moco.distributed_moco import rank
@@ -20,7 +22,17 @@ from modeling_moco.distributed_moco import rank
 from ..engine.checkpoints import decided_by_main
 from ..engine.files import whole_file
 from ..errors import one_line
-from .folders import HOW, NEEDS, FolderOfImages, FoundFile, arrange, divide_data_files, list_files, visible
+from .folders import (
+    HOW,
+    NEEDS,
+    FolderOfImages,
+    FoundFile,
+    arrange,
+    check_data_file,
+    divide_data_files,
+    list_files,
+    visible,
+)
 from .metadata import use_metadata
 
 DIGITS = "digits"
@@ -39,6 +51,7 @@ class Opened:
         content: what identifies the rows of each split: number and digest of local files, or the commit on the Hub.
         from_folders: whether the classes are names of folders.
         account: of the files of a folder, in words.
+        places: see `Decoder`.
     """
 
     splits: dict[str, Any]
@@ -47,6 +60,7 @@ class Opened:
     content: dict[str, str] = field(default_factory=dict)
     from_folders: bool = False
     account: str | None = None
+    places: tuple[str, ...] = ()
 
 
 def absolute_name(name: str) -> str:
@@ -101,7 +115,14 @@ def _prepare(build: Callable[[], datasets.DatasetBuilder], name: str, streaming:
             "name, its files and its splits"
         ) from error
     commits = {split: commit for split, urls in files.items() for commit in _commits(urls)}
-    return Opened(splits, files, content=commits)
+    places = _places_on_the_hub(files) if isinstance(builder, ImageFolder) else ()
+    return Opened(splits, files, content=commits, places=places)
+
+
+def _places_on_the_hub(files: dict[str, list[str]]) -> tuple[str, ...]:
+    """Where the files of a folder of images on the Hub lie: in its repository, or in the caches."""
+    repositories = {f"{url.split('@')[0]}@" for urls in files.values() for url in urls if url.startswith("hf://")}
+    return (*repositories, f"{HF_HUB_CACHE}/", f"{datasets.config.HF_DATASETS_CACHE}/")
 
 
 def _commits(urls: list[str]) -> list[str]:
@@ -131,7 +152,14 @@ def _open_folder(root: Path, streaming: bool, asked: set[str], label_column: str
             lengths[split] = [len(rows) // shards + (shard < len(rows) % shards) for shard in range(shards)]
             rows = rows.to_iterable_dataset(num_shards=shards)
         splits[split] = rows
-    return Opened(splits, lengths=lengths, content=found.content, from_folders=True, account=found.account)
+    return Opened(
+        splits,
+        lengths=lengths,
+        content=found.content,
+        from_folders=True,
+        account=found.account,
+        places=(f"{root}/".replace("//", "/"),),
+    )
 
 
 @dataclass
@@ -246,6 +274,7 @@ def _open_data_files(root: Path, splits: dict[str, list[FoundFile]], streaming: 
         split: f"{len(files):,} files {_digest((f.path, f.size) for f in files)}" for split, files in splits.items()
     }
     state = _digest((f.path, f.size, f.stamp) for files in splits.values() for f in files)
+    decided_by_main(lambda: _check_once(state, [root / file.path for files in splits.values() for file in files]))
     # The paths are patterns to `datasets`, and its cache goes by a file's time alone: names are escaped, and the name of the
     # configuration has what else may change.
     names = {split: [glob.escape(f"{root}/{file.path}") for file in files] for split, files in splits.items()}
@@ -256,6 +285,16 @@ def _open_data_files(root: Path, splits: dict[str, list[FoundFile]], streaming: 
         streaming,
     )
     return replace(opened, content=content)
+
+
+def _check_once(state: str, files: list[Path]) -> None:
+    # The members of large tars take a minute.
+    passed = Path(datasets.config.HF_DATASETS_CACHE) / "checked_files" / state
+    if not passed.exists():
+        for file in files:
+            check_data_file(file)
+        passed.parent.mkdir(parents=True, exist_ok=True)
+        passed.touch()
 
 
 def _open_file(path: Path, streaming: bool, split: str) -> Opened:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ..views.device import sample_operations, sample_views, unpack_params
 from ..views.policy import ViewParams, ViewPolicy, seeded_generator
 from .decode import decode_tensor, log_skipped, name_of
+from .images import Decode
 from .sources import MAX_IN_MEMORY_PX
 
 
@@ -24,23 +25,24 @@ class MemoryImages(torch.utils.data.Dataset):
         source: rows of `load_images`.
         policy: distribution of the views.
         seed: of the random views.
+        decode: decodes the image of a row, to uint8 (3, H, W).
 
     Raises:
         ValueError: no image can be read, or the images differ in size.
     """
 
-    def __init__(self, source: datasets.Dataset, policy: ViewPolicy, seed: int = 0):
+    def __init__(self, source: datasets.Dataset, policy: ViewPolicy, seed: int = 0, decode: Decode = decode_tensor):
         self.policy = policy
         self.seed = seed
         self._unreadable: list[str] = []
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.images = self._decode(source)  # uint8 (images, 3, H, W); forked workers share it
+        self.images = self._decode_all(source, decode)  # uint8 (images, 3, H, W); forked workers share it
 
-    def _decode(self, source: datasets.Dataset) -> torch.Tensor:
+    def _decode_all(self, source: datasets.Dataset, decode: Decode) -> torch.Tensor:
         images: torch.Tensor | None = None
         for index, row in enumerate(tqdm(source, desc="decoding", leave=False, disable=len(source) < 10_000 or None)):
             try:
-                pixels = decode_tensor(row["image"])
+                pixels = decode(row["image"])
             except OSError as error:
                 self._unreadable.append(name_of(row, index))
                 log_skipped(row, index, error)

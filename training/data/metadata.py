@@ -9,7 +9,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from ..errors import one_line
-from .folders import METADATA, FolderOfImages
+from .folders import METADATA, FolderOfImages, check_data_file
 
 READERS = {".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json, ".parquet": pq.read_table}
 FILE_NAME = "file_name"  # path of an image, relative to the metadata's own folder
@@ -56,6 +56,8 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
 def _read(path: Path, column: str) -> dict[str, list[Any]] | None:
     """The columns of a metadata file that are used; None where it has no labels."""
     try:
+        if path.suffix == ".parquet":
+            check_data_file(path)
         table = READERS[path.suffix](path)
         columns = table.column_names
         used = {name: table[name].to_pylist() for name in (FILE_NAME, column) if name in columns}

@@ -16,28 +16,28 @@ from ..views.device import DeviceCrops, DeviceViews
 from ..views.opencv import render_view_cv2
 from ..views.pil import TwoViews, render_view
 from ..views.policy import POLICIES, build_policy
-from .decode import decode_image, decode_tensor
+from .decode import Decoder
 from .images import MapImages, StreamedImages, TrainingImages
 from .memory_images import MemoryImages
-from .sources import MAX_IN_MEMORY_PX, DataArguments
+from .sources import MAX_IN_MEMORY_PX, DataArguments, ImageSplits
 
 
-def training_images(data: DataArguments, rows: Any, training: TrainingArguments) -> TrainingImages:
+def training_images(data: DataArguments, splits: ImageSplits, training: TrainingArguments) -> TrainingImages:
     """The training images with their two views.
 
     Args:
         data: settings of the views.
-        rows: `ImageSplits.train` of the same settings.
+        splits: of the same settings.
         training: sets seed, batch size and processes.
 
     Raises:
         ValueError: the view backend cannot use the images, or no image can be read.
     """
-    transform = two_views(data)
-    decode = decode_image if data.view_backend == "pil" else decode_tensor
+    transform, rows, decoder = two_views(data), splits.train, splits.decoder
+    decode = decoder.image if data.view_backend == "pil" else decoder.tensor
     if not data.streaming:
-        if data.view_backend == "device" and _are_small(rows):
-            return MemoryImages(rows, transform.policy, training.seed)
+        if data.view_backend == "device" and _are_small(rows, decoder):
+            return MemoryImages(rows, transform.policy, training.seed, decoder.tensor)
         return MapImages(rows, transform, training.seed, decode)
     return StreamedImages(
         rows,
@@ -68,10 +68,10 @@ def build_render(data: DataArguments, compiled: bool) -> Callable | None:
     return torch.compile(render.__call__) if compiled else render
 
 
-def _are_small(rows: Any) -> bool:
+def _are_small(rows: Any, decoder: Decoder) -> bool:
     for row in rows:
         with suppress(OSError):
-            return max(decode_image(row["image"]).size) <= MAX_IN_MEMORY_PX
+            return max(decoder.image(row["image"]).size) <= MAX_IN_MEMORY_PX
     return False
 
 
@@ -124,7 +124,8 @@ def as_training_images(dataset: Any, processor: Any, seed: int) -> TrainingImage
                 "it to datasets.Image"
             )
         rows = dataset.select_columns(columns).rename_column(columns[0], "image")
-        return MapImages(rows.cast_column("image", datasets.Image(decode=False)), views, seed)
+        own = Decoder(places=("",))  # whoever made it in Python has chosen its paths
+        return MapImages(rows.cast_column("image", datasets.Image(decode=False)), views, seed, own.image)
     if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset):
         raise ValueError(
             f"train_dataset ({type(dataset).__name__}) is not a map-style dataset: pass a datasets.Dataset or a torch Dataset "

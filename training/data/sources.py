@@ -14,7 +14,7 @@ from modeling_moco import MoCoConfig, MoCoImageProcessor
 from modeling_moco.distributed_moco import rank
 
 from ..views.pil import EvaluationView
-from .decode import decode_image, name_of
+from .decode import MAX_PIXELS, Decoder, name_of
 from .formats import DIGITS, Opened, absolute_name, open_dataset
 from .labels import SplitLabels, find_label_problem, find_renamed_class, number_classes, read_labels, subset_warnings
 from .shards import ShardedRows, are_parquet, count_rows
@@ -61,12 +61,20 @@ class SourceArguments:
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Number of first images to evaluate on. By default all."}
     )
+    max_image_pixels: int = field(
+        default=MAX_PIXELS,
+        metadata={"help": "Images with more pixels are skipped like unreadable ones, before they take memory."},
+    )
 
     def __post_init__(self):
         self.dataset_name = absolute_name(self.dataset_name)  # a run is continued and evaluated from anywhere
         for name in ("max_train_samples", "max_eval_samples"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"{name} ({count}) must be at least 1: leave it out for all images")
+        if self.max_image_pixels < 1:
+            raise ValueError(
+                f"max_image_pixels ({self.max_image_pixels}) must be at least 1: leave it out for {MAX_PIXELS:,}"
+            )
 
     @property
     def local(self) -> bool:
@@ -173,6 +181,7 @@ class ImageSplits:
         label_problem: why an evaluation cannot use the labels; None if it can.
         place: "dataset", its name or absolute path, and "content", which identifies the rows of both splits: number and
             digest of local files, or the commit on the Hub.
+        decoder: of the images of both splits.
     """
 
     train: Any
@@ -181,6 +190,7 @@ class ImageSplits:
     about: dict[str, Any] = field(default_factory=dict)
     label_problem: str | None = None
     place: dict[str, Any] = field(default_factory=dict)
+    decoder: Decoder = field(default_factory=Decoder)
 
 
 def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageSplits:
@@ -200,6 +210,7 @@ def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageS
     _check_same_content(opened, args, eval_split)
     features = splits[args.train_split].features
     columns = _find_columns(features, args)
+    decoder = Decoder(args.max_image_pixels, opened.places)
     class_names = _class_names(features, columns)
     problem = _missing_for_evaluation(splits, eval_split, columns, args)
     evaluation: Any = None
@@ -208,10 +219,10 @@ def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageS
         if eval_split is not None:
             evaluation = _rename(_undecoded(splits[eval_split], columns), columns)
     else:
-        train, labels = _by_index(splits[args.train_split], args.train_split, columns, args.max_train_samples)
+        train, labels = _by_index(splits[args.train_split], args.train_split, columns, args.max_train_samples, decoder)
         class_names = class_names or number_classes(labels.whole)
         if eval_split is not None:
-            evaluation, eval_labels = _by_index(splits[eval_split], eval_split, columns, args.max_eval_samples)
+            evaluation, eval_labels = _by_index(splits[eval_split], eval_split, columns, args.max_eval_samples, decoder)
         if problem is None:
             read = [*opened.files.get(args.train_split, []), *opened.files.get(str(eval_split), [])]
             column = _label_column(columns)
@@ -236,7 +247,8 @@ def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageS
         "classes": len(class_names),
         "view": f"short side {args.evaluation_view().resize} px, centre {args.image_size} px",
     }
-    return ImageSplits(train, evaluation, class_names, about, problem, {"dataset": args.dataset_name, "content": used})
+    place = {"dataset": args.dataset_name, "content": used}
+    return ImageSplits(train, evaluation, class_names, about, problem, place, decoder)
 
 
 def _open(args: SourceArguments) -> Opened:
@@ -386,13 +398,13 @@ def _by_shard(opened: Opened, columns: dict[str, str], args: SourceArguments) ->
 
 
 def _by_index(
-    split: datasets.Dataset, name: str, columns: dict[str, str], limit: int | None
+    split: datasets.Dataset, name: str, columns: dict[str, str], limit: int | None, decoder: Decoder
 ) -> tuple[datasets.Dataset, SplitLabels]:
     """The rows that are used, and the labels of all rows."""
     _check_size(split, name)
     whole = _rename(_undecoded(split, columns), columns)
     rows = whole if limit is None else whole.select(range(min(limit, len(whole))))
-    _look_at_images(rows, name, columns)
+    _look_at_images(rows, name, columns, decoder)
     return rows, SplitLabels(name, read_labels(whole), len(rows))
 
 
@@ -401,7 +413,7 @@ def _check_size(split: datasets.Dataset | ShardedRows, name: str) -> None:
         raise ValueError(f"split {name!r} is empty: choose another")
 
 
-def _look_at_images(rows: Any, name: str, columns: dict[str, str]) -> None:
+def _look_at_images(rows: Any, name: str, columns: dict[str, str], decoder: Decoder) -> None:
     """Decode some images: a decoder succeeds with pictures without content, which nothing could be learnt from.
 
     Raises:
@@ -411,7 +423,7 @@ def _look_at_images(rows: Any, name: str, columns: dict[str, str]) -> None:
     flat, seen, reason = [], set(), ""
     for index, row in enumerate(rows):
         try:
-            image = decode_image(row["image"])
+            image = decoder.image(row["image"])
         except OSError as error:
             reason = reason or str(error)
             continue

@@ -6,17 +6,27 @@ would be shown and published. A folder that the user names may be a link itself.
 
 import json
 import os
+import pickle
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
+from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
 from ..errors import one_line
 
 UNFINISHED = ".unfinished."  # begins the names of folders that are left by a process that was killed
+PACKED = 2**26  # bytes that an archive may unpack to beyond its size: torch packs nothing but the code of TorchScript
+# torch.load raises these for truncated or changed files, and for files of another kind.
+UNREADABLE = (
+    *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, LookupError, ValueError, TypeError),
+    *(AttributeError, AssertionError, MemoryError, OverflowError, SafetensorError),
+)
 OF_MODELS = ("*.json", "*.safetensors")  # files of a folder that a model is loaded from
 
 
@@ -156,3 +166,27 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not JSON of names and values: {remedy}")
     return content
+
+
+def check_archive(path: Path) -> None:
+    """Look at what an archive of torch unpacks to, before memory is taken. Files of other kinds are passed over.
+
+    Raises:
+        ValueError: it is damaged, or unpacks to far more than its own size.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    size = path.stat().st_size
+    try:
+        with ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except (BadZipFile, *UNREADABLE) as error:
+        raise ValueError(
+            f"{path} ({size:,} bytes) is not a torch checkpoint, or is damaged: download or copy it again"
+        ) from error
+    if unpacked > size + PACKED:
+        raise ValueError(
+            f"{path} ({size:,} bytes) is damaged: it unpacks to {unpacked:,} bytes, which no checkpoint does. Get it from "
+            "another place"
+        )

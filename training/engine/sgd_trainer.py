@@ -4,8 +4,10 @@ import math
 import os
 import signal
 import sys
+import warnings
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
@@ -26,10 +28,17 @@ from ..cli import how_to_run
 from ..errors import TrainingError, one_line_errors
 from .callbacks import ProgressBar, ProgressLines, SetEpoch
 from .checkpoints import BatchLayout, CompleteCheckpoints, newest_complete
-from .files import whole_file, whole_files
+from .files import UNREADABLE, check_archive, whole_file, whole_files
 from .preemption import SaveAndStop, outlive_signals
 from .record import Trackers, run_name
 
+STATES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "pytorch_model*.bin",
+)  # pickles of a checkpoint
 REQUEUE = (
     75  # exit status after a SIGTERM or Ctrl-C: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
 )
@@ -302,6 +311,8 @@ class SGDTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:  # Trainer would take the newest, complete or not
             resume_from_checkpoint, _ = newest_complete(Path(str(self.args.output_dir)))
+        if resume_from_checkpoint:
+            _check_states(Path(str(resume_from_checkpoint)))
         self._diverged_at.fill_(NEVER)
         self.args.resume_from_checkpoint = checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
         # Trainer would delete older checkpoints before a new one counts.
@@ -369,6 +380,19 @@ class SGDTrainer(Trainer):
     def _last_checkpoint(self) -> str:
         checkpoint, _ = newest_complete(Path(str(self.args.output_dir)))
         return f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+
+
+def _check_states(checkpoint: Path) -> None:
+    # Trainer ends in a traceback for these, which advises to switch the check for code off.
+    for path in chain.from_iterable(checkpoint.glob(name) for name in STATES):
+        try:
+            check_archive(path)
+            with safe_globals(), warnings.catch_warnings(action="ignore"):
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # of tensors the headers alone
+        except UNREADABLE as error:
+            raise TrainingError(
+                f"{path} is damaged, or would run code, and is not loaded: delete {checkpoint}, and the one before it is used"
+            ) from error
 
 
 def train(trainer: SGDTrainer, checkpoint: str | None) -> None:

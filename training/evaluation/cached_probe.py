@@ -145,7 +145,8 @@ def build_cached(
     kept, held = hold_out(torch.tensor(splits.train["label"][:]), args.seed)
 
     def probes() -> Iterator[Probe]:
-        parts = [MapImages(split, data.evaluation_view()) for split in (splits.train, splits.eval)]
+        view, decode = data.evaluation_view(), splits.decoder.image
+        parts = [MapImages(split, view, decode=decode) for split in (splits.train, splits.eval)]
         loading: dict[str, Any] = {
             "batch_size": args.per_device_eval_batch_size,
             "num_workers": args.dataloader_num_workers,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.utils import CONFIG_NAME, logging
 
@@ -18,6 +19,7 @@ from ..engine.files import below, check_model_files
 from ..engine.results import Result, read_results, table
 from ..engine.run_folder import METRICS, SAVED_RECIPE, read_metrics, read_sections, recorded_content
 from ..engine.sgd_trainer import PUBLISHING, SGDTrainingArguments
+from ..model_folder import check_size, load_model, read_config
 from .knn import KNNArguments
 
 Model = TypeVar("Model", MoCoModel, MoCoForImageClassification)
@@ -58,15 +60,14 @@ class Encoder:
         logging.set_verbosity_error()  # transformers warns that a classifier is new, which is the point
         set_seed(seed)
         try:
-            loaded = MoCoConfig.from_pretrained(self.source)
+            loaded = read_config(self.source)
             for name, value in config.items():
                 setattr(loaded, name, value)
             if self.random:
+                check_size(self.source, loaded, kind)
                 return kind(loaded).eval()
-            model, report = kind.from_pretrained(
-                self.source, config=loaded, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
-            )
-        except OSError as error:
+            model, report = load_model(self.source, loaded, kind, {"ignore_mismatched_sizes": True})
+        except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"{self.source} holds no MoCo model ({error}): pass the folder that a run saved to, e.g. runs/quickstart"
             ) from error
@@ -142,7 +143,7 @@ def check_exists(source: str) -> None:
     if Path(source).exists():
         return
     try:
-        MoCoConfig.from_pretrained(source)
+        read_config(source)
     except OSError as error:
         raise not_there(source) from error
 

@@ -300,8 +300,8 @@ def build_trainer(run: FinetuneRun, splits: ImageSplits, indices: np.ndarray) ->
         model,
         args,
         available=len(splits.train),
-        train_dataset=MapImages(splits.train.select(indices), crop, args.seed),
-        eval_dataset=MapImages(splits.eval, data.evaluation_view()),
+        train_dataset=MapImages(splits.train.select(indices), crop, args.seed, splits.decoder.image),
+        eval_dataset=MapImages(splits.eval, data.evaluation_view(), decode=splits.decoder.image),
         processing_class=data.image_processor(model.config),
     )
 

@@ -246,17 +246,17 @@ def build_trainer(
     Raises:
         ValueError: there are several learning rates, and too few images to hold some out.
     """
-    view, train, held_out = data.evaluation_view(), splits.train, None
+    view, train, decode, held_out = data.evaluation_view(), splits.train, splits.decoder.image, None
     if len(args.rates) > 1:
         kept, held = hold_out(torch.tensor(train["label"][:]), args.seed)
-        train, held_out = train.select(kept.tolist()), MapImages(train.select(held.tolist()), view)
+        train, held_out = train.select(kept.tolist()), MapImages(train.select(held.tolist()), view, decode=decode)
     crop = OneView(build_policy("crop", data.horizontal_flip), data.image_size)
     return LinearProbeTrainer(
         LinearHeads(model, len(args.rates)),
         args,
         held_out,
-        train_dataset=MapImages(train, crop, args.seed),
-        eval_dataset=MapImages(splits.eval, view),
+        train_dataset=MapImages(train, crop, args.seed, decode),
+        eval_dataset=MapImages(splits.eval, view, decode=decode),
         processing_class=data.image_processor(model.config),
     )
 

@@ -35,6 +35,7 @@ from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProce
 from ..cli import INCLUDE_PICTURES
 from ..engine.files import check_model_files, write_json
 from ..errors import SECRETS, first_line
+from ..model_folder import load_model, read_config
 from . import exports
 from .exports import Model, read_written
 from .model_card import TEMPLATE, render_card
@@ -81,7 +82,7 @@ def load_published(source: str, training_state: bool) -> tuple[Model, MoCoImageP
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        config = MoCoConfig.from_pretrained(source)
+        config = read_config(source)
         classifies = config.architectures == [MoCoForImageClassification.__name__]
         if classifies and training_state:
             raise ValueError(
@@ -89,9 +90,9 @@ def load_published(source: str, training_state: bool) -> tuple[Model, MoCoImageP
                 "run that it was trained on"
             )
         if classifies:
-            model, report = MoCoForImageClassification.from_pretrained(source, **SAFELY)
+            model, report = load_model(source, config, MoCoForImageClassification, {})
         else:
-            model, report = MoCoModel.from_pretrained(source, momentum_encoder=training_state, **SAFELY)
+            model, report = load_model(source, config, MoCoModel, {}, momentum_encoder=training_state)
         processor = MoCoImageProcessor.from_pretrained(source)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last for weights of another shape
         raise ValueError(
@@ -107,9 +108,6 @@ def load_published(source: str, training_state: bool) -> tuple[Model, MoCoImageP
     _forget_unknown(model.config, MoCoConfig())
     _forget_unknown(processor, MoCoImageProcessor())
     return model.eval(), processor
-
-
-SAFELY: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True}  # the other kind of weights is a pickle
 
 
 def _forget_unknown(settings: Any, known: Any) -> None:

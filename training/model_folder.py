@@ -1,0 +1,141 @@
+"""Load a model's folder, or its repository on the Hub, that a stranger may have made.
+
+Only `config.json` and one safetensors file are read. Neither can start code, name another file or another repository, or take
+much more memory than the weights that are there.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from modeling_moco import MoCoConfig
+
+from .engine.files import inside
+from .errors import first_line, one_line, shown
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+# Settings of any transformers model, and the values that load nothing: others name a package, or a kernel on the Hub.
+LOADS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "_attn_implementation": (None, "eager", "sdpa"),
+    "attn_implementation": (None, "eager", "sdpa"),
+}
+OF_THE_CLASSIFIER = ("num_classes", "in_chans")  # model_args of timm that an encoder of colour images has no choice in
+MOST_CLASSES = 1_000_000  # each gets a name
+# Numbers of a model beyond the bytes of its file: a queue, a second encoder and heads need not be saved.
+MUCH = 2**28
+# What transformers and timm raise for values of another kind.
+DAMAGED = (
+    *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, ImportError, RecursionError),
+)
+
+
+def read_config(source: str) -> MoCoConfig:
+    """The configuration of a MoCo model.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is damaged or of another model, or has a setting that would load code, or another file.
+    """
+    try:
+        content, _ = MoCoConfig.get_config_dict(source)
+        for name, harmless in LOADS_NOTHING.items():
+            if content.get(name) not in harmless:
+                raise ValueError(f"{name} ({shown(content[name])}) would load something else: remove it")
+        if isinstance(classes := content.get("num_labels"), int) and classes > MOST_CLASSES:
+            raise ValueError(f"num_labels ({classes:,}) must be at most {MOST_CLASSES:,}: lower it")
+        if content.get("model_type") != MoCoConfig.model_type:
+            raise OSError(f"model_type {shown(content.get('model_type'))} in {CONFIG_NAME}")
+        config: MoCoConfig = MoCoConfig.from_pretrained(source)
+        if not isinstance(config.dtype, torch.dtype | None):
+            raise ValueError(f"dtype ({shown(config.dtype)}) is none of torch's: use float32")
+    except StrictDataclassError as error:
+        raise _damaged(source, error.__cause__) from error
+    except DAMAGED as error:
+        raise _damaged(source, error) from error
+    return config
+
+
+def read_timm_config(source: str) -> MoCoConfig | None:
+    """The configuration of an encoder from the config.json of a timm model; None for another one's.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is damaged.
+    """
+    try:
+        content, _ = MoCoConfig.get_config_dict(source)
+        if not {"architecture", "pretrained_cfg"} <= content.keys():
+            return None
+        told, given = content["pretrained_cfg"], content.get("model_args") or {}
+        return MoCoConfig(
+            architecture=content["architecture"],
+            model_args={name: value for name, value in given.items() if name not in OF_THE_CLASSIFIER} or None,
+            image_mean=list(told["mean"]),
+            image_std=list(told["std"]),
+        )
+    except StrictDataclassError as error:
+        raise _damaged(source, error.__cause__) from error
+    except DAMAGED as error:
+        raise _damaged(source, error) from error
+
+
+def _damaged(source: str, error: BaseException | None) -> ValueError:
+    return ValueError(f"{source} has a {CONFIG_NAME} that MoCo cannot use: {one_line(first_line(error))}")
+
+
+def weights_file(source: str, config: MoCoConfig) -> Path:
+    """The weights of a model, which are in one file; a published one has given it a name.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no safetensors file, or lies outside the folder.
+    """
+    name = getattr(config, "transformers_weights", None) or SAFE_WEIGHTS_NAME
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+        raise ValueError(f"{source} has its weights in {shown(name)}, which is no safetensors file of the folder")
+    return inside(Path(str(cached_file(source, name))))
+
+
+def check_size(source: str, config: MoCoConfig, kind: type[PreTrainedModel], **options: Any) -> None:
+    """
+    Raises:
+        OSError: the model has no weights.
+        ValueError: by its configuration it would be far larger than its weights, or cannot be built.
+    """
+    size = weights_file(source, config).stat().st_size
+    try:
+        with torch.device("meta"):
+            numbers = sum(tensor.numel() for tensor in kind(config, **options).state_dict().values())
+    except (RuntimeError, *DAMAGED) as error:
+        raise _damaged(source, error) from error
+    if numbers > size + MUCH:
+        raise ValueError(
+            f"{source} has {size:,} bytes of weights, and a {CONFIG_NAME} of {numbers:,} numbers (queue_size "
+            f"{config.queue_size:,}, projection_dim {config.projection_dim:,}): one of the two is of another model"
+        )
+
+
+def load_model(
+    source: str, config: MoCoConfig, kind: type[Model], loading: dict[str, Any], **options: Any
+) -> tuple[Model, Any]:
+    """The model of a folder or repository, and transformers' account of what was loaded.
+
+    Args:
+        loading: arguments of `from_pretrained`.
+        options: arguments of `kind`.
+
+    Raises:
+        OSError: there is no model.
+        ValueError: as `check_size`.
+        SafetensorError: its weights are damaged.
+    """
+    check_size(source, config, kind, **options)
+    return kind.from_pretrained(
+        source, config=config, output_loading_info=True, use_safetensors=True, **loading, **options
+    )
