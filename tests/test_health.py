@@ -213,6 +213,15 @@ def test_the_leak_test_changes_nothing(rows):
     assert all(module.training for module in model.modules())
 
 
+def test_features_that_are_not_finite_are_named_and_not_measured():
+    features = torch.randn(20, 8)
+    features[3, 2] = math.inf
+    assert math.isnan(rankme(features))
+    assert math.isnan(rankme(1e200 * torch.ones(20, 8, dtype=torch.float64)))
+    (sentence,) = diagnose({"rankme": math.nan}, "plain").values()
+    assert "are not finite" in sentence
+
+
 def test_healthy_numbers_get_no_sentence():
     healthy = {"rankme": 30.0, "uniformity": -1.0, "contrast_top1": 50.0, "contrast_top1_shuffled": 49.0, "leaks": 0.0}
     assert diagnose(healthy, "plain") == {}

@@ -48,8 +48,11 @@ TINY = [
 ]
 
 
-# Steps as those of another recipe: the symmetric one of CIFAR-10 and the second version's with 200 epochs stay.
-ALIKE = ("cifar10_r18_200ep", "cifar10_r18_symmetric_200ep", "moco_v1_r50_in1k_200ep", "moco_v2_r50_in1k_800ep")
+# Steps as those of another recipe: the second version's with 200 epochs stays.
+ALIKE = (
+    *("cifar10_r18_200ep", "cifar10_r18_symmetric_200ep", "moco_v1_r50_in1k_200ep", "moco_v2_r50_in1k_800ep"),
+    *("domain_adaptation", "photos_gpu"),
+)
 
 
 @pytest.mark.parametrize(
@@ -529,7 +532,7 @@ def test_a_probe_of_another_model_is_refused(tmp_path, script, capsys):
     ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path)
     with pytest.raises(SystemExit):
         script("linear_probe").main([str(tmp_path), "--dataset_name", "digits", "--image_size", "32"])
-    assert "holds a model without" in capsys.readouterr().err
+    assert "holds no MoCo model (model_type resnet in config.json)" in capsys.readouterr().err
 
 
 def test_a_broken_file_is_named_skipped_and_counted(tmp_path, script, caplog):

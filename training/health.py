@@ -33,12 +33,17 @@ def rankme(features: torch.Tensor, device: torch.device | None = None) -> float:
     Args:
         features: of the images of this process (n, D).
         device: where the processes exchange tensors; by default the features' own.
+
+    Returns:
+        the number; NaN where a feature is not finite.
     """
     x = features.cpu().double()
     gram = x.T @ x  # its eigenvalues are the squared singular values
     # (R, D, D), which travel as integers of the same bits
     every = gather(gram.view(torch.int64)[None].to(device or features.device)).cpu().view(torch.float64)
     gram = every.sum(dim=0)
+    if not gram.isfinite().all():
+        return math.nan
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + 1e-7
     return max(1.0, math.exp(-(p * p.log()).sum().item()))
@@ -119,9 +124,14 @@ def diagnose(metrics: dict[str, float], batch_norm: str) -> dict[str, str]:
         batch_norm: mode of the model's configuration.
 
     Returns:
-        a sentence with a remedy for each problem, keyed by problem ("collapse", "leak").
+        a sentence with a remedy for each problem, keyed by problem ("overflow", "collapse", "leak").
     """
     found = {}
+    if math.isnan(metrics.get("rankme", 1.0)):
+        found["overflow"] = (
+            "features of images are not finite, though the weights are: BatchNorm normalises too few values. Train again into "
+            "another --output_dir with larger images or groups, or with a lower --learning_rate"
+        )
     if (
         metrics.get("rankme", math.inf) < COLLAPSED_RANKME
         or metrics.get("uniformity", -math.inf) > COLLAPSED_UNIFORMITY

@@ -382,7 +382,8 @@ def test_pretraining_goes_on_without_its_monitor_where_labels_are_unusable(test_
     trainer = build_trainer(args, splits)
     assert trainer.monitor.queries is None
     assert set(trainer.evaluate()) == {"eval_rankme"}
-    (line,) = capsys.readouterr().out.splitlines()
+    line, rankme = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"step 0 of \d+, epoch 0: RankMe \d+\.\d", rankme)
     assert line.startswith("The kNN monitor is off: ")
     assert ("label 5 of split 'test'" if 5 in test_labels else "1 of 2 images of split 'test' have no label") in line
     draw_features(trainer.model, splits, args.data, tmp_path)

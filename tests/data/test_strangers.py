@@ -10,6 +10,7 @@ import pytest
 from bombs import DATASETS, claiming, memory_for, saved, write_rows
 from numbered_images import encoded, number, write_folders
 from PIL import Image
+from ranks import run_ranks
 
 from training.data.decode import MAX_PIXELS, Decoder
 from training.data.folders import list_files
@@ -66,11 +67,15 @@ def test_the_flag_leaves_large_images_out_with_every_view_backend(view_backend, 
     assert caplog.text.count("100 x 100 pixels") == 1
 
 
-@pytest.mark.parametrize("decode", BOTH)
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_an_image_that_does_not_fit_into_memory_is_an_unreadable_one(decode, format):
-    with memory_for(100 * MEGABYTES), pytest.raises(OSError, match="MemoryError"):
-        decode(Decoder(), row(claiming(12_000, 12_000, format)))
+def _decode_with_little_memory(rank):
+    for decode in BOTH:
+        for format in ("JPEG", "PNG"):
+            with memory_for(100 * MEGABYTES), pytest.raises(OSError, match="MemoryError"):
+                decode(Decoder(), row(claiming(12_000, 12_000, format)))
+
+
+def test_an_image_that_does_not_fit_into_memory_is_an_unreadable_one():
+    run_ranks(_decode_with_little_memory, (), 1)  # a process that no test has left free memory to
 
 
 def test_formats_that_start_other_programs_are_not_opened(tmp_path, monkeypatch):

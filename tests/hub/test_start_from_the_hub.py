@@ -52,6 +52,9 @@ def test_a_run_begins_with_what_another_has_published(hub, script, tmp_path):
     assert card.data.base_model == "org/first"
     assert "It began with the weights of org/first." in card.text
 
+
+def test_the_card_of_a_run_that_a_folder_began_names_no_place(hub, script, tmp_path):
+    script("pretrain").main([*TINY, "--output_dir", str(tmp_path / "first")])
     folder = ["--init_from", str(tmp_path / "first"), "--output_dir", str(tmp_path / "third")]
     script("pretrain").main([*TINY, *folder])
     script("push_to_hub").main([str(tmp_path / "third"), "org/third"])
@@ -61,7 +64,8 @@ def test_a_run_begins_with_what_another_has_published(hub, script, tmp_path):
     assert str(tmp_path) not in card.content
 
 
-def test_a_run_begins_with_timms_weights(hub, script, tmp_path):
+@pytest.mark.slow  # tests/convert/test_start.py reads the same from a folder
+def test_a_run_begins_with_timms_weights(hub, tmp_path):
     torch.manual_seed(2)
     pretrained = timm.create_model("test_resnet", num_classes=10)
     save_for_hf(pretrained, tmp_path / "timm", safe_serialization=True)

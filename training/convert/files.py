@@ -122,9 +122,12 @@ def _read_model(source: str, timm_too: bool) -> Checkpoint:
 def _encoder_alone(source: str, config: MoCoConfig, state: State) -> Checkpoint:
     """The encoder of a timm model, without its classifier."""
     state = {f"encoder_q.{name.removeprefix('timm_model.')}": x for name, x in state.items()}  # TimmWrapper adds that
-    spare = [name for name in state if name not in Checkpoint(source, "timm", config, state).empty_model().state_dict()]
-    notes = [f"left out: {few(spare)}"] if spare else []
-    return Checkpoint(source, "timm", config, {k: x for k, x in state.items() if k not in spare}, notes=notes)
+    checkpoint = Checkpoint(source, "timm", config, state)
+    known = checkpoint.empty_model().state_dict().keys()
+    spare = [name for name in state if name not in known]
+    checkpoint.state = {name: x for name, x in state.items() if name in known}
+    checkpoint.notes = [f"left out: {few(spare)}"] if spare else []
+    return checkpoint
 
 
 def _read_about(path: Path) -> dict[str, Any]:
