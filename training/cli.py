@@ -26,9 +26,21 @@ INCLUDE_PICTURES = (
     "Publish figures that show images of a local dataset too. "
     "Those of a Hub dataset and of the digits are always published."
 )
-LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOG_IN = "For the Hub log in by `hf auth login`, or set HF_TOKEN"
 INHERITED = "transformers.TrainingArguments"  # section of the flags that transformers documents
 SCRIPTS = {"probe": "linear_probe", "publish": "push_to_hub"}  # of the commands whose script has another name
+
+
+def refuse_secrets(argv: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: a word has a token, or a URL a password.
+    """
+    for word in argv:
+        if hide_secrets(word) != word:
+            raise ValueError(
+                f"{one_line(word)} has a token or a password, which would be recorded: leave it out. {LOG_IN}"
+            )
 
 
 class _Parser(HfArgumentParser):
@@ -47,9 +59,8 @@ class _Parser(HfArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         known = sorted(f"--{name}" for name in self.names)
+        refuse_secrets(args)
         for word in args:
-            if hide_secrets(word) != word:
-                raise ValueError(f"{one_line(word)} has a token or a password, which would be recorded: leave it out")
             flag = "--" + word.split("=")[0][2:].replace("-", "_")
             if word.startswith("--") and flag not in known and flag.replace("--no_", "--") not in known:
                 raise ValueError(f"flag {flag} is unknown{self._where(flag) or nearest_name(flag, known)}")
@@ -57,7 +68,7 @@ class _Parser(HfArgumentParser):
 
     def _where(self, flag: str) -> str | None:
         if "token" in flag:
-            return f": a command line is seen by everybody on this machine; {LOG_IN}"
+            return f": a command line is seen by everybody on this machine. {LOG_IN}"
         command = self.elsewhere.get(flag[2:].removeprefix("no_"))
         return None if command is None else f" here: `{how_to_run(command)}` has it"
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "report": ["RUN"],
     "push_to_hub": ["RUN", "org/name", "--dry_run"],
     "convert": ["RUN", "out", "--to", "official"],
+    "benchmark": ["step"],
 }
 GIVEN = {
     "a flag": ["--hub_token", TOKEN],

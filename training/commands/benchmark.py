@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..benchmarks import data, exchange, folder, gpu, knn, step, stream, train
 from ..benchmarks.measure import draw_timings, write_numbers
+from ..cli import refuse_secrets
 from ..errors import one_line_errors
 from .memory import keep_freed_memory
 from .process import command
@@ -24,6 +25,8 @@ WRITE_AS_THEY_GO = {"gpu": gpu}  # to a folder of their own, row by row
 @command
 def main(argv: list[str]) -> None:
     keep_freed_memory()
+    with one_line_errors():
+        refuse_secrets(argv)
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     for name, benchmark in (BENCHMARKS | WRITE_AS_THEY_GO).items():
