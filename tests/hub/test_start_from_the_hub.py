@@ -32,6 +32,7 @@ def pretrain(hub: Hub, home: Path, *flags: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow  # the parts are tested apart: folders, formats, what is published
 def test_a_run_begins_with_what_another_has_published(hub, script, tmp_path):
     script("pretrain").main([*TINY, "--output_dir", str(tmp_path / "first")])
     first = MoCoModel.from_pretrained(tmp_path / "first")
