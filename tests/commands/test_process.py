@@ -163,6 +163,7 @@ def wait_for(word: str, process: subprocess.Popen) -> None:
     raise AssertionError(process.stderr.read())
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_says_one_line_and_leaves_nothing_unfinished(encoder, tmp_path):
     model = tmp_path / "model"
     MoCoModel.from_pretrained(encoder).save_pretrained(model)

@@ -478,7 +478,8 @@ print(json.dumps(found | {"scores": {entry["label"]: entry["score"] for entry in
 """
 
 
-@pytest.mark.parametrize("trust", ["trust", pytest.param("no trust", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trust", ["trust", "no trust"])
 def test_what_is_fine_tuned_by_a_stranger_and_saved_loads_again(resnet, trust, tmp_path):
     images()[2].save(tmp_path / "image.png")
     target = tmp_path / "tuned"

@@ -54,6 +54,7 @@ def test_a_run_begins_with_what_another_has_published(hub, script, tmp_path):
     assert "It began with the weights of org/first." in card.text
 
 
+@pytest.mark.slow
 def test_the_card_of_a_run_that_a_folder_began_names_no_place(hub, script, tmp_path):
     script("pretrain").main([*TINY, "--output_dir", str(tmp_path / "first")])
     folder = ["--init_from", str(tmp_path / "first"), "--output_dir", str(tmp_path / "third")]
