@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 import torch
@@ -199,17 +199,14 @@ class MoCoTrainer(SGDTrainer):
     @torch.no_grad()
     def _fill_queue(self) -> None:
         """Give the queue the keys that `queue_start` asks for. It is the same again if the run is begun again."""
-        dictionary, epoch = self.model.dictionary, math.ceil(self.args.num_train_epochs)
-        if self.args.queue_start == "random":
+        dictionary, args, epoch = self.model.dictionary, self.args, math.ceil(self.args.num_train_epochs)
+        if args.queue_start == "random":
             dictionary.reset()
-        if self.args.queue_start != "encode":
+        if args.queue_start != "encode":
             return
-        needed = math.ceil(
-            self.model.config.queue_size / (self.args.world_size * self.args.per_device_train_batch_size)
-        )
-        epochs = chain.from_iterable(
-            map(self._batches_of, count(epoch))
-        )  # the queue may hold more images than there are
+        needed = math.ceil(self.model.config.queue_size / (args.world_size * args.per_device_train_batch_size))
+        # Epochs without end: the queue may hold more images than there are.
+        epochs = chain.from_iterable(map(self._batches_of, count(epoch)))
         batches = tqdm(islice(epochs, needed), "encoding the queue", needed, disable=rank() > 0 or None)
         self.model.train()  # keys are normalised by their batch, as in training
         for number, batch in enumerate(batches):
@@ -221,10 +218,10 @@ class MoCoTrainer(SGDTrainer):
 
     def _batches_of(self, epoch: int) -> Iterator[dict[str, torch.Tensor]]:
         """The batches of this process in an epoch that the run itself does not reach."""
-        loader = self.get_train_dataloader()
+        loader: Any = self.get_train_dataloader()
         self.train_dataset.set_epoch(epoch)
-        if hasattr(loader, "set_epoch"):  # accelerate's: the order
-            loader.set_epoch(epoch)
+        if not isinstance(self.train_dataset, StreamedImages):  # which orders itself
+            loader.set_epoch(epoch)  # accelerate's
         yield from loader
 
     def build_train_dataloader(self) -> DataLoader:
