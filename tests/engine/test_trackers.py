@@ -53,9 +53,9 @@ def test_tensorboard_gets_everything(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_trackio_gets_everything_under_a_name_that_a_continued_run_has_too(tmp_path):
-    folder, trackio = tmp_path / "run", ["--report_to", "trackio"]
-    env = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "OMP_NUM_THREADS": "1"}
+def test_trackio_gets_everything_but_the_token_under_a_name_that_a_continued_run_has_too(tmp_path):
+    folder, trackio, token = tmp_path / "run", ["--report_to", "trackio"], "hf_" + "Secret0" * 5
+    env = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "OMP_NUM_THREADS": "1", "HF_TOKEN": token}
     for script, *flags in (["pretrain", *TINY, "--output_dir", str(folder)], ["knn", str(folder), "--knn_k", "7"]):
         command = [sys.executable, str(ROOT / f"scripts/{script}.py"), *flags, *trackio]
         subprocess.run(command, check=True, capture_output=True, env=env)
@@ -65,6 +65,7 @@ def test_trackio_gets_everything_under_a_name_that_a_continued_run_has_too(tmp_p
     logged = {name: value for _, _, metrics in rows for name, value in json.loads(metrics).items()}
     assert set(logged) >= NAMES | RESULTS | FIGURES | {"results/weighted kNN, k 7, T 0.07, backbone, top1"}
     assert all(Path(tmp_path / "trackio" / "media" / logged[name]["file_path"]).is_file() for name in FIGURES)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize("script_name", ["pretrain", "knn", "linear_probe"])

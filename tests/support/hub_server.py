@@ -1,7 +1,7 @@
 """A Hub on this machine for the true client: what huggingface_hub asks of https://huggingface.co, on a loopback address.
 
-It knows model repositories with commits and branches, large files stored apart and served from another origin, tokens, and
-the checks that the Hub makes of a card's metadata. Faults are set on `Hub`.
+It knows repositories of models and datasets with commits and branches, large files stored apart and served from another
+origin, ranges of files, tokens, and the checks that the Hub makes of a card's metadata. Faults are set on `Hub`.
 """
 
 import base64
@@ -12,8 +12,8 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -51,6 +51,7 @@ class Repo:
 class Hub:
     """
     Attributes:
+        repos: by name; those of datasets begin with `datasets/`.
         may_write: whether the token may.
         breaks: how often the connection is cut in the middle of a large file that is sent.
         open: while it is clear, large files that are sent wait.
@@ -76,6 +77,15 @@ class Hub:
         first = hashlib.sha1(name.encode()).hexdigest()
         self.repos[name] = Repo(private, {"main": first}, {first: {".gitattributes": File(b"")}})
         return self.repos[name]
+
+    def create_dataset(self, name: str, files: dict[str, bytes]) -> Repo:
+        """A repository of a dataset with one commit, whose files are all stored apart but for its card."""
+        repo = self.create(f"datasets/{name}")
+        for path, data in files.items():
+            sha256 = None if path == "README.md" else hashlib.sha256(data).hexdigest()
+            repo.commits[repo.branches["main"]][path] = File(data, sha256)
+            self.large |= {sha256: data} if sha256 else {}
+        return repo
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         repo = self.repos[name]
@@ -139,9 +149,13 @@ class Handler(BaseHTTPRequestHandler):
             if path[0] == "_large":
                 self.large_file(path[1], body)
             elif path[:2] == ["api", "models"]:
-                self.models(path[2:], body)
+                self.repository("/".join(path[2:4]), path[4:], body)
+            elif path[:2] == ["api", "datasets"]:
+                self.repository("/".join(path[1:4]), path[4:], body)
             elif path[0] == "api":
                 self.general(path[1:], body)
+            elif path[0] == "datasets":
+                self.resolve("/".join(path[:3]), path[4], "/".join(path[5:]))
             elif path[1].endswith(".git"):
                 self.batch(body)
             else:
@@ -213,8 +227,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.refuse(401 if path == ["whoami-v2"] else 404, "NotFound")
 
-    def models(self, path: list[str], body: bytes):
-        name, verb, revision = "/".join(path[:2]), *(path[2:4] + ["revision", "main"][len(path[2:4]) :])
+    def repository(self, name: str, path: list[str], body: bytes):
+        verb, revision = path[:2] + ["revision", "main"][len(path[:2]) :]
         repo = self.visible(name)
         if repo is None:
             return
@@ -232,10 +246,14 @@ class Handler(BaseHTTPRequestHandler):
         if verb == "revision":
             siblings = [{"rfilename": path} for path in sorted(files)]
             about = {"lastModified": "2026-01-01T00:00:00.000Z", "tags": [], "downloads": 0, "likes": 0, "gated": False}
-            about |= {"id": name, "modelId": name, "sha": commit, "private": repo.private, "siblings": siblings}
+            short = name.removeprefix("datasets/")
+            about |= {"id": short, "modelId": short, "sha": commit, "private": repo.private, "siblings": siblings}
             self.answer(200, about)
         elif verb == "tree":
-            self.tree(files, "/".join(path[4:]))
+            self.tree(files, "/".join(path[2:]))
+        elif verb == "paths-info":
+            asked = parse_qs(body.decode())["paths"]
+            self.answer(200, [entry for entry in self.entries(files) if entry["path"] in asked])
         elif verb == "preupload" and self.may_write():
             asked = json.loads(body)["files"]
             modes = [(file["path"], "lfs" if file["path"].endswith(LARGE) else "regular") for file in asked]
@@ -248,16 +266,22 @@ class Handler(BaseHTTPRequestHandler):
         elif verb == "commit" and self.may_write():
             self.commit(name, commit, revision, body)
 
-    def tree(self, files: dict[str, File], folder: str):
-        entries = []
+    def entries(self, files: dict[str, File]) -> list[dict]:
+        folders = {str(folder) for path in files for folder in PurePosixPath(path).parents} - {"."}
+        entries = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
         for path, file in sorted(files.items()):
-            if path.startswith(f"{folder}/" if folder else ""):
-                entry = {"type": "file", "path": path, "oid": file.oid, "size": len(file.data)}
-                if file.sha256:
-                    entry["lfs"] = {"oid": file.sha256, "size": len(file.data), "pointerSize": 130}
-                entries.append(entry)
-        if entries or not folder:
-            self.answer(200, entries)
+            entry = {"type": "file", "path": path, "oid": file.oid, "size": len(file.data)}
+            if file.sha256:
+                entry["lfs"] = {"oid": file.sha256, "size": len(file.data), "pointerSize": 130}
+            entries.append(entry)
+        return entries
+
+    def tree(self, files: dict[str, File], folder: str):
+        below = [entry for entry in self.entries(files) if entry["path"].startswith(f"{folder}/" if folder else "")]
+        if "recursive=true" not in self.path.lower():
+            below = [entry for entry in below if "/" not in entry["path"][len(folder) :].strip("/")]
+        if below or not folder:
+            self.answer(200, below)
         else:
             self.refuse(404, "EntryNotFound")
 
@@ -285,6 +309,12 @@ class Handler(BaseHTTPRequestHandler):
             self.blob(self.hub.large[sha256], {"ETag": f'"{sha256}"'})
 
     def blob(self, data: bytes, headers: dict[str, str]):
+        if self.command == "GET" and "Range" in self.headers:
+            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            part = data[int(first) : int(last or len(data) - 1) + 1]
+            place = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
+            self.answer(206, part, headers | {"Content-Range": place})
+            return
         self.answer(200, b"" if self.command == "HEAD" else data, headers, length=len(data))
 
     def resolve(self, name: str, revision: str, path: str):

@@ -4,6 +4,7 @@
 links. Here a name means something at its own place only, deeper folders belong to their class, and every file is counted.
 """
 
+import os
 import re
 import tarfile
 from collections import Counter, defaultdict
@@ -11,14 +12,15 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from os import scandir
 from os.path import splitext
 from pathlib import Path
 from stat import S_ISREG
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
+from zipfile import BadZipFile, ZipFile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.utils.file_utils import xopen
 from tqdm import tqdm
 
 from ..errors import one_line
@@ -131,7 +133,7 @@ def _list(root: Path, folder: tuple[str, tuple[int, ...]]) -> tuple[list[FoundFi
     relative, above = folder  # the inodes of the folders on the way, to which no link may lead back
     files, folders = [], []
     try:
-        with scandir(root / relative) as entries:
+        with os.scandir(root / relative) as entries:
             for entry in entries:
                 path = f"{relative}/{entry.name}".removeprefix("/")
                 try:
@@ -294,38 +296,59 @@ def _refuse_two_names_of_one_file(folder: FolderOfImages) -> None:
             )
 
 
-def check_data_file(path: Path) -> None:
-    """Look at what a parquet or tar file unpacks to, by its footer or the headers of its members, before memory is taken.
+def check_data_file(address: str | Path) -> None:
+    """Look at what a data file unpacks to, by its footer or the headers of its members, before memory is taken.
+
+    Args:
+        address: path of a parquet, tar or zip file, or where one lies on the Hub; files of other formats pass.
 
     Raises:
         ValueError: it is damaged, or unpacks to far more than images do.
     """
-    size = path.stat().st_size
+    why_not = WHY_NOT.get(Path(address).suffix.lower())
+    if why_not is None:
+        return
     try:
-        reason = _why_not_this_tar(path) if path.suffix.lower() == ".tar" else _why_not_this_parquet(path, size)
-    except (OSError, tarfile.TarError, pa.ArrowException) as error:
+        with xopen(str(address), "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            reason = why_not(file, size)
+    except (OSError, tarfile.TarError, BadZipFile, pa.ArrowException) as error:
         raise ValueError(
-            f"{path} cannot be read ({one_line(error)}): download it again, a tar without compression"
+            f"{address} cannot be read ({one_line(error)}): see that it is whole, and a tar without compression"
         ) from error
     if reason is not None:
-        raise ValueError(f"{path} ({size:,} bytes) {reason}: it is not read, because it would fill the memory")
+        raise ValueError(f"{address} ({size:,} bytes) {reason}: it is not read, because it would fill the memory")
 
 
-def _why_not_this_parquet(path: Path, size: int) -> str | None:
-    footer = pq.read_metadata(path)
+def _why_not_this_parquet(file: BinaryIO, size: int) -> str | None:
+    footer = pq.read_metadata(file)
     if footer.num_rows > max(FEW_ROWS, size // LEAST_ROW):
         return f"claims {footer.num_rows:,} rows, more than it can have images"
-    unpacked = max((footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)), default=0)
-    return f"unpacks to {unpacked:,} bytes" if unpacked > max(LITTLE, MOST_UNPACKED * size) else None
+    return _why_not_so_many(
+        max((footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)), default=0), size
+    )
 
 
-def _why_not_this_tar(path: Path) -> str | None:
-    with tarfile.open(path, "r:") as tar:
+def _why_not_this_tar(file: BinaryIO, size: int) -> str | None:
+    with tarfile.open(fileobj=file, mode="r:") as tar:
         while member := tar.next():
             tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
             if member.issparse() or member.name.lower().endswith(PACKED):
                 return f"has a packed member, {one_line(member.name)}"
     return None
+
+
+def _why_not_this_zip(file: BinaryIO, size: int) -> str | None:
+    with ZipFile(file) as archive:
+        return _why_not_so_many(sum(member.file_size for member in archive.infolist()), size)
+
+
+def _why_not_so_many(unpacked: int, size: int) -> str | None:
+    return f"unpacks to {unpacked:,} bytes" if unpacked > max(LITTLE, MOST_UNPACKED * size) else None
+
+
+WHY_NOT = {".parquet": _why_not_this_parquet, ".tar": _why_not_this_tar, ".zip": _why_not_this_zip}
 
 
 def split_of_data_file(file: FoundFile) -> str | None:

@@ -3,7 +3,9 @@
 import glob
 import hashlib
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilderConfig
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.table import MemoryMappedTable
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
+from tqdm import tqdm
 
 from modeling_moco.distributed_moco import rank
 
@@ -37,6 +41,7 @@ from .metadata import use_metadata
 
 DIGITS = "digits"
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+FILES_AT_A_TIME = 16  # to check
 ROWS_PER_SHARD = 1000  # of a folder of images that is read as a stream
 
 
@@ -98,25 +103,53 @@ def open_dataset(
         raise ValueError(
             f"dataset_name ({name}) does not exist: pass a folder, a parquet or tar file, or a Hub dataset"
         )
-    return _prepare(lambda: datasets.load_dataset_builder(name, config), name, streaming)
+    with _one_line_of(name):
+        builder = datasets.load_dataset_builder(name, config)
+    files = builder.config.data_files or {}  # empty where a Hub dataset comes from the cache
+    decided_by_main(lambda: _check_files_on_the_hub(builder, name, streaming))
+    opened = _read(builder, name, streaming)
+    commits = {split: commit for split, urls in files.items() for commit in _commits(urls)}
+    places = _places_on_the_hub(files) if isinstance(builder, ImageFolder) else ()
+    return replace(opened, content=commits, places=places)
 
 
-def _prepare(build: Callable[[], datasets.DatasetBuilder], name: str, streaming: bool) -> Opened:
-    try:
-        builder = build()
-        files = builder.config.data_files or {}  # empty where a Hub dataset comes from the cache
+def _read(builder: datasets.DatasetBuilder, name: str, streaming: bool) -> Opened:
+    if isinstance(builder.config, FolderBasedBuilderConfig):
+        builder.config.decode_num_threads = (
+            0  # or a folder on the Hub streams decoded images, by another decoder than ours
+        )
+    with _one_line_of(name):
         if not streaming:
             builder.download_and_prepare()
         splits = builder.as_streaming_dataset() if streaming else builder.as_dataset()
+    return Opened(splits, builder.config.data_files or {})
+
+
+@contextmanager
+def _one_line_of(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, DatasetGenerationError, tarfile.ReadError) as error:
         reason = error.__cause__ or error  # `datasets` wraps what went wrong in a sentence that does not say it
         raise ValueError(
             f"dataset_name ({name}) cannot be opened as a folder, a file of images or a Hub dataset ({reason}): check the "
             "name, its files and its splits"
         ) from error
-    commits = {split: commit for split, urls in files.items() for commit in _commits(urls)}
-    places = _places_on_the_hub(files) if isinstance(builder, ImageFolder) else ()
-    return Opened(splits, files, content=commits, places=places)
+
+
+def _check_files_on_the_hub(builder: datasets.DatasetBuilder, name: str, streaming: bool) -> None:
+    """Look at the data files of a repository before `datasets` reads them.
+
+    Raises:
+        ValueError: one is damaged, or unpacks to far more than images do.
+    """
+    addresses = [address for split in (builder.config.data_files or {}).values() for address in split]
+    if not streaming and Path(builder.cache_dir).is_dir():
+        return  # read before
+    if not streaming:  # to where `download_and_prepare` finds them
+        with _one_line_of(name):
+            addresses = datasets.DownloadManager(record_checksums=False).download(addresses)
+    _check_once(_digest(addresses), addresses)
 
 
 def _places_on_the_hub(files: dict[str, list[str]]) -> tuple[str, ...]:
@@ -279,20 +312,19 @@ def _open_data_files(root: Path, splits: dict[str, list[FoundFile]], streaming: 
     # configuration has what else may change.
     names = {split: [glob.escape(f"{root}/{file.path}") for file in files] for split, files in splits.items()}
     (kind,) = kinds
-    opened = _prepare(
-        lambda: datasets.load_dataset_builder(BUILDERS[kind], name=f"state_{state}", data_files=names),
-        str(root),
-        streaming,
-    )
-    return replace(opened, content=content)
+    with _one_line_of(str(root)):
+        builder = datasets.load_dataset_builder(BUILDERS[kind], name=f"state_{state}", data_files=names)
+    return replace(_read(builder, str(root), streaming), content=content)
 
 
-def _check_once(state: str, files: list[Path]) -> None:
-    # The members of large tars take a minute.
+def _check_once(state: str, files: Sequence[str | Path]) -> None:
+    # The members of large tars take a minute, and each request to the Hub a while.
     passed = Path(datasets.config.HF_DATASETS_CACHE) / "checked_files" / state
     if not passed.exists():
-        for file in files:
-            check_data_file(file)
+        with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+            checks = pool.map(check_data_file, files)
+            for _ in tqdm(checks, "checking", len(files), unit=" files", disable=None, leave=False, dynamic_ncols=True):
+                pass
         passed.parent.mkdir(parents=True, exist_ok=True)
         passed.touch()
 
