@@ -8,7 +8,8 @@
     errors      one line for an error of the user's
     model_folder  a stranger's model: no code, no other file
     plots       every figure, from data
-    report      the figures and report.html of a run
+    process     around every command: how it ends, and its memory
+    reports/    what runs have found, drawn for people
     commands/   one module for each command: parse, build, run
     benchmarks/ one module for each claim about speed and memory
     evaluation/ kNN, linear probe, fine-tuning: what features are worth
@@ -18,6 +19,6 @@
     data/       from the name of a dataset to rows, and from rows to images
     views/      random parameters of a view, and three backends that render it
 
-Imports run one way: commands, benchmarks, pretrain, recipe, then trainer and report, then evaluation, hub and convert, then
-engine, data and plots, then views, then `modeling_moco`. docs/design.md has every module.
+Imports run one way: commands, benchmarks, pretrain, recipe, trainer, then reports and process, then evaluation, hub and
+convert, then engine, data and plots, then views, then `modeling_moco`. docs/design.md has every module.
 """

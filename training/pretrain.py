@@ -26,7 +26,7 @@ from .engine.results import Result, conditions, encoder_digest, read_results
 from .engine.run_folder import FIGURES, METRICS, drawn, mark_ended, unused
 from .evaluation.knn import protocol
 from .recipe import PretrainArguments
-from .report import chance_loss, draw_curves, draw_features
+from .reports.run import chance_loss, draw_curves, draw_features
 from .trainer import MoCoTrainer
 from .views.pil import render_view
 

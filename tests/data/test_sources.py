@@ -17,7 +17,7 @@ from training.data.labels import SplitLabels, find_label_problem, number_classes
 from training.data.sources import DataArguments, load_images
 from training.pretrain import build_trainer
 from training.recipe import parse_pretrain
-from training.report import draw_features
+from training.reports.run import draw_features
 from training.views.pil import EvaluationView
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from training.commands import COMMANDS
-from training.commands.process import command
+from training.process import command
 
 
 def start(rank: int, count: int, port: int) -> int:

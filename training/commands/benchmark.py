@@ -11,8 +11,7 @@ from ..benchmarks import data, exchange, folder, gpu, knn, step, stream, train
 from ..benchmarks.measure import draw_timings, write_numbers
 from ..cli import refuse_secrets
 from ..errors import one_line_errors
-from .memory import keep_freed_memory
-from .process import command
+from ..process import command, keep_freed_memory
 
 BENCHMARKS = {
     **{"data": data, "step": step, "train": train, "stream": stream},

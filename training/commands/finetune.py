@@ -12,8 +12,7 @@ from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
 from ..evaluation.encoder import show_recorded
 from ..evaluation.finetune import announce, build_trainer, choose_labelled, finish, parse_finetune, save_split
-from .memory import keep_freed_memory
-from .process import command
+from ..process import command, keep_freed_memory
 
 
 @command

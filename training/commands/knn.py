@@ -18,8 +18,7 @@ from ..engine.run_folder import FEATURES
 from ..errors import one_line_errors
 from ..evaluation.encoder import Encoder, parse_evaluation
 from ..evaluation.knn import KNNArguments, evaluate_knn
-from .memory import keep_freed_memory
-from .process import command
+from ..process import command, keep_freed_memory
 
 
 @command

@@ -19,8 +19,7 @@ from ..evaluation import linear_probe as lp
 from ..evaluation.cached_probe import build_cached
 from ..evaluation.encoder import show_recorded
 from ..evaluation.probe_results import Probe
-from .memory import keep_freed_memory
-from .process import command
+from ..process import command, keep_freed_memory
 
 SHOWN_IMAGES = 4
 NEXT = """Next, with your IMAGE and your FOLDER of images:

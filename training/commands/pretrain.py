@@ -16,9 +16,8 @@ from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
 from ..hub.repository import PublishCallback
 from ..pretrain import announce, build_trainer, describe_bottleneck, finish, preview_views
+from ..process import command, keep_freed_memory
 from ..recipe import PretrainArguments, parse_pretrain
-from .memory import keep_freed_memory
-from .process import command
 
 
 @command

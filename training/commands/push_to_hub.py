@@ -11,7 +11,7 @@ from ..evaluation.encoder import check_exists
 from ..hub.origin import describe_shown, read_origin
 from ..hub.publish import CARD, PublishArguments, list_files, load_published, make_folder, publish
 from ..hub.repository import Repository
-from .process import command
+from ..process import command
 
 
 @command

@@ -15,9 +15,8 @@ from ..engine.page import read_run, write_report
 from ..engine.run_folder import SAVED_RECIPE, recorded_content
 from ..errors import one_line_errors
 from ..evaluation.encoder import Encoder, not_there
-from ..report import draw_curves, draw_features, open_images
-from .memory import keep_freed_memory
-from .process import command
+from ..process import command, keep_freed_memory
+from ..reports.run import draw_curves, draw_features, open_images
 
 
 @command

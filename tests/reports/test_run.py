@@ -22,7 +22,7 @@ from training.data.sources import DataArguments, ImageSplits
 from training.engine.page import NUMBERS, read_run, write_report
 from training.engine.results import Result, append_results, encoder_digest, read_results
 from training.evaluation.features import extract_features, unit
-from training.report import draw_features, spread_over_classes
+from training.reports.run import draw_features, spread_over_classes
 
 FIGURES = ("training_curves", "neighbours", "tsne")
 FLAGS = [

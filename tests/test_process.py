@@ -21,13 +21,13 @@ from tiny_models import save_encoder
 from tqdm import trange
 
 from modeling_moco import MoCoModel
-from training.commands.process import command
 from training.engine import lock
 from training.engine.checkpoints import newest_complete
 from training.engine.results import read_results
 from training.engine.run_folder import LOCK, METRICS, RESULTS
+from training.process import command
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SMALL = [
     *("--dataset_name", "digits", "--max_train_samples", "64", "--max_eval_samples", "16", "--image_size", "32"),
     *("--eval_resize", "32", "--use_cpu"),

@@ -1,9 +1,11 @@
 """Around every command: its words fit any terminal, what stops it is one line, and all its processes end together."""
 
+import ctypes
 import errno
 import functools
 import io
 import os
+import platform
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -14,15 +16,18 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from ..engine import lock
-from ..engine.sgd_trainer import REQUEUE
-from ..errors import first_line, visible
+from .engine import lock
+from .engine.sgd_trainer import REQUEUE
+from .errors import first_line, visible
 
 INTERRUPTED = 130  # exit status after Ctrl-C where nothing had to be saved: 128 + SIGINT
 CURSOR_UP = "\x1b[A"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The main process may still publish, which takes as long as its network needs, while the others have nothing left to do.
 PATIENCE = timedelta(days=30)
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # options of mallopt, numbered as in glibc's malloc.h
+LARGEST_FREE_TOP = 2**31 - 1  # bytes: glibc returns memory where more than this is free at the end of the heap
+HEAP_GROWTH = 100_000_000  # bytes by which the heap grows
 
 
 def command(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
@@ -125,3 +130,16 @@ def _full_disk(error: Exception) -> str:
 def _mount(path: Path) -> Path:
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if os.path.ismount(folder))
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory, in this process and the workers that it starts. Without glibc this does nothing.
+
+    By default glibc maps each block above 32 MB (at first above 128 kB) from the kernel and unmaps it when it is freed. The
+    kernel then zeroes all its pages again for the next layer or image, which costs much of a training step on a CPU. In
+    exchange, a process keeps the largest amount of memory that it has ever used.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, LARGEST_FREE_TOP), (M_TOP_PAD, HEAP_GROWTH)):
+            mallopt(option, value)

@@ -14,13 +14,13 @@ import torch
 from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.distributed_moco import rank
 
-from . import plots
-from .data.images import MapImages
-from .data.labels import read_labels
-from .data.sources import DataArguments, ImageSplits, load_images
-from .engine.page import STREAMED, Run
-from .evaluation.features import extract_features, unit
-from .evaluation.knn import nearest
+from .. import plots
+from ..data.images import MapImages
+from ..data.labels import read_labels
+from ..data.sources import DataArguments, ImageSplits, load_images
+from ..engine.page import STREAMED, Run
+from ..evaluation.features import extract_features, unit
+from ..evaluation.knn import nearest
 
 GRID_QUERIES, GRID_BANK = 8, 10_000  # rows of the grid of neighbours, and images among which they are searched
 EMBEDDED = 2_000  # images of the t-SNE

@@ -8,7 +8,7 @@ import pytest
 
 PAGES = """
 import ctypes, resource, sys
-from training.commands.memory import keep_freed_memory
+from training.process import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 libc, size = ctypes.CDLL(None), 64_000_000
