@@ -14,6 +14,7 @@ from torch import nn
 
 from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.dictionary_moco import QueueDictionary
+from training import monitor
 from training.data.images import MapImages
 from training.data.sources import DataArguments, load_images
 from training.errors import TrainingError
@@ -65,7 +66,9 @@ def look_at_a_share(rank, folder):
 def look(folder) -> float:
     model, bank = torch.load(folder / "inputs.pt", weights_only=False)
     settings = KNNArguments(per_device_eval_batch_size=7, dataloader_num_workers=0)
-    return Monitor(model, settings, bank).look_at_features()["rankme"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, "RANKME_IMAGES", SEEN // 2)  # every second image is used
+        return Monitor(model, settings, bank).look_at_features()["rankme"]
 
 
 def test_two_processes_see_the_rankme_of_one(tmp_path):

@@ -3,8 +3,10 @@
 import logging
 from typing import Any
 
+import torch
+
 from modeling_moco import MoCoModel
-from modeling_moco.distributed_moco import rank
+from modeling_moco.distributed_moco import rank, world_size
 
 from .data.images import MapImages
 from .evaluation.features import extract_features
@@ -45,8 +47,10 @@ class Monitor:
             "num_workers": settings.dataloader_num_workers,
         }
         bank, bank_labels = extract_features(self.model, self.bank, gather=False, **loading)
-        every = max(1, len(self.bank) // RANKME_IMAGES)  # evenly spaced: folders are sorted by class
-        metrics = {"rankme": rankme(bank[::every], device)}
+        # Evenly spaced, because folders are sorted by class; the same ones for any number of processes.
+        every = max(1, len(self.bank) // RANKME_IMAGES)
+        chosen = torch.arange(rank(), len(self.bank), world_size()) % every == 0
+        metrics = {"rankme": rankme(bank[chosen], device)}
         if self.queries is not None:
             queries, labels = extract_features(self.model, self.queries, **loading)
             voting: dict[str, Any] = {
