@@ -151,7 +151,8 @@ def write_pictures(folder: Path, pictures: list[Image.Image]) -> str:
     return str(folder)
 
 
-def test_pictures_without_content_are_named_before_anything_is_trained(tmp_path, capsys):
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_pictures_without_content_are_named_before_anything_is_trained(tmp_path, capsys, streaming):
     noise = [Image.effect_noise((16, 16), 90) for _ in range(4)]
     flat = [Image.new("L", (16, 16), i) for i in range(4)]
     dark = [Image.fromarray(sixteen_bits() >> 8)] * 3  # 8 bits in 16: 1 grey level of 255
@@ -161,9 +162,9 @@ def test_pictures_without_content_are_named_before_anything_is_trained(tmp_path,
         ("alike", noise[:1] * 3, "all of the 3 images looked at in split 'train' are alike"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_images(DataArguments(dataset_name=write_pictures(tmp_path / name, pictures)))
+            load_images(DataArguments(dataset_name=write_pictures(tmp_path / name, pictures), streaming=streaming))
     capsys.readouterr()
-    load_images(DataArguments(dataset_name=write_pictures(tmp_path / "some", noise + flat)))
+    load_images(DataArguments(dataset_name=write_pictures(tmp_path / "some", noise + flat), streaming=streaming))
     warning = capsys.readouterr().out.splitlines()[1]
     assert warning.startswith("warning: 4 of the 8 images looked at in split 'train' are of one colour, or nearly")
     assert "04.png" in warning

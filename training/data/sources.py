@@ -4,6 +4,7 @@ No other module uses the dataset's own column names.
 """
 
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -215,7 +216,7 @@ def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageS
     problem = _missing_for_evaluation(splits, eval_split, columns, args)
     evaluation: Any = None
     if args.streaming:
-        train = _by_shard(opened, columns, args)
+        train = _by_shard(opened, columns, args, decoder)
         if eval_split is not None:
             evaluation = _rename(_undecoded(splits[eval_split], columns), columns)
     else:
@@ -384,7 +385,7 @@ def _rename(split, columns: dict[str, str]):
     return split.rename_columns({old: new for old, new in columns.items() if old != new})
 
 
-def _by_shard(opened: Opened, columns: dict[str, str], args: SourceArguments) -> ShardedRows:
+def _by_shard(opened: Opened, columns: dict[str, str], args: SourceArguments, decoder: Decoder) -> ShardedRows:
     split, files = _undecoded(opened.splits[args.train_split], columns), opened.files.get(args.train_split, [])
     # ShardedRows renames the columns, because `datasets` takes 0.1 ms per row. Parquet files hold class numbers, so their
     # class names are dropped: copying 1,000 names takes 10 ms per shard.
@@ -394,6 +395,7 @@ def _by_shard(opened: Opened, columns: dict[str, str], args: SourceArguments) ->
     lengths = opened.lengths.get(args.train_split) or count_rows(split, files, args.max_train_samples)
     rows = ShardedRows(split, columns, lengths)
     _check_size(rows, args.train_split)
+    _look_at_images(list(islice(rows, LOOKED_AT)), args.train_split, columns, decoder)  # others would take more shards
     return rows if args.max_train_samples is None else rows.first(args.max_train_samples)
 
 
