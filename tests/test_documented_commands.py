@@ -16,7 +16,8 @@ from training.recipe import parse_pretrain
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = {name: module for name, (module, _) in COMMANDS.items()}
+SCRIPTS = {name: module.rpartition(".")[2] for name, (module, _) in COMMANDS.items()}
+MODULES = {module.rpartition(".")[2]: module for module, _ in COMMANDS.values()}
 # By python, by a launcher or by SLURM. One without flags is the name of a script in a sentence.
 STARTED = re.compile(r"(?:python |accelerate launch .*|sbatch )(?:scripts|configs/slurm)/(\w+)\.(?:py|sbatch)\b(.*)")
 PARSERS = {
@@ -68,10 +69,9 @@ def test_a_shown_command_is_taken(page, script, words, user, capsys):
     if script in PARSERS:
         PARSERS[script](argv)
         return
+    module = import_module(f"training.commands.{MODULES[script]}")
     with pytest.raises(SystemExit):
-        import_module(f"training.commands.{script}").main(
-            [*argv[:1], "--help"] if script == "benchmark" else ["--help"]
-        )
+        module.main([*argv[:1], "--help"] if script == "benchmark" else ["--help"])
     known = capsys.readouterr().out
     for flag in (word.split("=")[0] for word in argv if word.startswith("--")):
         assert re.search(rf"{flag}\b", known), f"{page}: {script} has no {flag}"

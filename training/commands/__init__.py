@@ -8,15 +8,15 @@ import signal
 import sys
 from importlib import import_module
 
-# Name for `moco`: the module, which is the script's name too, and what it does.
+# Name for `moco`: the module, whose last word is the script's name too, and what it does.
 COMMANDS = {
     "pretrain": ("pretrain", "pretrain an encoder without labels"),
     "knn": ("knn", "classify by nearest neighbours on frozen features"),
     "probe": ("linear_probe", "train a linear classifier on a frozen encoder"),
     "finetune": ("finetune", "train a whole encoder with few labels or all"),
     "report": ("report", "draw the figures of a run and write its report.html"),
-    "convert": ("convert", "convert a checkpoint of other MoCo code, or back"),
-    "publish": ("push_to_hub", "publish a run or a model on the Hub"),
+    "convert": ("models.convert", "convert a checkpoint of other MoCo code, or back"),
+    "publish": ("models.push_to_hub", "publish a run or a model on the Hub"),
     "benchmark": ("benchmark", "measure speed and memory"),
 }
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from ..cli import build_parser, how_to_run, parse_flags
-from ..errors import one_line_errors
-from ..evaluation.encoder import check_exists
-from ..hub.origin import describe_shown, read_origin
-from ..hub.publish import CARD, PublishArguments, list_files, load_published, make_folder, publish
-from ..hub.repository import Repository
-from ..process import command
+from ...cli import build_parser, how_to_run, parse_flags
+from ...errors import one_line_errors
+from ...evaluation.encoder import check_exists
+from ...hub.origin import describe_shown, read_origin
+from ...hub.publish import CARD, PublishArguments, list_files, load_published, make_folder, publish
+from ...hub.repository import Repository
+from ...process import command
 
 
 @command

@@ -4,9 +4,9 @@ import sys
 
 from transformers.utils import logging
 
-from ..convert.files import FORMATS, parse_convert, read, write
-from ..errors import one_line_errors
-from ..process import command
+from ...convert.files import FORMATS, parse_convert, read, write
+from ...errors import one_line_errors
+from ...process import command
 
 
 @command
