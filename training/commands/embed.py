@@ -15,11 +15,12 @@ from ..data.decode import MAX_BYTES
 from ..data.images import MapImages
 from ..data.sources import AllSplits, SplitDataArguments, load_splits
 from ..embedding.duplicates import find_duplicates
-from ..embedding.embed import EmbedArguments, claim, describe, embed, stage_number
+from ..embedding.embed import EmbedArguments, check_place, claim, describe, embed, stage_number
 from ..embedding.listing import list_duplicates, list_nearest, pixels_of, to_pixels
 from ..embedding.published import CARD, describe_shown, render_card, stage_publication, write_card
 from ..embedding.search import search
 from ..embedding.shards import Shard, count_rows, read_places
+from ..engine.checkpoints import decided_by_main
 from ..engine.run_folder import EMBEDDINGS, UNREADABLE
 from ..errors import one_line_errors
 from ..evaluation.encoder import Encoder, parse_evaluation
@@ -45,8 +46,9 @@ def main(argv: list[str]) -> None:
         model = encoder.load(MoCoModel, args.seed, head=args.features == "head").to(state.device)
         stage_number(model, args.stage)
         folder, record = Path(args.output_dir), describe(model, data, images, args)
-        if repository is not None and not args.dry_run and state.is_main_process:
-            repository = repository.prepare()
+        if repository is not None and not args.dry_run:
+            decided_by_main(lambda: check_place(folder, record))  # before a repository is made
+            repository = decided_by_main(repository.prepare)
         claim(folder, record)
         if state.is_main_process:
             print(f"Embeddings of {encoder}: {record['features']}, {record['dtype']}, in {folder}")

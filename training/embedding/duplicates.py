@@ -74,14 +74,15 @@ def find_duplicates(shards: Sequence[Shard], threshold: float, device: torch.dev
         across_similarity=np.full(n, -np.inf, np.float32),
         meets=np.zeros((n, len(counts)), bool),
     )
-    with tqdm(total=n * (n - 1) // 2, desc="comparing", unit=" pairs", unit_scale=True, disable=None) as bar:
+    steps = sum(n - start for start in range(0, n, BLOCK))
+    with tqdm(total=steps, desc="comparing", unit=" rows", disable=None) as bar:
         for start in range(0, n, BLOCK):
             block = _read_block(shards, start, device)
             for first, embeddings in read_embeddings(shards, start):
                 rows = unit(torch.tensor(embeddings, device=device).float())
                 for offset in range(0, len(rows), CHUNK):
                     _add(found, *_close_pairs(block, rows[offset : offset + CHUNK], start, first + offset, threshold))
-            bar.update(sum(n - 1 - row for row in range(start, min(start + BLOCK, n))))
+                bar.update(len(rows))
     found.group[:] = _roots(found.group, found.group)
     return found
 

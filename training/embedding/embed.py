@@ -146,15 +146,11 @@ def claim(folder: Path, record: dict[str, Any]) -> None:
     """
 
     def decide() -> None:
-        there = [path for path in folder.glob("*") if not path.name.startswith((LOCK, UNFINISHED))]
-        if there and not (folder / EMBEDDED).is_file():
-            raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
+        check_place(folder, record)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.take(folder)
-            if there:
-                _check_same(folder, record)
-            else:
+            if not (folder / EMBEDDED).is_file():
                 write_json(folder / EMBEDDED, record)
             (folder / DATA).mkdir(exist_ok=True)
         except OSError as error:
@@ -163,7 +159,18 @@ def claim(folder: Path, record: dict[str, Any]) -> None:
     decided_by_main(decide)
 
 
-def _check_same(folder: Path, record: dict[str, Any]) -> None:
+def check_place(folder: Path, record: dict[str, Any]) -> None:
+    """Look at a folder before anything is written.
+
+    Raises:
+        ValueError: it holds another set or something else.
+    """
+    if not (folder / EMBEDDED).is_file():
+        if not folder.exists():
+            return
+        if not folder.is_dir() or any(not path.name.startswith((LOCK, UNFINISHED)) for path in folder.iterdir()):
+            raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
+        return
     saved = read_object(folder / EMBEDDED, "bring it back, or pass another --output_dir")
     for key in RECORDED:
         if saved.get(key) != record[key]:

@@ -78,8 +78,9 @@ SIZES += [(10**8, "10M<n<100M")]
 
 
 def write_card(folder: Path, encoder: Encoder, record: dict[str, Any], shards: list[Shard]) -> None:
-    """Write the card into the set's own folder, by which `datasets` knows its splits."""
-    write_whole(folder / CARD, render_card(folder.resolve().name, encoder, record, shards, "unknown"))
+    """Write the card into the set's own folder, by which `datasets` knows its splits. One that is there stays."""
+    if not (folder / CARD).exists():
+        write_whole(folder / CARD, render_card(folder.resolve().name, encoder, record, shards, "unknown"))
 
 
 def stage_publication(

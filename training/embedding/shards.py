@@ -123,11 +123,13 @@ def _is_there(shard: Shard) -> bool:
     if not shard.path.is_file():
         return False
     try:
-        rows = pq.read_metadata(inside(shard.path)).num_rows
+        footer = pq.read_metadata(inside(shard.path))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{shard.path} is damaged ({one_line(error)}): delete it, and it is made again") from error
-    if rows > len(shard):
-        raise ValueError(f"{shard.path} has {rows:,} rows of {len(shard):,} images: delete it, and it is made again")
+    lacking = {"row", "path", EMBEDDING} - set(footer.schema.to_arrow_schema().names)
+    if lacking or footer.num_rows > len(shard):
+        defect = f"no column {min(lacking)}" if lacking else f"{footer.num_rows:,} rows of {len(shard):,} images"
+        raise ValueError(f"{shard.path} has {defect}: delete it, and it is made again")
     return True
 
 
