@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from training.commands import COMMANDS
+from training.commands.embed import parse_embed
 from training.commands.knn import parse_knn
 from training.evaluation.finetune import parse_finetune
 from training.evaluation.linear_probe import parse_linear_probe
@@ -23,6 +24,7 @@ STARTED = re.compile(r"(?:python |accelerate launch .*|sbatch )(?:scripts|config
 PARSERS = {
     "pretrain": parse_pretrain,
     "knn": parse_knn,
+    "embed": parse_embed,
     "linear_probe": parse_linear_probe,
     "finetune": parse_finetune,
 }

@@ -20,9 +20,11 @@ from training.plots import (
     COLOURS,
     VERMILION,
     DrawnImage,
+    Tile,
     confusion,
     describe_view,
     embedding,
+    image_rows,
     neighbour_grid,
     training_curves,
     view_pairs,
@@ -160,6 +162,19 @@ def test_the_grid_shows_queries_and_their_neighbours_and_marks_other_classes(cla
         assert frames(path, VERMILION) == 3
     else:
         assert frames(path, VERMILION) == len(names) == 0
+
+
+def test_rows_of_images_have_their_words_their_numbers_and_the_frames_of_what_is_marked(tmp_path):
+    path = tmp_path / "rows"
+    red, green, sky, dark, gray = plain([RED, GREEN, SKY, DARK, GRAY])
+    first = [Tile(red, "train 3", "0.990"), Tile(green, "test 14000000000", "0.991", VERMILION)]
+    image_rows("What was found", [first, [Tile(sky, "train 4"), Tile(dark, "train 5"), Tile(gray, "train 6")]], path)
+    shown = {colour for _, colour in png(path).getcolors(maxcolors=1_000_000)}
+    assert {DARK, GRAY, RED, GREEN, SKY} <= shown
+    assert len(svg(path).findall(".//svg:image", NS)) == 5
+    texts = [word for word in words(path) if word]
+    assert texts == ["What was found", "train 3", "0.990", "test 140000…", "0.991", "train 4", "train 5", "train 6"]
+    assert frames(path, VERMILION) == 1
 
 
 def test_a_bank_with_fewer_images_than_columns_leaves_the_last_columns_empty(tmp_path):

@@ -21,7 +21,7 @@ FLOORS = {
     "engine": 2,
     **{"data": 3, "plots": 3, "model_folder": 3},
     **{"evaluation": 4, "hub": 4, "convert": 4},
-    **{"monitor": 5, "reports": 5, "process": 5},
+    **{"monitor": 5, "reports": 5, "process": 5, "embedding": 5},
     **{"trainer": 6, "recipe": 7, "pretrain": 8, "benchmarks": 9, "commands": 10},
 }
 # Calls of huggingface_hub and of transformers that send something to the Hub or make something there.

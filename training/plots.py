@@ -255,6 +255,42 @@ def neighbour_grid(
         sheet.finish()
 
 
+class Tile(NamedTuple):
+    """An image and what is below it: words at the left, a number at the right.
+
+    Args:
+        pixels: uint8 (H, W, 3).
+        colour: of its frame and its words.
+    """
+
+    pixels: np.ndarray
+    words: str
+    number: str = ""
+    colour: str = INK
+
+
+def image_rows(title: str, rows: list[list[Tile]], path: Path, columns: int = NEIGHBOURS + 1) -> None:
+    """Rows of images, each with its words.
+
+    Args:
+        columns: images that a row has space for, at least as many as the longest has.
+    """
+    gap, top = 0.1, 0.34
+    tile = (WIDTH - gap) / columns - gap
+    height = tile + 0.28
+    with figure(path, top + 0.08 + height * len(rows)) as fig:
+        sheet = Sheet(fig)
+        sheet.text(gap, 0.1, title, weight="bold")
+        for i, row in enumerate(rows):
+            y = top + i * height
+            for j, (pixels, words, number, colour) in enumerate(row):
+                x, strong = gap + j * (tile + gap), colour != INK
+                sheet.image(pixels, x, y, tile, tile, colour if strong else PALE, 2 if strong else 0.8)
+                sheet.text(x, y + tile + 0.04, _short(words, 12), color=colour, fontsize=7)
+                sheet.text(x + tile, y + tile + 0.04, number, color=GRAY, fontsize=7, ha="right")
+        sheet.finish()
+
+
 def _pixels(image: torch.Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 

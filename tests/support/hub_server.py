@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 TOKEN = "hf_loopback"
-LARGE = (".safetensors", ".data", ".onnx", ".pt2", ".png")
+LARGE = (".safetensors", ".data", ".onnx", ".pt2", ".png", ".parquet")
 LICENSES = {"mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "openrail", "other", "unknown"}
 TASKS = {"image-classification", "image-feature-extraction"}
 
@@ -104,13 +104,16 @@ def environment(hub: Hub, folder: Path, token: str | None = None) -> dict[str, s
     return env | {"TRANSFORMERS_VERBOSITY": "error"} | ({"HF_TOKEN": token} if token else {})
 
 
-def metadata_errors(card: str) -> list[str]:
+def metadata_errors(card: str, kind: str = "model") -> list[str]:
     """What the Hub says of a card's metadata (its model-index schema and known names)."""
     if not card.startswith("---\n"):
         return ["the card has no metadata"]
     data = yaml.safe_load(re.split(r"^---$", card, flags=re.M)[1])
     errors = [] if data.get("license") in LICENSES else [f"license {data.get('license')!r} is not known"]
-    if data.get("pipeline_tag") not in TASKS:
+    if kind == "dataset":
+        if not set(data.get("task_categories", [])) <= TASKS:
+            errors.append(f"task_categories {data['task_categories']!r} are not known")
+    elif data.get("pipeline_tag") not in TASKS:
         errors.append(f"pipeline_tag {data.get('pipeline_tag')!r} is not known")
     for key in ("tags", "datasets", "metrics"):
         if not all(isinstance(entry, str) for entry in data.get(key, [])):
@@ -154,10 +157,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.repository("/".join(path[1:4]), path[4:], body)
             elif path[0] == "api":
                 self.general(path[1:], body)
+            elif any(part.endswith(".git") for part in path[:3]):
+                self.batch(body)
             elif path[0] == "datasets":
                 self.resolve("/".join(path[:3]), path[4], "/".join(path[5:]))
-            elif path[1].endswith(".git"):
-                self.batch(body)
             else:
                 self.resolve("/".join(path[:2]), path[3], "/".join(path[4:]))
 
@@ -213,14 +216,18 @@ class Handler(BaseHTTPRequestHandler):
                 return
             wanted = json.loads(body)
             name = f"{wanted.get('organization') or 'tester'}/{wanted['name']}"
-            answer = {"url": f"{self.hub.url}/{name}", "name": name, "id": name}
-            if name in self.hub.repos:
+            place = f"datasets/{name}" if wanted.get("type") == "dataset" else name
+            answer = {"url": f"{self.hub.url}/{place}", "name": name, "id": name}
+            if place in self.hub.repos:
                 self.answer(409, answer | {"error": "You already created this model repo"})
             else:
-                self.hub.create(name, wanted.get("visibility") == "private")
+                self.hub.create(place, wanted.get("visibility") == "private")
                 self.answer(200, answer)
         elif path == ["validate-yaml"]:
-            errors = [{"message": message} for message in metadata_errors(json.loads(body)["content"])]
+            card = json.loads(body)
+            errors = [
+                {"message": message} for message in metadata_errors(card["content"], card.get("repoType") or "model")
+            ]
             self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
         elif path == ["whoami-v2"] and self.known:
             self.answer(200, {"name": "tester", "type": "user", "orgs": [{"name": "org"}], "auth": {}})

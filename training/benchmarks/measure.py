@@ -151,20 +151,21 @@ def _finish_gpu_work() -> None:
 
 
 class PeakMemory:
-    """`with PeakMemory() as memory: ...` sets `memory.bytes`: the peak resident memory above that at the start.
+    """`with PeakMemory() as memory: ...` sets `memory.bytes`: the peak resident memory above that at the start, `before`.
 
     It measures this process, on Linux. Memory that was freed before the start can be reused unseen: measure in a new process.
     """
 
     bytes: int
+    before: int
 
     def __enter__(self) -> "PeakMemory":
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        self._before = _status("VmRSS")
+        self.before = _status("VmRSS")
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.bytes = max(0, _status("VmHWM") - self._before)
+        self.bytes = max(0, _status("VmHWM") - self.before)
 
 
 def _status(key: str) -> int:

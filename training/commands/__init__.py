@@ -14,6 +14,7 @@ COMMANDS = {
     "knn": ("knn", "classify by nearest neighbours on frozen features"),
     "probe": ("linear_probe", "train a linear classifier on a frozen encoder"),
     "finetune": ("finetune", "train a whole encoder with few labels or all"),
+    "embed": ("embed", "embed a dataset, search it and find near-duplicates"),
     "report": ("report", "draw the figures of a run and write its report.html"),
     "convert": ("models.convert", "convert a checkpoint of other MoCo code, or back"),
     "publish": ("models.push_to_hub", "publish a run or a model on the Hub"),

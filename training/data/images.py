@@ -144,13 +144,19 @@ class MapImages(_Images, torch.utils.data.Dataset):
     def _name(self, index: int) -> str:
         return name_of(self.source[index], index)
 
+    def read(self, index: int) -> dict[str, Any] | None:
+        """The views of this image and no other; None, with a line in the log, for one that cannot be read."""
+        row = self.source[index]
+        try:
+            return self._views(row, index)
+        except OSError as error:
+            self._pass_over(row, index, error)
+            return None
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         for i in range(index, index + len(self)):
-            row = self.source[i % len(self)]
-            try:
-                return self._views(row, i % len(self))
-            except OSError as error:
-                self._pass_over(row, i % len(self), error)
+            if (views := self.read(i % len(self))) is not None:
+                return views
         raise ValueError(f"none of the {len(self)} images can be read: is this an image dataset?")
 
 

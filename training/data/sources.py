@@ -121,6 +121,23 @@ class EvaluationDataArguments(SourceArguments):
 
 
 @dataclass
+class SplitDataArguments(EvaluationDataArguments):
+    """Flags of a command that reads every split of a dataset in the fixed view, labelled or not."""
+
+    NOT_OFFERED = ("train_split", "eval_split", "max_train_samples", "max_eval_samples")
+
+    splits: list[str] = field(default_factory=list, metadata={"help": "Splits to read. By default all."})
+    max_samples: int | None = field(
+        default=None, metadata={"help": "Number of first images of each split. By default all."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples ({self.max_samples}) must be at least 1: leave it out for all images")
+
+
+@dataclass
 class CropDataArguments(EvaluationDataArguments):
     """Flags of the linear probe and of fine-tuning, which train on random crops and flips."""
 
@@ -205,10 +222,11 @@ def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageS
         ValueError: the dataset, a split or a column does not exist; the image column contains no images; a split is empty; or
             `labelled` is set and an evaluation cannot use the labels.
     """
-    opened = _open(args)
+    asked = {args.eval_split} if args.train_split == "train" else {args.train_split, args.eval_split}
+    opened = _open(args, {split for split in asked if split is not None})
     splits = opened.splits
     eval_split = _find_eval_split(splits, args)
-    _check_same_content(opened, args, eval_split)
+    _check_same_content(opened, args, [args.train_split, str(eval_split)])
     features = splits[args.train_split].features
     columns = _find_columns(features, args)
     decoder = Decoder(args.max_image_pixels, opened.places)
@@ -252,14 +270,54 @@ def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageS
     return ImageSplits(train, evaluation, class_names, about, problem, place, decoder)
 
 
-def _open(args: SourceArguments) -> Opened:
-    asked = {args.eval_split} if args.train_split == "train" else {args.train_split, args.eval_split}
+@dataclass
+class AllSplits:
+    """Rows `{"image": {"bytes", "path"}, "label"}` of several splits of a dataset.
+
+    Args:
+        rows: of each split, by its name; without labels they have no second column.
+        class_names: by class number; empty where the dataset has no names, or no labels.
+        content: what identifies the rows of each split: number and digest of local files, the commit on the Hub, or a
+            fingerprint.
+        decoder: of the images of all splits.
+    """
+
+    rows: dict[str, datasets.Dataset]
+    class_names: list[str]
+    content: dict[str, str]
+    decoder: Decoder
+
+
+def load_splits(args: SplitDataArguments) -> AllSplits:
+    """Open a dataset and rename its columns to `image` and `label`, for all its splits or those that `args` names.
+
+    Raises:
+        ValueError: the dataset, a split or a column does not exist; the image column contains no images; or a split is empty.
+    """
+    opened = _open(args, set(args.splits))
+    if missing := [split for split in args.splits if split not in opened.splits]:
+        raise ValueError(f"splits ({missing[0]!r}) is not in {args.dataset_name}: it has {', '.join(opened.splits)}")
+    names = list(dict.fromkeys(args.splits or opened.splits))
+    _check_same_content(opened, args, names)
+    decoder = Decoder(args.max_image_pixels, opened.places)
+    rows, content = {}, {}
+    class_names: list[str] = []
+    for name in names:
+        split = opened.splits[name]
+        columns = _find_columns(split.features, args)
+        rows[name], _ = _by_index(split, name, columns, args.max_samples, decoder)
+        class_names = class_names or _class_names(split.features, columns)
+        content[name] = opened.content.get(name) or f"{len(split):,} images {split._fingerprint}"
+    return AllSplits(rows, class_names, content, decoder)
+
+
+def _open(args: SourceArguments, asked: set[str]) -> Opened:
     opened = open_dataset(
         args.dataset_name,
         args.dataset_config_name,
         streaming=args.streaming,
         train_split=args.train_split,
-        asked={split for split in asked if split is not None},
+        asked=asked,
         label_column=args.label_column or "label",
     )
     if rank() == 0 and opened.account is not None:
@@ -269,8 +327,8 @@ def _open(args: SourceArguments) -> Opened:
     return opened
 
 
-def _check_same_content(opened: Opened, args: SourceArguments, eval_split: str | None) -> None:
-    for split in (args.train_split, str(eval_split)):
+def _check_same_content(opened: Opened, args: SourceArguments, names: list[str]) -> None:
+    for split in names:
         now, then = opened.content.get(split), (args.content or {}).get(split)
         if then is not None and now != then:
             raise ValueError(

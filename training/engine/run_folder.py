@@ -25,6 +25,8 @@ DATASET = "dataset.json"  # what a run was trained on: name, number and digest o
 FIRST_FILES = (SAVED_RECIPE, DATASET, LOCK, UNFINISHED)  # what a crash at the start of a run leaves
 REPORT = "report.html"
 FEATURES = "features"  # folder of features that were extracted once
+EMBEDDINGS = "embeddings"  # folder of a set of embeddings, a row an image
+EMBEDDED = "embedding.json"  # there, what the set is of: the encoder, the images, their view
 # Name of a figure's files: its title, and how to read it.
 CURVES = {
     "training_curves": (

@@ -5,6 +5,7 @@ Shapes: `n` images, `D` feature width, `R` processes.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from modeling_moco import MoCoModel
@@ -39,16 +40,51 @@ def extract_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of all images. The processes share the work.
 
-    The model runs in evaluation mode and is left in the mode it was in. If ranks hold different BatchNorm statistics,
-    rank 0's (the saved ones) are broadcast first.
-
-    Args:
-        gather: every process gets all rows in the order of the images; else each keeps its own, `rank::R`.
+    Arguments are those of `encode_in_order`.
 
     Returns:
         on the CPU: features as the encoder gives them, float32 (n, D), and labels (n,), -1 for an image without one.
     """
     ranks, n = world_size(), len(images)
+    count = n if gather else len(range(rank(), n, ranks))
+    batches = encode_in_order(
+        model, images, feature=feature, batch_size=batch_size, num_workers=num_workers, gather=gather
+    )
+    steps = -(-n // (ranks * batch_size))
+    quiet = rank() > 0 or steps < 20 or None  # None: a bar on a terminal alone
+    features, labels = torch.empty(0), torch.empty(count, dtype=torch.long)
+    done = 0
+    for x, y in tqdm(batches, desc="features", total=steps, leave=False, disable=quiet, dynamic_ncols=True):
+        if done == 0:
+            features = torch.empty(count, x.shape[1])  # once, and not as pieces that are joined: it may be gigabytes
+        features[done : done + len(x)], labels[done : done + len(x)] = x, y
+        done += len(x)
+    return features, labels
+
+
+@torch.no_grad()
+def encode_in_order(
+    model: MoCoModel,
+    images: Dataset,
+    *,
+    feature: Feature = "backbone",
+    stage: int | None = None,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    gather: bool = True,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Features and labels of the next images, batch for batch, on the CPU: float32 (N, D), and (N,), -1 without a label.
+
+    The model runs in evaluation mode and is left in the mode it was in. If ranks hold different BatchNorm statistics,
+    rank 0's (the saved ones) are broadcast first.
+
+    Args:
+        images: "pixel_values" uint8 (3, S, S) and perhaps "labels" by index, as `MapImages` has them.
+        feature, stage: see `encode`.
+        batch_size: images per process.
+        gather: every process gets all rows in the order of the images; else each gets its own, `rank::R`.
+    """
+    ranks, n = world_size(), len(images)  # type: ignore[arg-type]  # torch's own Dataset declares no length
     mine = range(rank(), -(-n // ranks) * ranks, ranks)
     loader = DataLoader(
         Subset(images, [min(i, n - 1) for i in mine]),  # the last image pads the shares to equal length
@@ -61,28 +97,30 @@ def extract_features(
             dist.broadcast(buffer, src=0)
     training = model.training
     model.eval()
-    rows = len(mine) * (ranks if gather else 1)  # the padding included
-    features, labels = torch.empty(0), torch.empty(rows, dtype=torch.long)
-    done, quiet = 0, rank() > 0 or len(loader) < 20 or None  # None: a bar on a terminal alone
-    for batch in tqdm(loader, desc="features", leave=False, disable=quiet, dynamic_ncols=True):
-        x = encode(model, batch["pixel_values"].to(model.device), feature)
+    left = n if gather else len(range(rank(), n, ranks))  # rows, without the padding
+    for batch in loader:
+        x = encode(model, batch["pixel_values"].to(model.device), feature, stage)
         y = batch.get("labels", torch.full((len(x),), -1)).to(model.device)
         if gather:
             x, y = _in_order(x), _in_order(y)
-        if done == 0:
-            features = torch.empty(rows, x.shape[1])  # once, and not as pieces that are joined: it may be gigabytes
-        features[done : done + len(x)], labels[done : done + len(x)] = x.cpu(), y.cpu()
-        done += len(x)
+        yield x[:left].cpu(), y[:left].cpu()
+        left -= min(left, len(x))
     model.train(training)
-    count = n if gather else len(range(rank(), n, ranks))
-    return features[:count], labels[:count]
 
 
-def encode(model: MoCoModel, pixel_values: torch.Tensor, feature: Feature) -> torch.Tensor:
-    """The chosen feature of a batch, float32 (N, D)."""
+def encode(model: MoCoModel, pixel_values: torch.Tensor, feature: Feature, stage: int | None = None) -> torch.Tensor:
+    """The chosen feature of a batch, float32 (N, D).
+
+    Args:
+        stage: of the backbone, whose map is averaged over all places; None for the pooled output.
+    """
     if feature == "head":
         return model.encode_queries(pixel_values)
-    return model.features(pixel_values).pooler_output.float()
+    if stage is None:
+        return model.features(pixel_values).pooler_output.float()
+    hidden = model.features(pixel_values, output_hidden_states=True).hidden_states
+    assert hidden is not None
+    return hidden[stage].float().mean(dim=(2, 3))
 
 
 def _in_order(x: torch.Tensor) -> torch.Tensor:

@@ -165,7 +165,7 @@ def _publish(
         training_state=args.include_training_state,
     )
     card.save(folder / CARD)
-    _check_private(source, repo_id, folder)
+    check_private(source, repo_id, folder)
 
 
 def _save_weights(model: Model, processor: MoCoImageProcessor, repo_id: str, license: str, folder: Path) -> None:
@@ -204,7 +204,7 @@ def list_files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _check_private(source: str, repo_id: str, folder: Path) -> None:
+def check_private(source: str, repo_id: str, folder: Path) -> None:
     """The last of several guards: nothing above should have let one through.
 
     Raises:

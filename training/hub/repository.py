@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # the last is httpx's or httpx2's
@@ -18,15 +18,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from modeling_moco.distributed_moco import rank
 
-from ..engine.run_folder import FIGURES
+from ..engine.run_folder import EMBEDDED, FIGURES
 from ..errors import first_line
 from .publish import PublishArguments, load_published, make_folder, publish
 
 logger = logging.getLogger(__name__)
 
 # Files that a push deletes unless it uploads them again: old weights must not stay under the new name.
+WRITTEN_DATASET = ("data/*.parquet", "*.png")
 WRITTEN = ("onnx/*", "torch_export/*", "resnet/*", "*.safetensors", "*_moco.py", *(f"{name}.png" for name in FIGURES))
 MADE_BY_HAND = {".gitattributes", "README.md", "LICENSE"}  # files of a repository that was created on the website
+OURS = {
+    "model": "modeling_moco.py",
+    "dataset": EMBEDDED,
+}  # the file by which a repository is known to be of this project
 
 
 @contextmanager
@@ -54,16 +59,18 @@ def hub_errors(doing: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Repository:
-    """A model repository on the Hub.
+    """A repository on the Hub.
 
     Args:
         private: create it private, if it does not exist.
         revision: branch to commit to; it is created if it does not exist.
+        kind: of a model, or of a dataset of embeddings.
     """
 
     name: str
     private: bool = False
     revision: str | None = None
+    kind: Literal["model", "dataset"] = "model"
 
     def __post_init__(self):
         try:
@@ -92,12 +99,13 @@ class Repository:
                 f"no token to write to {self.name} with: log in with `hf auth login`, or set HF_TOKEN to one that may write"
             )
         with hub_errors(f"opening {self.name}"):
-            whole = self.api.create_repo(self.name, private=self.private or None, exist_ok=True).repo_id
-            about = self.api.repo_info(whole)
+            made = self.api.create_repo(self.name, private=self.private or None, exist_ok=True, repo_type=self.kind)
+            whole = made.repo_id
+            about = self.api.repo_info(whole, repo_type=self.kind)
             if self.revision is not None:
-                self.api.create_branch(whole, branch=self.revision, exist_ok=True)
+                self.api.create_branch(whole, branch=self.revision, exist_ok=True, repo_type=self.kind)
         there = {file.rfilename for file in about.siblings or []}
-        if "modeling_moco.py" not in there and (others := sorted(there - MADE_BY_HAND)):
+        if OURS[self.kind] not in there and (others := sorted(there - MADE_BY_HAND)):
             raise ValueError(f"{whole} holds something else ({', '.join(others[:3])}): choose another name")
         if self.private and not about.private:
             raise ValueError(f"private (True) does not change {whole}, which is public: make it private on its page")
@@ -118,7 +126,8 @@ class Repository:
                 folder_path=folder,
                 commit_message=message,
                 revision=self.revision,
-                delete_patterns=list(WRITTEN),
+                delete_patterns=list(WRITTEN if self.kind == "model" else WRITTEN_DATASET),
+                repo_type=self.kind,
             )
         return str(commit.commit_url)
 

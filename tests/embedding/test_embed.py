@@ -1,0 +1,242 @@
+"""An embedded set: its rows against the encoder called by hand, what is left out, finished and refused."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from ranks import join_trainers, run_ranks
+from tiny_models import save_encoder
+
+from modeling_moco import MoCoModel
+from modeling_moco.image_processing_moco import normalize
+from training.commands import embed as command
+from training.data.formats import load_digits
+from training.embedding import shards as shards_module
+from training.views.pil import EvaluationView
+
+VIEW = ["--image_size", "32", "--eval_resize", "32"]
+DIGITS = ["--dataset_name", "digits", "--max_samples", "50", *VIEW]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(shards_module, "ROWS_PER_SHARD", 16)
+    monkeypatch.setattr(shards_module, "ROWS_PER_GROUP", 5)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of images in two classes and two splits, two of which cannot be read."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 9), ("test", 5)):
+        for number in range(count):
+            folder = tmp_path / "photos" / split / ("cat", "dog")[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    (tmp_path / "photos" / "train" / "cat" / "4.png").write_bytes(b"no image")
+    (tmp_path / "photos" / "test" / "dog" / "3.png").write_bytes(b"nor this")
+    return tmp_path / "photos"
+
+
+def by_hand(encoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pooled features, and the mean of the map of layer3, of uint8 images (N, 3, S, S)."""
+    model = MoCoModel.from_pretrained(encoder).eval()
+    maps = []
+    model.encoder_q.layer3.register_forward_hook(lambda module, args, output: maps.append(output))
+    with torch.no_grad():
+        pooled = model(normalize(pixels, model.config.image_mean, model.config.image_std)).pooler_output
+    return pooled, maps[0].flatten(2).mean(dim=2)
+
+
+def refuse(argv: list[str], capsys) -> str:
+    with pytest.raises(SystemExit):
+        command.main(argv)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+def test_rows_are_the_embeddings_of_all_images_of_all_splits_in_order(encoder, tmp_path, small_shards):
+    command.main([str(encoder), *DIGITS, "--output_dir", str(tmp_path / "set"), "--per_device_eval_batch_size", "7"])
+    names = {path.name for path in (tmp_path / "set" / "data").iterdir()}
+    assert names == {f"{split}-0000{i}-of-00004.parquet" for split in ("train", "test") for i in range(4)}
+    found = datasets.load_dataset(str(tmp_path / "set"))
+    source = load_digits()
+    assert list(found) == ["train", "test"]
+    view = EvaluationView(32, 32)
+    for split, rows in found.items():
+        assert rows.features["embedding"] == datasets.List(datasets.Value("float16"), length=96)
+        assert rows.features["label"] == datasets.ClassLabel(names=list("0123456789"))
+        assert rows["row"][:] == list(range(50))
+        assert rows["label"][:] == source[split]["label"][:50]
+        pixels = [view(source[split][i]["image"].convert("RGB"), None)["pixel_values"] for i in range(50)]
+        pooled, _ = by_hand(encoder, torch.stack(pixels))
+        embeddings = torch.tensor(np.stack(rows.with_format("numpy")["embedding"][:])).float()
+        torch.testing.assert_close(embeddings, pooled, atol=2e-3, rtol=2e-3)
+
+
+def test_a_stage_is_the_mean_of_its_map_and_float32_is_exact(encoder, tmp_path):
+    argv = [str(encoder), *DIGITS, "--output_dir", str(tmp_path / "set"), "--splits", "test"]
+    command.main([*argv, "--stage", "layer3", "--dtype", "float32"])
+    images = load_digits()["test"].select(range(50))["image"][:]
+    view = EvaluationView(32, 32)
+    pixels = [view(image.convert("RGB"), None)["pixel_values"] for image in images]
+    _, expected = by_hand(encoder, torch.stack(pixels))
+    found = datasets.load_dataset(str(tmp_path / "set"))
+    assert list(found) == ["test"]
+    embeddings = torch.tensor(np.stack(found["test"].with_format("numpy")["embedding"][:]))
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_unreadable_images_are_left_out_and_listed_and_paths_are_relative(encoder, photos, tmp_path, capsys):
+    command.main([str(encoder), "--dataset_name", str(photos), *VIEW, "--output_dir", str(tmp_path / "set")])
+    found = datasets.load_dataset(str(tmp_path / "set"))
+    train = [f"train/{name}/{number}.png" for name, first in (("cat", 0), ("dog", 1)) for number in range(first, 9, 2)]
+    assert found["train"]["path"][:] == [path for path in train if path != "train/cat/4.png"]
+    assert found["train"]["row"][:] == [0, 1, 3, 4, 5, 6, 7, 8]
+    assert found["test"]["path"][:] == ["test/cat/0.png", "test/cat/2.png", "test/cat/4.png", "test/dog/1.png"]
+    assert found["train"].features["label"].names == ["cat", "dog"]
+    assert found["train"]["label"][:] == [0] * 4 + [1] * 4
+    # Each row is of the image that its path names, though others before it are left out.
+    view = EvaluationView(32, 32)
+    pixels = [view(Image.open(photos / path), None)["pixel_values"] for path in found["train"]["path"]]
+    pooled, _ = by_hand(encoder, torch.stack(pixels))
+    embeddings = torch.tensor(np.stack(found["train"].with_format("numpy")["embedding"][:])).float()
+    torch.testing.assert_close(embeddings, pooled, atol=2e-3, rtol=2e-3)
+    listed = (tmp_path / "set" / "unreadable_images.txt").read_text().splitlines()
+    assert listed == ["train: row 2 train/cat/4.png", "test: row 4 test/dog/3.png"]
+    assert "2 images cannot be read and are left out" in capsys.readouterr().err
+
+
+def test_the_same_command_writes_what_is_missing_and_nothing_else(encoder, tmp_path, small_shards):
+    argv = [str(encoder), *DIGITS, "--output_dir", str(tmp_path / "set")]
+    command.main(argv)
+    files = sorted((tmp_path / "set" / "data").iterdir())
+    tables, inodes = [pq.read_table(path) for path in files], [path.stat().st_ino for path in files]
+    gone = [files[1], files[6], files[7]]
+    for path in gone:
+        path.unlink()
+    (tmp_path / "set" / "data" / ".unfinished.x").mkdir()  # of a process that was killed
+    command.main(argv)
+    again = [path for path in sorted((tmp_path / "set" / "data").iterdir()) if path.suffix == ".parquet"]
+    assert again == files
+    assert all(pq.read_table(path).equals(table) for path, table in zip(files, tables, strict=True))
+    kept = [path.stat().st_ino for path in files if path not in gone]
+    assert kept == [inode for path, inode in zip(files, inodes, strict=True) if path not in gone]
+
+
+def test_another_model_view_or_dataset_is_refused_and_nothing_is_changed(encoder, photos, tmp_path, capsys):
+    folder = tmp_path / "set"
+    command.main([str(encoder), *DIGITS, "--output_dir", str(folder)])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    other = ["--output_dir", str(folder)]
+    for argv, key in (
+        ([*DIGITS, "--random_encoder"], "model"),
+        ([*DIGITS, "--features", "head"], "features"),
+        ([*DIGITS, "--eval_resize", "36"], "view"),
+        ([*DIGITS, "--splits", "test"], "splits"),
+        (["--dataset_name", str(photos), *VIEW], "dataset"),
+    ):
+        error = refuse([str(encoder), *argv, *other], capsys)
+        assert f"holds other embeddings: {key} is " in error, argv
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["--duplicates", "1.5"], "duplicates (1.5) must lie in (0, 1]"),
+        (["--neighbours", "0", "--search", "x.png"], "neighbours (0) must be at least 1"),
+        (["--search", "nowhere.png"], "search (nowhere.png) is no image that can be read"),
+        (["--splits", "train", "validation"], "splits ('validation') is not in digits: it has train, test"),
+        (["--stage", "layer9"], "stage (layer9) is not one of test_resnet: choose one of act1, layer1"),
+        (["--stage", "layer3", "--features", "head"], "stage (layer3) is of the backbone, and features is head"),
+        (["--dry_run"], "dry_run (True) is about publishing: name the dataset with --push_to_hub"),
+        (["--push_to_hub", "a/b/c"], "repository (a/b/c) is not a valid repository name"),
+        (["--max_samples", "0"], "max_samples (0) must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(argv, reason, encoder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = refuse([str(encoder), *DIGITS, "--output_dir", "set", *argv], capsys)
+    assert reason in error
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_folder_of_something_else_a_damaged_shard_and_a_strange_one_are_refused(encoder, tmp_path, capsys):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    argv = [str(encoder), *DIGITS, "--output_dir", str(folder)]
+    assert "holds files of something else: pass another --output_dir" in refuse(argv, capsys)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    (folder / "notes.txt").unlink()
+    command.main(argv)
+    capsys.readouterr()
+    shard = folder / "data" / "train-00000-of-00001.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    assert "train-00000-of-00001.parquet is damaged" in refuse(argv, capsys)
+    shard.write_bytes(whole)
+    strange = folder / "data" / "train-00001-of-00002.parquet"
+    strange.write_bytes(whole)
+    assert "train-00001-of-00002.parquet is not of this set" in refuse(argv, capsys)
+    strange.unlink()
+    shard.unlink()
+    shard.symlink_to(tmp_path / "elsewhere.parquet")
+    (tmp_path / "elsewhere.parquet").write_bytes(whole)
+    assert "leads out of" in refuse(argv, capsys)
+
+
+def test_a_value_that_float16_cannot_hold_is_refused(encoder, tmp_path, capsys):
+    model = MoCoModel.from_pretrained(encoder)
+    with torch.no_grad():
+        for parameter in model.encoder_q.layer4.parameters():
+            parameter.mul_(1e4)
+    model.save_pretrained(tmp_path / "large")
+    argv = [str(tmp_path / "large"), *DIGITS, "--splits", "test", "--output_dir", str(tmp_path / "set")]
+    assert "too large for float16: pass --dtype float32" in refuse(argv, capsys)
+    command.main([*argv, "--dtype", "float32", "--output_dir", str(tmp_path / "other")])
+
+
+def _embed_on_two(rank: int, folder: str, argv: list[str]) -> None:
+    join_trainers(rank, folder, 2)
+    shards_module.ROWS_PER_SHARD = 16
+    command.main(argv)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_set(encoder, photos, tmp_path, small_shards):
+    argv = [
+        str(encoder),
+        "--dataset_name",
+        str(photos),
+        *VIEW,
+        "--per_device_eval_batch_size",
+        "3",
+        "--dtype",
+        "float32",
+    ]
+    command.main([*argv, "--output_dir", str(tmp_path / "one")])
+    run_ranks(_embed_on_two, (str(tmp_path), [*argv, "--output_dir", str(tmp_path / "two")]), 2)
+    one, two = (sorted((tmp_path / name / "data").iterdir()) for name in ("one", "two"))
+    assert [path.name for path in one] == [path.name for path in two]
+    for path, other in zip(one, two, strict=True):
+        table, same = pq.read_table(path), pq.read_table(other)
+        assert table.drop_columns("embedding").equals(same.drop_columns("embedding"))
+        x, y = (np.stack(t["embedding"].to_pylist()) for t in (table, same))
+        np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-4)
+    record = json.loads(Path(tmp_path, "two", "embedding.json").read_text())
+    assert record["splits"]["train"]["images"] == 9

@@ -1,0 +1,1 @@
+"""Embedded sets: a row an image in Parquet shards, searched, looked through for duplicates, and published."""
