@@ -16,6 +16,7 @@ COMMANDS = {
     "finetune": ("finetune", "train a whole encoder with few labels or all"),
     "report": ("report", "draw the figures of a run and write its report.html"),
     "convert": ("convert", "convert a checkpoint of other MoCo code, or back"),
+    "export": ("export", "write a model in formats of other libraries"),
     "publish": ("push_to_hub", "publish a run or a model on the Hub"),
     "benchmark": ("benchmark", "measure speed and memory"),
 }
