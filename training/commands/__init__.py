@@ -15,6 +15,7 @@ COMMANDS = {
     "probe": ("linear_probe", "train a linear classifier on a frozen encoder"),
     "finetune": ("finetune", "train a whole encoder with few labels or all"),
     "report": ("report", "draw the figures of a run and write its report.html"),
+    "compare": ("compare", "compare runs in a table and a figure"),
     "convert": ("convert", "convert a checkpoint of other MoCo code, or back"),
     "export": ("export", "write a model in formats of other libraries"),
     "publish": ("push_to_hub", "publish a run or a model on the Hub"),

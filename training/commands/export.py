@@ -163,10 +163,10 @@ def main(argv: list[str]) -> None:
         names, (args,), _ = parse_flags(parser, {"export": ExportArguments}, argv, {})
         if not args.chosen:
             raise ValueError(f"no format is given: choose one or several of --{', --'.join(FORMATS)}")
-        check_free(names.folder)
-        check_exists(names.source)
         if not PartialState(cpu=True).is_main_process:  # one of them writes
             return
+        check_free(names.folder)
+        check_exists(names.source)
         job = Job(*load_published(names.source, training_state=False))
         check_formats(names.source, job.model, args)
         export(job, names.folder, args)
