@@ -9,6 +9,7 @@ from transformers import (
 )
 
 from .configuration_moco import MoCoConfig
+from .dictionary_moco import QueueDictionary, register_dictionary
 from .image_processing_moco import MoCoImageProcessor, MoCoImageProcessorPil
 from .modeling_moco import MoCoBackbone, MoCoForImageClassification, MoCoModel, MoCoOutput
 
@@ -32,4 +33,6 @@ __all__ = [
     "MoCoImageProcessorPil",
     "MoCoModel",
     "MoCoOutput",
+    "QueueDictionary",
+    "register_dictionary",
 ]

@@ -30,6 +30,7 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
             `"small"`: a 3x3 convolution of stride 1 without max-pool, for images of about 32 px (official CIFAR-10 notebook).
         projection_head (`str`): `"linear"` (v1) or `"mlp"` (v2: one hidden layer as wide as the feature, ReLU).
         projection_dim (`int`): C, the width of queries and keys. Both papers use 128.
+        dictionary (`str`): Where negatives come from: `"queue"`, or a name that `register_dictionary` was given.
         queue_size (`int`): K, the number of keys in the dictionary. Both papers use 65536.
         key_momentum (`float`): m in [0, 1], the weight of the old key encoder in an update. Both papers use 0.999.
         temperature (`float`): T > 0, which divides the similarities. v1 uses 0.07, v2 uses 0.2.
@@ -55,6 +56,7 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
     stem: str = "default"
     projection_head: str = "mlp"
     projection_dim: int = 128
+    dictionary: str = "queue"
     queue_size: int = 65536
     key_momentum: float | int = 0.999
     temperature: float | int = 0.2

@@ -3,9 +3,12 @@
 Shapes: `N` local batch, `R` processes, `C` projection_dim, `K` queue_size.
 
 A dictionary is a module with three methods: `forward(q, k, temperature)` returns the loss and the logits,
-`enqueue(keys)` is told the keys of all processes after the backward pass, and `after_loading()` follows every load. To add
-one, write the class and return it from `build_dictionary`.
+`enqueue(keys)` is told the keys of all processes after the backward pass, and `after_loading()` follows every load. A fourth,
+`reset()`, gives the tensors that no checkpoint has their first values. To add one, write the class and register it: its name is
+a value of the setting `dictionary` of a model.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -128,5 +131,35 @@ class QueueDictionary(nn.Module):
         self.queue_ptr.add_(len(keys)).remainder_(size)
 
 
+# Of each, the class that is built from projection_dim and queue_size.
+DICTIONARIES: dict[str, Callable[[int, int], nn.Module]] = {"queue": QueueDictionary}
+
+
+def register_dictionary(name: str, kind: Callable[[int, int], nn.Module]) -> None:
+    """Make a class of dictionaries known as a value of `MoCoConfig.dictionary`, in this process.
+
+    Args:
+        kind: has the methods of [`QueueDictionary`] and is built in the same way, from C and K.
+
+    Raises:
+        ValueError: the name has another class.
+    """
+    if DICTIONARIES.setdefault(name, kind) is not kind:
+        raise ValueError(f"dictionary ({name!r}) is registered already, for {DICTIONARIES[name]}: choose another name")
+
+
+def check_dictionary(name: str) -> None:
+    """
+    Raises:
+        ValueError: no class is registered under this name.
+    """
+    if name not in DICTIONARIES:
+        raise ValueError(
+            f"dictionary ({name!r}) is none of {', '.join(DICTIONARIES)}: call register_dictionary first, or pass "
+            "momentum_encoder=False for features alone"
+        )
+
+
 def build_dictionary(config: MoCoConfig) -> nn.Module:
-    return QueueDictionary(config.projection_dim, config.queue_size)
+    check_dictionary(config.dictionary)
+    return DICTIONARIES[config.dictionary](config.projection_dim, config.queue_size)

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_moco import MoCoConfig
-from .dictionary_moco import QueueDictionary, build_dictionary
+from .dictionary_moco import build_dictionary
 from .distributed_moco import convert_batch_norm, exchange, gather, local_slice, world_size
 from .image_processing_moco import MoCoImageProcessor, normalize  # noqa: F401  (remote code must import the processor)
 
@@ -96,6 +96,10 @@ def _tensors(module: nn.Module, recurse: bool = True) -> list[torch.Tensor]:
     return [*module.parameters(recurse), *module.buffers(recurse)]
 
 
+def _named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict([*module.named_parameters(), *module.named_buffers()])
+
+
 def _mark_initialised(module: nn.Module) -> None:
     # transformers marks tensors that it has loaded, and its initialisation leaves tensors with the mark alone. Tensors on the
     # meta device have no values to keep.
@@ -157,16 +161,16 @@ class MoCoPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.in_features)
                 init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, QueueDictionary):
-            module.reset()
         else:
             super()._init_weights(module)
 
     def _init_encoder(self) -> None:
         # Every architecture has tensors of its own (tokens, scales, tables, buffers that no checkpoint has), which only timm
         # can initialise. So what was not loaded is copied from a new encoder.
-        for tensor, value in zip(_tensors(self.encoder_q), _tensors(build_encoder(self.config)), strict=True):
-            init.copy_(tensor, value)
+        # By name: a detector may have frozen BatchNorm, which makes buffers of its parameters and counts no batches.
+        values = _named_tensors(build_encoder(self.config))
+        for name, tensor in _named_tensors(self.encoder_q).items():
+            init.copy_(tensor, values[name])
         _mark_initialised(self.encoder_q)
 
     def _finish_encoder(self) -> None:
@@ -269,6 +273,9 @@ class MoCoModel(MoCoPreTrainedModel):
     def _init_weights(self, module):
         if self.momentum_encoder and _is_new(module):  # tie_weights looks at it
             self._key_encoder_is_new |= module in self._query_and_key_parts[1].modules()
+            if module is self.dictionary:
+                module.reset()
+                return
         super()._init_weights(module)
 
     def tie_weights(self, missing_keys: set[str] | None = None, **kwargs):

@@ -355,7 +355,7 @@ REFUSED = {
     "output below a file": (["--output_dir", __file__ + "/run"], "cannot be made"),
     "one checkpoint": (["--save_total_limit", "1"], "save_total_limit (1) must be at least 2"),
     "not a number": (["--learning_rate", "fast"], "invalid float value: 'fast'"),
-    "not a choice": (["--augmentation", "v9"], "invalid choice: 'v9'"),
+    "not a choice": (["--augmentation", "v9"], "augmentation ('v9') is unknown: choose one of v1, v2"),
     "bad value": (["--temperature", "0"], "temperature (0.0) must be above 0"),
 }
 

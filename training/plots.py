@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
@@ -179,6 +180,83 @@ def _draw_panel(axis: Axes, panel: Panel, history: list[dict[str, Any]], lines: 
     axis.yaxis.set_major_locator(MaxNLocator(4))
 
 
+COMPARED = (
+    Panel("InfoNCE loss", {"loss": "loss"}, from_zero=False),
+    Panel("Contrast top-1, %", {"contrast_top1": "top-1"}),
+    Panel("kNN top-1, %", {"eval_knn_top1": "top-1"}, from_zero=False),
+    Panel("RankMe", {"eval_rankme": "RankMe"}),
+)
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+
+
+class Overlaid(NamedTuple):
+    """The runs that share a colour: their name for the legend, and what each has logged."""
+
+    name: str
+    histories: list[list[dict[str, Any]]]
+
+
+def compared_curves(groups: list[Overlaid], path: Path) -> bool:
+    """What several runs have logged, by epoch: a panel for every kind of number that one of them has, a line for every run.
+
+    Args:
+        groups: in the order of their colours. Of the entries of a history the numbers are drawn that have an "epoch".
+
+    Returns:
+        whether there was any; without one no figure is drawn.
+    """
+    panels = [panel for panel in COMPARED if any(_lines(panel, group) for group in groups)]
+    if not panels:
+        return False
+    names = [_cut(visible(group.name), 120) for group in groups]
+    columns = max(1, min(4, 110 // (6 + max(map(len, names)))))
+    legend = 0.15 + LEGEND_LINE * -(-len(groups) // columns)
+    height, width = 2.35, WIDTH / 2
+    page = (WIDTH, height * -(-len(panels) // 2) + legend)
+    with figure(path, page[1]) as fig:
+        handles: list[Any] = []
+        for i, panel in enumerate(panels):
+            row, column = divmod(i, 2)
+            below = page[1] - legend - height * (row + 1)
+            axis = fig.add_axes(
+                np.divide((column * width + 0.5, below + 0.42, width - 0.62, height - 0.7), page * 2).tolist()
+            )
+            for j, group in enumerate(groups):
+                look: Any = {"color": COLOURS[j % len(COLOURS)], "linestyle": DASHES[j // len(COLOURS) % len(DASHES)]}
+                if i == 0:
+                    handles.append(Line2D([], [], **look))
+                for epochs, values in _lines(panel, group):
+                    marker = "o" if len(values) == 1 else None
+                    axis.plot(
+                        epochs, values, linewidth=1.1, marker=marker, markersize=3, gid=f"{panel.title} {j}", **look
+                    )
+            axis.set_title(panel.title, pad=4)
+            axis.margins(y=0.08)
+            if panel.from_zero:
+                axis.set_ylim(bottom=0)
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+            axis.yaxis.set_major_locator(MaxNLocator(4))
+            if i >= len(panels) - 2:
+                axis.set_xlabel("epoch", labelpad=2)
+        fig.legend(
+            handles, names, loc="upper left", ncols=columns, handlelength=2.2, labelspacing=0.15, borderaxespad=0.3
+        )
+    return True
+
+
+def _lines(panel: Panel, group: Overlaid) -> list[tuple[list[float], list[float]]]:
+    """Epochs and values of each run of a group that has logged a panel's number."""
+    (key,) = panel.series
+    drawn = []
+    for history in group.histories:
+        points = [(entry.get("epoch"), entry.get(key)) for entry in history]
+        numbers = [(x, y) for x, y in points if all(isinstance(z, int | float) and np.isfinite(z) for z in (x, y))]
+        if numbers:
+            epochs, values = zip(*numbers, strict=True)
+            drawn.append(([*epochs], [*values]))
+    return drawn
+
+
 class Sheet:
     """A page on which images are placed in inches from its top left corner."""
 
@@ -300,7 +378,10 @@ def _name(label: int, class_names: list[str]) -> str:
 
 
 def _short(name: str, length: int) -> str:
-    name = visible(name.split(",")[0])  # ImageNet's are lists of synonyms
+    return _cut(visible(name.split(",")[0]), length)  # ImageNet's are lists of synonyms
+
+
+def _cut(name: str, length: int) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_moco import MoCoConfig
+from modeling_moco.dictionary_moco import check_dictionary
 
 from .cli import (
     build_parser,
@@ -27,6 +28,7 @@ from .engine.run_folder import FREE_TO_CHANGE, START, WEIGHTS, read_sections
 from .errors import shown
 from .evaluation.probe_arguments import LinearProbeArguments
 from .trainer import MoCoTrainingArguments
+from .views.policy import build_policy
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "quickstart"
@@ -210,6 +212,8 @@ def parse_pretrain(argv: list[str]) -> PretrainArguments:
     settings["probe"] = recipe.probe
     preview = None if namespace.preview_views is None else _figure_path(namespace.preview_views)
     of_model = dataclasses.asdict(model)
+    build_policy(data.augmentation)
+    check_dictionary(of_model["dictionary"])
     init_from = of_model.pop("init_from")
     if init_from is not None and os.path.exists(init_from):
         init_from = settings["model"]["init_from"] = os.path.abspath(init_from)  # the run is continued from anywhere

@@ -23,7 +23,7 @@ from modeling_moco.distributed_moco import gather, rank, world_size
 
 from .cli import INCLUDE_PICTURES
 from .data.images import MapImages, StreamedImages, TrainingImages, collate
-from .data.pipeline import as_training_images
+from .data.pipeline import OwnView, as_training_images
 from .engine.callbacks import ListUnreadable, RankStatistics
 from .engine.record import Trackers
 from .engine.results import Feature
@@ -147,6 +147,7 @@ class MoCoTrainer(SGDTrainer):
         knn_bank: images with the `EvaluationView` transform, whose features the monitor looks at.
         render: makes the views of a batch on the device (`DeviceViews`), where `train_dataset` gives no finished views.
         knn_queries: the same of another split; with labels in both the monitor is kNN.
+        view: makes a view of an image from `train_dataset` and a generator, as `OwnViews` takes it; by default that of v2.
 
     Raises:
         ValueError: the queue is smaller than a batch, the images are fewer than a batch, or the weights are in 16 bits.
@@ -163,8 +164,9 @@ class MoCoTrainer(SGDTrainer):
         knn_bank: MapImages | None = None,
         knn_queries: MapImages | None = None,
         render: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+        view: OwnView | None = None,
     ):
-        images = as_training_images(train_dataset, processing_class, args.seed)
+        images = as_training_images(train_dataset, processing_class, args.seed, view)
         _check_sizes(model, args, images)
         self.unreadable = ListUnreadable(images)
         super().__init__(

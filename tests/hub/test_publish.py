@@ -664,6 +664,33 @@ def test_the_examples_of_the_documentation_run_as_printed(hub, script, tmp_path)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
 
 
+BACKBONE = """
+import torch
+{}
+torch.manual_seed(0)
+torch.save([stage for stage in backbone.eval()(torch.randn(1, 3, 64, 64)).feature_maps], "maps.pt")
+"""
+
+
+@pytest.mark.slow
+def test_auto_backbone_gets_its_weights_from_the_hub(hub, script, tmp_path):
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "AutoBackbone.from" in block)
+    torch.manual_seed(1)
+    model = MoCoModel(MoCoConfig(architecture="resnet18", queue_size=64)).eval()
+    model.save_pretrained(tmp_path / "saved")
+    MoCoImageProcessorPil().save_pretrained(tmp_path / "saved")
+    push(script, str(tmp_path / "saved"), "org/moco-v2-r50")
+    command = [sys.executable, "-c", BACKBONE.format(example)]
+    env = environment(hub, tmp_path / "home")
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    torch.manual_seed(0)
+    stages = model(torch.randn(1, 3, 64, 64), output_hidden_states=True).hidden_states
+    for found, expected in zip(torch.load(tmp_path / "maps.pt"), stages[-3:], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 # Pictures of somebody's own images
 
 

@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from modeling_moco import MoCoConfig, MoCoModel
+from training.cli import default_values
 from training.engine.page import read_run, write_report
-from training.engine.results import Result, append_results
+from training.engine.results import Result, append_results, encoder_digest
+from training.recipe import PARTS
+from training.reports.compare import compare, write
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -75,6 +79,32 @@ def report(tmp_path_factory) -> Path:
     return write_report(read_run(folder))
 
 
+@pytest.fixture(scope="module")
+def comparison(report, tmp_path_factory) -> Path:
+    """Three such runs in one table, with many settings that differ."""
+    folder = tmp_path_factory.mktemp("compared")
+    folders = []
+    for i in range(3):
+        folders.append(Path(shutil.copytree(report.parent, folder / f"{i}-{report.parent.name}")))
+        (folders[i] / "results.json").unlink()
+        recipe = yaml.safe_load((folders[i] / "recipe.yaml").read_text())
+        changed = {
+            "queue_size": 64 * 2**i,
+            "temperature": 0.1 + i,
+            "architecture": "test_resnet",
+            "x" * 60: "y" * 40 + str(i),
+        }
+        recipe["model"] = recipe["model"] | changed
+        (folders[i] / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=64)).save_pretrained(folders[i])
+        digest = encoder_digest(MoCoModel.from_pretrained(folders[i]))
+        for protocol in PROTOCOLS:
+            data = {"dataset": "/home/somebody/pictures/of/" + "w" * 90, "split": "test"}
+            append_results(folders[i], [Result(protocol, "top1", 99.999, 1_281_167)], model=digest, data=data)
+    write(compare(folders, default_values(PARTS)), folder / "out")
+    return folder / "out" / "comparison.html"
+
+
 def look(report: Path, width: int, dark: bool, tmp_path: Path) -> dict:
     """What the browser measures of a report in a window of that width."""
     source = html.escape(report.read_text(encoding="utf-8"))
@@ -108,3 +138,13 @@ def test_no_table_scrolls_no_word_is_cut_and_figures_can_be_read(report, width, 
     assert min(seen["names"]) >= 100  # the protocols have room beside their numbers
     ink, paper = brightness(seen["ink"]), brightness(seen["paper"])
     assert (paper < 60 and ink > 200) if dark else (paper > 240 and ink < 60)
+
+
+@pytest.mark.parametrize("width", [1280, 800])
+def test_a_comparison_of_long_names_is_read_without_scrolling(comparison, width, tmp_path):
+    seen = look(comparison, width, False, tmp_path)
+    assert seen["width"] == width
+    assert seen["page"] <= width
+    assert seen["tables"] == 2
+    assert seen["wide"] == []
+    assert seen["outside"] == []

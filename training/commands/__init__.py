@@ -16,7 +16,9 @@ COMMANDS = {
     "finetune": ("finetune", "train a whole encoder with few labels or all"),
     "embed": ("embed", "embed a dataset, search it and find near-duplicates"),
     "report": ("report", "draw the figures of a run and write its report.html"),
+    "compare": ("compare", "compare runs in a table and a figure"),
     "convert": ("models.convert", "convert a checkpoint of other MoCo code, or back"),
+    "export": ("models.export", "write a model in formats of other libraries"),
     "publish": ("models.push_to_hub", "publish a run or a model on the Hub"),
     "benchmark": ("benchmark", "measure speed and memory"),
 }

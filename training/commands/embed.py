@@ -28,7 +28,7 @@ from ..evaluation.features import encode_in_order
 from ..hub.publish import check_private, make_folder
 from ..hub.repository import Repository
 from ..process import command, keep_freed_memory
-from .push_to_hub import show_files
+from .models.push_to_hub import show_files
 
 
 @command

@@ -14,12 +14,14 @@ from modeling_moco.image_processing_moco import to_rgb
 
 from ..views.device import DeviceCrops, DeviceViews
 from ..views.opencv import render_view_cv2
-from ..views.pil import TwoViews, render_view
+from ..views.pil import OwnViews, TwoViews, render_view
 from ..views.policy import POLICIES, build_policy
 from .decode import Decoder
 from .images import MapImages, StreamedImages, TrainingImages
 from .memory_images import MemoryImages
 from .sources import MAX_IN_MEMORY_PX, DataArguments, ImageSplits
+
+OwnView = Callable[[Image.Image, torch.Generator], torch.Tensor]
 
 
 def training_images(data: DataArguments, splits: ImageSplits, training: TrainingArguments) -> TrainingImages:
@@ -100,8 +102,8 @@ def _makes_views(dataset: Any) -> bool:
     return map_style and isinstance(dataset[0], dict) and "key_pixel_values" in dataset[0]
 
 
-def as_training_images(dataset: Any, processor: Any, seed: int) -> TrainingImages:
-    """Training images of anything that has images: the views of v2, unless it makes its own.
+def as_training_images(dataset: Any, processor: Any, seed: int, view: OwnView | None = None) -> TrainingImages:
+    """Training images of anything that has images: the views of v2, unless it makes its own, or `view` makes them.
 
     Args:
         dataset: training images of this project, or another map-style Dataset of both views with the methods of
@@ -109,13 +111,27 @@ def as_training_images(dataset: Any, processor: Any, seed: int) -> TrainingImage
             Dataset whose items are PIL images or tuples that begin with one.
         processor: the image processor of the model, whose `crop_size` is the size of a view in pixels.
         seed: of the random views.
+        view: as of `OwnViews`.
 
     Raises:
-        ValueError: it is none of these, or it has another number of image columns.
+        ValueError: it is none of these, it has another number of image columns, or it makes views and so does `view`.
     """
     if isinstance(dataset, MapImages | MemoryImages | StreamedImages) or _makes_views(dataset):
+        if view is not None:
+            raise ValueError(
+                f"view is for images alone, and this {type(dataset).__name__} makes its own views: leave one of both out"
+            )
         return dataset
-    views = TwoViews(POLICIES["v2"], processor.crop_size["height"])
+    size = processor.crop_size["height"]
+    images = _indexed(dataset, TwoViews(POLICIES["v2"], size) if view is None else OwnViews(view), seed)
+    if view is not None and (made := tuple(images[0]["pixel_values"].shape[1:])) != (size, size):
+        raise ValueError(
+            f"view makes {made[0]} x {made[1]} px, but the image processor is for {size} px: make them equal"
+        )
+    return images
+
+
+def _indexed(dataset: Any, views: TwoViews | OwnViews, seed: int) -> MapImages:
     if isinstance(dataset, datasets.Dataset):
         columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
         if len(columns) != 1:
@@ -123,7 +139,9 @@ def as_training_images(dataset: Any, processor: Any, seed: int) -> TrainingImage
                 f"train_dataset has {len(columns)} image columns among {', '.join(dataset.column_names)}: keep one, and cast "
                 "it to datasets.Image"
             )
-        rows = dataset.select_columns(columns).rename_column(columns[0], "image")
+        rows = dataset.select_columns(columns)
+        if columns != ["image"]:
+            rows = rows.rename_column(columns[0], "image")
         own = Decoder(places=("",))  # whoever made it in Python has chosen its paths
         return MapImages(rows.cast_column("image", datasets.Image(decode=False)), views, seed, own.image)
     if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset):

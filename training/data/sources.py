@@ -155,10 +155,11 @@ class DataArguments(CropDataArguments):
         ValueError: a value is out of its range.
     """
 
-    augmentation: Literal["v1", "v2", "cifar"] = field(
+    augmentation: str = field(
         default="v2",
         metadata={
-            "help": "Distribution of the random views: of MoCo v1, of MoCo v2, or of the official CIFAR-10 notebook."
+            "help": "Distribution of the random views: v1 or v2, those of MoCo; cifar, that of the official CIFAR-10 notebook; "
+            "crop, without changes of colour; or a name that register_policy was given."
         },
     )
     view_backend: Literal["pil", "cv2", "device"] = field(

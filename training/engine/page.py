@@ -7,7 +7,7 @@ import base64
 import html
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -58,6 +58,8 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; bo
 th { font-weight: 600; }
 td { font-variant-numeric: tabular-nums; }
 .results th + th, .results td + td { text-align: right; white-space: nowrap; padding-right: 0; padding-left: .8rem; }
+.compared th, .compared td { padding-right: .6rem; }
+.compared td:first-child { font-weight: 600; }
 .pairs { table-layout: fixed; }
 .pairs th { width: 14rem; font-weight: 400; color: var(--soft); }
 .missing { background: var(--card); border-radius: 6px; padding: .6rem .9rem; }
@@ -158,6 +160,15 @@ def _page(run: Run, missing: str | None) -> str:
         parts += [f"<h3>{escape(section)}</h3>", _pairs(values)]
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     parts += ["<h2>Versions</h2>", '<p class="soft">Of this report.</p>', _pairs(versions)]
+    return document(title, parts)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A page of HTML that needs no other file.
+
+    Args:
+        parts: HTML, in which words of others are escaped.
+    """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -254,10 +265,15 @@ def _figure(path: Path, title: str, reading: str, missing: str | None) -> str:
         why = missing or f"draw it by {how_to_run('report')} {path.parent}"
         return f'<p class="missing">{path.stem} is missing: {escape(why)}</p>'
     note = f" Drawn earlier; not drawn again, because {missing}" if missing else ""
+    return embedded(path, title, reading + note)
+
+
+def embedded(path: Path, title: str, reading: str) -> str:
+    """The figure of an SVG file, with a line on how to read it."""
     data = base64.b64encode(path.read_bytes()).decode()
     return (
         f'<figure><div><img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}"></div>\n'
-        f"<figcaption>{escape(reading + note)}</figcaption></figure>"
+        f"<figcaption>{escape(reading)}</figcaption></figure>"
     )
 
 
@@ -266,16 +282,17 @@ def _figure(path: Path, title: str, reading: str, missing: str | None) -> str:
 
 def _pairs(values: Mapping[str, Any]) -> str:
     rows = "\n".join(
-        f"<tr><th>{escape(str(key))}</th><td>{escape(_words(value))}</td></tr>" for key, value in values.items()
+        f"<tr><th>{escape(str(key))}</th><td>{escape(words(value))}</td></tr>" for key, value in values.items()
     )
     return f'<table class="pairs">{rows}</table>'
 
 
-def _words(value: Any) -> str:
+def words(value: Any) -> str:
+    """The value of a setting as one reads it."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_words(entry)}" for key, entry in value.items())
+        return ", ".join(f"{key} {words(entry)}" for key, entry in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_words, value))
+        return ", ".join(map(words, value))
     if value is None:
         return "none"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

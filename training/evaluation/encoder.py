@@ -66,7 +66,9 @@ class Encoder:
             if self.random:
                 check_size(self.source, loaded, kind)
                 return kind(loaded).eval()
-            model, report = load_model(self.source, loaded, kind, {"ignore_mismatched_sizes": True})
+            # Projectors come with the key encoder and the dictionary, which may be a class that is not registered here.
+            options = {"momentum_encoder": head} if kind is MoCoModel else {}
+            model, report = load_model(self.source, loaded, kind, {"ignore_mismatched_sizes": True}, **options)
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"{self.source} holds no MoCo model ({error}): pass the folder that a run saved to, e.g. runs/quickstart"

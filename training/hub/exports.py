@@ -1,4 +1,6 @@
-"""A trained model as other libraries load it: timm, transformers' ResNet, ONNX, torch.export. None needs code of ours.
+"""A trained model as other libraries load it: timm, transformers' and torchvision's ResNets, ONNX, torch.export.
+
+None needs code of ours.
 
 Tensors get other names and are not changed. Shapes: `N` images, `S` pixels, `D` feature width.
 """
@@ -13,6 +15,8 @@ from typing import Any
 
 import timm
 import torch
+import torchvision
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
@@ -119,8 +123,11 @@ def to_timm(model: Model) -> nn.Module | None:
     return exported.eval()
 
 
-def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license: str) -> bool:
+def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license: str | None = None) -> bool:
     """`config.json` and `model.safetensors` that timm and transformers' TimmWrapper load, with the evaluation transform.
+
+    Args:
+        license: of the weights, by the Hub's short name; None says nothing about it.
 
     Returns:
         whether timm has such a model; if not, nothing is written.
@@ -128,12 +135,14 @@ def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license
     exported = to_timm(model)
     if exported is None:
         return False
-    about: dict[str, Any] = {"pretrained_cfg": {"tag": "moco", "license": license, "paper_ids": list(PAPERS)}}
+    told = {"tag": "moco", "paper_ids": list(PAPERS)} | ({} if license is None else {"license": license})
+    about: dict[str, Any] = {"pretrained_cfg": told}
     if isinstance(model, MoCoForImageClassification):
         about["label_names"] = class_names(model)
     save_for_hf(exported, str(folder), about, safe_serialization=True, data_config=data_config(processor))
     config = read_written(folder / "config.json")
-    config["pretrained_cfg"].pop("origin_url", None)  # of timm's weights
+    for name in ("origin_url",) if license else ("origin_url", "license"):
+        config["pretrained_cfg"].pop(name, None)  # of timm's weights
     arguments = {key: value for key, value in config.pop("model_args", {}).items() if key not in PASSED_BY_CALLERS}
     arguments |= model.config.model_args or {}
     # For transformers, which asks the configuration of a Hub repository which processor to take.
@@ -151,6 +160,26 @@ def class_names(model: MoCoForImageClassification) -> list[str]:
     return [model.config.id2label[i] for i in range(model.config.num_labels)]
 
 
+def is_resnet_of_transformers(model: Model) -> bool:
+    config = model.config
+    return config.architecture in RESNETS and config.stem == "default" and not config.model_args
+
+
+def is_resnet_of_torchvision(model: Model) -> bool:
+    """Whether torchvision has this encoder: its ResNets have timm's names, tensors and results."""
+    encoder, config = encoder_and_classifier(model)[0], model.config
+    known = isinstance(encoder, timm.models.ResNet) and config.architecture in torchvision.models.list_models()
+    return known and config.stem == "default" and not config.model_args
+
+
+def save_torchvision(model: Model, folder: Path) -> None:
+    """`model.safetensors` in torchvision's names, with `fc` for a model with a classifier (`is_resnet_of_torchvision`)."""
+    exported = to_timm(model)
+    assert exported is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(exported.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def save_resnet(model: Model, folder: Path, timm_config: dict[str, Any]) -> bool:
     """transformers' `ResNetModel`, or `ResNetForImageClassification` for a model with a classifier.
 
@@ -163,7 +192,7 @@ def save_resnet(model: Model, folder: Path, timm_config: dict[str, Any]) -> bool
     """
     encoder, classifier = encoder_and_classifier(model)
     config = model.config
-    if config.architecture not in RESNETS or config.stem != "default" or config.model_args:
+    if not is_resnet_of_transformers(model):
         return False
     block, depths = RESNETS[config.architecture]
     widths = [stage["num_chs"] for stage in encoder.feature_info[1:]]
@@ -222,6 +251,15 @@ def save_torch_export(program: torch.export.ExportedProgram, folder: Path) -> No
     torch.export.save(program, folder / "model.pt2")
 
 
+def check_onnx() -> None:
+    """
+    Raises:
+        ValueError: packages that the ONNX file takes are not installed.
+    """
+    if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
+        raise ValueError(f"onnx (True) needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
 def save_onnx(program: torch.export.ExportedProgram, size: int, output: str, folder: Path) -> float:
     """`model.onnx` and its weights in `model.onnx.data`, for any number of images.
 
@@ -235,8 +273,7 @@ def save_onnx(program: torch.export.ExportedProgram, size: int, output: str, fol
     Raises:
         ValueError: packages that it takes are not installed, or the difference is above 1e-5 of the largest output.
     """
-    if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
-        raise ValueError(f"onnx (True) needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    check_onnx()
     import onnxruntime
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -259,6 +296,6 @@ def save_onnx(program: torch.export.ExportedProgram, size: int, output: str, fol
         found = torch.from_numpy(session.run(None, {"pixel_values": images.numpy()})[0])
         difference = (found - expected).abs().max().item()
         if difference > 1e-5 * max(1.0, expected.abs().max().item()):
-            raise ValueError(f"the ONNX model differs by {difference:.1e}: publish without --onnx")
+            raise ValueError(f"the ONNX model differs by {difference:.1e}: leave out --onnx")
         worst = max(worst, difference)
     return worst

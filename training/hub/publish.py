@@ -171,6 +171,8 @@ def _publish(
 def _save_weights(model: Model, processor: MoCoImageProcessor, repo_id: str, license: str, folder: Path) -> None:
     config = model.config
     config.name_or_path = repo_id  # or it would be a path of this machine
+    if not (isinstance(model, MoCoModel) and model.momentum_encoder):
+        config.dictionary = "queue"  # whoever loads an encoder alone need not have registered one's own
     config.auto_map = AUTO_MAP
     config.architectures = [type(model).__name__]
     if exports.save_timm(model, processor, folder, license):

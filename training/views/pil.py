@@ -72,6 +72,33 @@ class TwoViews:
 
 
 @dataclass(frozen=True)
+class OwnViews:
+    """Pretraining: two views of one image by a function of one's own.
+
+    Args:
+        view: makes a view (3, S, S) of an RGB image, drawn from the generator alone: uint8, or of floats and normalised.
+    """
+
+    view: Callable[[Image.Image, torch.Generator], torch.Tensor]
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """
+        Raises:
+            ValueError: what the function makes is no view.
+        """
+        return {"pixel_values": self._view(image, generator), "key_pixel_values": self._view(image, generator)}
+
+    def _view(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
+        view = self.view(image, generator)
+        if not isinstance(view, torch.Tensor) or view.ndim != 3 or len(view) != 3:
+            found = tuple(view.shape) if isinstance(view, torch.Tensor) else type(view).__name__
+            raise ValueError(
+                f"view makes {found} of an image: return a tensor (3, S, S), uint8 or of normalised floats"
+            )
+        return view
+
+
+@dataclass(frozen=True)
 class OneView:
     """A random view of one image, to train a classifier (official linear protocol)."""
 

@@ -43,13 +43,30 @@ POLICIES = {
 }
 
 
+def register_policy(name: str, policy: ViewPolicy) -> None:
+    """Make a policy known as a value of `augmentation`, in recipes and flags of this process.
+
+    Raises:
+        ValueError: the name has another policy.
+    """
+    if POLICIES.setdefault(name, policy) != policy:
+        raise ValueError(f"augmentation ({name!r}) is registered already, as {POLICIES[name]}: choose another name")
+
+
 def build_policy(name: str, horizontal_flip: bool = True, min_scale: float | None = None) -> ViewPolicy:
     """The policy called `name` in `POLICIES`, with changes.
 
     Args:
         horizontal_flip: false turns flips off, for images whose mirror image has another meaning.
         min_scale: replaces the policy's own; None keeps it.
+
+    Raises:
+        ValueError: no policy has this name.
     """
+    if name not in POLICIES:
+        raise ValueError(
+            f"augmentation ({name!r}) is unknown: choose one of {', '.join(POLICIES)}, or call register_policy first"
+        )
     policy = POLICIES[name]
     return replace(
         policy,

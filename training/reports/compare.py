@@ -1,0 +1,322 @@
+"""Several runs in one table and one figure: what differs between their settings, what was measured, and their curves.
+
+Runs that differ in their seed alone are one row, with the mean and the sample standard deviation over them. Two numbers share
+a column only if they were measured in the same way on the same images.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from string import ascii_uppercase
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from modeling_moco import MoCoModel
+
+from .. import plots
+from ..cli import DESTINATIONS
+from ..engine.files import whole_files
+from ..engine.page import Run, document, embedded, escape, read_run, words
+from ..engine.results import encoder_digest
+from ..engine.run_folder import FREE_TO_CHANGE, METRICS, START, WEIGHTS, read_metrics
+from ..errors import visible
+from ..evaluation.encoder import Encoder
+from ..hub.model_card import escape as escape_markdown
+from ..hub.model_card import public_name
+
+NAME = "comparison"  # of the Markdown and HTML files
+CURVES = "curves"  # of the figure
+Defaults = Mapping[str, dict[str, Any]]
+SECTIONS = ("data", "model", "training")  # of a recipe, whose settings a result depends on
+PROCESSES = "processes"  # not a setting, but the groups of BatchNorm are theirs; unknown until a run has ended
+EMPTY = "–"
+READING = (
+    "Per cent of the images: mean ± sample standard deviation over the runs of a row, which differ in their seed alone; a "
+    "single run has no deviation."
+)
+OF_CURVES = "A line for every run, in the colour of its row."
+
+
+class Column(NamedTuple):
+    """What decides whether two results can be compared."""
+
+    protocol: str
+    metric: str
+    feature: str
+    dataset: str
+    config: str
+    split: str
+    view: str
+    bank: str
+    n: int
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Column":
+        dataset, config, split, view = (
+            str(entry["data"].get(key) or "") for key in ("dataset", "config", "split", "view")
+        )
+        bank = str(entry["settings"].get("bank") or "")
+        return cls(entry["protocol"], entry["metric"], entry["feature"], dataset, config, split, view, bank, entry["n"])
+
+    def describe(self, others: Iterable["Column"]) -> str:
+        """The protocol in words, with as much of the rest as tells it from others."""
+        rest = {
+            "feature": self.feature,
+            "dataset": public_name(self.dataset) if self.dataset else "unknown images",
+            "config": self.config,
+            "split": self.split,
+            "view": self.view,
+            "bank": f"bank {self.bank}",
+        }
+        always = ("dataset", "split")
+        differ = [
+            value
+            for name, value in rest.items()
+            if value and (name in always or len({getattr(other, name) for other in others}) > 1)
+        ]
+        return ", ".join([self.protocol, self.metric.replace("top", "top-"), *differ, f"n {self.n:,}"])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run with what it is compared by.
+
+    Args:
+        settings: those that change its weights, defaults included, without the seed.
+        state: "ended", or how far its weights have come.
+        results: of these weights, per cent.
+        older: number of results that are of other weights.
+    """
+
+    run: Run
+    settings: dict[str, Any]
+    seed: Any
+    state: str
+    results: dict[Column, float]
+    older: int
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        logged = self.run.state.get("log_history")
+        return [entry for entry in logged if isinstance(entry, dict)] if isinstance(logged, list) else []
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seed alone."""
+
+    name: str
+    runs: list[Measured]
+
+    def value(self, setting: str) -> str:
+        return words(self.runs[0].settings.get(setting))
+
+    def result(self, column: Column) -> str:
+        found = [run.results[column] for run in self.runs if column in run.results]
+        if not found:
+            return EMPTY
+        of = f" ({len(found)} of {len(self.runs)})" if len(found) < len(self.runs) else ""
+        spread = f" ± {stdev(found):.2f}" if len(found) > 1 else ""
+        return f"{mean(found):.2f}{spread}{of}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of a table, and its columns: settings that differ between rows, and what was measured."""
+
+    rows: list[Row]
+    settings: list[str]
+    columns: list[Column]
+
+    @property
+    def head(self) -> list[str]:
+        measured = [column.describe(self.columns) for column in self.columns]
+        return ["", *self.settings, *(["state"] if self.states else []), "n", *measured]
+
+    @property
+    def body(self) -> list[list[str]]:
+        return [
+            [
+                row.name,
+                *map(row.value, self.settings),
+                *([row.runs[0].state] if self.states else []),
+                str(len(row.runs)),
+                *map(row.result, self.columns),
+            ]
+            for row in self.rows
+        ]
+
+    @property
+    def states(self) -> bool:
+        """Whether some runs have not ended."""
+        return len({row.runs[0].state for row in self.rows}) > 1
+
+    @property
+    def runs(self) -> list[list[str]]:
+        """Row, seed, state and folder of every run."""
+        return [[row.name, str(x.seed), x.state, str(x.run.folder)] for row in self.rows for x in row.runs]
+
+    def notes(self) -> Iterator[str]:
+        """What a reader of the table must know, in sentences."""
+        for column in self.columns:
+            lacking = [x.run.folder.name for row in self.rows for x in row.runs if column not in x.results]
+            if lacking:
+                yield f"Not measured by {column.describe(self.columns)}: {', '.join(lacking)}."
+        if not self.columns:
+            yield "No result was recorded yet for the weights of these runs."
+        for row in self.rows:
+            for x in row.runs:
+                if x.older:
+                    yield f"Left out: {x.older} results of {x.run.folder}, which are of other weights than it has now."
+            for seed, times in Counter(str(x.seed) for x in row.runs).items():
+                if times > 1:
+                    yield f"Row {row.name} has {times} runs of seed {seed}, which are not independent."
+        if not _same_monitor(self.rows):
+            yield "The kNN curves are left out: the monitors of these runs have other neighbours, features or images."
+
+
+def read_measured(folder: Path, defaults: Defaults) -> Measured:
+    """
+    Args:
+        defaults: values of the settings that a run does not name, by section.
+
+    Raises:
+        ValueError: there is no pretraining run, it has no complete checkpoint, or something of it is damaged.
+    """
+    run = read_run(folder)
+    given = {key: value for name in SECTIONS for key, value in (defaults[name] | run.recipe.get(name, {})).items()}
+    if START in run.recipe:
+        given["weights to begin with"] = run.recipe[START].get(WEIGHTS)
+    given[PROCESSES] = read_metrics(folder / METRICS, "correct it, or move it away").get(PROCESSES)
+    free = {"seed", *FREE_TO_CHANGE}
+    settings = {key: x for key, x in given.items() if key not in free and not DESTINATIONS.fullmatch(key)}
+    state = "ended" if run.source == folder else f"step {run.state.get('global_step')} of {run.state.get('max_steps')}"
+    results, older = _results(run)
+    return Measured(run, settings, given.get("seed"), state, results, older)
+
+
+def _results(run: Run) -> tuple[dict[Column, float], int]:
+    """The last result in each column of the weights that a run has now, and the number of those of others."""
+    if not run.results:
+        return {}, 0
+    head = any(entry["feature"] == "head" for entry in run.results)
+    model = Encoder(str(run.source)).load(MoCoModel, seed=0, head=head)
+    digests = {"backbone": encoder_digest(model)} | ({"head": encoder_digest(model, "head")} if head else {})
+    own = [entry for entry in run.results if digests.get(entry["feature"]) == entry["model"]]
+    return {Column.of(entry): entry["value"] for entry in own}, len(run.results) - len(own)
+
+
+def compare(folders: list[Path], defaults: Defaults) -> Comparison:
+    """Read runs, and put those together that differ in their seed alone.
+
+    Raises:
+        ValueError: as `read_measured`.
+    """
+    groups: dict[str, list[Measured]] = {}
+    for folder in tqdm(folders, "reading runs", disable=None):
+        measured = read_measured(folder, defaults)
+        groups.setdefault(_canonical([measured.settings, measured.state]), []).append(measured)
+    rows = [Row(_letter(i), runs) for i, runs in enumerate(groups.values())]
+    names = list(dict.fromkeys(name for row in rows for name in row.runs[0].settings))
+    values = {name: [row.runs[0].settings.get(name) for row in rows] for name in names}
+    values[PROCESSES] = [value for value in values[PROCESSES] if value is not None]
+    differ = [name for name in names if len(set(map(_canonical, values[name]))) > 1]
+    columns = list(dict.fromkeys(column for row in rows for x in row.runs for column in x.results))
+    return Comparison(rows, differ, columns)
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _letter(i: int) -> str:
+    return ascii_uppercase[i % 26] + (str(i // 26 + 1) if i >= 26 else "")
+
+
+# Files
+
+
+def write(comparison: Comparison, folder: Path) -> None:
+    """Markdown, HTML and the figure of the curves, in a folder that is empty or not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_files(folder) as fresh:
+        drawn = draw(comparison, fresh / CURVES)
+        (fresh / f"{NAME}.md").write_text(to_markdown(comparison, drawn), encoding="utf-8")
+        (fresh / f"{NAME}.html").write_text(
+            to_html(comparison, fresh / f"{CURVES}.svg" if drawn else None), encoding="utf-8"
+        )
+
+
+def draw(comparison: Comparison, path: Path) -> bool:
+    """The curves of all runs; none if nothing has been logged.
+
+    Returns:
+        whether a figure was drawn.
+    """
+    hidden = () if _same_monitor(comparison.rows) else ("eval_knn_top1",)
+    groups = [
+        plots.Overlaid(
+            ", ".join([row.name, *(f"{name} {row.value(name)}" for name in comparison.settings)]),
+            [[{k: v for k, v in entry.items() if k not in hidden} for entry in x.history] for x in row.runs],
+        )
+        for row in comparison.rows
+    ]
+    return plots.compared_curves(groups, path)
+
+
+def _same_monitor(rows: list[Row]) -> bool:
+    """Whether the kNN of all monitors is the same measurement."""
+    names = ("knn_k", "knn_temperature", "knn_bank_size", "knn_features")
+    monitors = {
+        _canonical([x.run.recipe["data"], [x.run.recipe.get("training", {}).get(name) for name in names]])
+        for row in rows
+        for x in row.runs
+    }
+    return len(monitors) == 1
+
+
+def title(comparison: Comparison) -> str:
+    return f"{len(comparison.runs)} runs compared"
+
+
+def to_markdown(comparison: Comparison, drawn: bool) -> str:
+    def table(head: list[str], body: list[list[str]]) -> list[str]:
+        rows = [head, ["---"] * len(head), *body]
+        return ["| " + " | ".join(row) + " |" for row in rows]
+
+    def quoted(rows: list[list[str]]) -> list[list[str]]:
+        return [[escape_markdown(visible(cell)) for cell in row] for row in rows]
+
+    (head,) = quoted([comparison.head])
+    lines = [f"# {title(comparison)}", "", *table(head, quoted(comparison.body)), "", READING]
+    lines += [line for note in comparison.notes() for line in ("", escape_markdown(visible(note)))]
+    if drawn:
+        lines += ["", f"![Curves of all runs]({CURVES}.png)", "", OF_CURVES]
+    lines += ["", "## Runs", "", *table(["row", "seed", "state", "folder"], quoted(comparison.runs))]
+    return "\n".join(lines) + "\n"
+
+
+def to_html(comparison: Comparison, figure: Path | None) -> str:
+    def table(head: list[str], body: list[list[str]]) -> str:
+        names = "".join(f"<th>{escape(cell).replace('_', '_<wbr>')}</th>" for cell in head)
+        rows = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
+        return '<table class="compared">' + "\n".join([f"<tr>{names}</tr>", *rows]) + "</table>"
+
+    parts = [f"<h1>{title(comparison)}</h1>", table(comparison.head, comparison.body), f'<p class="soft">{READING}</p>']
+    parts += [f'<p class="missing">{escape(note)}</p>' for note in comparison.notes()]
+    if figure is not None:
+        parts += ["<h2>Curves</h2>", embedded(figure, "Curves of all runs", OF_CURVES)]
+    parts += ["<h2>Runs</h2>", table(["row", "seed", "state", "folder"], comparison.runs)]
+    return document(title(comparison), parts)
+
+
+def to_text(comparison: Comparison) -> str:
+    """The table for a terminal, with its notes."""
+    rows = [comparison.head, *comparison.body]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, READING, *comparison.notes()])
