@@ -216,6 +216,9 @@ def test_nothing_is_overwritten_and_bad_input_is_one_line(make, script, tmp_path
         assert end.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert words in line
+    with pytest.raises(SystemExit):
+        script("report").main(runs)
+    assert "a report is of one run: python scripts/compare.py puts several into one table" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "empty"])
 
 

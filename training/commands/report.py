@@ -24,9 +24,11 @@ def main(argv: list[str]) -> None:
     keep_freed_memory()
     logging.disable_progress_bar()
     parser = build_parser([], usage=f"{how_to_run('report')} RUN", description=str(__doc__))
-    parser.add_argument("run_dir", type=Path, help="output directory of a pretraining run, ended or not")
+    parser.add_argument("run_dir", type=Path, nargs="+", help="output directory of a pretraining run, ended or not")
     with one_line_errors():
-        folder = parser.parse_args(argv).run_dir
+        folder, *others = parser.parse_args(argv).run_dir
+        if others:
+            raise ValueError(f"a report is of one run: {how_to_run('compare')} puts several into one table")
         if not folder.exists():
             raise not_there(str(folder))
         run = read_run(folder)
