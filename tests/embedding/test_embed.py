@@ -146,7 +146,6 @@ def test_another_model_view_or_dataset_is_refused_and_nothing_is_changed(encoder
         ([*DIGITS, "--random_encoder"], "model"),
         ([*DIGITS, "--features", "head"], "features"),
         ([*DIGITS, "--eval_resize", "36"], "view"),
-        ([*DIGITS, "--splits", "test"], "splits"),
         (["--dataset_name", str(photos), *VIEW], "dataset"),
     ):
         error = refuse([str(encoder), *argv, *other], capsys)

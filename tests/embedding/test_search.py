@@ -67,6 +67,18 @@ def test_rows_are_read_from_any_start_and_each_names_its_image(tmp_path):
     assert places["row"].to_pylist() == [*range(97), *range(50)]
 
 
+def test_a_shard_of_which_no_image_could_be_read_is_passed_over(tmp_path):
+    shards, x = made(tmp_path, {"train": 97})
+    features = row_features(DIM, "float16", False, [])
+    write_shard(shards[1].path, {"row": [], "path": []}, np.empty((0, DIM), np.float16), features)
+    left = np.concatenate([x[:40], x[80:]])
+    similarity, index = search(shards, torch.tensor(left[50:51]), 1)
+    assert index.tolist() == [[50]]
+    assert similarity.item() == pytest.approx(1, abs=1e-6)
+    assert find_duplicates(shards, 0.999).groups == []
+    assert read_places(shards)["row"].to_pylist() == [*range(40), *range(80, 97)]
+
+
 PLANTED = [(3, 20, 0), (20, 60, 0.05), (5, 120, 0), (130, 140, 0.02), (8, 99, 0.05), (99, 100, 0.05), (30, 31, 0.6)]
 
 

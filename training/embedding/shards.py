@@ -157,7 +157,7 @@ def read_embeddings(
             with pq.ParquetFile(shard.path) as file:
                 for group in range(file.num_row_groups):
                     rows = file.metadata.row_group(group).num_rows
-                    if first + rows > start:
+                    if rows > 0 and first + rows > start:
                         lists = file.read_row_group(group, columns=[EMBEDDING])[EMBEDDING].combine_chunks()
                         values = lists.flatten().to_numpy().reshape(rows, -1)
                         yield max(first, start), values[max(0, start - first) :]
