@@ -219,6 +219,7 @@ def test_a_value_that_float16_cannot_hold_is_refused(encoder, tmp_path, capsys):
         for parameter in model.encoder_q.layer4.parameters():
             parameter.mul_(1e4)
     model.save_pretrained(tmp_path / "large")
+    capsys.readouterr()  # transformers' bars
     argv = [str(tmp_path / "large"), *DIGITS, "--splits", "test", "--output_dir", str(tmp_path / "set")]
     assert "too large for float16: pass --dtype float32" in refuse(argv, capsys)
     command.main([*argv, "--dtype", "float32", "--output_dir", str(tmp_path / "other")])
