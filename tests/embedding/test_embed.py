@@ -17,6 +17,7 @@ from modeling_moco.image_processing_moco import normalize
 from training.commands import embed as command
 from training.data.formats import load_digits
 from training.embedding import shards as shards_module
+from training.embedding.shards import find_missing, row_features, shards_of, write_shard
 from training.views.pil import EvaluationView
 
 VIEW = ["--image_size", "32", "--eval_resize", "32"]
@@ -174,37 +175,51 @@ def test_bad_input_is_one_line_and_nothing_is_written(argv, reason, encoder, tmp
     assert not (tmp_path / "set").exists()
 
 
-def test_a_folder_of_something_else_a_damaged_shard_and_a_strange_one_are_refused(encoder, tmp_path, capsys):
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(encoder, tmp_path, capsys):
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    argv = [str(encoder), *DIGITS, "--output_dir", str(folder)]
-    assert "holds files of something else: pass another --output_dir" in refuse(argv, capsys)
+    error = refuse([str(encoder), *DIGITS, "--output_dir", str(folder)], capsys)
+    assert "holds files of something else: pass another --output_dir" in error
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
-    (folder / "notes.txt").unlink()
-    command.main(argv)
-    capsys.readouterr()
-    shard = folder / "data" / "train-00000-of-00001.parquet"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-100])
-    assert "train-00000-of-00001.parquet is damaged" in refuse(argv, capsys)
-    shard.write_bytes(whole)
-    strange = folder / "data" / "train-00001-of-00002.parquet"
-    strange.write_bytes(whole)
-    assert "train-00001-of-00002.parquet is not of this set" in refuse(argv, capsys)
+
+
+def test_a_damaged_shard_a_strange_one_and_a_link_are_refused_by_name(tmp_path):
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    (shard,) = shards = shards_of(tmp_path / "set", {"train": 30})
+    assert find_missing(shards) == shards
+    columns = {"row": range(30), "path": [None] * 30}
+    write_shard(shard.path, columns, np.zeros((30, 4), np.float16), row_features(4, "float16", False, []))
+    assert find_missing(shards) == []
+    whole = shard.path.read_bytes()
+    shard.path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"train-00000-of-00001.parquet is damaged .* delete it, and it is made again"):
+        find_missing(shards)
+    shard.path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"has 30 rows of 20 images: delete it"):
+        find_missing(shards_of(tmp_path / "set", {"train": 20}))
+    pq.write_table(pq.read_table(shard.path).drop_columns("embedding"), shard.path)
+    with pytest.raises(ValueError, match=r"has no column embedding: delete it"):
+        find_missing(shards)
+    strange = shard.path.with_name("train-00001-of-00002.parquet")
+    shard.path.rename(strange)
+    with pytest.raises(ValueError, match=r"train-00001-of-00002.parquet is not of this set"):
+        find_missing(shards)
     strange.unlink()
-    shard.unlink()
-    shard.symlink_to(tmp_path / "elsewhere.parquet")
     (tmp_path / "elsewhere.parquet").write_bytes(whole)
-    assert "leads out of" in refuse(argv, capsys)
+    shard.path.symlink_to(tmp_path / "elsewhere.parquet")
+    with pytest.raises(ValueError, match=r"leads out of"):
+        find_missing(shards)
 
 
+@pytest.mark.slow
 def test_a_value_that_float16_cannot_hold_is_refused(encoder, tmp_path, capsys):
     model = MoCoModel.from_pretrained(encoder)
     with torch.no_grad():
         for parameter in model.encoder_q.layer4.parameters():
             parameter.mul_(1e4)
     model.save_pretrained(tmp_path / "large")
+    capsys.readouterr()  # transformers' bars
     argv = [str(tmp_path / "large"), *DIGITS, "--splits", "test", "--output_dir", str(tmp_path / "set")]
     assert "too large for float16: pass --dtype float32" in refuse(argv, capsys)
     command.main([*argv, "--dtype", "float32", "--output_dir", str(tmp_path / "other")])
