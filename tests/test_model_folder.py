@@ -20,11 +20,12 @@ from training.convert.files import read
 from training.errors import TrainingError
 from training.evaluation.encoder import Encoder
 from training.hub.publish import load_published
+from training.model_folder import load_model, read_config
 
 MEGABYTES = 2**20
 COMMANDS = {
     "convert": read,
-    "kNN": lambda source: Encoder(source).load(MoCoModel, seed=0),
+    "kNN": lambda source: Encoder(source).load(MoCoModel, seed=0, head=True),
     "random": lambda source: Encoder(source, random=True).load(MoCoModel, seed=0),
     "probe": lambda source: Encoder(source).load(MoCoForImageClassification, seed=0),
     "publish": lambda source: load_published(source, training_state=True),
@@ -37,7 +38,7 @@ HOSTILE = {
     "quantization_config": [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "evil"}, 7],
     "_attn_implementation": ["kernels-community/flash-attn", "flash_attention_2", "evil/x:y"],
     "attn_implementation": ["kernels-community/flash-attn", {"": "evil/x"}],
-    "transformers_weights": ["../private.safetensors", "/etc/hostname", "evil/x", 7, "pytorch_model.bin"],
+    "transformers_weights": ["../private.safetensors", "/etc/hostname", "evil/x", 7, 0, "", "pytorch_model.bin"],
     "dtype": ["load", "evil", 0],
     "model_args": [
         *({"checkpoint_path": "PRIVATE"}, {"pretrained": True}, {"pretrained_cfg": {"url": "http://127.0.0.1:9/x"}}),
@@ -125,7 +126,7 @@ def test_a_setting_of_other_code_does_nothing(name, value, model, saved, asked):
     for run in COMMANDS.values():
         run(source)
     assert not asked
-    tensors = Encoder(source).load(MoCoModel, seed=0).state_dict()
+    tensors = Encoder(source).load(MoCoModel, seed=0, head=True).state_dict()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in load_file(saved / "model.safetensors").items())
 
 
@@ -265,4 +266,6 @@ def test_a_model_with_the_queue_and_the_second_encoder_left_out_still_loads(mode
     state = load_file(source / "model.safetensors")
     encoder = {name: tensor for name, tensor in state.items() if name.startswith("encoder_q.")}
     save_file(encoder, source / "model.safetensors", metadata={"format": "pt"})
-    assert Encoder(str(source)).load(MoCoModel, seed=0).dictionary.queue.shape == (16, 65536)
+    loaded, _ = load_model(str(source), read_config(str(source)), MoCoModel, {})
+    assert loaded.dictionary.queue.shape == (16, 65536)
+    assert Encoder(str(source)).load(MoCoModel, seed=0).encoder_q

@@ -96,7 +96,8 @@ def weights_file(source: str, config: MoCoConfig) -> Path:
         OSError: there is no such file.
         ValueError: it is no safetensors file, or lies outside the folder.
     """
-    name = getattr(config, "transformers_weights", None) or SAFE_WEIGHTS_NAME
+    given = getattr(config, "transformers_weights", None)
+    name = SAFE_WEIGHTS_NAME if given is None else given
     if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
         raise ValueError(f"{source} has its weights in {shown(name)}, which is no safetensors file of the folder")
     return inside(Path(str(cached_file(source, name))))

@@ -157,6 +157,7 @@ def test_a_folder_is_opened_or_refused(place, tree, streaming, labelled):
         st.sampled_from(["metadata.csv", "metadata.jsonl", "metadata.parquet"]), mutated_bytes(METADATA_FILES)
     )
 )
+@example(data=("metadata.csv", b"file_name,label\n"))
 @example(data=("metadata.csv", b"file\x7f\xff\xff\xff,label\n"))
 def test_metadata_is_read_or_refused(place, data):
     name, content = data

@@ -26,7 +26,7 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
         strings or integers by path; None where no metadata has that column.
 
     Raises:
-        ValueError: the metadata cannot be read, or lists an image that is not there.
+        ValueError: the metadata cannot be read, lists no image, or one that is not there.
     """
     labels: dict[str, Any] = {}
     found = False
@@ -41,6 +41,10 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
                 labels |= dict(zip(names, columns[column], strict=True))
     if not found:
         return None
+    if not labels:
+        raise ValueError(
+            f"metadata of {folder.root} lists no image: add a line for each, or remove it to take the classes from folders"
+        )
     missing = labels.keys() - {file.path for files in folder.splits.values() for file in files}
     if missing:
         raise ValueError(
