@@ -22,11 +22,13 @@ import json, resource, sys
 from numbered_images import number
 from training.data.sources import DataArguments, load_images
 
+DOWNLOADED = ("org/parquet", "org/folder", "org/compressed_member", "org/zip_bomb")  # too; each takes a second
+
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 for name in sys.argv[1:]:
-    for streaming in (False, True):
+    for streaming in (True, False) if name in DOWNLOADED else (True,):
         before = peak()
         try:
             splits = load_images(DataArguments(dataset_name=name, streaming=streaming))
@@ -68,7 +70,7 @@ def fill(hub: Hub, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory) -> Iterator[dict[str, list[tuple[list[int] | str, int]]]]:
-    """Of each dataset, without and with streaming: the numbers of its images or why it was not opened, and bytes of memory."""
+    """Of each dataset, streamed and downloaded: the numbers of its images or why it was not opened, and bytes of memory."""
     folder = tmp_path_factory.mktemp("strange")
     fill(hub := Hub(), folder)
     env = environment(hub, folder / "cache") | {"NO_PROXY": "127.0.0.1,localhost"}
@@ -88,13 +90,13 @@ def opened(tmp_path_factory) -> Iterator[dict[str, list[tuple[list[int] | str, i
 
 
 def test_what_is_small_and_whole_is_read(opened):
-    for name in ("org/parquet", "org/zip", "org/folder"):
-        assert [sorted(numbers) for numbers, _ in opened[name]] == [list(range(12))] * 2
+    for name, times in {"org/parquet": 2, "org/zip": 1, "org/folder": 2}.items():
+        assert [sorted(numbers) for numbers, _ in opened[name]] == [list(range(12))] * times
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_would_fill_the_memory_is_refused(opened, name):
-    assert len(opened[name]) == 2
+    assert len(opened[name]) == (2 if name in ("org/compressed_member", "org/zip_bomb") else 1)
     for said, memory in opened[name]:
         assert re.search(BOMBS[name], said)
         assert memory < 100 * 2**20
@@ -102,6 +104,6 @@ def test_what_would_fill_the_memory_is_refused(opened, name):
 
 @pytest.mark.parametrize("name", ["org/names_local", "org/names_other"])
 def test_a_card_names_no_files_outside_its_repository(opened, name):
-    assert len(opened[name]) == 2
+    assert opened[name]
     for said, _ in opened[name]:
         assert "don't belong to org/" in said
