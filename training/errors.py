@@ -16,6 +16,7 @@ SECRETS = re.compile(
     r"|\bsk-(?:proj-|ant-)?\w{20,}|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{35}|\bxox[abprs]-[\w-]{10,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|(?<=://)[^\s/:@]*:[^\s/@]+(?=@)"
 )
+LONGEST = 1_000  # signs of a message
 
 
 @contextmanager
@@ -33,8 +34,12 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, StrictData
 
 
 def one_line(text: object) -> str:
-    """A message as one line without secrets. Names from files may hold line ends, and signs that a terminal would obey."""
-    return visible(hide_secrets(" ".join(str(text).split())))
+    """A message as one line without secrets, cut where it would fill the terminal.
+
+    Names and values from files may hold line ends, and signs that a terminal would obey, and may have any length.
+    """
+    line = visible(hide_secrets(" ".join(str(text).split())))
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
 
 
 def visible(text: str, kept: str = "") -> str:

@@ -136,6 +136,8 @@ settings_of_config = st.dictionaries(
 @example(changes={"dtype": "load"})
 @example(changes={"dtype": 0})
 @example(changes={"moco": 7})
+@example(changes={"transformers_weights": 0})
+@example(changes={"temperature": {"": 10**4000}})
 def test_a_hostile_config_is_used_or_refused(place, model_files, changes):
     with suppress(UnicodeEncodeError), place() as folder:
         config = json.dumps(json.loads(model_files["config.json"]) | changes).encode()
