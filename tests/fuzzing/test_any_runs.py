@@ -154,6 +154,7 @@ def test_a_folder_holds_the_same_run_or_is_refused(place, data):
 @example(data=b"{")
 @example(data=b"{}")
 @example(data=b'{"dataset": "digits", "content": [1]}')
+@example(data=b'{"dataset": "digits", "content": {"train": "\\u001f"}}')
 def test_a_run_has_the_same_data_or_is_refused(place, data):
     with place() as folder:
         (folder / DATASET).write_bytes(data)

@@ -14,6 +14,7 @@ import numpy as np
 from modeling_moco import MoCoConfig, MoCoImageProcessor
 from modeling_moco.distributed_moco import rank
 
+from ..errors import shown
 from ..views.pil import EvaluationView
 from .decode import MAX_PIXELS, Decoder, name_of
 from .formats import DIGITS, Opened, absolute_name, open_dataset
@@ -333,8 +334,8 @@ def _check_same_content(opened: Opened, args: SourceArguments, names: list[str])
         now, then = opened.content.get(split), (args.content or {}).get(split)
         if then is not None and now != then:
             raise ValueError(
-                f"{args.dataset_name} is not what the run was begun with: split {split!r} was {then} and is {now}. Bring its "
-                "files back, or name other data with --dataset_name"
+                f"{args.dataset_name} is not what the run was begun with: split {split!r} was {shown(then)} and is {now}. "
+                "Bring its files back, or name other data with --dataset_name"
             )
 
 

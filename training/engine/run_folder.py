@@ -194,8 +194,8 @@ def check_same_data(folder: Path, place: dict[str, Any]) -> None:
         now = place["content"].get(split, then)
         if now != then:
             raise ValueError(
-                f"{place['dataset']} is not what the run in {folder} was begun with: split {split!r} was {then} and is {now}. "
-                "Bring its files back, or begin another run"
+                f"{place['dataset']} is not what the run in {folder} was begun with: split {split!r} was {shown(then)} and is "
+                f"{now}. Bring its files back, or begin another run"
             )
 
 
