@@ -136,7 +136,9 @@ def test_the_kernels_compile_for_a_gpu(dtype):
         for values in product(*(fixed[name] for name in names if name in fixed)):
             constants = dict(zip(((names.index(name),) for name in names if name in fixed), values, strict=True))
             source = ASTSource(kernel, types, constants)
-            assert len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]) > 0
+            # As by default, but Triton 3.9 warns where nobody asks for it.
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True})
+            assert len(compiled.asm["cubin"]) > 0
 
 
 def _type_of(name: str, pointer: str) -> str:

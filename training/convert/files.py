@@ -191,11 +191,10 @@ def _save_torchvision(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _torch_save(content: dict[str, Any], path: Path) -> None:
-    buffer = (
-        io.BytesIO()
-    )  # on a full disk write_bytes raises OSError, which `write` handles; torch.save raises another error
+    # On a full disk write_bytes raises OSError, which `write` handles; torch.save raises another error.
+    buffer = io.BytesIO()
     torch.save(content, buffer)
-    path.write_bytes(buffer.getbuffer())
+    path.write_bytes(buffer.getvalue())  # a copy: a view that an error leaves open ends in a second error
 
 
 def _save_detectron2(checkpoint: Checkpoint, path: Path) -> None:
