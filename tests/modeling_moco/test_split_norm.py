@@ -147,6 +147,7 @@ def _type_of(name: str, pointer: str) -> str:
     return "fp32" if name in ("momentum", "eps") else pointer
 
 
+@pytest.mark.slow
 def test_the_kernels_equal_float64(monkeypatch):
     # The interpreter of Triton 3.6 asks NumPy for what 2.5 no longer does.
     oldest = None if torch.cuda.is_available() else "3.7"
