@@ -115,9 +115,8 @@ def open_dataset(
 
 def _read(builder: datasets.DatasetBuilder, name: str, streaming: bool) -> Opened:
     if isinstance(builder.config, FolderBasedBuilderConfig):
-        builder.config.decode_num_threads = (
-            0  # or a folder on the Hub streams decoded images, by another decoder than ours
-        )
+        # Or a folder on the Hub streams decoded images, by another decoder than ours.
+        builder.config.decode_num_threads = 0
     with _one_line_of(name):
         if not streaming:
             builder.download_and_prepare()
