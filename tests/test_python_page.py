@@ -178,7 +178,10 @@ def test_an_own_dictionary_is_built_saved_and_loaded_by_its_name(user, tmp_path,
     model.save_pretrained(tmp_path)
     assert_equal(MoCoModel.from_pretrained(tmp_path).state_dict(), model.state_dict())
     DICTIONARIES.pop("sparse")
-    with pytest.raises(ValueError, match="dictionary \\('sparse'\\) is none of queue: call register_dictionary first"):
+    with pytest.raises(
+        ValueError,
+        match="dictionary \\('sparse'\\) is none of queue, batch, batch_both_views, bank: call register_dictionary first",
+    ):
         MoCoModel.from_pretrained(tmp_path)
     names["processor"].save_pretrained(tmp_path)
     alone, processor = load_published(str(tmp_path), training_state=False)

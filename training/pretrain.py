@@ -12,6 +12,7 @@ from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from modeling_moco import MoCoModel
+from modeling_moco.dictionary_moco import negatives
 
 from . import plots
 from .cli import how_to_run
@@ -31,11 +32,11 @@ from .trainer import MoCoTrainer
 from .views.pil import render_view
 
 PREVIEWED = 8  # images
-OFFICIAL_GPUS = 8  # that share a global batch in the papers
-QUEUES = {  # what `queue_start` does
+STARTS = {  # what `queue_start` and `bank_start` do
     "random": "begins with random keys",
     "encode": "begins with keys of training images, which are encoded before the first step",
 }
+OFFICIAL_GPUS = 8  # that share a global batch in the papers
 BOUND_BY_DATA = 10  # per cent of the time
 
 
@@ -68,11 +69,15 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits, start: Start | N
         elif training.process_index == 0:
             print(f"The kNN monitor is off: {missing}.")
     set_seed(training.seed)
+    if args.config.dictionary == "bank":
+        args.config.bank_size = train.images_per_epoch
     model = MoCoModel(args.config)
     if start is not None:
         begin_with(model, start)
-        if training.queue_start is None and not start.has_queue:
+        if args.config.dictionary == "queue" and training.queue_start is None and not start.has_queue:
             training.queue_start = "encode"
+        if args.config.dictionary == "bank" and training.bank_start is None:
+            training.bank_start = "encode"
     check_image_size(model, data.image_size)
     render = build_render(data, compiled=training.torch_compile)
     return MoCoTrainer(model, training, train, data.image_processor(args.config), bank, queries, render)
@@ -110,26 +115,54 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer, start: Start | None 
     for key in ("title", "source", "hardware", "expected"):
         if key in args.about:
             print(f"{key:>9}: {args.about[key]}")
+    views = "one view" if config.dictionary == "bank" else "two views"
     print(
-        f"      run: {trainer.train_dataset.images_per_epoch:,} images in two views of {args.data.image_size} px, "
+        f"      run: {trainer.train_dataset.images_per_epoch:,} images in {views} of {args.data.image_size} px, "
         f"global batch {training.global_batch_size} "
         f"({training.world_size} x {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
-        f"accumulated), learning rate {training.learning_rate:g}, {config.architecture}, K {config.queue_size:,}, "
-        f"m {config.key_momentum:g}, T {config.temperature:g}, to {training.output_dir}"
+        f"accumulated), learning rate {training.learning_rate:g}, {config.architecture}, {_negatives(args)}, "
+        f"{_momentum(args)}T {config.temperature:g}, to {training.output_dir}"
     )
     if start is not None:
         print(f"    start: from {args.init_from} ({start.checkpoint})")
     for note in [] if start is None else start.notes:
         print(f"         - {note}")
     if training.queue_start is not None:
-        print(f"    queue: {QUEUES[training.queue_start]}")
-    print(
-        f"  reading: the loss may rise while keys replace the random queue, and stay near {'2 ' * config.symmetric_loss}"
-        f"log(1+K) = {chance_loss(config):.2f}, where all keys look alike, for a while. That is not a fault: watch "
-        f"contrast_top1, {100 / (1 + config.queue_size):.2g} % by chance"
-    )
+        print(f"    queue: {STARTS[training.queue_start]}")
+    if config.dictionary == "bank":
+        print(
+            f"     bank: {config.bank_size:,} keys, {4e-6 * config.bank_size * config.projection_dim:,.0f} MB in memory and in "
+            f"every checkpoint; {STARTS[training.bank_start or 'random']}"
+        )
+    print(f"  reading: {_reading(args)}")
     for warning in _warnings(args, trainer):
         print(f"warning: {warning}")
+
+
+def _negatives(args: PretrainArguments) -> str:
+    if args.config.dictionary in ("batch", "batch_both_views"):
+        return f"{negatives(args.config, args.training.global_batch_size):,} negatives of the batch"
+    return f"K {args.config.queue_size:,}"
+
+
+def _momentum(args: PretrainArguments) -> str:
+    if args.config.key_encoder != "momentum":
+        return ""
+    return f"m {args.config.key_momentum:g}{' to 1' * (args.training.key_momentum_schedule == 'cosine')}, "
+
+
+def _reading(args: PretrainArguments) -> str:
+    config = args.config
+    count = negatives(config, args.training.global_batch_size)
+    factor = config.loss_scale * (2 if config.symmetric_loss else 1)
+    before = {
+        "queue": "the loss may rise while keys replace the random queue, and stay",
+        "bank": "the loss is far above chance while the keys of the bank are random, for an epoch or more, and may stay",
+    }.get(config.dictionary, "the loss may stay")
+    return (
+        f"{before} near {f'{factor:g} ' * (factor != 1)}log(1+K) = {chance_loss(config, count):.2f}, where all keys look "
+        f"alike, for a while. That is not a fault: watch contrast_top1, {100 / (1 + count):.2g} % by chance"
+    )
 
 
 def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
@@ -163,8 +196,18 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
     drawn = [] if args.data.streaming else [Path(f"{name}.png") for name in FIGURES]
     if kept := training.trackers.kept_back(drawn, {"local": args.data.local}):
         yield kept
+    if (
+        config.key_encoder == "none"
+        and config.symmetric_loss
+        and config.batch_norm == "plain"
+        and training.world_size > 1
+    ):
+        yield (
+            "BatchNorm normalises the images of each process by themselves, where SimCLR has those of all. On GPUs pass "
+            "--batch_norm sync"
+        )
     images = trainer.train_dataset.images_per_epoch
-    if images < config.queue_size:
+    if config.dictionary == "queue" and images < config.queue_size:
         yield (
             f"the queue ({config.queue_size:,}) is larger than the dataset ({images:,} images): keys of the same image are "
             "among the negatives. Lower --queue_size"

@@ -50,14 +50,15 @@ WITHOUT_RESULT = FREE_TO_CHANGE | {
 def _model_arguments() -> type:
     # The model's flags are MoCoConfig's own fields with their defaults. argparse knows one type per flag.
     hints = MoCoConfig.__annotations__ | {
-        **{"key_momentum": float, "temperature": float, "model_args": str | None},
+        **dict.fromkeys(("key_momentum", "temperature", "bank_momentum", "loss_scale"), float),
+        **{"model_args": str | None},
         **{"image_mean": list[float], "image_std": list[float]},
     }
     entries = re.findall(r"^    (\w+) \(.*?\): (.*?)(?=^    \w|^\S|\Z)", str(inspect.getdoc(MoCoConfig)), re.M | re.S)
     help_texts = {name: re.sub(r"\s+", " ", text).replace("%", "%%").strip() for name, text in entries}
     fields: list[tuple[str, Any, Any]] = []
     for f in dataclasses.fields(MoCoConfig):
-        if f.name in MoCoConfig.__annotations__ and f.name != "model_type":
+        if f.name in MoCoConfig.__annotations__ and f.name not in ("model_type", "bank_size"):  # a run sets the second
             default: dict[str, Any] = {"default": f.default}
             if isinstance(f.default, tuple):  # a list on the command line
                 default = {"default_factory": partial(list, f.default)}
