@@ -20,7 +20,7 @@ from training.evaluation.scores import likeliest, score
 from training.trainer import contrast_statistics
 from training.views.device import NUMBERS, DeviceViews, sample_views
 from training.views.pil import EvaluationView
-from training.views.policy import POLICIES
+from training.views.policy import POLICIES, build_policies
 
 BATCH, SIZE = 16, 32
 
@@ -48,7 +48,7 @@ def crops(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def small_images(device: torch.device) -> dict[str, torch.Tensor]:
-    boxes, numbers = sample_views(POLICIES["v2"], 40, 40, views=2, seed=0, epoch=0, indices=np.arange(BATCH))
+    boxes, numbers = sample_views(build_policies("v2"), 40, 40, seed=0, epoch=0, indices=np.arange(BATCH))
     images = torch.zeros(BATCH, 3, 40, 40, dtype=torch.uint8, device=device)
     return {"images": images, "boxes": boxes.to(device), "numbers": numbers.to(device)}
 
@@ -56,7 +56,7 @@ def small_images(device: torch.device) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("batch", [crops, small_images])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_views_are_made_without_a_read_by_the_host(batch, policy, gpu):
-    for views in DeviceViews(POLICIES[policy], SIZE)(batch(gpu)).values():
+    for views in DeviceViews(build_policies(policy), SIZE)(batch(gpu)).values():
         assert (views.shape, views.dtype, views.device.type) == ((BATCH, 3, SIZE, SIZE), torch.uint8, "cuda")
 
 
@@ -80,7 +80,7 @@ def test_a_step_is_made_without_a_read_by_the_host(batch_norm, symmetric, gpu, m
     config = MoCoConfig(architecture="test_resnet", queue_size=64, batch_norm=batch_norm, symmetric_loss=symmetric)
     with gpu:
         model = MoCoModel(config).train()
-    views = DeviceViews(POLICIES["v2"], SIZE)(crops(gpu))
+    views = DeviceViews(build_policies("v2"), SIZE)(crops(gpu))
     model.update_key_encoder()
     outputs = model(**views)
     assert outputs.loss.requires_grad

@@ -38,7 +38,7 @@ from training.pretrain import announce, build_trainer, drawn_images, finish, sav
 from training.recipe import RECIPES, parse_pretrain, recipe_names
 from training.views.device import sample_operations, unpack_params
 from training.views.opencv import crop_and_resize
-from training.views.policy import build_policy
+from training.views.policy import build_policies
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -303,7 +303,7 @@ def test_the_preview_of_device_views_shows_the_draws_of_their_crops(tmp_path):
     args = parse_pretrain([*TINY, "--streaming", "--view_backend", "device", "--output_dir", str(tmp_path / "run")])
     splits = load_images(args.data)
     samples, data = build_trainer(args, splits).train_dataset, args.data
-    policy = build_policy(data.augmentation, data.horizontal_flip, data.crop_min_scale)
+    policy, _ = build_policies(data.augmentation, data.horizontal_flip, data.crop_min_scale)
     trained = {sample["pixel_values"].numpy().tobytes(): sample["numbers"] for sample in samples}
     for example in islice(drawn_images(args, splits), 8):
         query, key = example.params

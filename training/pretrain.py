@@ -18,7 +18,7 @@ from . import plots
 from .cli import how_to_run
 from .convert.start import Start, begin_with
 from .data.images import MapImages, StreamedImages
-from .data.pipeline import build_render, training_images, two_views
+from .data.pipeline import build_render, training_images, training_views
 from .data.sources import ImageSplits
 from .engine.files import write_json
 from .engine.page import read_run, write_report
@@ -307,13 +307,15 @@ def drawn_images(args: PretrainArguments, splits: ImageSplits) -> Iterator[plots
 
     One that cannot be read is left out.
     """
-    views, images = two_views(args.data), training_images(args.data, splits, args.training)
+    bank = args.config.dictionary == "bank"
+    views, images = training_views(args.data, bank), training_images(args.data, splits, args.training, bank)
     rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(islice(splits.train, 10 * PREVIEWED))
     if not isinstance(images, StreamedImages):  # from the whole dataset: folders are sorted by class
         rows = ((i, splits.train[i]) for i in range(0, len(images), max(1, len(images) // PREVIEWED)))
     for index, row in rows:
         with suppress(OSError):
             image = splits.decoder.image(row["image"])
-            both = images.view_params(index, image)
-            rendered = [render_view(image, params, views.size, views.policy) for params in both]
-            yield plots.DrawnImage(image, both, rendered)
+            drawn = images.view_params(index, image)
+            of_each = zip(drawn, views.policies, strict=True)
+            rendered = [render_view(image, params, views.size, policy) for params, policy in of_each]
+            yield plots.DrawnImage(image, drawn, rendered)

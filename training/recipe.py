@@ -28,7 +28,7 @@ from .engine.run_folder import FREE_TO_CHANGE, START, WEIGHTS, read_sections
 from .errors import shown
 from .evaluation.probe_arguments import LinearProbeArguments
 from .trainer import MoCoTrainingArguments
-from .views.policy import build_policy
+from .views.policy import build_policies
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "quickstart"
@@ -213,7 +213,7 @@ def parse_pretrain(argv: list[str]) -> PretrainArguments:
     settings["probe"] = recipe.probe
     preview = None if namespace.preview_views is None else _figure_path(namespace.preview_views)
     of_model = dataclasses.asdict(model)
-    build_policy(data.augmentation)
+    build_policies(data.augmentation)
     check_dictionary(of_model["dictionary"])
     init_from = of_model.pop("init_from")
     if init_from is not None and os.path.exists(init_from):

@@ -161,7 +161,7 @@ class MoCoTrainer(SGDTrainer):
     Args:
         model: in float32 (mixed precision comes from `args.bf16`).
         args: see [`MoCoTrainingArguments`].
-        train_dataset: images with the `TwoViews` transform, or images alone as `as_training_images` takes them, in the size of
+        train_dataset: images with the `Views` transform, or images alone as `as_training_images` takes them, in the size of
             the image processor.
         processing_class: the image processor, saved beside every checkpoint.
         knn_bank: images with the `EvaluationView` transform, whose features the monitor looks at.

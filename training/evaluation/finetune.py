@@ -35,8 +35,8 @@ from ..engine.record import record
 from ..engine.results import encoder_digest
 from ..engine.run_folder import METRICS, SPLIT, mark_ended
 from ..engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
-from ..views.pil import OneView
-from ..views.policy import build_policy
+from ..views.pil import Views
+from ..views.policy import build_policies
 from .encoder import Encoder, parse_evaluation
 from .probe_arguments import check_choice, optimizer, schedule
 from .scores import Scores, likeliest, score
@@ -295,7 +295,7 @@ def build_trainer(run: FinetuneRun, splits: ImageSplits, indices: np.ndarray) ->
     if args.world_size == 1 and len(indices) > batch and len(indices) % batch == 1:
         args.dataloader_drop_last = True  # BatchNorm has nothing to normalise one image by
     model = run.encoder.load_classifier(splits.class_names, args.seed)
-    crop = OneView(build_policy("crop", data.horizontal_flip), data.image_size)
+    crop = Views(build_policies("crop", data.horizontal_flip)[:1], data.image_size)
     return FinetuneTrainer(
         model,
         args,

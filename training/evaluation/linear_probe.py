@@ -30,8 +30,8 @@ from ..engine.record import record
 from ..engine.results import encoder_digest
 from ..engine.run_folder import METRICS, read_metrics
 from ..engine.sgd_trainer import SGDTrainer
-from ..views.pil import OneView
-from ..views.policy import build_policy
+from ..views.pil import Views
+from ..views.policy import build_policies
 from .encoder import Encoder, parse_evaluation
 from .features import extract_features
 from .probe_arguments import READ_BY_CACHED, LinearProbeArguments, _listed
@@ -250,7 +250,7 @@ def build_trainer(
     if len(args.rates) > 1:
         kept, held = hold_out(torch.tensor(train["label"][:]), args.seed)
         train, held_out = train.select(kept.tolist()), MapImages(train.select(held.tolist()), view, decode=decode)
-    crop = OneView(build_policy("crop", data.horizontal_flip), data.image_size)
+    crop = Views(build_policies("crop", data.horizontal_flip)[:1], data.image_size)
     return LinearProbeTrainer(
         LinearHeads(model, len(args.rates)),
         args,
