@@ -114,7 +114,7 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer, start: Start | None 
         f"      run: {trainer.train_dataset.images_per_epoch:,} images in two views of {args.data.image_size} px, "
         f"global batch {training.global_batch_size} "
         f"({training.world_size} x {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
-        f"accumulated), learning rate {training.learning_rate:g}, {config.architecture}, K {config.queue_size:,}, "
+        f"accumulated), learning rate {training.optimization}, {config.architecture}, K {config.queue_size:,}, "
         f"m {config.key_momentum:g}, T {config.temperature:g}, to {training.output_dir}"
     )
     if start is not None:
@@ -136,7 +136,7 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
     training, config = args.training, args.config
     batch, rate = training.global_batch_size, training.learning_rate
     recipe_batch, recipe_rate = (args.recipe.values.get(key) for key in ("global_batch_size", "learning_rate"))
-    if recipe_batch not in (None, batch) and rate == recipe_rate:
+    if recipe_batch not in (None, batch) and rate == recipe_rate and training.learning_rate_scaling == "none":
         yield (
             f"the recipe's learning rate {rate:g} is for a global batch of {recipe_batch}; for {batch} the linear rule gives "
             f"{rate * batch / recipe_batch:g} (--learning_rate)"
