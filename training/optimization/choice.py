@@ -50,13 +50,15 @@ def parse_arguments(optim: str, text: str | None) -> dict[str, Any]:
         ValueError: a part is not name=value, the optimizer has no such argument, or the value is of another kind.
     """
     known, arguments = ARGUMENTS.get(optim), {}
-    for part in (text or "").replace(" ", "").split(",") if text else []:
+    for part in text.replace(" ", "").split(",") if text else []:
         name, equals, value = part.partition("=")
         if not (name and equals and value) or "=" in value:
             raise ValueError(f"optim_args ({text!r}) must be name=value, with commas between several: correct {part!r}")
         if known is not None and name not in known:
             raise ValueError(f"optim_args ({text!r}): {optim} has no argument {name!r}{_remedy(optim, name)}")
         arguments[name] = value if known is None else _value(name, value, known[name])
+    if arguments.get("nesterov") is True and (arguments.get("dampening") or not arguments.get("momentum")):
+        raise ValueError(f"optim_args ({text!r}): nesterov needs a momentum above 0 and no dampening")
     return arguments
 
 
