@@ -1,16 +1,13 @@
 """Recipes hold the published numbers, the command line goes over them, and an output directory belongs to one run."""
 
 import dataclasses
-import math
 
 import pytest
-import torch
 import yaml
 
 from modeling_moco import MoCoConfig
 from training.cli import names_in_files, offered
 from training.engine.checkpoints import BatchLayout, claim_output_dir, write_manifest
-from training.engine.sgd_trainer import epoch_schedule
 from training.errors import one_line_errors
 from training.recipe import PARTS, RECIPES, load_recipe, parse_pretrain, recipe_names
 
@@ -403,27 +400,6 @@ def test_files_of_something_else_are_left_alone(claim, tmp_path):
             claim(folder=path)
     assert [path.name for path in folder.iterdir()] == ["chapter1.tex"]
     assert (folder / "chapter1.tex").read_text() == "words"
-
-
-# Schedules
-
-
-@pytest.mark.parametrize("milestones", [[120, 160], None], ids=["v1", "v2"])
-@pytest.mark.parametrize("steps_per_epoch", [1, 7])
-def test_the_rate_of_every_epoch_is_the_official_one(milestones, steps_per_epoch):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.03)
-    scheduler = epoch_schedule(optimizer, steps_per_epoch, 200, milestones)
-    for epoch in range(200):
-        official = 0.03
-        if milestones is None:
-            official *= 0.5 * (1 + math.cos(math.pi * epoch / 200))
-        else:
-            for milestone in milestones:
-                official *= 0.1 if epoch >= milestone else 1.0
-        for _ in range(steps_per_epoch):
-            assert optimizer.param_groups[0]["lr"] == pytest.approx(official, rel=1e-12), epoch
-            optimizer.step()
-            scheduler.step()
 
 
 # What a run may say of itself

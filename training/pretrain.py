@@ -51,7 +51,8 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits, start: Start | N
     """
     data, training = args.data, args.training
     read_results(Path(str(training.output_dir)))  # what is there can be added to
-    train = training_images(data, splits, training)
+    of_bank = args.config.dictionary == "bank"
+    train = training_images(data, splits, training, of_bank)
     bank = queries = None
     if training.eval_strategy != IntervalStrategy.NO:
         view, decode = data.evaluation_view(), splits.decoder.image
@@ -69,17 +70,17 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits, start: Start | N
         elif training.process_index == 0:
             print(f"The kNN monitor is off: {missing}.")
     set_seed(training.seed)
-    if args.config.dictionary == "bank":
+    if of_bank:
         args.config.bank_size = train.images_per_epoch
     model = MoCoModel(args.config)
     if start is not None:
         begin_with(model, start)
         if args.config.dictionary == "queue" and training.queue_start is None and not start.has_queue:
             training.queue_start = "encode"
-        if args.config.dictionary == "bank" and training.bank_start is None:
+        if of_bank and training.bank_start is None:
             training.bank_start = "encode"
     check_image_size(model, data.image_size)
-    render = build_render(data, compiled=training.torch_compile)
+    render = build_render(data, training.torch_compile, of_bank)
     return MoCoTrainer(model, training, train, data.image_processor(args.config), bank, queries, render)
 
 
@@ -120,7 +121,7 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer, start: Start | None 
         f"      run: {trainer.train_dataset.images_per_epoch:,} images in {views} of {args.data.image_size} px, "
         f"global batch {training.global_batch_size} "
         f"({training.world_size} x {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
-        f"accumulated), learning rate {training.learning_rate:g}, {config.architecture}, {_negatives(args)}, "
+        f"accumulated), learning rate {training.optimization}, {config.architecture}, {_negatives(args)}, "
         f"{_momentum(args)}T {config.temperature:g}, to {training.output_dir}"
     )
     if start is not None:
@@ -169,7 +170,7 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
     training, config = args.training, args.config
     batch, rate = training.global_batch_size, training.learning_rate
     recipe_batch, recipe_rate = (args.recipe.values.get(key) for key in ("global_batch_size", "learning_rate"))
-    if recipe_batch not in (None, batch) and rate == recipe_rate:
+    if recipe_batch not in (None, batch) and rate == recipe_rate and training.learning_rate_scaling == "none":
         yield (
             f"the recipe's learning rate {rate:g} is for a global batch of {recipe_batch}; for {batch} the linear rule gives "
             f"{rate * batch / recipe_batch:g} (--learning_rate)"

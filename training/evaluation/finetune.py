@@ -114,7 +114,7 @@ class FinetuneArguments(SGDTrainingArguments):
 
     @property
     def rates(self) -> dict[str, float]:
-        """Of the encoder and of the classifier, by the names of their flags."""
+        """Of the encoder and of the classifier as they were given, by the names of their flags."""
         return {name: getattr(self, name) for name in ("learning_rate", "head_learning_rate")}
 
 
@@ -151,7 +151,7 @@ class FinetuneTrainer(SGDTrainer):
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             parts = (self.model.moco, self.model.classifier)  # the learning rate of the first is logged
             groups = [
-                {"params": list(part.parameters()), "lr": rate}
+                {"params": list(part.parameters()), "lr": self.args.scaled(rate)}
                 for part, rate in zip(parts, self.args.rates.values(), strict=True)
             ]
             self.optimizer = kind(groups, **settings | {"weight_decay": self.args.weight_decay})
@@ -259,7 +259,7 @@ class FinetuneRun:
         length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         return (
             f"fine-tuning on {100 * share:.3g} % of the labels ({images:,} images), {length}, "
-            f"learning rates {args.learning_rate:g} and {args.head_learning_rate:g}"
+            f"learning rates {' and '.join(args.in_words([rate]) for rate in args.rates.values())}"
             + ("" if schedule(args) == "cosine" else f", {schedule(args)}")
             + optimizer(args)
         )

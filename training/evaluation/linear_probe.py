@@ -87,8 +87,13 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
         settings["training"] = {key: value for key, value in settings["training"].items() if key in READ_BY_CACHED}
     elif training.learning_rates is not None and "learning_rate" in given:
         raise ValueError(
-            f"learning_rate ({training.learning_rate:g}) and learning_rates ({_listed(training.rates)}) were both given: "
+            f"learning_rate ({training.learning_rate:g}) and learning_rates ({_listed(training.given_rates)}) were both given: "
             "pass one of them"
+        )
+    elif training.lr_milestones and "lr_scheduler_type" in given and "lr_milestones" not in given:
+        raise ValueError(
+            f"lr_scheduler_type has no effect beside lr_milestones ({_listed(training.lr_milestones)}), the default or the "
+            "recipe's: pass --lr_milestones without a value too"
         )
     settings["training"]["mode"] = training.mode
     if "output_dir" not in given:  # a folder for each kind of probe
