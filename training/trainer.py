@@ -186,7 +186,8 @@ class MoCoTrainer(SGDTrainer):
         render: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
         view: OwnView | None = None,
     ):
-        images = as_training_images(train_dataset, processing_class, args.seed, view)
+        bank = isinstance(model.dictionary, BankDictionary)
+        images = as_training_images(train_dataset, processing_class, args.seed, view, bank)
         _check_sizes(model, args, images)
         self.unreadable = ListUnreadable(images)
         super().__init__(
