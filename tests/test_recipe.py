@@ -59,12 +59,18 @@ PUBLISHED = {
         "knn_temperature": 0.1,
     },
 }
+for letter, changes in {"a": {"projection_head": "mlp", "temperature": 0.2}, "b": {"augmentation": "v2"}}.items():
+    PUBLISHED[f"moco_v2_{letter}_r50_in1k_200ep"] = IMAGENET | V1 | changes
+PUBLISHED["moco_v2_c_r50_in1k_200ep"] = PUBLISHED["moco_v2_a_r50_in1k_200ep"] | {"augmentation": "v2"}
 PUBLISHED["cifar10_r18_symmetric_200ep"] = PUBLISHED["cifar10_r18_200ep"] | {"symmetric_loss": True}
 PUBLISHED["cifar10_r18_200ep"]["symmetric_loss"] = False
 EXPECTED = {
     "moco_v1_r50_in1k_200ep": "60.6",
     "moco_v2_r50_in1k_200ep": "67.5",
     "moco_v2_r50_in1k_800ep": "71.1",
+    "moco_v2_a_r50_in1k_200ep": "66.2",
+    "moco_v2_b_r50_in1k_200ep": "63.4",
+    "moco_v2_c_r50_in1k_200ep": "67.3",
     "cifar10_r18_200ep": "82.6",
     "cifar10_r18_symmetric_200ep": "85.3",
 }
@@ -99,6 +105,64 @@ def test_every_recipe_says_what_it_reproduces_in_known_keys(name):
     model_keys = {field.name for field in dataclasses.fields(MoCoConfig)}
     assert content["model"].keys() <= model_keys
     assert content.keys() <= {"about", "data", "model", "training", "probe"}
+
+
+# arXiv:2003.04297, accuracy by temperature, without and with the MLP head
+TEMPERATURES = {
+    "moco_v1_r50_in1k_200ep": {0.07: 60.6, 0.1: 60.7, 0.2: 59.0, 0.3: 58.2, 0.4: 57.2, 0.5: 56.4},
+    "moco_v2_a_r50_in1k_200ep": {0.07: 62.9, 0.1: 64.9, 0.2: 66.2, 0.3: 65.7, 0.4: 65.0, 0.5: 64.3},
+}
+
+
+@pytest.mark.parametrize("base", TEMPERATURES)
+def test_recipes_of_temperatures_differ_from_their_base_in_nothing_else(base):
+    of_base = load_recipe(base)
+    for temperature, top1 in TEMPERATURES[base].items():
+        own = temperature == of_base.value("temperature")
+        recipe = of_base if own else load_recipe(f"{base}_t{round(100 * temperature):02d}")
+        assert recipe.values == of_base.values | {"temperature": temperature}
+        assert f"{top1} %" in recipe.about["expected"]
+
+
+# The settings of the official code, as docs/methods.md has them.
+METHODS = {
+    "end_to_end_r50_in1k": {
+        "dictionary": "batch",
+        "key_encoder": "shared",
+        "batch_norm": "shuffle",
+        "symmetric_loss": False,
+    },
+    "memory_bank_r50_in1k": {"dictionary": "bank", "key_encoder": "none", "bank_momentum": 0.5, "queue_size": 65536},
+    "simclr_r50_in1k_200ep": {
+        **{"dictionary": "batch_both_views", "key_encoder": "none", "symmetric_loss": True, "batch_norm": "sync"},
+        **{"temperature": 0.1, "optim": "lars", "optim_args": "momentum=0.9,classic=true", "warmup_epochs": 10},
+        **{
+            "projection_head": "simclr",
+            "augmentation": "simclr",
+            "learning_rate": 0.075,
+            "learning_rate_scaling": "sqrt",
+        },
+    },
+    "moco_v3_r50_in1k_100ep": {
+        **{"dictionary": "batch", "key_encoder": "momentum", "symmetric_loss": True, "batch_norm": "sync"},
+        **{"temperature": 1.0, "loss_scale": 2.0, "key_momentum": 0.99, "key_momentum_schedule": "cosine"},
+        **{"projection_head": "mlp_bn", "projection_layers": 2, "projection_hidden_dim": 4096, "projection_dim": 256},
+        **{"prediction_head": "mlp", "zero_init_residual": True, "crop_min_scale": 0.2, "augmentation": "v3"},
+        **{"optim": "lars", "learning_rate": 0.6, "learning_rate_scaling": "linear", "warmup_epochs": 10},
+        **{"weight_decay": 1e-6, "global_batch_size": 4096},
+    },
+    "moco_v3_vit_small_in1k_300ep": {
+        **{"temperature": 0.2, "loss_scale": 0.4, "stem": "moco_v3", "model_args": {"num_heads": 12}},
+        **{"projection_layers": 3, "prediction_head": "mlp_bn", "crop_min_scale": None, "augmentation": "v3"},
+        **{"optim": "adamw_torch", "learning_rate": 1.5e-4, "warmup_epochs": 40, "weight_decay": 0.1},
+    },
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_recipes_of_the_other_methods_have_the_settings_of_their_code(name):
+    values = values_of(parse_pretrain(["--recipe", name, *CPU]))
+    assert {key: values[key] for key in METHODS[name]} == METHODS[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
