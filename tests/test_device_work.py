@@ -17,6 +17,7 @@ from modeling_moco.dictionary_moco import InfoNCE
 from training.data.images import MapImages
 from training.evaluation.knn import knn_accuracy
 from training.evaluation.scores import likeliest, score
+from training.optimization.lars import Lars
 from training.trainer import contrast_statistics
 from training.views.device import NUMBERS, DeviceViews, sample_views
 from training.views.pil import EvaluationView
@@ -105,6 +106,27 @@ def test_a_run_and_its_monitor_ask_the_device_for_no_float64(memory, tmp_path):
         trainer.train()
     logged = {name for entry in trainer.state.log_history for name in entry}
     assert {"contrast_top1", "uniformity", "eval_rankme", "eval_knn_top1", "eval_leaks"} <= logged
+
+
+def _step_by_lars(classic: bool, device: torch.device | str) -> torch.Tensor:
+    weights = [torch.nn.Parameter(torch.ones(shape, device=device)) for shape in ((3, 2), (4, 3, 3, 3), (5,))]
+    optimizer = Lars(weights, lr=0.1, weight_decay=1e-4, classic=classic)
+    for _ in range(2):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    return weights[0]
+
+
+@pytest.mark.parametrize("classic", [False, True])
+def test_a_step_by_lars_is_made_without_a_read_by_the_host(classic, gpu):
+    assert _step_by_lars(classic, gpu).device.type == "cuda"
+
+
+@pytest.mark.parametrize("classic", [False, True])
+def test_lars_asks_the_device_for_no_float64(classic):
+    with NoFloat64():
+        assert _step_by_lars(classic, "cpu").isfinite().all()
 
 
 def test_scores_ask_the_device_for_no_float64():

@@ -204,6 +204,13 @@ def test_flags_override_the_recipe():
     assert args.settings["model"]["temperature"] == 0.3
 
 
+def test_a_flag_without_a_value_takes_the_milestones_of_a_recipe_away():
+    for rest in ([], ["--seed", "3"]):
+        args = parse_pretrain(["--recipe", "moco_v1_r50_in1k_200ep", *CPU, "--lr_milestones", *rest])
+        assert args.training.lr_milestones is args.settings["training"]["lr_milestones"] is None
+        assert "lr_milestones" in args.changed
+
+
 def test_a_batch_per_device_overrides_the_recipes_global_batch():
     args = parse_pretrain(["--recipe", "cifar10_r18_200ep", "--per_device_train_batch_size", "64", *CPU])
     assert (args.training.per_device_train_batch_size, args.training.global_batch_size) == (64, 64)

@@ -50,7 +50,9 @@ class MoCoTrainingArguments(SGDTrainingArguments):
 
     num_train_epochs: float = field(default=200, metadata={"help": "Passes over the images."})
     learning_rate: float = field(default=0.03, metadata={"help": "Learning rate; 0.03 is for a global batch of 256."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay, of BatchNorm and biases too."})
+    weight_decay: float = field(
+        default=1e-4, metadata={"help": "Weight decay, of BatchNorm and biases too (not with lars)."}
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to run the monitor: no or epoch."})
     eval_every_n_epochs: int = field(default=1, metadata={"help": "Epochs between two runs of the monitor."})
     knn_k: list[int] = field(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training.optimization.schedules import epoch_schedule, rates_in_words, scaled_rate, warmup_schedule
+from training.optimization.schedules import epoch_schedule, rates_in_words, recorded_rate, scaled_rate, warmup_schedule
 
 
 def rates_of(schedule, steps: int, rate: float, *args) -> list[float]:
@@ -87,3 +87,14 @@ def test_both_rates_are_said():
     assert rates_in_words([0.075], "sqrt", 4096) == "0.075 x sqrt(4096) = 4.8"
     assert rates_in_words([0.1, 3.0], "linear", 1024) == "0.1 3 x 1024/256 = 0.4 12"
     assert rates_in_words([0.03], "none", 4096) == "0.03"
+
+
+def test_what_a_run_has_recorded_is_said_where_it_is_known():
+    settings = {"learning_rate": 0.6, "learning_rate_scaling": "linear", "global_batch_size": 4096}
+    assert recorded_rate(settings) == "0.6 x 4096/256 = 9.6"
+    for change in (
+        *({"learning_rate_scaling": scaling} for scaling in ("none", None, 3, "cube")),
+        *({"global_batch_size": batch} for batch in (None, -1, "4096", 10**400)),
+        *({"learning_rate": rate} for rate in (None, float("nan"), [0.6])),
+    ):
+        assert recorded_rate(settings | change) is None, change

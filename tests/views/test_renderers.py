@@ -29,6 +29,7 @@ from training.views.device import (
     DeviceCrops,
     DeviceViews,
     crop_views,
+    params_of,
     sample_box,
     sample_boxes,
     sample_operations,
@@ -262,14 +263,31 @@ def correlations(columns: list[torch.Tensor], boxes: torch.Tensor) -> torch.Tens
 
 
 def test_the_parameters_of_a_view_are_independent():
-    boxes, operations = batch_operations(V2[0], 40_000)
+    boxes, operations = batch_operations(ViewPolicy(blur_p=0.5, solarize_p=0.5), 40_000)
     first, blur, factors = operations[:, ORDER.start], operations[:, BLUR], list(operations[:, FACTORS].T)
     jittered, blurred = first >= 0, blur > 0
-    columns = [jittered, operations[:, GRAY], blurred, operations[:, FLIP], *factors]
+    columns = [jittered, operations[:, GRAY], blurred, operations[:, FLIP], operations[:, SOLARIZE], *factors]
     assert correlations(columns, boxes).abs().max() < 0.025  # five standard errors
     both = jittered & blurred  # others have no order, or no deviation
-    columns = [column[both] for column in (first, blur, operations[:, GRAY], operations[:, FLIP], *factors)]
+    others = [operations[:, column] for column in (GRAY, FLIP, SOLARIZE)]
+    columns = [column[both] for column in (first, blur, *others, *factors)]
     assert correlations(columns, boxes[both]).abs().max() < 0.04
+
+
+def test_each_view_of_a_batch_follows_its_own_policy():
+    policies = ViewPolicy(min_scale=0.9), ViewPolicy(min_scale=0.08, solarize_p=0.2, blur_p=0.1)
+    boxes, numbers = sample_views(policies, 400, 300, seed=1, epoch=2, indices=np.arange(SAMPLES))
+    smallest = (boxes[:, :, 2] * boxes[:, :, 3]).amin(dim=0) / (400 * 300)
+    assert smallest[0] > 0.89
+    assert 0.075 < smallest[1] < 0.1
+    in_memory = [params_of(*both, policies) for both in zip(boxes[:250], numbers[:250], strict=True)]
+    crops, image = DeviceCrops(policies, SIZE), torch.zeros(3, 300, 400)
+    for pairs in (in_memory, [crops.sample(image, seeded_generator(seed)) for seed in range(250)]):
+        query, key = zip(*pairs, strict=True)
+        assert not any(view.solarize or view.blur for view in query)
+        assert sum(view.solarize for view in key) / 250 == pytest.approx(0.2, abs=0.1)  # four standard errors
+        assert sum(view.blur > 0 for view in key) / 250 == pytest.approx(0.1, abs=0.08)
+        assert min(view.box[2] * view.box[3] for view in query) > 0.89 * 400 * 300
 
 
 SIZES = ((400, 300), (32, 32), (500, 20), (20, 500), (1, 1))
@@ -363,17 +381,19 @@ def rows(images: list[Image.Image | None]) -> list[dict]:
     return [{"image": broken if image is None else encoded(image, "PNG")} for image in images]
 
 
-def test_images_in_memory_give_the_same_views_in_any_batch():
+@pytest.mark.parametrize("policies", [CIFAR, build_policies("v3"), CIFAR[:1]], ids=["cifar", "v3", "one view"])
+def test_images_in_memory_give_the_same_views_in_any_batch(policies):
     pictures = [picture(seed, 32, 32) for seed in range(12)]
-    images = MemoryImages(rows(pictures), CIFAR, seed=5)
+    images = MemoryImages(rows(pictures), policies, seed=5)
     images.set_epoch(3)
     whole, part = images.__getitems__(list(range(12))), images.__getitems__([7, 2])
     assert torch.equal(whole["images"], torch.stack([to_tensor(image) for image in pictures]))
-    render = DeviceViews(CIFAR, 32)
+    render = DeviceViews(policies, 32)
+    assert tuple(render(whole)) == VIEWS[: len(policies)]
     for name, views in render(whole).items():
         assert torch.equal(render(part)[name], views[[7, 2]])
-    for params, name in zip(images.view_params(2, pictures[2]), VIEWS, strict=True):
-        expected = render_view(pictures[2], params, 32, CIFAR[0])
+    for params, name, policy in zip(images.view_params(2, pictures[2]), render(whole), policies, strict=True):
+        expected = render_view(pictures[2], params, 32, policy)
         assert distance(render(whole)[name][2], expected) < LEVELS
     images.set_epoch(4)
     other = images.__getitems__([7, 2])

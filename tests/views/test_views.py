@@ -11,7 +11,7 @@ from single_policies import single_policies
 from torchvision import transforms as T
 
 from training.views.pil import EvaluationView, Views, render_view
-from training.views.policy import build_policies, sample_view, seeded_generator
+from training.views.policy import ViewPolicy, build_policies, register_policy, sample_view, seeded_generator
 
 SIZE, DRAWS = 32, 2000
 POLICIES = single_policies()
@@ -84,7 +84,7 @@ def image_sizes(count: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("name", REFERENCES)
 def test_views_equal_the_reference_transforms_with_the_same_seed(name):
     reference, policy = T.Compose([*REFERENCES[name], T.PILToTensor()]), POLICIES[name]
-    for seed, (width, height) in enumerate(image_sizes(150)):
+    for seed, (width, height) in enumerate(image_sizes(80)):
         image = noise(width, height, seed)
         torch.manual_seed(seed)
         expected = reference(image)
@@ -185,6 +185,42 @@ def test_another_smallest_crop_changes_the_boxes_and_nothing_else():
     generator = torch.Generator().manual_seed(3)
     boxes = [sample_view(policy, 1000, 1000, generator).box for _ in range(DRAWS)]
     assert fills([height * width / 1e6 for _, _, height, width in boxes], 0.6 - 0.002, 1.0, gap=0.05)
+
+
+def test_the_two_views_of_v3_differ_in_blur_and_solarizing():
+    views, image, draws = Views(build_policies("v3"), SIZE), noise(60, 50), 600
+    query, key = zip(*(views.sample(image, seeded_generator(0, 0, i)) for i in range(draws)), strict=True)
+    assert all(view.blur for view in query)
+    assert not any(view.solarize for view in query)
+    for operation, p in {"blur": 0.1, "solarize": 0.2}.items():
+        count = sum(bool(getattr(view, operation)) for view in key)
+        assert abs(count - draws * p) <= 4 * math.sqrt(draws * p * (1 - p)), operation
+    solarized = next(i for i, view in enumerate(key) if view.solarize)
+    rendered = views(image, seeded_generator(0, 0, solarized))
+    assert rendered["pixel_values"].max() > 127 >= rendered["key_pixel_values"].max()
+
+
+def test_one_view_is_the_first_of_two():
+    policies, image = build_policies("v3"), noise(60, 50)
+    one, two = (Views(policies[:count], SIZE)(image, seeded_generator(4)) for count in (1, 2))
+    assert one.keys() == {"pixel_values"}
+    assert torch.equal(one["pixel_values"], two["pixel_values"])
+
+
+def test_a_pair_of_policies_can_be_registered_and_nothing_else(monkeypatch):
+    monkeypatch.setattr("training.views.policy.POLICIES", {})
+    pair = ViewPolicy(), ViewPolicy(solarize_p=0.2)
+    register_policy("mine", pair)
+    assert build_policies("mine") == pair
+    assert build_policies("mine", min_scale=0.5)[1] == ViewPolicy(min_scale=0.5, solarize_p=0.2)
+    register_policy("mine", pair)
+    with pytest.raises(ValueError, match=r"augmentation \('mine'\) is registered already"):
+        register_policy("mine", pair[::-1])
+    for wrong in ((), pair[:1], (*pair, ViewPolicy()), list(pair), "v2"):
+        with pytest.raises(
+            ValueError, match=r"augmentation \('other'\) is given .*: give a ViewPolicy, or a tuple of two"
+        ):
+            register_policy("other", wrong)
 
 
 def test_a_flip_mirrors_the_view_and_can_be_switched_off():

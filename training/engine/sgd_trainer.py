@@ -256,8 +256,15 @@ class SGDTrainingArguments(TrainingArguments):
         """The learning rate, the optimizer if it is another than SGD with momentum 0.9, and the warm-up, in words."""
         usual = (self.optim, self.optim_args) == ("sgd", DEFAULTS["sgd"])
         by = "" if usual else f" by {optimizer_in_words(self.optim, self.optim_args)}"
-        warmup = f" after a warm-up of {self.warmup_epochs:g} epochs" if self.warmup_epochs else ""
-        return self.in_words([self.learning_rate]) + by + warmup
+        return self.in_words([self.learning_rate]) + by + self.warmup
+
+    @property
+    def warmup(self) -> str:
+        """The warm-up in words that follow others; none without one."""
+        if self.warmup_epochs:
+            return f" after a warm-up of {self.warmup_epochs:g} epoch{'' if self.warmup_epochs == 1 else 's'}"
+        share = f"{100 * self.warmup_steps:g} % of the" if self.warmup_steps < 1 else f"{self.warmup_steps:g}"
+        return f" after a warm-up of {share} steps" if self.warmup_steps else ""
 
     @staticmethod
     def _check_processes(started: int) -> None:

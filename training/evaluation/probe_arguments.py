@@ -104,12 +104,9 @@ class LinearProbeArguments(SGDTrainingArguments):
 
 def schedule(args: SGDTrainingArguments) -> str:
     """How the learning rate goes down, in words."""
-    warmup = f" after a warm-up of {args.warmup_steps:g}" if args.warmup_steps else ""
-    if args.warmup_epochs:
-        warmup = f" after a warm-up of {args.warmup_epochs:g} epochs"
     if args.lr_milestones:
-        return f"a tenth at {_listed(args.lr_milestones)}{warmup}"
-    return SchedulerType(args.lr_scheduler_type).value + warmup
+        return f"a tenth at {_listed(args.lr_milestones)}{args.warmup}"
+    return SchedulerType(args.lr_scheduler_type).value + args.warmup
 
 
 def optimizer(args: SGDTrainingArguments) -> str:

@@ -5,13 +5,15 @@ warm-up (facebookresearch/moco-v3 main_moco.py).
 """
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeGuard
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 Scaling = Literal["none", "linear", "sqrt"]
 UNIT = 256  # images that a learning rate of the linear rule is for
+LARGEST = 2**63  # number that is shown of what others have recorded
 
 
 def scaled_rate(rate: float, scaling: Scaling, batch: int) -> float:
@@ -30,6 +32,19 @@ def rates_in_words(rates: list[float], scaling: Scaling, batch: int) -> str:
 
 def _all_scaled(rates: list[float], scaling: Scaling, batch: int) -> list[float]:
     return [scaled_rate(rate, scaling, batch) for rate in rates]
+
+
+def recorded_rate(settings: Mapping[str, Any]) -> str | None:
+    """The same of recorded settings; None where nothing scales the learning rate, or the batch is not known."""
+    names = ("learning_rate", "learning_rate_scaling", "global_batch_size")
+    rate, scaling, batch = map(settings.get, names)
+    if scaling not in ("linear", "sqrt") or not (_is_number(rate) and _is_number(batch)):
+        return None
+    return rates_in_words([float(rate)], scaling, int(batch))
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and 0 < value < LARGEST
 
 
 def epoch_factor(epoch: int, epochs: int, milestones: list[int] | None) -> float:
