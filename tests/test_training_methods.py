@@ -30,8 +30,15 @@ def options_of(method: str) -> dict:
     return {"key_momentum_schedule": "cosine", "optim": "lars"} if method == "moco_v3" else {}
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
-@pytest.mark.parametrize("method", METHODS)
+QUICK = {("bank", False), ("bank", True), ("moco_v3", False)}
+RUNS = [
+    pytest.param(method, stream, marks=[pytest.mark.slow] * ((method, stream) not in QUICK))
+    for method in METHODS
+    for stream in (False, True)
+]
+
+
+@pytest.mark.parametrize(("method", "stream"), RUNS)
 def test_a_stopped_and_continued_run_ends_as_an_uninterrupted_one_to_the_bit(rows, tmp_path, method, stream):
     options = {"stream": stream, "save_strategy": "steps", "save_steps": 5} | options_of(method)
     whole = build(rows, tmp_path / "whole", model_of(method), **options)
