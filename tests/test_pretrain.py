@@ -50,10 +50,7 @@ TINY = [
 
 
 # One for each kind of step.
-UNLIKE = (
-    *("quickstart", "cifar10_small", "photos_small", "moco_v2_r50_in1k_200ep", "end_to_end_r50_in1k"),
-    *("memory_bank_r50_in1k", "simclr_r50_in1k_200ep", "moco_v3_r50_in1k_100ep", "moco_v3_vit_small_in1k_300ep"),
-)
+UNLIKE = ("quickstart", "cifar10_small", "photos_small", "moco_v2_r50_in1k_200ep", "moco_v3_vit_small_in1k_300ep")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +102,7 @@ def quickstart(tmp_path_factory):
     return folder, short, result
 
 
-@pytest.mark.parametrize("view_backend", ["cv2", "device"])
+@pytest.mark.parametrize("view_backend", [pytest.param("cv2", marks=pytest.mark.slow), "device"])
 @pytest.mark.parametrize(
     "size", [32, pytest.param(80, marks=pytest.mark.slow)], ids=["small", "large"]
 )  # of the files: those of up to 64 px are kept in memory
@@ -128,6 +125,7 @@ def test_views_can_be_made_by_every_backend(script, tmp_path, view_backend, size
         assert min(image.size) > 300
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model_with_shuffling_batch_norm(tmp_path):
     folder, recipe = tmp_path / "run", tmp_path / "mine.yaml"
     sections = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())

@@ -290,6 +290,7 @@ def _rank(rank, folder):
     torch.save(seen.queue, f"{folder}/{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_queue_with_the_images_of_both(tmp_path):
     run_ranks(_rank, (str(tmp_path),), 2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -199,6 +199,7 @@ def count_as(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_counting_and_know_all_of_it(tmp_path):
     write_parquet(tmp_path / "source", [range(1), range(1, 3), range(3, 6), range(0), range(6, ROWS)])
     run_ranks(count_as, (str(tmp_path),), 2)

@@ -200,7 +200,7 @@ EVALUATIONS = {
 }
 
 
-@pytest.fixture(params=EVALUATIONS)
+@pytest.fixture(params=["official", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cached", "finetune"))])
 def evaluation(request, saved, tmp_path, script, monkeypatch):
     """An evaluation as its user gives it again and again, the encoder that it is of and the images."""
     monkeypatch.chdir(tmp_path)

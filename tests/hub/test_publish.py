@@ -615,6 +615,7 @@ def test_a_run_that_may_not_publish_does_not_begin(hub, script, tmp_path, capsys
     assert not list(tmp_path.rglob("*.*"))
 
 
+@pytest.mark.slow
 def test_a_failed_upload_does_not_end_a_run(hub, script, tmp_path, capsys, caplog, monkeypatch):
     monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
     hub.breaks = 10**6

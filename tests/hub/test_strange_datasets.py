@@ -15,6 +15,7 @@ from bombs import DATASETS, MANY, write_rows
 from hub_server import Hub, environment
 from numbered_images import encoded
 
+pytestmark = pytest.mark.slow  # local files of the same kinds are in tests/data/test_strangers.py
 SUPPORT = Path(__file__).parents[1] / "support"
 # The client keeps the address of its Hub from the import on, so that a process of its own opens the datasets.
 OPEN = """

@@ -228,9 +228,10 @@ def test_contrast_is_computed_in_float32_under_autocast(trained):
     torch.testing.assert_close(outputs.logits, similarities / trained.config.temperature, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, from inside torch.compile
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")  # of torch.compile, on that version alone
-@pytest.mark.parametrize("symmetric", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("symmetric", [False, True])
 def test_a_compiled_model_has_the_loss_the_gradients_and_the_queue_of_the_model(symmetric):
     model = MoCoModel(moco_config(symmetric_loss=symmetric))
     compiled = copy.deepcopy(model)
