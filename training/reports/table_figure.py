@@ -53,7 +53,7 @@ def draw_lines(lines: list[Line], x: str | None, path: Path, conditions: str, to
             else:
                 _curve(axis, lines, x, with_ours, with_paper)
             title = "ours" if not with_paper else conditions if not with_ours else f"ours; {conditions}"
-            axis.set_title(fill(_cut(title, 180), 100 // len(panels)), fontsize=8.5)
+            axis.set_title(fill(_cut(title, 180), 88 // len(panels)), fontsize=8.5)
         handles = {
             label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
