@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
-from modeling_moco.modeling_moco import build_encoder, build_projector
+from modeling_moco.encoder_moco import build_encoder
+from modeling_moco.heads_moco import build_projector
 
 from ..engine.files import UNREADABLE, check_archive
 from .key_maps import CLASSIFIER, FOREIGN, LAYOUTS, OFFICIAL, RESNETS, WRAPPED, Layout, State, rename

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from modeling_moco import MoCoForImageClassification, MoCoImageProcessor
 
 from ..engine.run_folder import CURVES, OF_FEATURES
+from ..optimization.schedules import recorded_rate
 from .exports import Model, encoder_and_classifier, output_name
 from .origin import Origin
 
@@ -22,7 +23,7 @@ TEMPLATE = next(path for path in PLACES if path.is_file())
 SHOWN_SECTIONS = ("data", "model", "training")  # of a recipe; what it was expected to reach is no result
 # Settings of training whose values are shown though they are words: others may say where on this machine something is.
 WORDS = (
-    *("optim", "optim_args", "lr_scheduler_type", "eval_strategy", "save_strategy"),
+    *("optim", "optim_args", "learning_rate_scaling", "lr_scheduler_type", "eval_strategy", "save_strategy"),
     *("knn_features", "queue_start", "mode"),
 )
 
@@ -137,6 +138,8 @@ def _training(origin: Origin) -> str:
     if converted := origin.conversion:
         epoch = f", epoch {converted['epoch']:g}" if "epoch" in converted else ""
         sentences.append(f"Converted from {escape(converted['file'])} ({escape(converted['format'])}{epoch}).")
+    if (rate := recorded_rate(origin.recipe.get("training", {}))) is not None:
+        sentences.append(f"Learning rate: {rate}.")
     if origin.recipe:
         sentences.append("These are the settings that were given; all else has its default.")
     return " ".join(filter(None, sentences)) or "Nothing is recorded of how these weights were trained."
