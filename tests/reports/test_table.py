@@ -21,7 +21,7 @@ from training.commands import table as command
 from training.commands.table import parse_table
 from training.engine.results import Result, append_results, encoder_digest
 from training.engine.run_folder import write_recipe
-from training.recipe import parse_pretrain
+from training.recipe import load_recipe, parse_pretrain
 from training.reports.children import Children
 from training.reports.table import TABLES, load_table, table_names
 from training.reports.table_results import to_html, to_markdown, write
@@ -108,17 +108,33 @@ def test_every_command_of_every_table_is_parsed(name):
         assert steps["pretrain"][-4:] == ["--seed", str(cell.seed), "--output_dir", str(cell.folder)]
 
 
-PAPERS = {  # from the papers' tables; shared by no module of the project
+PAPERS = {  # the numbers of the papers in the order of their rows
+    "v1_dictionary": [None, None, None, *[None] * 5, 58.0, *[None] * 5, 60.6],
     "v1_key_momentum": ["fails", 55.2, 57.8, 59.0, 58.9],
     "v1_shuffling": [None, None],
     "v2_table1": [60.6, 66.2, 63.4, 67.3, 67.5, 71.1],
+    "v2_table2": [61.9, 66.6, 69.3, 67.5, 71.1],
     "v2_temperature": [60.6, 60.7, 59.0, 58.2, 57.2, 56.4, 62.9, 64.9, 66.2, 65.7, 65.0, 64.3],
+    "v3_r50": [68.9, 72.8, 74.6],
+    "v3_vit": [73.2, 76.7],
 }
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_numbers_of_the_papers_are_theirs(name):
-    assert [row.paper for row in load_table(name).rows] == PAPERS[name]
+    rows = load_table(name).rows
+    assert [row.paper for row in rows] == PAPERS[name]
+    of_simclr = [row for row in rows if row.group == "SimCLR"]
+    assert all("published by the authors of SimCLR" in str(row.source) for row in of_simclr)
+
+
+def test_every_table_is_held_to_the_papers_and_a_recipe_gives_the_same_number():
+    assert sorted(PAPERS) == table_names()
+    for row in (row for name in PAPERS for row in load_table(name).rows):
+        expected = re.search(r"([\d.]+) % top-1", load_recipe(row.base).about["expected"])
+        if not row.settings and isinstance(row.paper, float):
+            assert expected is not None
+            assert float(expected[1]) == row.paper, row
 
 
 def test_a_row_is_its_base_with_the_settings_of_the_table_and_its_own(definition):

@@ -21,7 +21,18 @@ pytestmark = pytest.mark.slow
 SMALL = [
     *("--dataset_name", "digits", "--image_size", "32", "--eval_resize", "32", "--max_eval_samples", "100"),
     *("--architecture", "test_resnet", "--batch_norm", "plain", "--queue_size", "256", "--view_backend", "pil"),
-    *("--global_batch_size", "64", "--max_steps", "12", "--save_strategy", "steps", "--save_steps", "4", "--knn_k", "20"),
+    *(
+        "--global_batch_size",
+        "64",
+        "--max_steps",
+        "12",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "4",
+        "--knn_k",
+        "20",
+    ),
     *("--dataloader_num_workers", "0", "--dataloader_persistent_workers", "False", "--use_cpu"),
 ]
 PROBE = "--mode cached --num_train_epochs 5 --lr_milestones 3 --learning_rates 0.1 1"

@@ -22,6 +22,7 @@ from ..hub.model_card import escape as escape_markdown
 from ..hub.model_card import public_name
 from .compare import (
     EMPTY,
+    OF_CURVES,
     PROCESSES,
     Column,
     Defaults,
@@ -40,6 +41,7 @@ READING = (
     "Per cent of the images: mean ± sample standard deviation over the seeds; a single seed has no deviation. The 95 % "
     "interval is Wilson's of that mean: what other images of the same kind would give."
 )
+OF_DOTS = "Filled: ours, with the standard deviation of the seeds. Open circles: the paper's."
 APART = "The paper's numbers were measured under other conditions, and are not compared with ours."
 
 
@@ -317,7 +319,7 @@ def to_html(filled: Filled, figure: Path | None) -> str:
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(filled.progress)}</p>", html_table(filled.head, filled.body)]
     parts += [f'<p class="soft">{escape(note)}</p>' for note in (READING, *filled.notes())]
     if figure is not None:
-        parts += ["<h2>Picture</h2>", embedded(figure, title, READING)]
+        parts += ["<h2>Picture</h2>", embedded(figure, title, OF_CURVES if filled.table.x == EPOCH else OF_DOTS)]
     parts += ["<h2>Cells</h2>", html_table(CELLS, filled.cells)]
     return document(title, parts)
 
