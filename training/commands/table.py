@@ -56,7 +56,8 @@ def main(argv: list[str]) -> None:
                 "launch ...'"
             )
         plan = parse_table(argv)
-        plan.check()
+        if not plan.write_only:
+            plan.check()
         if plan.list_only:
             show_cells(plan)
             return
@@ -171,8 +172,10 @@ class Plan:
         seeds = [*self.seeds, *sorted(self._seeds_there() - {*self.seeds})]
         cells = self.table.cells(self.folder, seeds)
         found = [self.find(cell) for cell in tqdm(cells, "reading cells", disable=None, leave=False)]
-        first = next(iter(self.rows.values()))
-        overrides = changes(settings(first.args, None), first.published.settings)
+        overrides: dict[str, Any] = {}
+        for row in self.rows.values():
+            to_come = settings(row.args, None)
+            overrides |= {name: to_come[name] for name in changes(to_come, row.published.settings)}
         published = {name: row.published for name, row in self.rows.items()}
         return Filled(self.table, found, published, {name: row.protocol for name, row in self.rows.items()}, overrides)
 

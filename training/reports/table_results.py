@@ -6,6 +6,7 @@ All that is shown of ours is read from what the runs have left, which may have e
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -58,13 +59,21 @@ class Found:
 
     Args:
         state: "not begun", how far it is, "ended", or what is wrong with it.
-        changed: settings of the run that are not the published ones: its value, and the published one.
+        changed: names of the settings in which the run is not as published.
     """
 
     cell: Cell
     state: str
     measured: Measured | None = None
-    changed: Mapping[str, tuple[Any, Any]] | None = None
+    changed: frozenset[str] = frozenset()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {} if self.measured is None else self.measured.settings
+
+    @property
+    def results(self) -> dict[Column, float]:
+        return {} if self.measured is None else self.measured.results
 
 
 def find(cell: Cell, published: Published, defaults: Defaults) -> Found:
@@ -80,12 +89,17 @@ def find(cell: Cell, published: Published, defaults: Defaults) -> Found:
     return Found(cell, measured.state, measured, changes(measured.settings, published.settings))
 
 
-def changes(settings: Mapping[str, Any], published: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings that are not the published ones. A number of processes that is not known yet is none."""
+def changes(settings: Mapping[str, Any], published: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the settings that are not the published ones. A number of processes that is not known is as published."""
     both = {name: (settings.get(name), published.get(name)) for name in {**settings, **published}}
-    if None in both.get(PROCESSES, (None, None)):
-        both.pop(PROCESSES, None)
-    return {name: pair for name, pair in both.items() if canonical(pair[0]) != canonical(pair[1])}
+    if None in both[PROCESSES]:
+        del both[PROCESSES]
+    return frozenset(name for name, (ours, theirs) in both.items() if canonical(ours) != canonical(theirs))
+
+
+def _changed_alike(one: Found, other: Found) -> bool:
+    names = (one.changed | other.changed) - {PROCESSES}
+    return all(canonical(one.settings.get(name)) == canonical(other.settings.get(name)) for name in names)
 
 
 def of_measure(column: Column, measure: str) -> bool:
@@ -133,60 +147,58 @@ class Filled:
     """A table with what is there of ours.
 
     Args:
-        planned: words of the protocol by which a row is to be measured, by its folder; nothing where it is not known.
+        planned: words of the protocol by which a row is to be measured, by its folder.
         published: of every row, by its folder.
-        overrides: settings that the cells to come have instead of the published ones.
+        overrides: what the cells to come have instead of published settings.
     """
 
     table: Table
     found: list[Found]
     published: Mapping[str, Published]
     planned: Mapping[str, str]
-    overrides: Mapping[str, tuple[Any, Any]]
+    overrides: Mapping[str, Any]
+
+    @cached_property
+    def counted(self) -> list[Found]:
+        """Runs that are part of the table: what differs from the published settings in one of them is the same in all."""
+        read = [x for x in self.found if x.measured is not None]
+        read.sort(key=lambda x: x.state != "ended")
+        return [x for x in read if _changed_alike(x, read[0])]
 
     @property
-    def changed(self) -> Mapping[str, tuple[Any, Any]]:
-        """What ours have instead of the published settings: the first run that is there, or else the runs to come."""
-        there = [x for x in self.found if x.changed is not None]
-        there.sort(key=lambda x: x.state != "ended")  # one that has ended knows its processes
-        return next((x.changed for x in there if x.changed is not None), self.overrides)
+    def changed(self) -> Mapping[str, Any]:
+        """What ours have instead of published settings: the runs that are there or, without any, those to come."""
+        runs = {name: x.settings[name] for x in reversed(self.counted) for name in x.changed}
+        return runs if self.counted else self.overrides
 
-    def counts(self, found: Found) -> bool:
-        """Whether a run is part of the table: its settings are changed as those of the first are."""
-        if found.measured is None or found.changed is None:
-            return False
-        now, first = (
-            {name: pair for name, pair in changed.items() if name != PROCESSES}
-            for changed in (found.changed, self.changed)
-        )
-        return canonical(now) == canonical(first)
+    @cached_property
+    def scores(self) -> dict[str, Score]:
+        """Of every row, by its folder."""
+        return {row.folder: self._score(row) for row in self.table.rows}
 
-    def score(self, row: Row) -> Score:
-        runs = [x.measured for x in self.found if x.cell.row == row and self.counts(x)]
-        columns = [column for run in runs if run for column in run.results if of_measure(column, self.table.measure)]
+    def _score(self, row: Row) -> Score:
+        runs = [x.results for x in self.found if x.cell.row == row and x in self.counted]
+        columns = [column for results in runs for column in results if of_measure(column, self.table.measure)]
         if not columns:
             return Score(row, [], None)
-        times = Counter(columns)
-        planned = self.planned.get(row.folder)
+        times, planned = Counter(columns), self.planned[row.folder]
         column = max(columns, key=lambda column: (column.protocol == planned, times[column]))
-        return Score(row, [run.results[column] for run in runs if run and column in run.results], column)
-
-    @property
-    def scores(self) -> list[Score]:
-        return [self.score(row) for row in self.table.rows]
+        return Score(row, [results[column] for results in runs if column in results], column)
 
     @property
     def done(self) -> int:
         """Cells with their result."""
-        return sum(len(score.values) for score in self.scores)
+        return sum(len(score.values) for score in self.scores.values())
 
     @property
     def reproduced(self) -> bool:
         """Whether ours were measured under the paper's conditions, so that the numbers may be compared."""
-        protocols = {s.row.folder: s.column.protocol for s in self.scores if s.column is not None}
-        ours_alone = any(x.changed for x in self.found if self.counts(x))
-        as_published = all(self.published[name].protocol == protocol for name, protocol in protocols.items())
-        return not self.changed and not ours_alone and as_published
+        return not self.changed and all(
+            score.column is None
+            or (score.column.protocol, score.column.dataset)
+            == (self.published[name].protocol, self.published[name].settings["dataset_name"])
+            for name, score in self.scores.items()
+        )
 
     @property
     def head(self) -> list[str]:
@@ -195,7 +207,7 @@ class Filled:
 
     @property
     def body(self) -> list[list[str]]:
-        return [self._line(score) for score in self.scores]
+        return [self._line(score) for score in self.scores.values()]
 
     def _line(self, score: Score) -> list[str]:
         asked = sum(x.cell.row == score.row for x in self.found)
@@ -227,38 +239,38 @@ class Filled:
 
     def _measured_with(self, found: Found) -> tuple[str, str, str]:
         """Value, hardware and commit of a cell's result."""
-        column = self.score(found.cell.row).column
-        if not self.counts(found) or found.measured is None or column not in found.measured.results:
+        column = self.scores[found.cell.row.folder].column
+        if found.measured is None or column not in found.results or found not in self.counted:
             return EMPTY, EMPTY, EMPTY
         entry = next(x for x in reversed(found.measured.run.results) if Column.of(x) == column)
-        return f"{found.measured.results[column]:.2f}", entry["hardware"], str(entry.get("commit") or EMPTY)
+        return f"{found.results[column]:.2f}", entry["hardware"], str(entry.get("commit") or EMPTY)
 
     def notes(self) -> Iterator[str]:
         """What a reader of the table must know, in sentences."""
         yield f"The paper: {self.table.about['paper']}. Source of its numbers: {self.table.about['source']}."
-        for score in self.scores:
+        for score in self.scores.values():
             if score.row.source is not None:
                 yield f"Of another source, {score.row.title}: {score.row.source}."
         yield from self._how_ours_were_measured()
         if self.changed:
-            pairs = ", ".join(
-                f"{name} {_value(name, a)} (published: {_value(name, b)})" for name, (a, b) in self.changed.items()
-            )
-            yield f"Changed in ours: {pairs}."
+            yield f"Changed in ours: {', '.join(map(self._change, *zip(*self.changed.items(), strict=True)))}."
         if not self.reproduced:
             yield APART
-        processes = {x.measured.settings[PROCESSES] for x in self.found if x.measured and self.counts(x)} - {None}
-        if len(processes) > 1:
+        if len(processes := {x.settings[PROCESSES] for x in self.counted} - {None}) > 1:
             yield f"Ours were trained by different numbers of processes: {', '.join(map(str, sorted(processes)))}."
         for x in self.found:
-            if x.measured is not None and not self.counts(x):
+            if x.measured is not None and x not in self.counted:
                 yield f"Left out: {x.cell.folder}, whose settings are changed in another way than those of the other rows."
             if x.measured is not None and x.measured.older:
                 yield f"Left out: {x.measured.older} results of {x.cell.folder}, which are of other weights than it has now."
 
+    def _change(self, name: str, value: Any) -> str:
+        published = {canonical(x := row.settings.get(name)): _value(name, x) for row in self.published.values()}
+        return f"{name} {_value(name, value)} (published: {', '.join(published.values())})"
+
     def _how_ours_were_measured(self) -> Iterator[str]:
         rows: dict[Column, list[str]] = {}
-        for score in self.scores:
+        for score in self.scores.values():
             if score.column is not None:
                 rows.setdefault(score.column, []).append(score.row.title)
         for column, titles in rows.items():
@@ -289,14 +301,14 @@ def draw(filled: Filled, path: Path) -> bool:
         whether it was drawn.
     """
     if filled.table.x == EPOCH:
-        of_rows = [
-            (row, [x for x in filled.found if x.cell.row == row and filled.counts(x)]) for row in filled.table.rows
+        groups = [
+            plots.Overlaid(row.title, [x.measured.history for x in filled.counted if x.measured and x.cell.row == row])
+            for row in filled.table.rows
         ]
-        groups = [plots.Overlaid(row.title, [x.measured.history for x in runs if x.measured]) for row, runs in of_rows]
         return plots.compared_curves([group for group in groups if group.histories], path)
     lines = [
         Line(s.row.group, s.row.label, s.values, s.row.paper if isinstance(s.row.paper, float | int) else None)
-        for s in filled.scores
+        for s in filled.scores.values()
     ]
     return draw_lines(lines, filled.table.x, path, f"paper: {filled.table.about['conditions']}", filled.reproduced)
 
