@@ -25,7 +25,8 @@ from training.commands.linear_probe import print_table
 from training.commands.pretrain import next_command
 from training.data.decode import decode_image
 from training.data.formats import load_digits
-from training.data.images import MapImages
+from training.data.images import MapImages, collate
+from training.data.pipeline import build_render, training_images
 from training.data.sources import ImageSplits, load_images
 from training.engine.checkpoints import claim_output_dir
 from training.engine.files import write_json
@@ -38,7 +39,7 @@ from training.pretrain import announce, build_trainer, drawn_images, finish, sav
 from training.recipe import RECIPES, load_recipe, parse_pretrain, recipe_names
 from training.views.device import sample_operations, unpack_params
 from training.views.opencv import crop_and_resize
-from training.views.policy import build_policies
+from training.views.policy import VIEWS, build_policies
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -323,6 +324,27 @@ def test_the_preview_of_device_views_shows_the_draws_of_their_crops(tmp_path):
         rows = sample_operations(trained[crop.numpy().tobytes()], policy)
         for params, row in zip((query, key), rows, strict=True):
             assert unpack_params(torch.tensor(params.box), row) == params
+
+
+@pytest.mark.parametrize("backend", ["cv2", "device"])
+@pytest.mark.parametrize("dictionary", ["queue", "bank"])
+def test_the_preview_shows_unequal_views_and_the_one_view_of_a_bank(dictionary, backend, tmp_path):
+    args = parse_pretrain(
+        [*TINY, "--augmentation", "v3", "--view_backend", backend, "--output_dir", str(tmp_path / "run")]
+    )
+    args.config.dictionary, data = dictionary, args.data
+    splits, bank = load_images(data), dictionary == "bank"
+    images = training_images(data, splits, args.training, bank)
+    rows = images.__getitems__([0, 8]) if backend == "device" else collate([images[0], images[8]])
+    render = build_render(data, compiled=False, bank=bank) or dict
+    trained = render(rows)
+    drawn = list(islice(drawn_images(args, splits), 2))
+    for i, example in enumerate(drawn):
+        assert len(example.views) == len(example.params) == (1 if bank else 2)
+        assert example.params[0].blur > 0
+        for name, view in zip(VIEWS, example.views, strict=False):
+            assert (view.float() - trained[name][i].float()).abs().mean() < 3
+    assert ("index" in trained) == bank
 
 
 def test_a_preview_writes_two_figures_and_nothing_else(tmp_path, script, capsys):

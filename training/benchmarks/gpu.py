@@ -186,7 +186,7 @@ def _views_as_pil(args: argparse.Namespace) -> Iterator[Check]:
     random = np.random.default_rng(0)
     small = random.integers(0, 256, (16, 6, 6, 3), dtype=np.uint8)
     pictures = [Image.fromarray(pixels).resize((96, 96), Image.Resampling.BICUBIC) for pixels in small]
-    policies, size = build_policies("v2"), 64
+    policies, size = build_policies("v3"), 64  # has every operation
     crops, views = DeviceCrops(policies, size), DeviceViews(policies, size)
     tensors = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
     rows = [crops(x, torch.Generator().manual_seed(i)) for i, x in enumerate(tensors)]
@@ -194,8 +194,9 @@ def _views_as_pil(args: argparse.Namespace) -> Iterator[Check]:
     ours = torch.stack([rendered["pixel_values"], rendered["key_pixel_values"]], dim=1).cpu().float()
     distances = []
     for i, picture in enumerate(pictures):
-        for view, params in zip(ours[i], crops.sample(picture, torch.Generator().manual_seed(i)), strict=True):
-            right = render_view(picture, params, size, policies[0])
+        sampled = crops.sample(picture, torch.Generator().manual_seed(i))
+        for view, params, policy in zip(ours[i], sampled, policies, strict=True):
+            right = render_view(picture, params, size, policy)
             distances.append((view - right).abs().mean().item())
     yield Check("views from PIL's, mean distance in levels of 255", float(np.mean(distances)), 2)
 

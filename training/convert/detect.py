@@ -90,7 +90,8 @@ class Checkpoint:
         if self.is_classifier:
             words.append(f"{config.num_labels:,} classes")
         elif "projector_q" in self.parts:
-            words[0] += f" {PUBLISHED[config.projection_head][0]}"
+            if config.dictionary == "queue" and config.projection_head in PUBLISHED:
+                words[0] += f" {PUBLISHED[config.projection_head][0]}"
             words += [f"K {config.queue_size:,}"] if "dictionary" in self.parts else []
             words.append(f"dim {config.projection_dim}")
         words += [f"{key} {value:g}" for key, value in self.about.items() if isinstance(value, int | float)]

@@ -173,7 +173,8 @@ def _save_weights(model: Model, processor: MoCoImageProcessor, repo_id: str, lic
     config = model.config
     config.name_or_path = repo_id  # or it would be a path of this machine
     if not (isinstance(model, MoCoModel) and model.momentum_encoder) and config.dictionary not in BUILT_IN:
-        config.dictionary = "queue"  # whoever loads an encoder alone need not have registered one's own
+        # Whoever loads an encoder alone need not have registered one's own.
+        config.dictionary, config.key_encoder = "queue", "momentum"
     if config.dictionary == "bank":  # a bank is of the images of its run: a random one of one key stands for it
         config.bank_size = 1
         if isinstance(model, MoCoModel) and model.momentum_encoder:
