@@ -273,6 +273,7 @@ def test_runs_that_are_not_alike_are_not_put_together(definition, tmp_path, ran)
     assert f"Left out: 1 results of {stale}, which are of other weights" in notes
 
 
+@pytest.mark.slow
 def test_one_change_of_rows_that_are_published_differently_is_one_change(definition, tmp_path, ran):
     rows = [{"label": t, "set": {"temperature": t, "weight_decay": t}, "paper": 60.0} for t in (0.1, 0.2)]
     plan = plan_of(definition(rows=rows), tmp_path, "--weight_decay", "0.2")
@@ -285,7 +286,21 @@ def test_one_change_of_rows_that_are_published_differently_is_one_change(definit
     assert "Left out" not in notes
 
 
-def test_a_table_is_written_at_any_moment(definition, tmp_path, ran):
+def test_unfinished_and_damaged_cells_are_states(definition, tmp_path, ran):
+    plan = plan_of(definition(rows=NO_NUMBERS), tmp_path, "--seeds", "0", "1")
+    ran(plan, 1), ran(plan, 3, 90.0)
+    (ran(plan, 2, 70.0) / "results.json").write_text("{")
+    filled = plan.fill()
+    assert filled.progress.startswith("1 of 4 cells are done")
+    assert [row[3].split(":")[0] for row in filled.cells] == ["not begun", "begun", "cannot be read", "ended"]
+    assert filled.cells[3][4] == "90.00"
+    text = to_markdown(filled, False)
+    assert "| T 0.2 | 90.00 | 1 of 2 |" in text
+    assert str(tmp_path) not in re.sub(r"cannot be read[^|]*", "", text)
+
+
+@pytest.mark.slow
+def test_a_table_is_written_at_any_moment_with_its_picture(definition, tmp_path, ran):
     plan = plan_of(definition(), tmp_path, "--seeds", "0", "1")
     plan.folder.mkdir()
     write(plan.fill(), plan.folder)
@@ -308,6 +323,7 @@ def test_a_table_is_written_at_any_moment(definition, tmp_path, ran):
     assert 'id="paper 0"' in svg
 
 
+@pytest.mark.slow
 def test_seeds_that_are_there_count_even_where_they_were_not_asked_for(definition, tmp_path, ran):
     name = definition(rows=ROWS[:1])
     ran(plan_of(name, tmp_path, "--seeds", "4", "5"), 0, 90.0)
@@ -315,6 +331,7 @@ def test_seeds_that_are_there_count_even_where_they_were_not_asked_for(definitio
     assert body[0][1:3] == ["90.00", "1 of 2"]
 
 
+@pytest.mark.slow
 def test_the_curves_of_a_figure_are_those_that_were_logged(definition, tmp_path, ran):
     plan = plan_of(definition(x="epoch"), tmp_path)
     for number in range(2):
@@ -373,6 +390,20 @@ def run(script, *words) -> int:
     return 0
 
 
+def test_a_cell_with_its_result_is_passed_over(definition, launcher, tmp_path, ran, script, capsys):
+    name, words = definition(rows=NO_NUMBERS), ["--output_dir", tmp_path / "out", "--launcher", launcher]
+    command.claim(load_table(name), tmp_path / "out")
+    ran(plan_of(name, tmp_path), 0, 90.0)
+    (tmp_path / "status").write_text("75")
+    assert run(script, name, *words) == 75
+    (line,) = started(tmp_path)
+    assert line.endswith(f"--temperature 0.2 --seed 0 --output_dir {tmp_path}/out/t_0.2/seed0")
+    said = capsys.readouterr().out
+    assert "[1/2] cell 0, T 0.1, seed 0, is done" in said
+    assert "the same command continues" in said
+
+
+@pytest.mark.slow
 def test_what_is_missing_is_run_and_a_failed_cell_is_named(definition, launcher, tmp_path, ran, script, capsys):
     name, out = definition(rows=NO_NUMBERS), tmp_path / "out"
     ran(plan_of(name, tmp_path, "--seeds", "0", "1"), 1, 90.0)
@@ -407,6 +438,7 @@ def test_what_is_missing_is_run_and_a_failed_cell_is_named(definition, launcher,
     )
 
 
+@pytest.mark.slow
 def test_an_evaluation_follows_in_a_process_of_its_own(definition, launcher, tmp_path, ran, script, capsys):
     name, out = definition(measure="linear probe", rows=NO_NUMBERS[:1]), tmp_path / "out"
     words = ["--launcher", launcher, "--evaluation", "--mode cached", "--use_cpu", "--output_dir", out]
