@@ -188,15 +188,29 @@ def read_measured(folder: Path, defaults: Defaults) -> Measured:
         ValueError: there is no pretraining run, it has no complete checkpoint, or something of it is damaged.
     """
     run = read_run(folder)
-    given = {key: value for name in SECTIONS for key, value in (defaults[name] | run.recipe.get(name, {})).items()}
-    if START in run.recipe:
-        given["weights to begin with"] = run.recipe[START].get(WEIGHTS)
-    given[PROCESSES] = read_metrics(folder / METRICS, "correct it, or move it away").get(PROCESSES)
-    free = {"seed", *FREE_TO_CHANGE}
-    settings = {key: x for key, x in given.items() if key not in free and not DESTINATIONS.fullmatch(key)}
+    processes = read_metrics(folder / METRICS, "correct it, or move it away").get(PROCESSES)
+    settings, seed = settings_of(run.recipe, defaults, processes)
     state = "ended" if run.source == folder else f"step {run.state.get('global_step')} of {run.state.get('max_steps')}"
     results, older = _results(run)
-    return Measured(run, settings, given.get("seed"), state, results, older)
+    return Measured(run, settings, seed, state, results, older)
+
+
+def settings_of(
+    recipe: Mapping[str, dict[str, Any]], defaults: Defaults, processes: int | None
+) -> tuple[dict[str, Any], Any]:
+    """The settings that a run's weights depend on, defaults included, and its seed.
+
+    Args:
+        recipe: what the run was given, by section.
+        processes: None where it is not known.
+    """
+    given = {key: value for name in SECTIONS for key, value in (defaults[name] | recipe.get(name, {})).items()}
+    if START in recipe:
+        given["weights to begin with"] = recipe[START].get(WEIGHTS)
+    given[PROCESSES] = processes
+    free = {"seed", *FREE_TO_CHANGE}
+    settings = {key: x for key, x in given.items() if key not in free and not DESTINATIONS.fullmatch(key)}
+    return settings, given.get("seed")
 
 
 def _results(run: Run) -> tuple[dict[Column, float], int]:
@@ -219,17 +233,18 @@ def compare(folders: list[Path], defaults: Defaults) -> Comparison:
     groups: dict[str, list[Measured]] = {}
     for folder in tqdm(folders, "reading runs", disable=None):
         measured = read_measured(folder, defaults)
-        groups.setdefault(_canonical([measured.settings, measured.state]), []).append(measured)
+        groups.setdefault(canonical([measured.settings, measured.state]), []).append(measured)
     rows = [Row(_letter(i), runs) for i, runs in enumerate(groups.values())]
     names = list(dict.fromkeys(name for row in rows for name in row.runs[0].settings))
     values = {name: [row.runs[0].settings.get(name) for row in rows] for name in names}
     values[PROCESSES] = [value for value in values[PROCESSES] if value is not None]
-    differ = [name for name in names if len(set(map(_canonical, values[name]))) > 1]
+    differ = [name for name in names if len(set(map(canonical, values[name]))) > 1]
     columns = list(dict.fromkeys(column for row in rows for x in row.runs for column in x.results))
     return Comparison(rows, differ, columns)
 
 
-def _canonical(value: Any) -> str:
+def canonical(value: Any) -> str:
+    """A text that is the same for equal settings."""
     return json.dumps(value, sort_keys=True, default=str)
 
 
@@ -272,7 +287,7 @@ def _same_monitor(rows: list[Row]) -> bool:
     """Whether the kNN of all monitors is the same measurement."""
     names = ("knn_k", "knn_temperature", "knn_bank_size", "knn_features")
     monitors = {
-        _canonical([x.run.recipe["data"], [x.run.recipe.get("training", {}).get(name) for name in names]])
+        canonical([x.run.recipe["data"], [x.run.recipe.get("training", {}).get(name) for name in names]])
         for row in rows
         for x in row.runs
     }
@@ -284,39 +299,47 @@ def title(comparison: Comparison) -> str:
 
 
 def to_markdown(comparison: Comparison, drawn: bool) -> str:
-    def table(head: list[str], body: list[list[str]]) -> list[str]:
-        rows = [head, ["---"] * len(head), *body]
-        return ["| " + " | ".join(row) + " |" for row in rows]
-
-    def quoted(rows: list[list[str]]) -> list[list[str]]:
-        return [[escape_markdown(visible(cell)) for cell in row] for row in rows]
-
-    (head,) = quoted([comparison.head])
-    lines = [f"# {title(comparison)}", "", *table(head, quoted(comparison.body)), "", READING]
+    lines = [f"# {title(comparison)}", "", *markdown_table(comparison.head, comparison.body), "", READING]
     lines += [line for note in comparison.notes() for line in ("", escape_markdown(visible(note)))]
     if drawn:
         lines += ["", f"![Curves of all runs]({CURVES}.png)", "", OF_CURVES]
-    lines += ["", "## Runs", "", *table(["row", "seed", "state", "folder"], quoted(comparison.runs))]
+    lines += ["", "## Runs", "", *markdown_table(["row", "seed", "state", "folder"], comparison.runs)]
     return "\n".join(lines) + "\n"
 
 
-def to_html(comparison: Comparison, figure: Path | None) -> str:
-    def table(head: list[str], body: list[list[str]]) -> str:
-        names = "".join(f"<th>{escape(cell).replace('_', '_<wbr>')}</th>" for cell in head)
-        rows = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
-        return '<table class="compared">' + "\n".join([f"<tr>{names}</tr>", *rows]) + "</table>"
+def markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
+    """The lines of a table, whose words may be anybody's."""
+    head, *rows = [[escape_markdown(visible(cell)) for cell in row] for row in [head, *body]]
+    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
 
-    parts = [f"<h1>{title(comparison)}</h1>", table(comparison.head, comparison.body), f'<p class="soft">{READING}</p>']
+
+def to_html(comparison: Comparison, figure: Path | None) -> str:
+    parts = [
+        f"<h1>{title(comparison)}</h1>",
+        html_table(comparison.head, comparison.body),
+        f'<p class="soft">{READING}</p>',
+    ]
     parts += [f'<p class="missing">{escape(note)}</p>' for note in comparison.notes()]
     if figure is not None:
         parts += ["<h2>Curves</h2>", embedded(figure, "Curves of all runs", OF_CURVES)]
-    parts += ["<h2>Runs</h2>", table(["row", "seed", "state", "folder"], comparison.runs)]
+    parts += ["<h2>Runs</h2>", html_table(["row", "seed", "state", "folder"], comparison.runs)]
     return document(title(comparison), parts)
+
+
+def html_table(head: list[str], body: list[list[str]]) -> str:
+    """A table, whose words may be anybody's."""
+    names = "".join(f"<th>{escape(cell).replace('_', '_<wbr>')}</th>" for cell in head)
+    rows = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
+    return '<table class="compared">' + "\n".join([f"<tr>{names}</tr>", *rows]) + "</table>"
 
 
 def to_text(comparison: Comparison) -> str:
     """The table for a terminal, with its notes."""
-    rows = [comparison.head, *comparison.body]
+    return "\n".join([*text_table(comparison.head, comparison.body), READING, *comparison.notes()])
+
+
+def text_table(head: list[str], body: list[list[str]]) -> list[str]:
+    """The lines of a table for a terminal."""
+    rows = [head, *body]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, READING, *comparison.notes()])
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

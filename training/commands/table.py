@@ -1,0 +1,417 @@
+"""Run a table of a paper and show ours beside theirs: `python scripts/table.py v1_key_momentum --seeds 0 1 2`."""
+
+import dataclasses
+import functools
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tqdm import tqdm
+from transformers.utils import logging
+
+from ..cli import build_parser, default_values, how_to_run, refuse_secrets
+from ..engine.run_folder import check_same_run, ended, has_begun, write_recipe
+from ..engine.sgd_trainer import REQUEUE
+from ..errors import one_line, one_line_errors
+from ..evaluation.knn import protocol as knn_protocol
+from ..evaluation.linear_probe import parse_linear_probe
+from ..evaluation.probe_arguments import LinearProbeArguments
+from ..process import command
+from ..recipe import PARTS, PretrainArguments, parse_pretrain
+from ..reports.children import Children, in_words, program
+from ..reports.compare import canonical, settings_of
+from ..reports.table import TABLES, Cell, Row, Table, claim, load_table, table_names
+from ..reports.table_results import NAME, Filled, Found, Published, changes, find, of_measure, to_text, write
+
+LINEAR_PROBE = "linear probe"
+FAILED = 1  # exit status where a cell has failed
+ON_THE_CPU = ["--use_cpu"]  # for what is parsed here: this process takes no memory of a GPU, which the cells need
+OF_A_CELL = {  # flags of pretraining that the table gives itself, or that mean nothing for all cells alike
+    "seed": "pass --seeds",
+    "recipe": "the rows of a table name theirs",
+    "preview_views": "show the views of one run by pretrain",
+    "run_name": "every cell is called after its folder",
+    "push_to_hub": "publish the run that you choose",
+}
+# Flags that mean the same in the evaluation, which gets them too.
+SHARED = ("use_cpu", "per_device_eval_batch_size", "dataloader_num_workers", "report_to", "project")
+
+
+@command
+def main(argv: list[str]) -> None:
+    logging.disable_progress_bar()
+    with one_line_errors():
+        if "--tables" in argv:
+            show_tables()
+            return
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "a table starts the processes of its cells itself: start it by python, and pass --launcher 'accelerate "
+                "launch ...'"
+            )
+        plan = parse_table(argv)
+        if not plan.write_only:
+            plan.check()
+        if plan.list_only:
+            show_cells(plan)
+            return
+        claim(plan.table, plan.folder)
+    failed = [] if plan.write_only else run_cells(plan)
+    with one_line_errors():
+        filled = plan.fill()
+        write(filled, plan.folder)
+        print(f"\n{to_text(filled)}\nWrote {plan.folder / NAME}.html and .md")
+    for sentence in failed:
+        print(f"error: {sentence}", file=sys.stderr)
+    if failed:
+        raise SystemExit(FAILED)
+
+
+# The command line
+
+
+@dataclasses.dataclass
+class RowPlan:
+    """A row as it is to be run.
+
+    Args:
+        words: of `pretrain`, without seed and folder.
+        args: what they mean.
+        published: the row without the overrides of the command line.
+        protocol: by which it will be measured, in the words of results.
+    """
+
+    row: Row
+    words: list[str]
+    args: PretrainArguments
+    published: Published
+    protocol: str
+
+
+@dataclasses.dataclass
+class Plan:
+    """A parsed command line.
+
+    Args:
+        rows: by the names of their folders.
+        cells: of all rows and seeds.
+        only: numbers of the cells that are to run; None for all.
+        launcher: words before the script, in place of python.
+        evaluation: flags of the evaluation.
+        write_only, list_only: run nothing.
+    """
+
+    table: Table
+    rows: dict[str, RowPlan]
+    seeds: list[int]
+    folder: Path
+    only: list[int] | None
+    launcher: list[str]
+    evaluation: list[str]
+    write_only: bool
+    list_only: bool
+
+    @property
+    def cells(self) -> list[Cell]:
+        return self.table.cells(self.folder, self.seeds)
+
+    @property
+    def chosen(self) -> list[Cell]:
+        """The cells that are to run.
+
+        Raises:
+            ValueError: there is no cell of a number.
+        """
+        cells = self.cells
+        for number in self.only or []:
+            if not 0 <= number < len(cells):
+                raise ValueError(
+                    f"there is no cell {number}: {self.table.name} with {len(self.seeds)} seeds has cells 0 to {len(cells) - 1}"
+                )
+        return cells if self.only is None else [cells[number] for number in dict.fromkeys(self.only)]
+
+    def steps(self, cell: Cell) -> dict[str, list[str]]:
+        """The commands of a cell by the script that they start."""
+        pretrain = [*self.rows[cell.row.folder].words, "--seed", str(cell.seed), "--output_dir", str(cell.folder)]
+        steps = {"pretrain": [*self.launcher, *program("pretrain"), *pretrain]}
+        if self.table.measure == LINEAR_PROBE:
+            steps["linear_probe"] = [*self.launcher, *program("linear_probe"), str(cell.folder), *self.evaluation]
+        return steps
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: the launcher is not there, or a folder holds the run of another command.
+        """
+        if shutil.which(self.launcher[0]) is None:
+            raise ValueError(f"launcher ({self.launcher[0]}) is no program here: is its environment activated?")
+        for cell in self.cells:
+            if has_begun(cell.folder):
+                args = self.rows[cell.row.folder].args
+                training = args.settings["training"] | {"seed": cell.seed}
+                check_same_run(cell.folder, args.settings | {"training": training}, args.defaults)
+
+    def find(self, cell: Cell) -> Found:
+        return find(cell, self.rows[cell.row.folder].published, default_values(PARTS))
+
+    def is_done(self, found: Found) -> bool:
+        """Whether a cell has its result."""
+        if found.measured is None or found.state != "ended":
+            return False
+        planned = self.rows[found.cell.row.folder].protocol
+        return any(of_measure(c, self.table.measure) and c.protocol == planned for c in found.measured.results)
+
+    def fill(self) -> Filled:
+        """The table with all that is there now: of the seeds that were asked for, and of others."""
+        seeds = [*self.seeds, *sorted(self._seeds_there() - {*self.seeds})]
+        cells = self.table.cells(self.folder, seeds)
+        found = [self.find(cell) for cell in tqdm(cells, "reading cells", disable=None, leave=False)]
+        overrides: dict[str, Any] = {}
+        for row in self.rows.values():
+            to_come = settings(row.args, None)
+            overrides |= {name: to_come[name] for name in changes(to_come, row.published.settings)}
+        published = {name: row.published for name, row in self.rows.items()}
+        return Filled(self.table, found, published, {name: row.protocol for name, row in self.rows.items()}, overrides)
+
+    def _seeds_there(self) -> set[int]:
+        names = [path.name.removeprefix("seed") for path in self.folder.glob("*/seed*")]
+        return {int(name) for name in names if name.isdecimal()}
+
+
+def parse_table(argv: list[str]) -> Plan:
+    """A table with the rows as they are to be run. Every command line of its cells is parsed.
+
+    Raises:
+        ValueError: an unknown table or flag, or a value out of its range.
+    """
+    argv = _joined(argv)
+    parser = _parser(PARTS.values())
+    parser.parse_args(argv)  # says what is unknown, and --help
+    if not argv or argv[0].startswith("-"):
+        raise ValueError(f"no table named: begin with one of {', '.join(table_names())}, or with a file of that form")
+    own, overrides = _parser([]).parse_known_args(argv)
+    refuse_secrets(shlex.split(own.launcher) + shlex.split(own.evaluation))
+    table, given = load_table(own.table), parser.given(argv) - {"table", *OWN}
+    for name in sorted(given):
+        if name in OF_A_CELL or name.startswith("hub_"):
+            raise ValueError(f"{name} is not for all cells alike: {OF_A_CELL.get(name, OF_A_CELL['push_to_hub'])}")
+    if sorted(set(own.seeds)) != sorted(own.seeds) or min(own.seeds) < 0:
+        raise ValueError(f"seeds ({' '.join(map(str, own.seeds))}) must be different numbers from 0 on")
+    namespace = parser.parse_args(argv)
+    shared = {name: getattr(namespace, name) for name in SHARED if name in given}
+    evaluation = [*flags(shared), *shlex.split(own.evaluation)]
+    folder = Path(own.output_dir or f"runs/tables/{table.name}")
+    rows = {row.folder: plan_row(table, row, overrides, evaluation) for row in table.rows}
+    plan = Plan(
+        table,
+        rows,
+        own.seeds,
+        folder,
+        own.cell,
+        shlex.split(own.launcher) or [sys.executable],
+        evaluation,
+        own.write_only,
+        own.list,
+    )
+    _check_rows_differ(plan)
+    return plan
+
+
+def _joined(argv: list[str]) -> list[str]:
+    # Or what follows, which is made of flags, would be taken for flags of ours.
+    words = list(argv)
+    for i in reversed(range(len(words) - 1)):
+        if words[i] in ("--launcher", "--evaluation"):
+            words[i : i + 2] = [f"{words[i]}={words[i + 1]}"]
+    return words
+
+
+OWN = ("seeds", "cell", "launcher", "evaluation", "output_dir", "list", "write_only", "tables")
+
+
+def _parser(kinds: Any) -> Any:
+    parser = build_parser(
+        kinds,
+        usage=f"{how_to_run('table')} NAME [--seeds 0 1 2] [--flag value ...]",
+        description=f"{__doc__} The flags of pretraining change all cells alike.",
+    )
+    parser.add_argument("table", nargs="?", help=f"One of {', '.join(table_names())}, or a file of that form.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="Seeds that every row is trained with.")
+    parser.add_argument("--cell", type=int, nargs="+", help="Run these cells alone, by the numbers of --list.")
+    parser.add_argument(
+        "--launcher",
+        default="",
+        help="What starts a command in several processes, e.g. 'accelerate launch --multi_gpu --num_processes 8'.",
+    )
+    parser.add_argument(
+        "--evaluation", default="", help="Flags of the linear probe, e.g. --evaluation='--mode cached'."
+    )
+    parser.add_argument("--list", action="store_true", help="Show the cells and their commands, and run nothing.")
+    parser.add_argument("--write_only", action="store_true", help="Write the table of what is there, and run nothing.")
+    parser.add_argument("--tables", action="store_true", help="Show the names of all tables.")
+    if "output_dir" not in parser.names:
+        parser.add_argument("--output_dir", help="Folder of the table; by default runs/tables/NAME.")
+    return parser
+
+
+def plan_row(table: Table, row: Row, overrides: list[str], evaluation: list[str]) -> RowPlan:
+    """
+    Raises:
+        ValueError: a flag of the row, of the overrides or of the evaluation has a wrong name or value.
+    """
+    words = ["--recipe", row.base, *flags(row.settings)]
+    try:
+        as_published = parse_pretrain([*words, *ON_THE_CPU])
+    except ValueError as error:
+        raise ValueError(f"row {row.title!r} of {table.name}: {error}") from error
+    args = parse_pretrain([*words, *overrides, *ON_THE_CPU]) if overrides else as_published
+    knn = args.training.knn_k[0], args.training.knn_temperature
+    if table.measure == LINEAR_PROBE:
+        protocol, published = probe_protocol(args, evaluation), probe_protocol(as_published, [])
+    else:
+        protocol, published = knn_protocol(*knn), knn_protocol(as_published.training.knn_k[0], knn[1])
+    processes = None if as_published.config.batch_norm == "sync" else as_published.recipe.processes
+    return RowPlan(row, [*words, *overrides], args, Published(settings(as_published, processes), published), protocol)
+
+
+def settings(args: PretrainArguments, processes: int | None) -> dict[str, Any]:
+    """The settings that a run's weights depend on, defaults included."""
+    return settings_of(args.settings, default_values(PARTS), processes)[0]
+
+
+def probe_protocol(args: PretrainArguments, words: list[str]) -> str:
+    """How the linear probe of a run will call its result.
+
+    Raises:
+        ValueError: a flag is unknown, or a value out of its range.
+    """
+    if any(word.split("=")[0] in ("--output_dir", "--random_encoder") for word in words):
+        raise ValueError(
+            "evaluation is of the cell's own weights, in its own folder: leave --random_encoder and --output_dir out"
+        )
+    sections = json.dumps({name: args.settings[name] for name in ("data", "probe")})
+    return _probe_protocol(sections, tuple(words))
+
+
+@functools.cache  # rows have much in common
+def _probe_protocol(sections: str, words: tuple[str, ...]) -> str:
+    with TemporaryDirectory() as stand_in:  # of the run, which may not be there yet
+        write_recipe(Path(stand_in), json.loads(sections))
+        training: LinearProbeArguments = parse_linear_probe([stand_in, *words, *ON_THE_CPU]).training
+    kind = "official" if training.mode == "official" else "cached features, SGD"
+    return f"linear probe, {kind}, {training.protocol}"
+
+
+def flags(values: Mapping[str, Any]) -> list[str]:
+    """Settings as words of a command line.
+
+    Raises:
+        ValueError: a value is none.
+    """
+    words: list[str] = []
+    for name, value in values.items():
+        if value is None:
+            raise ValueError(f"{name} has no value: take a recipe as the base that does not set it")
+        many = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        words += [f"--{name}", *map(str, many)]
+    return words
+
+
+def _check_rows_differ(plan: Plan) -> None:
+    """
+    Raises:
+        ValueError: rows whose cells are to run have become one by the overrides.
+    """
+    rows: dict[str, str] = {}
+    for name in dict.fromkeys(cell.row.folder for cell in plan.chosen):
+        row = plan.rows[name]
+        same = rows.setdefault(canonical(settings(row.args, None)), row.row.title)
+        if same != row.row.title:
+            raise ValueError(
+                f"rows {same!r} and {row.row.title!r} of {plan.table.name} are the same with these flags: leave out the "
+                "flag that they differ in, or name the cells that you want by --cell"
+            )
+
+
+# Running
+
+
+def run_cells(plan: Plan) -> list[str]:
+    """Run what is missing, one cell after the other, and write the table after each that has got its result.
+
+    Returns:
+        a sentence for each cell that has failed.
+    """
+    children, cells, failed = Children(), plan.chosen, []
+    with children.receiving():
+        for i, cell in enumerate(cells, 1):
+            head = f"[{i}/{len(cells)}] {describe(cell)}"
+            try:
+                if plan.is_done(plan.find(cell)):
+                    print(f"{head}, is done")
+                    continue
+                problem = run_cell(plan, cell, head, children)
+            except ValueError as error:  # of a damaged file
+                problem = one_line(error)
+            if problem is None:
+                write(plan.fill(), plan.folder)
+            else:
+                failed.append(f"{describe(cell)}: {problem}")
+    return failed
+
+
+def run_cell(plan: Plan, cell: Cell, head: str, children: Children) -> str | None:
+    """Train and evaluate a cell, or what is left of it.
+
+    Returns:
+        what went wrong, if anything.
+    """
+    for script, words in plan.steps(cell).items():
+        if script == "pretrain" and ended(cell.folder):
+            continue
+        print(f"{head}\n  {in_words(words)}")
+        status = children.run(words)
+        if children.stopped_by is not None or status == REQUEUE:
+            stop(children)
+        if status:
+            return f"status {status} of {in_words(words)}"
+    if not plan.is_done(plan.find(cell)):
+        return f"it has ended without a {plan.table.measure}: look at what it has printed"
+    return None
+
+
+def stop(children: Children) -> None:
+    name = "a signal" if children.stopped_by is None else children.stopped_by.name
+    print(f"Stopped by {name}. What is complete is kept; the same command continues.")
+    raise SystemExit(REQUEUE)
+
+
+def describe(cell: Cell) -> str:
+    return f"cell {cell.number}, {cell.row.title}, seed {cell.seed}"
+
+
+def show_cells(plan: Plan) -> None:
+    for cell in plan.chosen:
+        found = plan.find(cell)
+        print(f"{describe(cell)}: {'done' if plan.is_done(found) else found.state}")
+        for words in plan.steps(cell).values():
+            print(f"  {in_words(words)}")
+
+
+def show_tables() -> None:
+    tables = {name: load_table(name) for name in table_names()}
+    for name, table in tables.items():
+        print(
+            f"{name:<{max(map(len, tables))}}  {table.about['title']} ({table.about['paper']}), {len(table.rows)} rows"
+        )
+    print(f"Write one of your own as those in {TABLES}, and name the file.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
