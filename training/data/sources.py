@@ -313,15 +313,22 @@ def load_splits(args: SplitDataArguments) -> AllSplits:
     return AllSplits(rows, class_names, content, decoder)
 
 
+class NotOpenedError(ValueError):
+    """A dataset does not exist, no longer or not yet, or it cannot be reached or read."""
+
+
 def _open(args: SourceArguments, asked: set[str]) -> Opened:
-    opened = open_dataset(
-        args.dataset_name,
-        args.dataset_config_name,
-        streaming=args.streaming,
-        train_split=args.train_split,
-        asked=asked,
-        label_column=args.label_column or "label",
-    )
+    try:
+        opened = open_dataset(
+            args.dataset_name,
+            args.dataset_config_name,
+            streaming=args.streaming,
+            train_split=args.train_split,
+            asked=asked,
+            label_column=args.label_column or "label",
+        )
+    except ValueError as error:
+        raise NotOpenedError(str(error)) from error
     if rank() == 0 and opened.account is not None:
         print(f"{args.dataset_name}: {opened.account}")
     if rank() == 0 and args.dataset_name == DIGITS and Path(DIGITS).exists():
