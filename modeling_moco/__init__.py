@@ -9,7 +9,7 @@ from transformers import (
 )
 
 from .configuration_moco import MoCoConfig
-from .dictionary_moco import QueueDictionary, register_dictionary
+from .dictionary_moco import Dictionary, QueueDictionary, register_dictionary
 from .image_processing_moco import MoCoImageProcessor, MoCoImageProcessorPil
 from .modeling_moco import MoCoBackbone, MoCoForImageClassification, MoCoModel, MoCoOutput
 
@@ -26,6 +26,7 @@ AutoImageProcessor.register(
 )
 
 __all__ = [
+    "Dictionary",
     "MoCoBackbone",
     "MoCoConfig",
     "MoCoForImageClassification",

@@ -1,14 +1,11 @@
-"""The dictionary that queries are contrasted with.
+"""The dictionaries that queries are contrasted with: a queue, the batch, or a bank of all images.
 
-Shapes: `N` local batch, `R` processes, `C` projection_dim, `K` queue_size.
+Shapes: `N` local batch, `R` processes, `V` views that are queries, `C` projection_dim, `K` negatives of a query.
 
-A dictionary is a module with three methods: `forward(q, k, temperature)` returns the loss and the logits,
-`enqueue(keys)` is told the keys of all processes after the backward pass, and `after_loading()` follows every load. A fourth,
-`reset()`, gives the tensors that no checkpoint has their first values. To add one, write the class and register it: its name is
-a value of the setting `dictionary` of a model.
+To add one, derive a class from `Dictionary` and register it: its name is a value of the setting `dictionary` of a model.
 """
 
-from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
 from .configuration_moco import MoCoConfig
+from .distributed_moco import local_slice
 
 COLUMNS = 8192  # columns of the queue to process at once: 1 MB for 32 queries, which fits into a CPU cache
 
@@ -78,7 +76,52 @@ def info_nce(
     return InfoNCE.apply(q, k, queue, temperature)
 
 
-class QueueDictionary(nn.Module):
+class Dictionary(nn.Module):
+    """The interface of a dictionary: what a step asks of it, and what it leaves to those that need it.
+
+    `generator` samples what is random in a step. It must have the same state on all processes; a run seeds it by the step.
+    """
+
+    generator: torch.Generator | None = None
+
+    @classmethod
+    def from_config(cls, config: MoCoConfig) -> Self:
+        """Build it for a model with this configuration."""
+        return cls()
+
+    def forward(
+        self, q: torch.Tensor, keys: torch.Tensor, temperature: float, index: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of queries against their keys and those of the dictionary.
+
+        Args:
+            q: queries of this process, unit length, float32 (V, N, C).
+            keys: keys of all processes in rank order, unit length, float32 (V, R·N, C).
+            temperature: T > 0, which divides the similarities.
+            index: numbers of the images of the queries in the dataset (N,), for a dictionary that asks for them.
+
+        Returns:
+            the mean over the queries, natural logarithm (scalar); and similarities divided by T, the positive first, without
+            gradient (V·N, 1+K).
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def negatives(config: MoCoConfig, images: int) -> int:
+        """K, the number of keys that a query is contrasted with beside its own, for a global batch of `images`."""
+        return config.queue_size
+
+    def enqueue(self, keys: torch.Tensor, index: torch.Tensor | None = None) -> None:
+        """Take the keys of all processes (V·R·N, C), of the images `index` (R·N,). Called after backward."""
+
+    def reset(self) -> None:
+        """Give the tensors that no checkpoint has filled their first values."""
+
+    def after_loading(self) -> None:
+        """Called after every load."""
+
+
+class QueueDictionary(Dictionary):
     """First in, first out: the K newest keys of all processes (arXiv:1911.05722, section 3.2).
 
     Buffers, named as in the official checkpoints: `queue` (C, K) in float32 whatever the dtype that a model is loaded in,
@@ -95,6 +138,10 @@ class QueueDictionary(nn.Module):
         self.register_buffer("queue_ptr", torch.empty(1, dtype=torch.long))
         self.reset()
 
+    @classmethod
+    def from_config(cls, config: MoCoConfig) -> Self:
+        return cls(config.projection_dim, config.queue_size)
+
     @torch.no_grad()
     def reset(self) -> None:
         """Fill the queue with random directions. Tensors that a checkpoint has just filled are left alone."""
@@ -106,16 +153,17 @@ class QueueDictionary(nn.Module):
         """A queue of another size than the checkpoint's is fresh, but has the checkpoint's pointer."""
         self.queue_ptr.remainder_(self.queue.shape[1])
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss (scalar) and logits (N, 1+K) of queries and their own keys, both float32 (N, C). See `info_nce`."""
-        return info_nce(q, k, self.queue.to(q.dtype), temperature)  # `model.half()` casts the queue too
+    def forward(self, q, keys, temperature, index=None):
+        k = keys[:, local_slice(q.shape[1])]
+        queue = self.queue.to(q.dtype)  # `model.half()` casts the queue too
+        return info_nce(q.flatten(0, 1), k.flatten(0, 1), queue, temperature)
 
     @torch.no_grad()
-    def enqueue(self, keys: torch.Tensor) -> None:
+    def enqueue(self, keys: torch.Tensor, index: torch.Tensor | None = None) -> None:
         """Overwrite the oldest keys, wrapping around at the end. Call it after backward: the queue is needed there.
 
         Args:
-            keys: keys of all processes in rank order (R·N, C), R·N <= K.
+            keys: keys of all processes in rank order (V·R·N, C), at most K.
 
         Raises:
             ValueError: more keys than the queue holds.
@@ -131,15 +179,99 @@ class QueueDictionary(nn.Module):
         self.queue_ptr.add_(len(keys)).remainder_(size)
 
 
-# Of each, the class that is built from projection_dim and queue_size.
-DICTIONARIES: dict[str, Callable[[int, int], nn.Module]] = {"queue": QueueDictionary}
+class BatchDictionary(Dictionary):
+    """The keys of the global batch and nothing else (v1 paper, figure 2a; arXiv:2104.02057).
+
+    A gradient reaches the keys too, where they have one.
+    """
+
+    def forward(self, q, keys, temperature, index=None):
+        mine = local_slice(q.shape[1])
+        own = torch.arange(mine.start, mine.stop, device=q.device)[:, None].expand(len(q), -1, -1)  # (V, N, 1)
+        l_pos = (q * keys[:, mine]).sum(dim=2, keepdim=True)  # (V, N, 1)
+        l_neg = [(q @ some.mT).scatter(2, own, -torch.inf) for some in self.contrasted(keys)]  # (V, N, R·N) each
+        logits = torch.cat([l_pos, *l_neg], dim=2).flatten(0, 1) / temperature
+        return F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long)), logits.detach()
+
+    def contrasted(self, keys: torch.Tensor) -> list[torch.Tensor]:
+        """The keys (V, R·N, C) that queries of each view are contrasted with."""
+        return [keys]
+
+    @staticmethod
+    def negatives(config: MoCoConfig, images: int) -> int:
+        return images - 1
 
 
-def register_dictionary(name: str, kind: Callable[[int, int], nn.Module]) -> None:
+class BothViewsDictionary(BatchDictionary):
+    """Both views of all other images of the global batch: the loss is NT-Xent (arXiv:2002.05709, equation 1)."""
+
+    def contrasted(self, keys: torch.Tensor) -> list[torch.Tensor]:
+        return [keys, keys.flip(0)]
+
+    @staticmethod
+    def negatives(config: MoCoConfig, images: int) -> int:
+        return 2 * (images - 1)
+
+
+class BankDictionary(Dictionary):
+    """One key for every image of the dataset, the moving average of what it was encoded to (arXiv:1805.01978).
+
+    The positive of a query is the key of its image. Its negatives are K keys that are drawn once for the batch, with
+    replacement, the image's own not excluded. Buffer: `bank` (images, C), float32, rows of unit length.
+    """
+
+    bank: torch.Tensor
+
+    def __init__(self, dim: int, images: int, size: int, momentum: float):
+        super().__init__()
+        if images < 1:
+            raise ValueError(f"bank_size ({images}) must be the number of images of the dataset")
+        self.size, self.momentum = size, momentum
+        self.register_buffer("bank", torch.empty(images, dim, dtype=torch.float32))
+        self.reset()
+
+    @classmethod
+    def from_config(cls, config: MoCoConfig) -> Self:
+        return cls(config.projection_dim, config.bank_size, config.queue_size, config.bank_momentum)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Fill the bank with random directions. Tensors that a checkpoint has just filled are left alone."""
+        init.copy_(self.bank, F.normalize(torch.randn_like(self.bank), dim=1))
+
+    def forward(self, q, keys, temperature, index=None):
+        # On the CPU, so that all processes draw the same ones.
+        drawn = torch.randint(len(self.bank), (self.size,), generator=self.generator, device="cpu")
+        negatives = self.bank[drawn.to(q.device, non_blocking=True)].T
+        return info_nce(q[0], self.bank[index].to(q.dtype), negatives.to(q.dtype), temperature)
+
+    def enqueue(self, keys: torch.Tensor, index: torch.Tensor | None = None) -> None:
+        """Move the keys of the images `index` (R·N,) towards `keys` (R·N, C)."""
+        self.store(keys, index, self.momentum)
+
+    @torch.no_grad()
+    def store(self, keys: torch.Tensor, index: torch.Tensor | None, momentum: float) -> None:
+        """Of an image that is there more than once, the last key counts: so all processes keep the same bank."""
+        assert index is not None
+        last = len(index) - 1 - (index[:, None] == index.flip(0)).int().argmax(dim=1)
+        averaged = torch.lerp(keys[last].to(self.bank.dtype), self.bank[index], momentum)
+        self.bank.index_copy_(0, index, F.normalize(averaged, dim=1))
+
+
+DICTIONARIES: dict[str, type[Dictionary]] = {
+    "queue": QueueDictionary,
+    "batch": BatchDictionary,
+    "batch_both_views": BothViewsDictionary,
+    "bank": BankDictionary,
+}
+BUILT_IN = frozenset(DICTIONARIES)
+
+
+def register_dictionary(name: str, kind: type[Dictionary]) -> None:
     """Make a class of dictionaries known as a value of `MoCoConfig.dictionary`, in this process.
 
     Args:
-        kind: has the methods of [`QueueDictionary`] and is built in the same way, from C and K.
+        kind: a [`Dictionary`].
 
     Raises:
         ValueError: the name has another class.
@@ -160,6 +292,12 @@ def check_dictionary(name: str) -> None:
         )
 
 
-def build_dictionary(config: MoCoConfig) -> nn.Module:
+def negatives(config: MoCoConfig, images: int) -> int:
+    """K, the number of keys that a query is contrasted with beside its own, for a global batch of `images`."""
     check_dictionary(config.dictionary)
-    return DICTIONARIES[config.dictionary](config.projection_dim, config.queue_size)
+    return DICTIONARIES[config.dictionary].negatives(config, images)
+
+
+def build_dictionary(config: MoCoConfig) -> Dictionary:
+    check_dictionary(config.dictionary)
+    return DICTIONARIES[config.dictionary].from_config(config)

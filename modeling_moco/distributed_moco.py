@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from .configuration_moco import MoCoConfig
 from .split_norm_moco import SplitBatchNorm2d
@@ -26,16 +27,31 @@ def local_slice(n: int) -> slice:
     return slice(start, start + n)
 
 
-@torch.no_grad()
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        out = x.new_empty((world_size() * len(x), *x.shape[1:]))
+        # torch 2.14 renamed it, and warns of the older name.
+        gather_into = dist.all_gather_single if torch.__version__ >= "2.14" else dist.all_gather_into_tensor
+        gather_into(out, x.contiguous())
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        # The losses of all ranks read these rows. Their sum, for DistributedDataParallel takes the mean over the ranks later.
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total[local_slice(len(total) // world_size())]
+
+
 def gather(x: torch.Tensor) -> torch.Tensor:
-    """Concatenate `x` (N, ...) of all ranks in rank order: (R·N, ...)."""
-    if world_size() == 1:
-        return x
-    out = x.new_empty((world_size() * len(x), *x.shape[1:]))
-    # torch 2.14 renamed it, and warns of the older name.
-    gather_into = dist.all_gather_single if torch.__version__ >= "2.14" else dist.all_gather_into_tensor
-    gather_into(out, x.contiguous())
-    return out
+    """Concatenate `x` (N, ...) of all ranks in rank order: (R·N, ...).
+
+    The gradient of `x` is that of the sum of all ranks' losses. A gradient of the own loss alone would leave out how the rows
+    act on other ranks, and the loss would not show it.
+    """
+    return x if world_size() == 1 else _Gather.apply(x)
 
 
 @torch.no_grad()
@@ -62,7 +78,7 @@ def exchange(x: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
 
 
 def convert_batch_norm(encoder: nn.Module, config: MoCoConfig) -> nn.Module:
-    """Give the BatchNorm layers of an encoder the behaviour that `config.batch_norm` names, keeping their state."""
+    """Give the BatchNorm layers of an encoder or a head the behaviour that `config.batch_norm` names, keeping their state."""
     if config.batch_norm == "sync":
         return timm.layers.convert_sync_batchnorm(encoder)  # torch's own drops the activation of timm's BatchNormAct2d
     if config.batch_norm == "split":

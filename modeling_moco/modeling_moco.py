@@ -1,10 +1,9 @@
-"""Momentum Contrast (arXiv:1911.05722, arXiv:2003.04297) with any timm encoder.
+"""Momentum Contrast (arXiv:1911.05722, 2003.04297, 2104.02057) and what it is compared with, for any timm encoder.
 
-Shapes: `N` local batch, `R` processes, `C` projection_dim, `K` queue_size, `D` feature width, `H`, `W` pixels.
+Shapes: `N` local batch, `R` processes, `V` views that are queries (1, or 2 with `symmetric_loss`), `C` projection_dim,
+`K` negatives of a query, `D` feature width, `H`, `W` pixels.
 """
 
-import difflib
-import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -26,16 +25,18 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from .checkpointing_moco import spare_statistics
 from .configuration_moco import MoCoConfig
 from .dictionary_moco import build_dictionary
-from .distributed_moco import convert_batch_norm, exchange, gather, local_slice, world_size
+from .distributed_moco import convert_batch_norm, exchange, gather, world_size
+from .encoder_moco import TimmEncoder, build_encoder, freeze_stem, is_new, mark_initialised, named_tensors, tensors
+from .heads_moco import build_predictor, build_projector
 from .image_processing_moco import MoCoImageProcessor, normalize  # noqa: F401  (remote code must import the processor)
 
 logger = logging.get_logger(__name__)
 
-STATE_OF_TRAINING = [r"encoder_k\.", r"projector_[qk]\.", r"dictionary\."]  # tensors for contrastive training alone
-OF_TIMM = inspect.signature(timm.create_model).parameters.keys()  # where weights come from, and the like
-TimmEncoder = Any  # timm has no type for "a model with forward_features, forward_head and feature_info"
+# Tensors for contrastive training alone.
+STATE_OF_TRAINING = [r"encoder_k\.", r"projector_[qk]\.", r"predictor_q\.", r"dictionary\."]
 
 
 @dataclass
@@ -43,95 +44,22 @@ class MoCoOutput(ModelOutput):
     """Output of a contrastive step.
 
     Args:
-        loss: InfoNCE, the mean over the local batch, natural logarithm (scalar).
-        logits: similarities divided by the temperature, the positive first, float32, without gradient (N, 1+K).
-        query_embeds: queries of this process, unit length, float32 (N, C).
-        key_embeds: keys of all processes in rank order, unit length, float32, without gradient (R·N, C).
+        loss: InfoNCE, the mean over the local batch, natural logarithm, times `loss_scale` (scalar).
+        logits: similarities divided by the temperature, the positive first, float32, without gradient (V·N, 1+K). Where the
+            dictionary is the batch, the image's own keys among the others are -inf.
+        query_embeds: queries of this process, unit length, float32 (V·N, C).
+        key_embeds: keys of all processes in rank order, unit length, float32, without gradient (V·R·N, C).
+        key_index: numbers of the images of the keys, where a bank was told those of the queries (R·N,).
 
-    With `symmetric_loss` the loss is the sum of the losses of both views, and all first dimensions are twice as long. Logits
-    and queries begin with the queries of the first view. Keys begin with the keys of the first view, which are the positives
-    of the second view's queries.
+    With `symmetric_loss` the loss is the sum of the losses of both views. Logits and queries begin with the queries of the
+    first view. Keys begin with the keys of the first view, which are the positives of the second view's queries.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     query_embeds: torch.Tensor | None = None
     key_embeds: torch.Tensor | None = None
-
-
-def build_encoder(config: MoCoConfig) -> TimmEncoder:
-    """Build the timm model of a configuration, without classifier and with the configured stem.
-
-    Its BatchNorm is torch's: what `config.batch_norm` names is for contrastive training alone.
-
-    Raises:
-        ValueError: timm has no such model, it refuses `model_args`, or it cannot have this stem.
-    """
-    if not timm.is_model(config.architecture):
-        close = difflib.get_close_matches(config.architecture, timm.list_models()) or timm.list_models("resnet*")[:3]
-        raise ValueError(f"architecture ({config.architecture!r}) is not a timm model: try {', '.join(close)}")
-    if refused := (config.model_args or {}).keys() & OF_TIMM:
-        raise ValueError(
-            f"model_args ({config.model_args}) may not have {min(refused)}, which is no argument of {config.architecture}: "
-            "weights come from a model's own folder"
-        )
-    try:
-        encoder = timm.create_model(config.architecture, pretrained=False, num_classes=0, **(config.model_args or {}))
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"model_args ({config.model_args}) do not fit {config.architecture}: {error}") from error
-    for module in encoder.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_parameters()  # timm starts the last one of a residual block at 0, the official code at 1
-    _mark_initialised(encoder)
-    if config.stem != "default":
-        if not isinstance(encoder, timm.models.ResNet):
-            raise ValueError(f"stem={config.stem!r} is for ResNets, not for {config.architecture}: use stem='default'")
-        encoder.maxpool = nn.Identity()
-        if config.stem == "small":
-            encoder.conv1 = nn.Conv2d(3, encoder.bn1.num_features, kernel_size=3, stride=1, padding=1, bias=False)
-    return encoder
-
-
-def _tensors(module: nn.Module, recurse: bool = True) -> list[torch.Tensor]:
-    return [*module.parameters(recurse), *module.buffers(recurse)]
-
-
-def _named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    return dict([*module.named_parameters(), *module.named_buffers()])
-
-
-def _mark_initialised(module: nn.Module) -> None:
-    # transformers marks tensors that it has loaded, and its initialisation leaves tensors with the mark alone. Tensors on the
-    # meta device have no values to keep.
-    for tensor in _tensors(module):
-        setattr(tensor, "_is_hf_initialized", not tensor.is_meta)  # noqa: B010
-
-
-def _is_new(module: nn.Module) -> bool:
-    """Whether the module itself has a tensor without a value: neither loaded nor made by timm."""
-    return not all(getattr(tensor, "_is_hf_initialized", False) for tensor in _tensors(module, recurse=False))
-
-
-def build_projector(config: MoCoConfig, dim: int) -> nn.Module:
-    if config.projection_head == "linear":
-        return nn.Linear(dim, config.projection_dim)
-    return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, config.projection_dim))
-
-
-def _spare_statistics(norm: Any, args: Any) -> None:
-    # Gradient checkpointing encodes the images again within the backward pass. BatchNorm would count them twice, so that it
-    # gets copies of its statistics to change.
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-        return
-    if "spared" not in vars(norm):  # a classifier and the encoder in it both ask for this
-        norm.spared = dict(norm.named_buffers(recurse=False))
-        for name, buffer in norm.spared.items():
-            setattr(norm, name, buffer.clone())
-
-
-def _restore_statistics(norm: nn.Module, args: Any, output: Any) -> None:
-    for name, buffer in vars(norm).pop("spared", {}).items():
-        setattr(norm, name, buffer)
+    key_index: torch.Tensor | None = None
 
 
 class MoCoPreTrainedModel(PreTrainedModel):
@@ -150,7 +78,7 @@ class MoCoPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if not _is_new(module):
+        if not is_new(module):
             return
         if isinstance(module, nn.Conv2d) and isinstance(self.encoder_q, timm.models.ResNet):  # torchvision's
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -161,6 +89,9 @@ class MoCoPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.in_features)
                 init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.SyncBatchNorm):  # of a head: transformers does not know it
+            for name, tensor in named_tensors(module).items():
+                (init.ones_ if name in ("weight", "running_var") else init.zeros_)(tensor)
         else:
             super()._init_weights(module)
 
@@ -168,10 +99,10 @@ class MoCoPreTrainedModel(PreTrainedModel):
         # Every architecture has tensors of its own (tokens, scales, tables, buffers that no checkpoint has), which only timm
         # can initialise. So what was not loaded is copied from a new encoder.
         # By name: a detector may have frozen BatchNorm, which makes buffers of its parameters and counts no batches.
-        values = _named_tensors(build_encoder(self.config))
-        for name, tensor in _named_tensors(self.encoder_q).items():
+        values = named_tensors(build_encoder(self.config))
+        for name, tensor in named_tensors(self.encoder_q).items():
             init.copy_(tensor, values[name])
-        _mark_initialised(self.encoder_q)
+        mark_initialised(self.encoder_q)
 
     def _finish_encoder(self) -> None:
         # Settings of transformers that timm has under other names.
@@ -197,10 +128,7 @@ class MoCoPreTrainedModel(PreTrainedModel):
         self._gradient_checkpointing = enable
         for hook in self._statistics_hooks:
             hook.remove()
-        norms = [m for m in self.encoder_q.modules() if enable and isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._statistics_hooks = [norm.register_forward_pre_hook(_spare_statistics) for norm in norms]
-        # Always: torch ends the second pass by an exception, once it has all that it needs.
-        self._statistics_hooks += [norm.register_forward_hook(_restore_statistics, always_call=True) for norm in norms]
+        self._statistics_hooks = spare_statistics(self.encoder_q) if enable else []
 
     def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) in the model's dtype. Those of dtype uint8 are normalised, others are normalised already."""
@@ -215,7 +143,7 @@ class MoCoPreTrainedModel(PreTrainedModel):
 
 
 class MoCoModel(MoCoPreTrainedModel):
-    """Query encoder, key encoder and dictionary. A training step is algorithm 1 of the paper:
+    """Query encoder, who encodes keys, and dictionary. A training step is algorithm 1 of the paper:
 
     ```python
     for x_q, x_k in loader:                      # two views of the same images
@@ -223,13 +151,15 @@ class MoCoModel(MoCoPreTrainedModel):
         outputs = model(x_q, x_k)
         outputs.loss.backward()
         optimizer.step(), optimizer.zero_grad()
-        model.dictionary.enqueue(outputs.key_embeds)
+        model.dictionary.enqueue(outputs.key_embeds, outputs.key_index)
     ```
+
+    Three settings make it another method: `key_encoder`, `dictionary` and `symmetric_loss`, see [`MoCoConfig`].
 
     Args:
         config: see [`MoCoConfig`].
-        momentum_encoder: whether to build projectors, key encoder and dictionary. Without them the model is the query encoder
-            alone, for features.
+        momentum_encoder: whether to build heads, key encoder and dictionary. Without them the model is the query encoder alone,
+            for features.
 
     Loading: where a checkpoint has no key encoder, the key encoder is a copy of the query encoder; where it has no queue, the
     queue is random. Another `queue_size` needs `ignore_mismatched_sizes=True` and starts a random queue; another stem, image
@@ -238,10 +168,10 @@ class MoCoModel(MoCoPreTrainedModel):
     reported as missing.
 
     `shuffle_generator` samples the order in which keys are encoded. It must have the same state on all processes, which is so
-    if all processes have made the same steps.
+    if all processes have made the same steps. So must `dictionary.generator`, which samples the keys of a bank.
     """
 
-    _keys_to_ignore_on_load_missing = [r"^encoder_k\.", r"^projector_[qk]\.", r"^dictionary\."]
+    _keys_to_ignore_on_load_missing = [r"^encoder_k\.", r"^projector_[qk]\.", r"^predictor_q\.", r"^dictionary\."]
     _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
 
     encoder_k: TimmEncoder
@@ -257,9 +187,11 @@ class MoCoModel(MoCoPreTrainedModel):
         if momentum_encoder:
             dim = self.encoder_q.head_hidden_size
             self.encoder_q = convert_batch_norm(self.encoder_q, config)
-            self.projector_q = build_projector(config, dim)
-            self.encoder_k = convert_batch_norm(build_encoder(config), config)
-            self.projector_k = build_projector(config, dim)
+            self.projector_q = convert_batch_norm(build_projector(config, dim), config)
+            self.predictor_q = convert_batch_norm(build_predictor(config, dim), config)
+            if self.has_key_encoder:
+                self.encoder_k = convert_batch_norm(build_encoder(config), config)
+                self.projector_k = convert_batch_norm(build_projector(config, dim), config)
             self.dictionary = build_dictionary(config)
         else:
             self._keys_to_ignore_on_load_unexpected = [
@@ -269,13 +201,19 @@ class MoCoModel(MoCoPreTrainedModel):
         self._finish_encoder()
         self.post_init()
 
+    @property
+    def has_key_encoder(self) -> bool:
+        """Whether keys have an encoder of their own, the moving average of the query encoder."""
+        return self.momentum_encoder and self.config.key_encoder == "momentum"
+
     @torch.no_grad()
     def _init_weights(self, module):
-        if self.momentum_encoder and _is_new(module):  # tie_weights looks at it
-            self._key_encoder_is_new |= module in self._query_and_key_parts[1].modules()
+        if self.momentum_encoder and is_new(module):
             if module is self.dictionary:
                 module.reset()
                 return
+            if self.has_key_encoder:  # tie_weights looks at it
+                self._key_encoder_is_new |= module in self._query_and_key_parts[1].modules()
         super()._init_weights(module)
 
     def tie_weights(self, missing_keys: set[str] | None = None, **kwargs):
@@ -284,13 +222,15 @@ class MoCoModel(MoCoPreTrainedModel):
         super().tie_weights(missing_keys=missing_keys, **kwargs)
         if missing_keys is not None:
             self.absent_keys = frozenset(missing_keys)
-            if not {key for key in self.state_dict() if key.startswith("encoder_k.")} <= missing_keys:
+            of_training = "encoder_k." if self.has_key_encoder else "projector_q."
+            if not {key for key in self.state_dict() if key.startswith(of_training)} <= missing_keys:
                 self._keys_to_ignore_on_load_missing = []  # the checkpoint is not of an encoder alone
-        if self.momentum_encoder:
+        if self.has_key_encoder:
             if self._key_encoder_is_new:  # in part, which is no encoder
                 self.reset_key_encoder()
-            self.encoder_k.requires_grad_(False)
-            self.projector_k.requires_grad_(False)
+            self._query_and_key_parts[1].requires_grad_(False)
+        if self.momentum_encoder:
+            freeze_stem(self.encoder_q, self.config)
             self.dictionary.after_loading()
 
     @property
@@ -301,16 +241,23 @@ class MoCoModel(MoCoPreTrainedModel):
     def reset_key_encoder(self) -> None:
         """Copy the query encoder and projector, with their BatchNorm statistics, to the key encoder and projector."""
         queries, keys = self._query_and_key_parts
-        for q, k in zip(_tensors(queries), _tensors(keys), strict=True):
+        for q, k in zip(tensors(queries), tensors(keys), strict=True):
             k.copy_(q)
         self._key_encoder_is_new = False
 
     @torch.no_grad()
-    def update_key_encoder(self) -> None:
-        """Momentum update `k = m * k + (1 - m) * q` of the parameters (v1 paper, equation 2), not of BatchNorm statistics."""
-        queries, keys = self._query_and_key_parts
-        update = get_ema_multi_avg_fn(self.config.key_momentum)
-        update([*keys.parameters()], [*queries.parameters()], None)
+    def update_key_encoder(self, momentum: float | None = None) -> None:
+        """Momentum update `k = m * k + (1 - m) * q` of the parameters (v1 paper, equation 2), not of BatchNorm statistics.
+
+        Where keys have no encoder of their own there is nothing to update.
+
+        Args:
+            momentum: m of this step; by default the configuration's.
+        """
+        if self.has_key_encoder:
+            queries, keys = self._query_and_key_parts
+            update = get_ema_multi_avg_fn(self.config.key_momentum if momentum is None else momentum)
+            update([*keys.parameters()], [*queries.parameters()], None)
 
     def features(
         self, pixel_values: torch.Tensor, output_hidden_states: bool = False
@@ -331,22 +278,27 @@ class MoCoModel(MoCoPreTrainedModel):
 
     def encode_queries(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Queries of images (N, 3, H, W): unit length, float32 (N, C)."""
-        return self._encode(self.encoder_q, self.projector_q, pixel_values)
+        return F.normalize(
+            self.predictor_q(self._project(self.encoder_q, self.projector_q, pixel_values)).float(), dim=1
+        )
 
-    @torch.no_grad()
     def encode_keys(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Keys of all processes in rank order, unit length, float32 (R·N, C), each encoded in another batch than its query.
+
+        Those of a key encoder have no gradient; those of the query encoder (`key_encoder="shared"`) have.
 
         Args:
             pixel_values: images of this process (N, 3, H, W).
         """
         x, restore = self.shuffle(pixel_values)
-        return gather(self._encode(self.encoder_k, self.projector_k, x))[restore]
+        if not self.has_key_encoder:
+            return gather(F.normalize(self._project(self.encoder_q, self.projector_q, x).float(), dim=1))[restore]
+        with torch.no_grad():
+            return gather(F.normalize(self._project(self.encoder_k, self.projector_k, x).float(), dim=1))[restore]
 
-    def _encode(self, encoder: TimmEncoder, projector: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _project(self, encoder: TimmEncoder, projector: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         x = self.normalize(pixel_values)  # keys normalise after the exchange: uint8 is a quarter of the bytes
-        pooled = encoder.forward_head(encoder.forward_features(x), pre_logits=True)
-        return F.normalize(projector(pooled).float(), dim=1)  # (N, C)
+        return projector(encoder.forward_head(encoder.forward_features(x), pre_logits=True))  # (N, C)
 
     @torch.no_grad()
     def shuffle(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | slice]:
@@ -383,46 +335,59 @@ class MoCoModel(MoCoPreTrainedModel):
         self,
         pixel_values: torch.FloatTensor,
         key_pixel_values: torch.FloatTensor | None = None,
+        index: torch.LongTensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndNoAttention | MoCoOutput:
-        """Compute features of images, or the contrastive loss of two views of them.
+        """Compute features of images, or the contrastive loss of two views of them (for a bank, of one).
 
         Args:
             pixel_values: images (N, 3, H, W), normalised or of dtype uint8; in training the query view.
             key_pixel_values: the key view of the same images (N, 3, H, W).
-            output_hidden_states: return the maps of all stages too, without `key_pixel_values`.
+            index: for a bank the numbers of the images (N,), int64; there is no key view.
+            output_hidden_states: return the maps of all stages too, for features.
 
         Returns:
-            the feature map and the pooled feature without `key_pixel_values`, a [`MoCoOutput`] with it.
+            the feature map and the pooled feature without `key_pixel_values` and `index`, a [`MoCoOutput`] with one of them.
 
         Raises:
-            ValueError: a key view for a model without key encoder or with `output_hidden_states`, or a request for attention
-                weights.
+            ValueError: a key view or an index for a model without dictionary or with `output_hidden_states`, the one of both
+                that the dictionary does not take, or a request for attention weights.
         """
-        x_q, x_k = pixel_values, key_pixel_values
         hidden = self._wants_hidden_states(output_hidden_states, output_attentions)
-        if x_k is None:
-            return self.features(x_q, hidden)
+        if key_pixel_values is None and index is None:
+            return self.features(pixel_values, hidden)
+        self._check_contrastive(key_pixel_values, index, output_hidden_states)
+        views = 2 if self.config.symmetric_loss else 1
+        both: list[Any] = [pixel_values, key_pixel_values]
+        x_q, x_k = both[:views], both[::-1][:views]
+        if (
+            self.config.key_encoder == "none"
+        ):  # queries of one view are keys of the other; of one view they are keys to come
+            q = self.encode_queries(torch.cat(x_q)).unflatten(0, (views, -1))  # (V, N, C)
+            keys = torch.stack([gather(some) for some in q.flip(0)])  # (V, R·N, C)
+        else:
+            q = torch.stack([self.encode_queries(x) for x in x_q])  # (V, N, C)
+            keys = torch.stack([self.encode_keys(x) for x in x_k])  # (V, R·N, C)
+        with torch.autocast(q.device.type, enabled=False):  # 16 bits would lose small differences
+            loss, logits = self.dictionary(q, keys, self.config.temperature, index)
+        return MoCoOutput(
+            loss=self.config.loss_scale * views * loss,  # the official notebook adds the means of both views
+            logits=logits,
+            query_embeds=q.flatten(0, 1),
+            key_embeds=keys.detach().flip(0).flatten(0, 1),  # the notebook enqueues the keys of the first view first
+            key_index=None if index is None else gather(index),
+        )
+
+    def _check_contrastive(self, key_view: Any, index: Any, output_hidden_states: bool | None) -> None:
         if not self.momentum_encoder:
             raise ValueError("key_pixel_values needs a key encoder: build or load the model with momentum_encoder=True")
         if output_hidden_states:
-            raise ValueError("output_hidden_states (True) is for features: leave out key_pixel_values")
-        own = local_slice(len(x_q))
-        q = self.encode_queries(x_q)  # (N, C)
-        keys = self.encode_keys(x_k)  # (R·N, C)
-        k = keys[own]  # (N, C)
-        if self.config.symmetric_loss:  # the views swap their roles
-            swapped_q = self.encode_queries(x_k)
-            swapped_keys = self.encode_keys(x_q)
-            q, k = torch.cat([q, swapped_q]), torch.cat([k, swapped_keys[own]])
-            keys = torch.cat([swapped_keys, keys])  # the official notebook enqueues the keys of the first view first
-        with torch.autocast(q.device.type, enabled=False):  # 16 bits would lose small differences
-            loss, logits = self.dictionary(q, k, self.config.temperature)
-        if self.config.symmetric_loss:
-            loss = 2 * loss  # the official notebook adds the means of both views; this is the mean over both
-        return MoCoOutput(loss=loss, logits=logits, query_embeds=q, key_embeds=keys)
+            raise ValueError("output_hidden_states (True) is for features: leave out key_pixel_values and index")
+        if (self.config.dictionary == "bank") != (key_view is None):
+            takes = "index, of one view" if self.config.dictionary == "bank" else "key_pixel_values, the second view"
+            raise ValueError(f"dictionary ({self.config.dictionary!r}) takes {takes}: pass that and not the other")
 
 
 class MoCoForImageClassification(MoCoPreTrainedModel):

@@ -17,10 +17,11 @@ from modeling_moco.dictionary_moco import InfoNCE
 from training.data.images import MapImages
 from training.evaluation.knn import knn_accuracy
 from training.evaluation.scores import likeliest, score
+from training.optimization.lars import Lars
 from training.trainer import contrast_statistics
 from training.views.device import NUMBERS, DeviceViews, sample_views
 from training.views.pil import EvaluationView
-from training.views.policy import POLICIES
+from training.views.policy import POLICIES, build_policies
 
 BATCH, SIZE = 16, 32
 
@@ -48,7 +49,7 @@ def crops(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def small_images(device: torch.device) -> dict[str, torch.Tensor]:
-    boxes, numbers = sample_views(POLICIES["v2"], 40, 40, views=2, seed=0, epoch=0, indices=np.arange(BATCH))
+    boxes, numbers = sample_views(build_policies("v2"), 40, 40, seed=0, epoch=0, indices=np.arange(BATCH))
     images = torch.zeros(BATCH, 3, 40, 40, dtype=torch.uint8, device=device)
     return {"images": images, "boxes": boxes.to(device), "numbers": numbers.to(device)}
 
@@ -56,7 +57,7 @@ def small_images(device: torch.device) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("batch", [crops, small_images])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_views_are_made_without_a_read_by_the_host(batch, policy, gpu):
-    for views in DeviceViews(POLICIES[policy], SIZE)(batch(gpu)).values():
+    for views in DeviceViews(build_policies(policy), SIZE)(batch(gpu)).values():
         assert (views.shape, views.dtype, views.device.type) == ((BATCH, 3, SIZE, SIZE), torch.uint8, "cuda")
 
 
@@ -80,7 +81,7 @@ def test_a_step_is_made_without_a_read_by_the_host(batch_norm, symmetric, gpu, m
     config = MoCoConfig(architecture="test_resnet", queue_size=64, batch_norm=batch_norm, symmetric_loss=symmetric)
     with gpu:
         model = MoCoModel(config).train()
-    views = DeviceViews(POLICIES["v2"], SIZE)(crops(gpu))
+    views = DeviceViews(build_policies("v2"), SIZE)(crops(gpu))
     model.update_key_encoder()
     outputs = model(**views)
     assert outputs.loss.requires_grad
@@ -105,6 +106,27 @@ def test_a_run_and_its_monitor_ask_the_device_for_no_float64(memory, tmp_path):
         trainer.train()
     logged = {name for entry in trainer.state.log_history for name in entry}
     assert {"contrast_top1", "uniformity", "eval_rankme", "eval_knn_top1", "eval_leaks"} <= logged
+
+
+def _step_by_lars(classic: bool, device: torch.device | str) -> torch.Tensor:
+    weights = [torch.nn.Parameter(torch.ones(shape, device=device)) for shape in ((3, 2), (4, 3, 3, 3), (5,))]
+    optimizer = Lars(weights, lr=0.1, weight_decay=1e-4, classic=classic)
+    for _ in range(2):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    return weights[0]
+
+
+@pytest.mark.parametrize("classic", [False, True])
+def test_a_step_by_lars_is_made_without_a_read_by_the_host(classic, gpu):
+    assert _step_by_lars(classic, gpu).device.type == "cuda"
+
+
+@pytest.mark.parametrize("classic", [False, True])
+def test_lars_asks_the_device_for_no_float64(classic):
+    with NoFloat64():
+        assert _step_by_lars(classic, "cpu").isfinite().all()
 
 
 def test_scores_ask_the_device_for_no_float64():

@@ -221,13 +221,13 @@ def test_features_that_are_not_finite_are_named_and_not_measured():
     features[3, 2] = math.inf
     assert math.isnan(rankme(features))
     assert math.isnan(rankme(1e200 * torch.ones(20, 8, dtype=torch.float64)))
-    (sentence,) = diagnose({"rankme": math.nan}, "plain").values()
+    (sentence,) = diagnose({"rankme": math.nan}, MoCoConfig(batch_norm="plain")).values()
     assert "are not finite" in sentence
 
 
 def test_healthy_numbers_get_no_sentence():
     healthy = {"rankme": 30.0, "uniformity": -1.0, "contrast_top1": 50.0, "contrast_top1_shuffled": 49.0, "leaks": 0.0}
-    assert diagnose(healthy, "plain") == {}
+    assert diagnose(healthy, MoCoConfig(batch_norm="plain")) == {}
     for batch_norm in ("plain", "shuffle", "split", "sync"):
-        (sentence,) = diagnose(healthy | {"leaks": 1.0}, batch_norm).values()
+        (sentence,) = diagnose(healthy | {"leaks": 1.0}, MoCoConfig(batch_norm=batch_norm)).values()
         assert "--batch_norm" in sentence

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,8 @@ def test_a_draw_is_described_with_its_jitter_in_order():
     assert describe_view(PARAMS, width=40, height=20).splitlines() == [
         *("crop 25 %: 20 × 10 px", "at 4, 2", "hue −0.05 turns", "contrast × 1.25", "gray, blur σ 1.2 px, flipped"),
     ]
+    solarized = describe_view(replace(PARAMS, solarize=True), 40, 20)
+    assert solarized.splitlines()[4:] == ["gray, blur σ 1.2 px,", "solarized, flipped"]
     assert describe_view(ViewParams((0, 0, 20, 40), (), False, 0.0, False), 40, 20) == "crop 100 %: 40 × 20 px\nat 0, 0"
 
 
@@ -214,6 +217,15 @@ def test_pairs_of_views_are_drawn_beside_the_image_with_its_crops(tmp_path):
     assert (w / width, h / height, (left - x) / width, (top - y) / height) == pytest.approx(
         (0.5, 0.5, 0.1, 0.1), abs=1e-3
     )
+
+
+def test_one_view_is_drawn_beside_the_image_with_its_crop_and_no_key(tmp_path):
+    path = tmp_path / "views"
+    view = torch.full((3, 8, 8), 30, dtype=torch.uint8)
+    view_pairs([DrawnImage(Image.new("RGB", (40, 20), RED), [PARAMS], [view])] * 2, path)
+    assert len(svg(path).findall(".//svg:image", NS)) == 2 * 2
+    assert (frames(path, BLUE), frames(path, VERMILION)) == (2 * 2, 0)
+    assert [word for word in words(path) if word][:2] == ["image and crop", "view"]
 
 
 def clusters(n: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:

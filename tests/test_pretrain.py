@@ -25,7 +25,8 @@ from training.commands.linear_probe import print_table
 from training.commands.pretrain import next_command
 from training.data.decode import decode_image
 from training.data.formats import load_digits
-from training.data.images import MapImages
+from training.data.images import MapImages, collate
+from training.data.pipeline import build_render, training_images
 from training.data.sources import ImageSplits, load_images
 from training.engine.checkpoints import claim_output_dir
 from training.engine.files import write_json
@@ -35,10 +36,10 @@ from training.evaluation.knn import evaluate_knn
 from training.evaluation.linear_probe import parse_linear_probe
 from training.evaluation.probe_arguments import LinearProbeArguments
 from training.pretrain import announce, build_trainer, drawn_images, finish, saved_step
-from training.recipe import RECIPES, parse_pretrain, recipe_names
+from training.recipe import RECIPES, load_recipe, parse_pretrain, recipe_names
 from training.views.device import sample_operations, unpack_params
 from training.views.opencv import crop_and_resize
-from training.views.policy import build_policy
+from training.views.policy import VIEWS, build_policies
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -48,19 +49,29 @@ TINY = [
 ]
 
 
-# Steps as those of another recipe: the second version's with 200 epochs stays.
-ALIKE = (
-    *("cifar10_r18_200ep", "cifar10_r18_symmetric_200ep", "moco_v1_r50_in1k_200ep", "moco_v2_r50_in1k_800ep"),
-    *("domain_adaptation", "photos_gpu"),
+# One for each kind of step.
+UNLIKE = (
+    *("quickstart", "cifar10_small", "photos_small", "moco_v2_r50_in1k_200ep", "end_to_end_r50_in1k"),
+    *("memory_bank_r50_in1k", "simclr_r50_in1k_200ep", "moco_v3_r50_in1k_100ep", "moco_v3_vit_small_in1k_300ep"),
 )
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in recipe_names()],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in UNLIKE)) for name in recipe_names()],
 )
 def test_every_recipe_trains_two_steps(name, tmp_path):
-    args = parse_pretrain(["--recipe", name, *TINY, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
+    flags = [
+        "--max_steps",
+        "2",
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--warmup_epochs",
+        "0",
+    ]  # which begins at rate 0
+    if "_vit_" in name:
+        flags += ["--model_args", json.dumps({"img_size": 32, **(load_recipe(name).value("model_args") or {})})]
+    args = parse_pretrain(["--recipe", name, *TINY, *flags])
     args.training.save_strategy = "no"
     trainer = build_trainer(args, load_images(args.data))
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
@@ -71,7 +82,8 @@ def test_every_recipe_trains_two_steps(name, tmp_path):
             assert torch.isfinite(parameter).all(), n
             assert not torch.equal(parameter, before[n]), n
     keys = 2 * 16 * (2 if args.config.symmetric_loss else 1)
-    assert trainer.model.dictionary.queue_ptr.item() == keys % 64
+    if args.config.dictionary == "queue":
+        assert trainer.model.dictionary.queue_ptr.item() == keys % 64
 
 
 def launch(*flags: str, config: str = "one_gpu") -> subprocess.CompletedProcess:
@@ -303,7 +315,7 @@ def test_the_preview_of_device_views_shows_the_draws_of_their_crops(tmp_path):
     args = parse_pretrain([*TINY, "--streaming", "--view_backend", "device", "--output_dir", str(tmp_path / "run")])
     splits = load_images(args.data)
     samples, data = build_trainer(args, splits).train_dataset, args.data
-    policy = build_policy(data.augmentation, data.horizontal_flip, data.crop_min_scale)
+    policy, _ = build_policies(data.augmentation, data.horizontal_flip, data.crop_min_scale)
     trained = {sample["pixel_values"].numpy().tobytes(): sample["numbers"] for sample in samples}
     for example in islice(drawn_images(args, splits), 8):
         query, key = example.params
@@ -312,6 +324,27 @@ def test_the_preview_of_device_views_shows_the_draws_of_their_crops(tmp_path):
         rows = sample_operations(trained[crop.numpy().tobytes()], policy)
         for params, row in zip((query, key), rows, strict=True):
             assert unpack_params(torch.tensor(params.box), row) == params
+
+
+@pytest.mark.parametrize("backend", ["cv2", "device"])
+@pytest.mark.parametrize("dictionary", ["queue", "bank"])
+def test_the_preview_shows_unequal_views_and_the_one_view_of_a_bank(dictionary, backend, tmp_path):
+    args = parse_pretrain(
+        [*TINY, "--augmentation", "v3", "--view_backend", backend, "--output_dir", str(tmp_path / "run")]
+    )
+    args.config.dictionary, data = dictionary, args.data
+    splits, bank = load_images(data), dictionary == "bank"
+    images = training_images(data, splits, args.training, bank)
+    rows = images.__getitems__([0, 8]) if backend == "device" else collate([images[0], images[8]])
+    render = build_render(data, compiled=False, bank=bank) or dict
+    trained = render(rows)
+    drawn = list(islice(drawn_images(args, splits), 2))
+    for i, example in enumerate(drawn):
+        assert len(example.views) == len(example.params) == (1 if bank else 2)
+        assert example.params[0].blur > 0
+        for name, view in zip(VIEWS, example.views, strict=False):
+            assert (view.float() - trained[name][i].float()).abs().mean() < 3
+    assert ("index" in trained) == bank
 
 
 def test_a_preview_writes_two_figures_and_nothing_else(tmp_path, script, capsys):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from modeling_moco import MoCoImageProcessor, MoCoModel
 from training.data.images import MapImages
-from training.data.pipeline import two_views
+from training.data.pipeline import training_views
 from training.evaluation.encoder import Encoder
 from training.hub.publish import PublishArguments, load_published, publish
 from training.recipe import parse_pretrain
@@ -140,15 +140,16 @@ def gentle(user) -> str:
 def test_a_registered_policy_has_a_name_in_recipes(user, policies):
     example = gentle(user)
     with pytest.raises(
-        ValueError, match=r"augmentation \('gentle'\) is unknown: choose one of v1, v2, cifar, crop, or call"
+        ValueError,
+        match=r"augmentation \('gentle'\) is unknown: choose one of v1, v2, cifar, crop, v3, simclr, simclr_cifar, or call",
     ):
         parse_pretrain(["--recipe", "gentle.yaml"])
     started: list = []
     run(example.replace("from training.commands import run\n", ""), {"run": lambda *words: started.append(words)})
     ((command, argv),) = started
     assert command == "pretrain"
-    policy = two_views(parse_pretrain([*argv, "--view_backend", "cv2"]).data).policy
-    assert policy == ViewPolicy(min_scale=0.5, jitter=(0.2, 0.2, 0.2, 0.05), blur_p=0.5)
+    policies = training_views(parse_pretrain([*argv, "--view_backend", "cv2"]).data).policies
+    assert policies == (ViewPolicy(min_scale=0.5, jitter=(0.2, 0.2, 0.2, 0.05), blur_p=0.5),) * 2
     with pytest.raises(ValueError, match=r"augmentation \('gentle'\) is registered already"):
         register_policy("gentle", ViewPolicy())
 
@@ -178,7 +179,10 @@ def test_an_own_dictionary_is_built_saved_and_loaded_by_its_name(user, tmp_path,
     model.save_pretrained(tmp_path)
     assert_equal(MoCoModel.from_pretrained(tmp_path).state_dict(), model.state_dict())
     DICTIONARIES.pop("sparse")
-    with pytest.raises(ValueError, match="dictionary \\('sparse'\\) is none of queue: call register_dictionary first"):
+    with pytest.raises(
+        ValueError,
+        match="dictionary \\('sparse'\\) is none of queue, batch, batch_both_views, bank: call register_dictionary first",
+    ):
         MoCoModel.from_pretrained(tmp_path)
     names["processor"].save_pretrained(tmp_path)
     alone, processor = load_published(str(tmp_path), training_state=False)

@@ -1,16 +1,13 @@
 """Recipes hold the published numbers, the command line goes over them, and an output directory belongs to one run."""
 
 import dataclasses
-import math
 
 import pytest
-import torch
 import yaml
 
 from modeling_moco import MoCoConfig
 from training.cli import names_in_files, offered
 from training.engine.checkpoints import BatchLayout, claim_output_dir, write_manifest
-from training.engine.sgd_trainer import epoch_schedule
 from training.errors import one_line_errors
 from training.recipe import PARTS, RECIPES, load_recipe, parse_pretrain, recipe_names
 
@@ -62,12 +59,18 @@ PUBLISHED = {
         "knn_temperature": 0.1,
     },
 }
+for letter, changes in {"a": {"projection_head": "mlp", "temperature": 0.2}, "b": {"augmentation": "v2"}}.items():
+    PUBLISHED[f"moco_v2_{letter}_r50_in1k_200ep"] = IMAGENET | V1 | changes
+PUBLISHED["moco_v2_c_r50_in1k_200ep"] = PUBLISHED["moco_v2_a_r50_in1k_200ep"] | {"augmentation": "v2"}
 PUBLISHED["cifar10_r18_symmetric_200ep"] = PUBLISHED["cifar10_r18_200ep"] | {"symmetric_loss": True}
 PUBLISHED["cifar10_r18_200ep"]["symmetric_loss"] = False
 EXPECTED = {
     "moco_v1_r50_in1k_200ep": "60.6",
     "moco_v2_r50_in1k_200ep": "67.5",
     "moco_v2_r50_in1k_800ep": "71.1",
+    "moco_v2_a_r50_in1k_200ep": "66.2",
+    "moco_v2_b_r50_in1k_200ep": "63.4",
+    "moco_v2_c_r50_in1k_200ep": "67.3",
     "cifar10_r18_200ep": "82.6",
     "cifar10_r18_symmetric_200ep": "85.3",
 }
@@ -102,6 +105,64 @@ def test_every_recipe_says_what_it_reproduces_in_known_keys(name):
     model_keys = {field.name for field in dataclasses.fields(MoCoConfig)}
     assert content["model"].keys() <= model_keys
     assert content.keys() <= {"about", "data", "model", "training", "probe"}
+
+
+# arXiv:2003.04297, accuracy by temperature, without and with the MLP head
+TEMPERATURES = {
+    "moco_v1_r50_in1k_200ep": {0.07: 60.6, 0.1: 60.7, 0.2: 59.0, 0.3: 58.2, 0.4: 57.2, 0.5: 56.4},
+    "moco_v2_a_r50_in1k_200ep": {0.07: 62.9, 0.1: 64.9, 0.2: 66.2, 0.3: 65.7, 0.4: 65.0, 0.5: 64.3},
+}
+
+
+@pytest.mark.parametrize("base", TEMPERATURES)
+def test_recipes_of_temperatures_differ_from_their_base_in_nothing_else(base):
+    of_base = load_recipe(base)
+    for temperature, top1 in TEMPERATURES[base].items():
+        own = temperature == of_base.value("temperature")
+        recipe = of_base if own else load_recipe(f"{base}_t{round(100 * temperature):02d}")
+        assert recipe.values == of_base.values | {"temperature": temperature}
+        assert f"{top1} %" in recipe.about["expected"]
+
+
+# The settings of the official code, as docs/methods.md has them.
+METHODS = {
+    "end_to_end_r50_in1k": {
+        "dictionary": "batch",
+        "key_encoder": "shared",
+        "batch_norm": "shuffle",
+        "symmetric_loss": False,
+    },
+    "memory_bank_r50_in1k": {"dictionary": "bank", "key_encoder": "none", "bank_momentum": 0.5, "queue_size": 65536},
+    "simclr_r50_in1k_200ep": {
+        **{"dictionary": "batch_both_views", "key_encoder": "none", "symmetric_loss": True, "batch_norm": "sync"},
+        **{"temperature": 0.1, "optim": "lars", "optim_args": "momentum=0.9,classic=true", "warmup_epochs": 10},
+        **{
+            "projection_head": "simclr",
+            "augmentation": "simclr",
+            "learning_rate": 0.075,
+            "learning_rate_scaling": "sqrt",
+        },
+    },
+    "moco_v3_r50_in1k_100ep": {
+        **{"dictionary": "batch", "key_encoder": "momentum", "symmetric_loss": True, "batch_norm": "sync"},
+        **{"temperature": 1.0, "loss_scale": 2.0, "key_momentum": 0.99, "key_momentum_schedule": "cosine"},
+        **{"projection_head": "mlp_bn", "projection_layers": 2, "projection_hidden_dim": 4096, "projection_dim": 256},
+        **{"prediction_head": "mlp", "zero_init_residual": True, "crop_min_scale": 0.2, "augmentation": "v3"},
+        **{"optim": "lars", "learning_rate": 0.6, "learning_rate_scaling": "linear", "warmup_epochs": 10},
+        **{"weight_decay": 1e-6, "global_batch_size": 4096},
+    },
+    "moco_v3_vit_small_in1k_300ep": {
+        **{"temperature": 0.2, "loss_scale": 0.4, "stem": "moco_v3", "model_args": {"num_heads": 12}},
+        **{"projection_layers": 3, "prediction_head": "mlp_bn", "crop_min_scale": None, "augmentation": "v3"},
+        **{"optim": "adamw_torch", "learning_rate": 1.5e-4, "warmup_epochs": 40, "weight_decay": 0.1},
+    },
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_recipes_of_the_other_methods_have_the_settings_of_their_code(name):
+    values = values_of(parse_pretrain(["--recipe", name, *CPU]))
+    assert {key: values[key] for key in METHODS[name]} == METHODS[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -141,6 +202,13 @@ def test_flags_override_the_recipe():
     assert {key for key in before if before[key] != after[key]} == changed.keys()
     assert {key: after[key] for key in changed} == changed
     assert args.settings["model"]["temperature"] == 0.3
+
+
+def test_a_flag_without_a_value_takes_the_milestones_of_a_recipe_away():
+    for rest in ([], ["--seed", "3"]):
+        args = parse_pretrain(["--recipe", "moco_v1_r50_in1k_200ep", *CPU, "--lr_milestones", *rest])
+        assert args.training.lr_milestones is args.settings["training"]["lr_milestones"] is None
+        assert "lr_milestones" in args.changed
 
 
 def test_a_batch_per_device_overrides_the_recipes_global_batch():
@@ -403,27 +471,6 @@ def test_files_of_something_else_are_left_alone(claim, tmp_path):
             claim(folder=path)
     assert [path.name for path in folder.iterdir()] == ["chapter1.tex"]
     assert (folder / "chapter1.tex").read_text() == "words"
-
-
-# Schedules
-
-
-@pytest.mark.parametrize("milestones", [[120, 160], None], ids=["v1", "v2"])
-@pytest.mark.parametrize("steps_per_epoch", [1, 7])
-def test_the_rate_of_every_epoch_is_the_official_one(milestones, steps_per_epoch):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.03)
-    scheduler = epoch_schedule(optimizer, steps_per_epoch, 200, milestones)
-    for epoch in range(200):
-        official = 0.03
-        if milestones is None:
-            official *= 0.5 * (1 + math.cos(math.pi * epoch / 200))
-        else:
-            for milestone in milestones:
-                official *= 0.1 if epoch >= milestone else 1.0
-        for _ in range(steps_per_epoch):
-            assert optimizer.param_groups[0]["lr"] == pytest.approx(official, rel=1e-12), epoch
-            optimizer.step()
-            scheduler.step()
 
 
 # What a run may say of itself

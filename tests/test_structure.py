@@ -18,11 +18,11 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     **{"errors": 0, "modeling_moco": 0},
     **{"cli": 1, "views": 1, "health": 1},
-    "engine": 2,
-    **{"data": 3, "plots": 3, "model_folder": 3},
-    **{"evaluation": 4, "hub": 4, "convert": 4},
-    **{"monitor": 5, "reports": 5, "process": 5, "embedding": 5},
-    **{"trainer": 6, "recipe": 7, "pretrain": 8, "benchmarks": 9, "commands": 10},
+    **{"optimization": 2, "engine": 3},
+    **{"data": 4, "plots": 4, "model_folder": 4},
+    **{"evaluation": 5, "hub": 5, "convert": 5},
+    **{"monitor": 6, "reports": 6, "process": 6, "embedding": 6},
+    **{"trainer": 7, "recipe": 8, "pretrain": 9, "benchmarks": 10, "commands": 11},
 }
 # Calls of huggingface_hub and of transformers that send something to the Hub or make something there.
 UPLOADS = {

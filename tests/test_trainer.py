@@ -19,8 +19,8 @@ from training.data.images import MapImages
 from training.monitor import Monitor
 from training.pretrain import describe_bottleneck
 from training.trainer import MoCoTrainer, MoCoTrainingArguments
-from training.views.pil import EvaluationView, TwoViews
-from training.views.policy import POLICIES
+from training.views.pil import EvaluationView, Views
+from training.views.policy import build_policies
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +281,7 @@ def run_on(images, folder, **kwargs):
 
 def test_images_of_any_dataset_train_as_the_projects_own(rows, tmp_path):
     settings = {"logging_steps": 1, "save_strategy": "no"}
-    expected = run_on(MapImages(rows, TwoViews(POLICIES["v2"], 24)), tmp_path, **settings)
+    expected = run_on(MapImages(rows, Views(build_policies("v2"), 24)), tmp_path, **settings)
     assert len(expected) == 3
     decoded = rows.cast_column("image", datasets.Image())
     pictures = [row["image"] for row in decoded]

@@ -27,6 +27,7 @@ INCLUDE_PICTURES = (
     "Those of a Hub dataset and of the digits are always published."
 )
 LOG_IN = "For the Hub log in by `hf auth login`, or set HF_TOKEN"
+WITHOUT_VALUE = ("lr_milestones",)  # lists that a flag without a value takes away
 INHERITED = "transformers.TrainingArguments"  # section of the flags that transformers documents
 SCRIPTS = {"probe": "linear_probe", "publish": "push_to_hub"}  # of the commands whose script has another name
 
@@ -61,10 +62,14 @@ class _Parser(HfArgumentParser):
         known = sorted(f"--{name}" for name in self.names)
         refuse_secrets(args)
         for word in args:
-            flag = "--" + word.split("=")[0][2:].replace("-", "_")
+            flag = "--" + _name(word.split("=")[0])
             if word.startswith("--") and flag not in known and flag.replace("--no_", "--") not in known:
                 raise ValueError(f"flag {flag} is unknown{self._where(flag) or nearest_name(flag, known)}")
-        return super().parse_args(args, namespace)
+        cleared = [i for i, word in enumerate(args) if _takes_away(word, *args[i + 1 : i + 2])]
+        parsed = super().parse_args([word for i, word in enumerate(args) if i not in cleared], namespace)
+        for i in cleared:
+            setattr(parsed, _name(args[i]), None)
+        return parsed
 
     def _where(self, flag: str) -> str | None:
         if "token" in flag:
@@ -77,6 +82,15 @@ class _Parser(HfArgumentParser):
         unset = object()
         blank = argparse.Namespace(**dict.fromkeys(self.names, unset))
         return {name for name, value in vars(self.parse_args(argv, blank)).items() if value is not unset}
+
+
+def _name(flag: str) -> str:
+    return flag[2:].replace("-", "_")
+
+
+def _takes_away(word: str, following: str = "--") -> bool:
+    """Whether a flag without a value takes away the list that a recipe or a default has."""
+    return word.startswith("--") and _name(word) in WITHOUT_VALUE and following.startswith("--")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from modeling_moco import MoCoModel
+from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.distributed_moco import gather, local_slice
 
 Views = list[tuple[torch.Tensor, torch.Tensor]]  # batches of query views and key views of the same images
@@ -51,7 +51,7 @@ def rankme(features: torch.Tensor, device: torch.device | None = None) -> float:
 
 @torch.no_grad()
 def key_drift(model: MoCoModel) -> float:
-    """Distance of the key encoder from the query encoder: |θ_k - θ_q| / |θ_q|, in per cent."""
+    """Distance of a key encoder from the query encoder: |θ_k - θ_q| / |θ_q|, in per cent."""
     q = [*model.encoder_q.parameters(), *model.projector_q.parameters()]
     k = [*model.encoder_k.parameters(), *model.projector_k.parameters()]
     distance, size = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (torch._foreach_sub(k, q), q))
@@ -78,7 +78,7 @@ def leak(model: MoCoModel, views: Views) -> tuple[float, float, bool]:
     unaffected. The model and its statistics do not change.
 
     Args:
-        model: with its key encoder and dictionary.
+        model: with its dictionary, and an encoder of keys.
         views: at least two batches of equal size, of images whose keys are not in the queue.
 
     Returns:
@@ -86,7 +86,7 @@ def leak(model: MoCoModel, views: Views) -> tuple[float, float, bool]:
         the batches of training; the same with regrouped batches; and whether the difference shows a leak: whether it exceeds
         10 points and three standard errors over batches.
     """
-    buffers = [*model.encoder_q.buffers(), *model.encoder_k.buffers()]
+    buffers = [*model.buffers()]
     before = [buffer.clone() for buffer in buffers]
     training = model.training
     model.train()
@@ -112,16 +112,16 @@ def leak(model: MoCoModel, views: Views) -> tuple[float, float, bool]:
 
 
 def _share_found(model: MoCoModel, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    _, logits = model.dictionary(q, k, model.config.temperature)
+    _, logits = model.dictionary(q[None], gather(k)[None], model.config.temperature)
     return (logits[:, 1:] < logits[:, :1]).all(dim=1).float().mean()
 
 
-def diagnose(metrics: dict[str, float], batch_norm: str) -> dict[str, str]:
+def diagnose(metrics: dict[str, float], config: MoCoConfig) -> dict[str, str]:
     """Find the problems of a run.
 
     Args:
         metrics: those of rankme, uniformity, contrast_top1, contrast_top1_shuffled and leaks that `MoCoTrainer` has measured.
-        batch_norm: mode of the model's configuration.
+        config: of the model.
 
     Returns:
         a sentence with a remedy for each problem, keyed by problem ("overflow", "collapse", "leak").
@@ -139,7 +139,8 @@ def diagnose(metrics: dict[str, float], batch_norm: str) -> dict[str, str]:
         measured = [f"{name} {metrics[name]:.3f}" for name in ("rankme", "uniformity") if name in metrics]
         found["collapse"] = (
             f"the encoder has collapsed: all images get the same feature ({', '.join(measured)}). Train again into another "
-            "--output_dir with a lower --learning_rate, or a --key_momentum nearer to 1"
+            "--output_dir with a lower --learning_rate"
+            + (", or a --key_momentum nearer to 1" if config.key_encoder == "momentum" else "")
         )
     if metrics.get("leaks"):
         remedies = {
@@ -151,6 +152,6 @@ def diagnose(metrics: dict[str, float], batch_norm: str) -> dict[str, str]:
         found["leak"] = (
             f"BatchNorm leaks: {metrics['contrast_top1']:.0f} % of the queries find their key if it is normalised with the "
             f"images of its batch, {metrics['contrast_top1_shuffled']:.0f} % in a regrouped batch: the encoder learns batches, "
-            f"not images. Train again into another --output_dir: {remedies[batch_norm]}"
+            f"not images. Train again into another --output_dir: {remedies[config.batch_norm]}"
         )
     return found

@@ -71,7 +71,7 @@ class Monitor:
         """Log a warning for every problem that these metrics show for the first time."""
         if step == 0:  # a randomly initialised encoder can look collapsed
             return
-        for problem, sentence in diagnose(metrics, self.model.config.batch_norm).items():
+        for problem, sentence in diagnose(metrics, self.model.config).items():
             if problem not in self._reported and rank() == 0:
                 logger.warning("step %d: %s", step, sentence)
             self._reported.add(problem)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -386,7 +387,7 @@ def _cut(name: str, length: int) -> str:
 
 
 class DrawnImage(NamedTuple):
-    """An image, the parameters of its two views, and the views as training would get them: uint8 (3, S, S)."""
+    """An image, the parameters of its views, and the views as training would get them: uint8 (3, S, S)."""
 
     image: Image.Image
     params: list[ViewParams]
@@ -394,21 +395,24 @@ class DrawnImage(NamedTuple):
 
 
 def view_pairs(images: list[DrawnImage], path: Path) -> None:
-    """Images with the two crops drawn on them, and beside each the query view and the key view with their parameters."""
+    """Images with their crops drawn on them, and beside each the query view and the key view with their parameters.
+
+    A memory bank has one view, which has no key beside it.
+    """
     tile, row, gap = 1.25, 1.42, 0.12
-    starts = (1.6, 4.85)
+    columns = ((1.6, BLUE, "query view"), (4.85, VERMILION, "key view"))[: len(images[0].views)]
     with figure(path, 0.34 + row * len(images)) as fig:
         sheet = Sheet(fig)
-        sheet.text(gap, 0.1, "image and crops", weight="bold")
-        for x, words, colour in zip(starts, ("query view", "key view"), (BLUE, VERMILION), strict=True):
-            sheet.text(x, 0.1, words, weight="bold", color=colour)
-        for i, (image, both, views) in enumerate(images):
+        sheet.text(gap, 0.1, "image and crops" if len(columns) > 1 else "image and crop", weight="bold")
+        for x, colour, words in columns:
+            sheet.text(x, 0.1, words if len(columns) > 1 else "view", weight="bold", color=colour)
+        for i, (image, drawn, views) in enumerate(images):
             y = 0.34 + i * row
             scale = tile / max(image.size)
             width, height = scale * image.width, scale * image.height
             left, top = gap + (tile - width) / 2, y + (tile - height) / 2
             sheet.image(np.asarray(image), left, top, width, height, PALE, 0.8)
-            for x, params, view, colour in zip(starts, both, views, (BLUE, VERMILION), strict=True):
+            for (x, colour, _), params, view in zip(columns, drawn, views, strict=True):
                 down, right, h, w = (scale * pixels for pixels in params.box)
                 sheet.frame(left + right, top + down, w, h, colour, 2)
                 sheet.image(_pixels(view), x, y, tile, tile, colour, 2)
@@ -423,8 +427,9 @@ def describe_view(params: ViewParams, width: int, height: int) -> str:
     for name, factor in params.jitter:
         change = f"{factor:+.2f} turns".replace("-", "−") if name == "hue" else f"× {factor:.2f}"
         lines.append(f"{name} {change}")
-    others = ["gray"] * params.gray + [f"blur σ {params.blur:.1f} px"] * (params.blur > 0) + ["flipped"] * params.flip
-    return "\n".join(lines + [", ".join(others)] * bool(others))
+    others = ["gray"] * params.gray + [f"blur σ {params.blur:.1f} px"] * (params.blur > 0)
+    others += ["solarized"] * params.solarize + ["flipped"] * params.flip
+    return "\n".join(lines + wrap(", ".join(others), 30))
 
 
 def embedding(features: torch.Tensor, labels: torch.Tensor, class_names: list[str], path: Path) -> None:

@@ -12,12 +12,13 @@ from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from modeling_moco import MoCoModel
+from modeling_moco.dictionary_moco import negatives
 
 from . import plots
 from .cli import how_to_run
 from .convert.start import Start, begin_with
 from .data.images import MapImages, StreamedImages
-from .data.pipeline import build_render, training_images, two_views
+from .data.pipeline import build_render, training_images, training_views
 from .data.sources import ImageSplits
 from .engine.files import write_json
 from .engine.page import read_run, write_report
@@ -31,11 +32,11 @@ from .trainer import MoCoTrainer
 from .views.pil import render_view
 
 PREVIEWED = 8  # images
-OFFICIAL_GPUS = 8  # that share a global batch in the papers
-QUEUES = {  # what `queue_start` does
+STARTS = {  # what `queue_start` and `bank_start` do
     "random": "begins with random keys",
     "encode": "begins with keys of training images, which are encoded before the first step",
 }
+OFFICIAL_GPUS = 8  # that share a global batch in the papers
 BOUND_BY_DATA = 10  # per cent of the time
 
 
@@ -50,7 +51,8 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits, start: Start | N
     """
     data, training = args.data, args.training
     read_results(Path(str(training.output_dir)))  # what is there can be added to
-    train = training_images(data, splits, training)
+    of_bank = args.config.dictionary == "bank"
+    train = training_images(data, splits, training, of_bank)
     bank = queries = None
     if training.eval_strategy != IntervalStrategy.NO:
         view, decode = data.evaluation_view(), splits.decoder.image
@@ -68,13 +70,17 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits, start: Start | N
         elif training.process_index == 0:
             print(f"The kNN monitor is off: {missing}.")
     set_seed(training.seed)
+    if of_bank:
+        args.config.bank_size = train.images_per_epoch
     model = MoCoModel(args.config)
     if start is not None:
         begin_with(model, start)
-        if training.queue_start is None and not start.has_queue:
+        if args.config.dictionary == "queue" and training.queue_start is None and not start.has_queue:
             training.queue_start = "encode"
+        if of_bank and training.bank_start is None:
+            training.bank_start = "encode"
     check_image_size(model, data.image_size)
-    render = build_render(data, compiled=training.torch_compile)
+    render = build_render(data, training.torch_compile, of_bank)
     return MoCoTrainer(model, training, train, data.image_processor(args.config), bank, queries, render)
 
 
@@ -110,33 +116,61 @@ def announce(args: PretrainArguments, trainer: MoCoTrainer, start: Start | None 
     for key in ("title", "source", "hardware", "expected"):
         if key in args.about:
             print(f"{key:>9}: {args.about[key]}")
+    views = "one view" if config.dictionary == "bank" else "two views"
     print(
-        f"      run: {trainer.train_dataset.images_per_epoch:,} images in two views of {args.data.image_size} px, "
+        f"      run: {trainer.train_dataset.images_per_epoch:,} images in {views} of {args.data.image_size} px, "
         f"global batch {training.global_batch_size} "
         f"({training.world_size} x {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
-        f"accumulated), learning rate {training.learning_rate:g}, {config.architecture}, K {config.queue_size:,}, "
-        f"m {config.key_momentum:g}, T {config.temperature:g}, to {training.output_dir}"
+        f"accumulated), learning rate {training.optimization}, {config.architecture}, {_negatives(args)}, "
+        f"{_momentum(args)}T {config.temperature:g}, to {training.output_dir}"
     )
     if start is not None:
         print(f"    start: from {args.init_from} ({start.checkpoint})")
     for note in [] if start is None else start.notes:
         print(f"         - {note}")
     if training.queue_start is not None:
-        print(f"    queue: {QUEUES[training.queue_start]}")
-    print(
-        f"  reading: the loss may rise while keys replace the random queue, and stay near {'2 ' * config.symmetric_loss}"
-        f"log(1+K) = {chance_loss(config):.2f}, where all keys look alike, for a while. That is not a fault: watch "
-        f"contrast_top1, {100 / (1 + config.queue_size):.2g} % by chance"
-    )
+        print(f"    queue: {STARTS[training.queue_start]}")
+    if config.dictionary == "bank":
+        print(
+            f"     bank: {config.bank_size:,} keys, {4e-6 * config.bank_size * config.projection_dim:,.0f} MB in memory and in "
+            f"every checkpoint; {STARTS[training.bank_start or 'random']}"
+        )
+    print(f"  reading: {_reading(args)}")
     for warning in _warnings(args, trainer):
         print(f"warning: {warning}")
+
+
+def _negatives(args: PretrainArguments) -> str:
+    if args.config.dictionary in ("batch", "batch_both_views"):
+        return f"{negatives(args.config, args.training.global_batch_size):,} negatives of the batch"
+    return f"K {args.config.queue_size:,}"
+
+
+def _momentum(args: PretrainArguments) -> str:
+    if args.config.key_encoder != "momentum":
+        return ""
+    return f"m {args.config.key_momentum:g}{' to 1' * (args.training.key_momentum_schedule == 'cosine')}, "
+
+
+def _reading(args: PretrainArguments) -> str:
+    config = args.config
+    count = negatives(config, args.training.global_batch_size)
+    factor = config.loss_scale * (2 if config.symmetric_loss else 1)
+    before = {
+        "queue": "the loss may rise while keys replace the random queue, and stay",
+        "bank": "the loss is far above chance while the keys of the bank are random, for an epoch or more, and may stay",
+    }.get(config.dictionary, "the loss may stay")
+    return (
+        f"{before} near {f'{factor:g} ' * (factor != 1)}log(1+K) = {chance_loss(config, count):.2f}, where all keys look "
+        f"alike, for a while. That is not a fault: watch contrast_top1, {100 / (1 + count):.2g} % by chance"
+    )
 
 
 def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
     training, config = args.training, args.config
     batch, rate = training.global_batch_size, training.learning_rate
     recipe_batch, recipe_rate = (args.recipe.values.get(key) for key in ("global_batch_size", "learning_rate"))
-    if recipe_batch not in (None, batch) and rate == recipe_rate:
+    if recipe_batch not in (None, batch) and rate == recipe_rate and training.learning_rate_scaling == "none":
         yield (
             f"the recipe's learning rate {rate:g} is for a global batch of {recipe_batch}; for {batch} the linear rule gives "
             f"{rate * batch / recipe_batch:g} (--learning_rate)"
@@ -163,8 +197,18 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
     drawn = [] if args.data.streaming else [Path(f"{name}.png") for name in FIGURES]
     if kept := training.trackers.kept_back(drawn, {"local": args.data.local}):
         yield kept
+    if (
+        config.key_encoder == "none"
+        and config.symmetric_loss
+        and config.batch_norm == "plain"
+        and training.world_size > 1
+    ):
+        yield (
+            "BatchNorm normalises the images of each process by themselves, where SimCLR has those of all. On GPUs pass "
+            "--batch_norm sync"
+        )
     images = trainer.train_dataset.images_per_epoch
-    if images < config.queue_size:
+    if config.dictionary == "queue" and images < config.queue_size:
         yield (
             f"the queue ({config.queue_size:,}) is larger than the dataset ({images:,} images): keys of the same image are "
             "among the negatives. Lower --queue_size"
@@ -264,13 +308,15 @@ def drawn_images(args: PretrainArguments, splits: ImageSplits) -> Iterator[plots
 
     One that cannot be read is left out.
     """
-    views, images = two_views(args.data), training_images(args.data, splits, args.training)
+    bank = args.config.dictionary == "bank"
+    views, images = training_views(args.data, bank), training_images(args.data, splits, args.training, bank)
     rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(islice(splits.train, 10 * PREVIEWED))
     if not isinstance(images, StreamedImages):  # from the whole dataset: folders are sorted by class
         rows = ((i, splits.train[i]) for i in range(0, len(images), max(1, len(images) // PREVIEWED)))
     for index, row in rows:
         with suppress(OSError):
             image = splits.decoder.image(row["image"])
-            both = images.view_params(index, image)
-            rendered = [render_view(image, params, views.size, views.policy) for params in both]
-            yield plots.DrawnImage(image, both, rendered)
+            drawn = images.view_params(index, image)
+            of_each = zip(drawn, views.policies, strict=True)
+            rendered = [render_view(image, params, views.size, policy) for params, policy in of_each]
+            yield plots.DrawnImage(image, drawn, rendered)

@@ -28,7 +28,7 @@ from .engine.run_folder import FREE_TO_CHANGE, START, WEIGHTS, read_sections
 from .errors import shown
 from .evaluation.probe_arguments import LinearProbeArguments
 from .trainer import MoCoTrainingArguments
-from .views.policy import build_policy
+from .views.policy import build_policies
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "quickstart"
@@ -50,14 +50,15 @@ WITHOUT_RESULT = FREE_TO_CHANGE | {
 def _model_arguments() -> type:
     # The model's flags are MoCoConfig's own fields with their defaults. argparse knows one type per flag.
     hints = MoCoConfig.__annotations__ | {
-        **{"key_momentum": float, "temperature": float, "model_args": str | None},
+        **dict.fromkeys(("key_momentum", "temperature", "bank_momentum", "loss_scale"), float),
+        **{"model_args": str | None},
         **{"image_mean": list[float], "image_std": list[float]},
     }
     entries = re.findall(r"^    (\w+) \(.*?\): (.*?)(?=^    \w|^\S|\Z)", str(inspect.getdoc(MoCoConfig)), re.M | re.S)
     help_texts = {name: re.sub(r"\s+", " ", text).replace("%", "%%").strip() for name, text in entries}
     fields: list[tuple[str, Any, Any]] = []
     for f in dataclasses.fields(MoCoConfig):
-        if f.name in MoCoConfig.__annotations__ and f.name != "model_type":
+        if f.name in MoCoConfig.__annotations__ and f.name not in ("model_type", "bank_size"):  # a run sets the second
             default: dict[str, Any] = {"default": f.default}
             if isinstance(f.default, tuple):  # a list on the command line
                 default = {"default_factory": partial(list, f.default)}
@@ -212,7 +213,7 @@ def parse_pretrain(argv: list[str]) -> PretrainArguments:
     settings["probe"] = recipe.probe
     preview = None if namespace.preview_views is None else _figure_path(namespace.preview_views)
     of_model = dataclasses.asdict(model)
-    build_policy(data.augmentation)
+    build_policies(data.augmentation)
     check_dictionary(of_model["dictionary"])
     init_from = of_model.pop("init_from")
     if init_from is not None and os.path.exists(init_from):

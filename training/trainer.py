@@ -1,4 +1,4 @@
-"""MoCoTrainer: the momentum update before each step, the queue after it, and a kNN monitor."""
+"""MoCoTrainer: the momentum update before each step, the dictionary after it, and a kNN monitor."""
 
 import logging
 import math
@@ -13,12 +13,13 @@ import datasets
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy
 
-from modeling_moco import MoCoModel
+from modeling_moco import Dictionary, MoCoModel
+from modeling_moco.dictionary_moco import BankDictionary, BatchDictionary
 from modeling_moco.distributed_moco import gather, rank, world_size
 
 from .cli import INCLUDE_PICTURES
@@ -49,7 +50,9 @@ class MoCoTrainingArguments(SGDTrainingArguments):
 
     num_train_epochs: float = field(default=200, metadata={"help": "Passes over the images."})
     learning_rate: float = field(default=0.03, metadata={"help": "Learning rate; 0.03 is for a global batch of 256."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay, of BatchNorm and biases too."})
+    weight_decay: float = field(
+        default=1e-4, metadata={"help": "Weight decay, of BatchNorm and biases too (not with lars)."}
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to run the monitor: no or epoch."})
     eval_every_n_epochs: int = field(default=1, metadata={"help": "Epochs between two runs of the monitor."})
     knn_k: list[int] = field(
@@ -74,6 +77,18 @@ class MoCoTrainingArguments(SGDTrainingArguments):
             "encodes. By default encode with init_from, unless a queue comes along, and random without."
         },
     )
+    bank_start: Literal["random", "encode"] | None = field(
+        default=None,
+        metadata={
+            "help": "Keys in a bank before the first step: random ones, as in the original code, or those that the encoder "
+            "makes of one view of every image, with which short runs learn earlier. By default encode with init_from, and "
+            "random without."
+        },
+    )
+    key_momentum_schedule: Literal["constant", "cosine"] = field(
+        default="constant",
+        metadata={"help": "Momentum of the key encoder: constant, or from key_momentum to 1 by a half cosine (v3)."},
+    )
     dataloader_drop_last: bool = field(default=True)  # the queue needs whole batches
     ddp_broadcast_buffers: bool | None = field(default=False)  # ranks keep their BatchNorm statistics, queues are equal
 
@@ -88,6 +103,12 @@ class MoCoTrainingArguments(SGDTrainingArguments):
                 f"knn_bank_size ({self.knn_bank_size}) must be at least 1 image; leave it out for all of them"
             )
         _ = self.knn  # checks its values
+
+    def key_momentum(self, base: float, progress: float) -> float:
+        """The momentum m of the key encoder where so much of the run is done, from 0 to 1 (v3, main_moco.py)."""
+        if self.key_momentum_schedule == "constant":
+            return base
+        return 1 - 0.5 * (1 + math.cos(math.pi * progress)) * (1 - base)
 
     @property
     def trackers(self) -> Trackers:
@@ -112,9 +133,10 @@ class MoCoCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         # Before the first micro-batch of every optimizer step, with the weights that the last one left: official order.
-        model.update_key_encoder()
-        # The same order on all processes, whatever their seeds, and after a resume.
+        model.update_key_encoder(args.key_momentum(model.config.key_momentum, state.global_step / state.max_steps))
+        # The same on all processes, whatever their seeds, and after a resume: the order of keys, the keys from a bank.
         model.shuffle_generator = seeded_generator(state.global_step)
+        model.dictionary.generator = seeded_generator(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
@@ -141,7 +163,7 @@ class MoCoTrainer(SGDTrainer):
     Args:
         model: in float32 (mixed precision comes from `args.bf16`).
         args: see [`MoCoTrainingArguments`].
-        train_dataset: images with the `TwoViews` transform, or images alone as `as_training_images` takes them, in the size of
+        train_dataset: images with the `Views` transform, or images alone as `as_training_images` takes them, in the size of
             the image processor.
         processing_class: the image processor, saved beside every checkpoint.
         knn_bank: images with the `EvaluationView` transform, whose features the monitor looks at.
@@ -166,7 +188,8 @@ class MoCoTrainer(SGDTrainer):
         render: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
         view: OwnView | None = None,
     ):
-        images = as_training_images(train_dataset, processing_class, args.seed, view)
+        bank = isinstance(model.dictionary, BankDictionary)
+        images = as_training_images(train_dataset, processing_class, args.seed, view, bank)
         _check_sizes(model, args, images)
         self.unreadable = ListUnreadable(images)
         super().__init__(
@@ -188,8 +211,8 @@ class MoCoTrainer(SGDTrainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if not resume_from_checkpoint:
-            self._fill_queue()
-        if world_size() > 1:  # ranks may have drawn different queues; from here on they stay equal
+            self._fill_dictionary()
+        if world_size() > 1:  # ranks may have drawn different keys; from here on they stay equal
             for buffer in self.model.dictionary.buffers():
                 dist.broadcast(buffer, src=0)
         self._logged_at = time.perf_counter()
@@ -199,13 +222,39 @@ class MoCoTrainer(SGDTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @torch.no_grad()
-    def _fill_queue(self) -> None:
-        """Give the queue the keys that `queue_start` asks for. It is the same again if the run is begun again."""
-        dictionary, args, epoch = self.model.dictionary, self.args, math.ceil(self.args.num_train_epochs)
-        if args.queue_start == "random":
+    def _fill_dictionary(self) -> None:
+        """Give it the keys that `queue_start` or `bank_start` asks for. They are the same again if the run is begun again."""
+        dictionary, args = self.model.dictionary, self.args
+        if isinstance(dictionary, BankDictionary):
+            if args.bank_start == "encode":
+                self._fill_bank(dictionary)
+        elif args.queue_start == "random":
             dictionary.reset()
-        if args.queue_start != "encode":
-            return
+        elif args.queue_start == "encode":
+            self._fill_queue(dictionary)
+
+    def _fill_bank(self, bank: BankDictionary) -> None:
+        images: Any = self.train_dataset
+        if not isinstance(
+            images, StreamedImages
+        ):  # a stream leaves out less than a global batch: these keys stay random
+            batch = self.args.world_size * self.args.per_device_train_batch_size
+            images = Subset(images, [i % len(images) for i in range(-(-len(images) // batch) * batch)])
+        self.train_dataset.set_epoch(math.ceil(self.args.num_train_epochs))
+        loader = (
+            self._loader(images)
+            if isinstance(images, StreamedImages)
+            else self.accelerator.prepare(self._loader(images))
+        )
+        self.model.train()  # queries are normalised by their batch, as in training
+        for batch in tqdm(loader, "encoding the bank", disable=rank() > 0 or None):
+            views = self.make_views(batch)
+            with self.compute_loss_context_manager():
+                q = self.model.encode_queries(views["pixel_values"])
+            bank.store(gather(q), gather(views["index"]), momentum=0)
+
+    def _fill_queue(self, dictionary: Dictionary) -> None:
+        args, epoch = self.args, math.ceil(self.args.num_train_epochs)
         needed = math.ceil(self.model.config.queue_size / (args.world_size * args.per_device_train_batch_size))
         # Epochs without end: the queue may hold more images than there are.
         epochs = chain.from_iterable(map(self._batches_of, count(epoch)))
@@ -256,7 +305,7 @@ class MoCoTrainer(SGDTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = self.make_views(inputs)
         outputs = model(**inputs)
-        self._keys = outputs.key_embeds
+        self._keys = outputs.key_embeds, outputs.key_index
         q = outputs.query_embeds[: len(inputs["pixel_values"])]
         self._statistics.append(contrast_statistics(outputs.logits, q, self.model.config.temperature))
         self._images += len(inputs["pixel_values"])
@@ -264,7 +313,7 @@ class MoCoTrainer(SGDTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.model.dictionary.enqueue(self._keys)  # after backward, which needs the queue as the forward saw it
+        self.model.dictionary.enqueue(*self._keys)  # after backward, which needs the queue as the forward saw it
         return loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
@@ -292,7 +341,8 @@ class MoCoTrainer(SGDTrainer):
         # At most LEAK_IMAGES in batches as in training, in views that are not in the queue yet; none before training.
         batch, ranks = self.args.per_device_train_batch_size, self.args.world_size
         batches = min(max(4, LEAK_IMAGES // (batch * ranks)), self.train_dataset.images_per_epoch // (batch * ranks))
-        if self.state.global_step == 0 or batches < 2:
+        # Where no keys are encoded, none is normalised with the batch of its query, or all are.
+        if self.state.global_step == 0 or batches < 2 or self.model.config.key_encoder == "none":
             return []
         epoch = int(self.state.epoch or 0) + 1
         images = collate(self.train_dataset.sample(batches * batch, epoch, self.args.process_index, ranks))
@@ -320,14 +370,18 @@ class MoCoTrainer(SGDTrainer):
             waited = waited.to(self.args.device)
             dist.all_reduce(waited, dist.ReduceOp.MAX)
         metrics = dict(zip(STATISTICS, means, strict=True))
-        config = self.model.config
-        keys_per_step = self.args.global_batch_size * (2 if config.symmetric_loss else 1)
+        config, steps = self.model.config, self.state.global_step
+        if config.dictionary == "queue":
+            keys_per_step = self.args.global_batch_size * (2 if config.symmetric_loss else 1)
+            metrics["queue_age"] = queue_age(config.queue_size, keys_per_step, steps)
+        elif isinstance(self.model.dictionary, BatchDictionary):
+            metrics["negatives"] = self.model.dictionary.negatives(config, self.args.global_batch_size)
+        if self.model.has_key_encoder:
+            metrics["key_drift"] = key_drift(self.model)
         return metrics | {
             "uniformity": math.log(metrics["uniformity"]) if metrics["uniformity"] > 0 else math.nan,
             # |q - k|² of unit vectors: Wang and Isola, equation 3
             "alignment": 2 - 2 * metrics["positive_similarity"],
-            "queue_age": queue_age(config.queue_size, keys_per_step, self.state.global_step),
-            "key_drift": key_drift(self.model),
             "images_per_second": images / seconds,
             "waiting_for_data": 100 * waited.item() / seconds,
         }
@@ -365,7 +419,35 @@ def _check_sizes(model: MoCoModel, args: MoCoTrainingArguments, images: Training
         raise ValueError("batch_norm ('sync') is for GPUs: torch has no SyncBatchNorm on a CPU; choose another")
     micro_batch = args.per_device_train_batch_size * args.world_size
     keys = 2 * micro_batch if model.config.symmetric_loss else micro_batch
-    if model.config.queue_size < keys:
+    if args.queue_start is not None and isinstance(model.dictionary, BatchDictionary | BankDictionary):
+        raise ValueError(
+            f"queue_start ({args.queue_start}) is for a queue, not for a {model.config.dictionary}: leave it out"
+        )
+    if args.bank_start is not None and not isinstance(model.dictionary, BankDictionary):
+        raise ValueError(
+            f"bank_start ({args.bank_start}) is for a bank, not for a {model.config.dictionary}: leave it out"
+        )
+    if args.key_momentum_schedule != "constant" and not model.has_key_encoder:
+        raise ValueError(
+            f"key_momentum_schedule ({args.key_momentum_schedule}) is for key_encoder='momentum', not for "
+            f"{model.config.key_encoder!r}: leave it out"
+        )
+    if isinstance(model.dictionary, BatchDictionary):
+        if args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps ({args.gradient_accumulation_steps}) must be 1 for dictionary="
+                f"{model.config.dictionary!r}: negatives are those of the images that are encoded together, which it does not "
+                "make more. Use a larger batch, more processes, or dictionary='queue'"
+            )
+        if micro_batch < 2:
+            raise ValueError("global_batch_size (1) leaves no negatives in the batch: raise it")
+    elif isinstance(model.dictionary, BankDictionary):
+        if model.config.bank_size != images.images_per_epoch:
+            raise ValueError(
+                f"bank_size ({model.config.bank_size}) is not the number of images ({images.images_per_epoch}): the bank has a "
+                "key for each. Continue with the dataset that the run began with, or build the model with this bank_size"
+            )
+    elif model.config.queue_size < keys:
         raise ValueError(
             f"queue_size ({model.config.queue_size}) is smaller than the keys of a global batch ({keys}): raise it or lower "
             "the batch"

@@ -24,8 +24,8 @@ from modeling_moco import MoCoImageProcessor, MoCoImageProcessorPil
 from training.data.decode import Decoder, decode_image, decode_tensor
 from training.data.images import MapImages, StreamedImages
 from training.data.sources import DataArguments, load_images
-from training.views.pil import EvaluationView, TwoViews
-from training.views.policy import build_policy
+from training.views.pil import EvaluationView, Views
+from training.views.policy import build_policies
 
 IMAGENET = os.environ.get("MOCO_IMAGENET")  # a folder of parquet files with photographs
 
@@ -253,7 +253,7 @@ def test_views_depend_on_seed_epoch_and_index_alone():
 
 
 def test_two_views_are_equal_tensors_with_and_without_workers():
-    images = MapImages(table(range(8)), TwoViews(build_policy("v2"), 16), seed=3)
+    images = MapImages(table(range(8)), Views(build_policies("v2"), 16), seed=3)
     for alone, worked in zip(
         DataLoader(images, batch_size=4), DataLoader(images, batch_size=4, num_workers=2), strict=True
     ):
@@ -443,7 +443,7 @@ def test_the_broken_files_of_a_stream_are_named_and_counted_once(workers, tmp_pa
 @pytest.mark.skipif(not IMAGENET, reason="MOCO_IMAGENET names no folder of parquet files")
 def test_imagenet_streams_views_at_224_px():
     args = DataArguments(dataset_name=IMAGENET, streaming=True, max_train_samples=20)
-    views = TwoViews(build_policy(args.augmentation), args.image_size)
+    views = Views(build_policies(args.augmentation), args.image_size)
     images = StreamedImages(load_images(args).train, views, batch_size=10, buffer_size=20)
     batches = list(DataLoader(images, batch_size=10))
     assert [batch["key_pixel_values"].shape for batch in batches] == [(10, 3, 224, 224)] * 2

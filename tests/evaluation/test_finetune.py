@@ -92,7 +92,9 @@ def test_the_words_say_which_share_of_the_labels_was_used(encoder, tmp_path, fra
 
 def test_another_schedule_or_optimizer_is_another_protocol(encoder, tmp_path):
     words = []
-    for flags in ([], ["--lr_scheduler_type", "linear"], ["--lr_milestones", "1"], ["--weight_decay", "0.1"]):
+    changes = [["--lr_scheduler_type", "linear"], ["--lr_milestones", "1"], ["--weight_decay", "0.1"]]
+    changes += [["--optim", "lars", "--optim_args", "momentum=0.9,classic=true"], ["--warmup_epochs", "0.5"]]
+    for flags in ([], *changes):
         run = parse_finetune([str(encoder), *TINY, "--output_dir", str(tmp_path), *flags])
         splits = load_images(run.data, labelled=True)
         words.append(run.protocol(build_trainer(run, splits, choose_labelled(splits, run.training))))
@@ -100,6 +102,8 @@ def test_another_schedule_or_optimizer_is_another_protocol(encoder, tmp_path):
         ", linear",
         ", a tenth at 1",
         ", sgd momentum=0.9, weight decay 0.1",
+        ", lars momentum=0.9,classic=true, weight decay 0",
+        ", cosine after a warm-up of 0.5 epochs",
     ]
 
 
@@ -156,7 +160,7 @@ def test_the_defaults_are_those_that_were_published(tmp_path):
     assert {name: getattr(args, name) for name in chosen} == chosen
 
 
-def test_the_first_step_moves_encoder_and_classifier_each_by_its_rate(encoder, tmp_path):
+def test_the_first_step_moves_encoder_and_classifier_each_by_its_scaled_rate(encoder, tmp_path):
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             self.expected = {
@@ -165,7 +169,9 @@ def test_the_first_step_moves_encoder_and_classifier_each_by_its_rate(encoder, t
             }
 
     watch = Watch()
-    flags = ["--learning_rate", "0.02", "--head_learning_rate", "0.5", "--max_steps", "1", "--eval_strategy", "no"]
+    # Both are for 256 images, and a step has 16.
+    flags = ["--learning_rate", "0.32", "--head_learning_rate", "8", "--learning_rate_scaling", "linear"]
+    flags += ["--max_steps", "1", "--eval_strategy", "no"]
     trainer = build(encoder, tmp_path, *flags, callback=watch)
     trainer.train()
     for name, parameter in trainer.model.named_parameters():

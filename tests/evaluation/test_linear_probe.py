@@ -1,12 +1,14 @@
 """The linear probe: what it learns, what it leaves alone, at which rates, and how it chooses between them."""
 
 import json
+import math
 
 import datasets
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from PIL import Image
 from ranks import join_trainers, run_ranks
 from sklearn.metrics import confusion_matrix, recall_score
@@ -134,6 +136,36 @@ def test_the_defaults_are_the_published_settings(tmp_path):
     published = ("official", [30.0], 0.0, 100, [60, 80], 256, "sgd", "momentum=0.9")
     ours = (args.mode, args.rates, args.weight_decay, args.num_train_epochs, args.lr_milestones)
     assert (*ours, args.global_batch_size, args.optim.value, args.optim_args) == published
+
+
+V3 = {"num_train_epochs": 90, "global_batch_size": 1024, "learning_rate_scaling": "linear", "lr_milestones": None}
+
+
+@pytest.mark.parametrize(("rate", "scaled"), [(0.1, 0.4), (3.0, 12.0)], ids=["r50", "vit"])
+def test_the_protocol_of_moco_v3_can_be_said_by_flags_and_in_a_recipe(saved, tmp_path, rate, scaled):
+    # facebookresearch/moco-v3, main_lincls.py and README.md: SGD with momentum 0.9, no weight decay, a cosine in whole epochs.
+    flags = ["--num_train_epochs", "90", "--global_batch_size", "1024", "--learning_rate", str(rate), "--lr_milestones"]
+    by_flags = parse_linear_probe([*saved, *flags, "--learning_rate_scaling", "linear"])
+    recipe = {"data": {"dataset_name": "digits"}, "model": {}, "probe": V3 | {"learning_rate": rate}}
+    (tmp_path / "model" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    by_recipe = parse_linear_probe(saved)
+    for args in (by_flags.training, by_recipe.training):
+        assert (args.rates, args.weight_decay, args.optim.value) == ([pytest.approx(scaled)], 0, "sgd")
+        assert args.optim_args == "momentum=0.9"
+        words = f"learning rate {rate:g} x 1024/256 = {scaled:g}, 90 epochs, cosine, batch 1024"
+        assert args.protocol == words
+    cached = parse_linear_probe([*saved, "--mode", "cached", "--learning_rates", "0.1", "1"]).training
+    assert cached.rates == [0.1, 1.0]
+    assert cached.protocol == "learning rate 0.1 1 by a held-out tenth, 90 epochs, cosine, batch 1024"
+
+
+def test_scaled_rates_follow_the_cosine_of_moco_v3_in_whole_epochs(splits, tmp_path):
+    watch = Watch()
+    settings = V3 | {"num_train_epochs": 4, "global_batch_size": 8, "learning_rates": [3.2, 96]}
+    build(splits, tmp_path, [watch], **settings).train()
+    # adjust_learning_rate of main_lincls.py, 22 images: three steps an epoch
+    factors = [0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4) for _ in range(3)]
+    np.testing.assert_allclose(watch.rates, [[3.2 * 8 / 256 * x, 96 * 8 / 256 * x] for x in factors], rtol=1e-12)
 
 
 def test_a_resumed_probe_ends_with_the_heads_and_history_of_an_uninterrupted_one(splits, tmp_path):
@@ -328,6 +360,8 @@ def saved(tmp_path):
         ),
         (["--learning_rate", "3", "--learning_rates", "1", "3"], r"learning_rate \(3\) and learning_rates \(1 3\)"),
         (["--learning_rates"], "expected at least one argument"),
+        (["--lr_scheduler_type", "cosine"], r"lr_scheduler_type has no effect beside lr_milestones \(60 80\)"),
+        (["--lr_scheduler_type", "linear"], r"\(linear\) and lr_milestones \(60 80\) are two schedules"),
         (["--mode", "chached"], "invalid choice: 'chached'"),
     ],
 )

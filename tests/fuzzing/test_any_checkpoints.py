@@ -14,7 +14,7 @@ from mutations import anything, edited, edits, few, mutated_bytes, mutated_json,
 from tiny_models import moco_config
 
 from modeling_moco import MoCoModel
-from modeling_moco.modeling_moco import build_encoder
+from modeling_moco.encoder_moco import build_encoder
 from training.convert.files import read
 from training.evaluation.encoder import Encoder
 

@@ -72,9 +72,11 @@ KEYS = {
         "report_to",
         "optim",
         "optim_args",
+        "learning_rate_scaling",
+        "warmup_epochs",
         "seed",
     ],
-    "probe": ["learning_rates", "mode", "lr_milestones", "num_train_epochs"],
+    "probe": ["learning_rates", "mode", "lr_milestones", "num_train_epochs", "learning_rate_scaling"],
 }
 
 

@@ -259,7 +259,8 @@ def test_settings_that_say_where_something_is_stay_at_home(run, tmp_path):
     metrics = json.loads((source / "metrics.json").read_text())
     metrics["data"]["local"] = True
     (source / "metrics.json").write_text(json.dumps(metrics))
-    training = {"learning_rate": 0.1, "optim": "sgd", "lr_milestones": [1], "accelerator_config": "/secret/site.json"}
+    training = {"learning_rate": 0.1, "optim": "lars", "lr_milestones": [1], "accelerator_config": "/secret/site.json"}
+    training |= {"learning_rate_scaling": "linear", "global_batch_size": 1024}
     training |= {"deepspeed": {"at": "/secret/zero.json"}, "resume_from_checkpoint": "/secret/runs"}
     recipe = {"data": {"dataset_name": "secret/my birds"}, "training": training}
     (source / "recipe.yaml").write_text(json.dumps(recipe))
@@ -268,7 +269,7 @@ def test_settings_that_say_where_something_is_stay_at_home(run, tmp_path):
         assert b"secret" not in (tmp_path / "published" / name).read_bytes(), name
     assert card.data.datasets is None
     assert "dataset_name: my birds" in text
-    for shown in ("learning_rate: 0.1", "optim: sgd", "- 1"):
+    for shown in ("learning_rate: 0.1", "optim: lars", "- 1", "Learning rate: 0.1 x 1024/256 = 0.4."):
         assert shown in text
     metrics["data"]["local"] = False
     (source / "metrics.json").write_text(json.dumps(metrics))

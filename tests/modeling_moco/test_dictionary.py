@@ -75,7 +75,7 @@ def joined(q, k, queue):
 
 def test_logits_are_similarities_over_the_temperature_with_the_own_key_first():
     dictionary, q, k = QueueDictionary(dim=4, size=5), unit(3, 4), unit(3, 4)
-    loss, logits = dictionary(q.requires_grad_(), k, 0.07)
+    loss, logits = dictionary(q.requires_grad_()[None], k[None], 0.07)
     torch.testing.assert_close(logits, joined(q, k, dictionary.queue).detach() / 0.07)
     before = logits.clone()
     loss.backward()

@@ -151,6 +151,18 @@ def test_it_tells_all_settings_numbers_results_and_versions(run):
     assert recipe["about"]["title"] in lines
 
 
+def test_a_scaled_learning_rate_is_told_as_the_optimizer_has_it(run):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["training"] |= {"optim": "lars", "learning_rate": 0.6, "learning_rate_scaling": "linear"}
+    (run / "recipe.yaml").write_text(
+        yaml.safe_dump(recipe | {"training": recipe["training"] | {"global_batch_size": 4096}})
+    )
+    write_report(read_run(run))
+    lines = Page(run / "report.html").text.splitlines()
+    assert ["learning_rate", "0.6 x 4096/256 = 9.6"] in [lines[i : i + 2] for i in range(len(lines))]
+    assert ["optim", "lars"] in [lines[i : i + 2] for i in range(len(lines))]
+
+
 def rows_of_results(path: Path) -> list[list[str]]:
     """Cells of the table of results; the words under a protocol are a cell."""
     table = path.read_text().partition('<table class="results">')[2].partition("</table>")[0]

@@ -12,8 +12,8 @@ from training.data.memory_images import MemoryImages
 from training.data.shards import ShardedRows
 from training.trainer import MoCoTrainer, MoCoTrainingArguments
 from training.views.device import DeviceViews
-from training.views.pil import TwoViews
-from training.views.policy import POLICIES
+from training.views.pil import Views
+from training.views.policy import build_policies
 
 # Flags of a run of seconds.
 TINY = [
@@ -44,17 +44,22 @@ def build(rows, folder, model=None, callback=None, stream=False, memory=False, *
         use_cpu=True,
         **({"per_device_train_batch_size": BATCH} | defaults | kwargs),
     )
-    views = TwoViews(POLICIES["v2"], 24)
-    images: MapImages | MemoryImages | StreamedImages = MapImages(rows, views, args.seed)
+    model = model or tiny_model()
+    bank = model.config.dictionary == "bank"  # which has one view of an image, and knows its row
+    views = Views(build_policies("v2")[: 1 if bank else 2], 24)
+    images: MapImages | MemoryImages | StreamedImages = MapImages(rows, views, args.seed, numbered=bank)
     render = None
     if memory:
-        images, render = MemoryImages(rows, views.policy, args.seed), DeviceViews(views.policy, views.size)
+        images, render = (
+            MemoryImages(rows, views.policies, args.seed, numbered=bank),
+            DeviceViews(views.policies, views.size),
+        )
     if stream:
         names = {"image": "image", "label": "label"}
         shards = ShardedRows(rows.to_iterable_dataset(num_shards=2), names, [IMAGES // 2] * 2)
         place = {"rank": args.process_index, "world_size": args.world_size}
-        images = StreamedImages(shards, views, batch_size=BATCH, buffer_size=8, **place)
-    trainer = MoCoTrainer(model or tiny_model(), args, images, MoCoImageProcessor(), render=render)
+        images = StreamedImages(shards, views, batch_size=BATCH, buffer_size=8, numbered=bank, **place)
+    trainer = MoCoTrainer(model, args, images, MoCoImageProcessor(), render=render)
     if callback:
         trainer.add_callback(callback)
     return trainer

@@ -28,8 +28,8 @@ from ..data.memory_images import MemoryImages
 from ..data.sources import EvaluationDataArguments, load_images
 from ..views.device import DeviceCrops, DeviceViews
 from ..views.opencv import render_view_cv2
-from ..views.pil import TwoViews
-from ..views.policy import build_policy
+from ..views.pil import Views
+from ..views.policy import build_policies
 from .measure import Benchmark, time_rounds
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -136,14 +136,14 @@ def encoded(image: Image.Image, format: str) -> dict[str, Any]:
 
 def transforms(size: int, policy: str, decoder: Decoder) -> dict[str, tuple[Any, Callable]]:
     """The transform of each variant, and the decoder of its images."""
-    views = TwoViews(build_policy(policy, min_scale=0.2), size)
+    views = Views(build_policies(policy, min_scale=0.2), size)
     found: dict[str, tuple[Any, Callable]] = {
         OFFICIAL: (OfficialViews(size), decoder.image),
         "pil": (views, decoder.image),
-        "cv2": (TwoViews(views.policy, size, render_view_cv2), decoder.tensor),
+        "cv2": (Views(views.policies, size, render_view_cv2), decoder.tensor),
     }
     if size > SMALL_PX:
-        found["device, the CPU's share"] = (DeviceCrops(views.policy, size), decoder.tensor)
+        found["device, the CPU's share"] = (DeviceCrops(views.policies, size), decoder.tensor)
         if find_spec("lightly"):
             found["lightly"] = (LightlyViews(size), decoder.image)
     return found
@@ -177,9 +177,9 @@ def small_views(args: argparse.Namespace) -> Benchmark:
     small = [Image.fromarray(x).resize((SMALL_PX, SMALL_PX), Image.Resampling.BICUBIC) for x in pixels]
     tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in small]
     generator = torch.Generator().manual_seed(0)
-    policy = build_policy("cifar", min_scale=0.2)
+    policies = build_policies("cifar", min_scale=0.2)
     source: Any = [{"image": encoded(image, "PNG")} for image in small]
-    memory, render, decoder = MemoryImages(source, policy), DeviceViews(policy, SMALL_PX), Decoder()
+    memory, render, decoder = MemoryImages(source, policies), DeviceViews(policies, SMALL_PX), Decoder()
 
     def make(transform: Any, images: list) -> None:
         for image in images:
@@ -220,12 +220,12 @@ def _read(loader: DataLoader, batches: int) -> None:
 
 def device_views(args: argparse.Namespace) -> Benchmark:
     """The GPU's share of the view backend `device`: everything after the crop."""
-    policy, size, n = build_policy("v2"), args.image_size, 256
+    policies, size, n = build_policies("v2"), args.image_size, 256
     image = torch.zeros(3, size, size, dtype=torch.uint8)
-    crops = DeviceCrops(policy, size)
+    crops = DeviceCrops(policies, size)
     rows = [crops(image, torch.Generator().manual_seed(seed)) for seed in range(n)]
     batch = {name: tensor.cuda() for name, tensor in collate(rows).items()}
-    views = DeviceViews(policy, size)
+    views = DeviceViews(policies, size)
     variants: dict[str, Callable] = {
         "eager": partial(views, batch),
         "compiled": partial(torch.compile(views.__call__), batch),

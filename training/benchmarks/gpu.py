@@ -38,7 +38,7 @@ from ..engine.files import write_whole
 from ..engine.results import conditions
 from ..views.device import DeviceCrops, DeviceViews
 from ..views.pil import render_view
-from ..views.policy import build_policy, seeded_generator
+from ..views.policy import build_policies, seeded_generator
 from .measure import Benchmark, draw_timings, time_rounds, write_numbers
 from .step import VARIANTS, build_steps
 from .train import PRETRAIN
@@ -186,15 +186,16 @@ def _views_as_pil(args: argparse.Namespace) -> Iterator[Check]:
     random = np.random.default_rng(0)
     small = random.integers(0, 256, (16, 6, 6, 3), dtype=np.uint8)
     pictures = [Image.fromarray(pixels).resize((96, 96), Image.Resampling.BICUBIC) for pixels in small]
-    policy, size = build_policy("v2"), 64
-    crops, views = DeviceCrops(policy, size), DeviceViews(policy, size)
+    policies, size = build_policies("v3"), 64  # has every operation
+    crops, views = DeviceCrops(policies, size), DeviceViews(policies, size)
     tensors = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
     rows = [crops(x, torch.Generator().manual_seed(i)) for i, x in enumerate(tensors)]
     rendered = views({name: x.to(args.device) for name, x in collate(rows).items()})
     ours = torch.stack([rendered["pixel_values"], rendered["key_pixel_values"]], dim=1).cpu().float()
     distances = []
     for i, picture in enumerate(pictures):
-        for view, params in zip(ours[i], crops.sample(picture, torch.Generator().manual_seed(i)), strict=True):
+        sampled = crops.sample(picture, torch.Generator().manual_seed(i))
+        for view, params, policy in zip(ours[i], sampled, policies, strict=True):
             right = render_view(picture, params, size, policy)
             distances.append((view - right).abs().mean().item())
     yield Check("views from PIL's, mean distance in levels of 255", float(np.mean(distances)), 2)
@@ -268,8 +269,8 @@ def _step(command: argparse.Namespace, row: dict[str, Any]) -> Benchmark:
 
 def views(args: argparse.Namespace, compiled: bool = False) -> Iterator[Benchmark]:
     for name, size, n in (("v2", 48, 4),) if args.tiny else (("v2", 224, 256), ("cifar", 32, 512)):
-        policy = build_policy(name)
-        crops, render = DeviceCrops(policy, size), DeviceViews(policy, size)
+        policies = build_policies(name)
+        crops, render = DeviceCrops(policies, size), DeviceViews(policies, size)
         pixels = torch.randint(256, (3, size, size), dtype=torch.uint8)
         rows = [crops(pixels, torch.Generator().manual_seed(seed)) for seed in range(n)]
         batch = {key: x.to(args.device) for key, x in collate(rows).items()}

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from ..data.images import StreamedImages
 from ..data.sources import DataArguments, load_images
-from ..views.pil import TwoViews
-from ..views.policy import build_policy
+from ..views.pil import Views
+from ..views.policy import build_policies
 from .measure import Benchmark
 
 WORKERS = (0, 1, 2)
@@ -37,7 +37,7 @@ def seconds_to_first_batch(images: StreamedImages, batch_size: int, workers: int
 
 def run(args: argparse.Namespace) -> list[Benchmark]:
     data = DataArguments(dataset_name=args.dataset_name, streaming=True, image_size=args.image_size)
-    views = TwoViews(build_policy("v2"), args.image_size)
+    views = Views(build_policies("v2"), args.image_size)
     splits = load_images(data)
     images = StreamedImages(
         splits.train,

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
-from modeling_moco.modeling_moco import build_encoder, build_projector
+from modeling_moco.encoder_moco import build_encoder
+from modeling_moco.heads_moco import build_projector
 
 from ..engine.files import UNREADABLE, check_archive
 from .key_maps import CLASSIFIER, FOREIGN, LAYOUTS, OFFICIAL, RESNETS, WRAPPED, Layout, State, rename
@@ -89,7 +90,8 @@ class Checkpoint:
         if self.is_classifier:
             words.append(f"{config.num_labels:,} classes")
         elif "projector_q" in self.parts:
-            words[0] += f" {PUBLISHED[config.projection_head][0]}"
+            if config.dictionary == "queue" and config.projection_head in PUBLISHED:
+                words[0] += f" {PUBLISHED[config.projection_head][0]}"
             words += [f"K {config.queue_size:,}"] if "dictionary" in self.parts else []
             words.append(f"dim {config.projection_dim}")
         words += [f"{key} {value:g}" for key, value in self.about.items() if isinstance(value, int | float)]

@@ -17,7 +17,8 @@ KEY_SIDE = ("encoder_k", "projector_k")
 NOT_TAKEN = {
     "projector_q": "the projector is new",
     "encoder_k": "the key encoder is a copy of the query encoder",
-    "dictionary": "the queue is new",
+    "predictor_q": "the predictor is new",
+    "dictionary": "the {} is new",
 }
 
 
@@ -85,25 +86,29 @@ def begin_with(model: MoCoModel, start: Start) -> None:
     """
     here = model.state_dict()
     there = _resampled(model, start)
+    there.pop("dictionary.bank", None)  # it is of other images
     fits = {name: x for name, x in there.items() if name in here and x.shape == here[name].shape}
     whole = {part for part in _parts(here) if all(name in fits for name in here if name.startswith(f"{part}."))}
     taken = {"encoder_q"} | (whole & {"projector_q"})
-    if {"encoder_q", "projector_q", *KEY_SIDE} <= whole:
+    if {"encoder_q", "projector_q", *_parts(here).intersection(KEY_SIDE)} <= whole:
         taken |= whole
     model.load_state_dict({name: x for name, x in fits.items() if name.split(".")[0] in taken}, strict=False)
-    if not taken.issuperset(KEY_SIDE):
+    if model.has_key_encoder and not taken.issuperset(KEY_SIDE):
         model.reset_key_encoder()
     start.has_queue = "dictionary" in taken
-    start.notes += [*_notes(here, there, fits, taken), *_stem(model.config, start.checkpoint.config)]
+    start.notes += [
+        *_notes(here, there, fits, taken, model.config.dictionary),
+        *_stem(model.config, start.checkpoint.config),
+    ]
 
 
 def _resampled(model: MoCoModel, start: Start) -> State:
     """The weights with the encoders' as timm fits them to another size of image, where it knows how."""
     fit = getattr(sys.modules[type(model.encoder_q).__module__], "checkpoint_filter_fn", lambda state, encoder: state)
     state = dict(start.checkpoint.state)
-    for part, encoder in (("encoder_q", model.encoder_q), ("encoder_k", model.encoder_k)):
+    for part in ("encoder_q", "encoder_k"):
         old = {name.removeprefix(f"{part}."): x for name, x in state.items() if name.startswith(f"{part}.")}
-        new = {f"{part}.{name}": x for name, x in (fit(old, encoder) if old else {}).items()}
+        new = {f"{part}.{name}": x for name, x in (fit(old, model.encoder_q) if old else {}).items()}
         changed = [name for name, x in new.items() if name in state and x.shape != state[name].shape]
         if part == "encoder_q":
             start.notes += [f"resampled: {_shape(name, state[name])} to {tuple(new[name].shape)}" for name in changed]
@@ -111,7 +116,7 @@ def _resampled(model: MoCoModel, start: Start) -> State:
     return state
 
 
-def _notes(here: State, there: State, fits: State, taken: set[str]) -> list[str]:
+def _notes(here: State, there: State, fits: State, taken: set[str], dictionary: str) -> list[str]:
     def differs(name: str) -> str:
         return f"{_shape(name, here[name])} is {tuple(there[name].shape) if name in there else 'not'} there"
 
@@ -119,6 +124,9 @@ def _notes(here: State, there: State, fits: State, taken: set[str]) -> list[str]
     new = [differs(name) for name in missed if name.startswith("encoder_q.")]
     notes = [f"new in the encoder: {few(new)}"] if new else []
     for part, words in NOT_TAKEN.items():
+        if part not in _parts(here):
+            continue
+        words = words.format(dictionary)
         if part not in taken and part not in _parts(there):
             notes.append(words)
         elif part not in taken:

@@ -36,7 +36,7 @@ class TrainingImages(Protocol):
         """Select the order and the views of an epoch."""
 
     def view_params(self, index: int, image: Any) -> list[ViewParams]:
-        """Parameters of both views of a decoded image in this epoch."""
+        """Parameters of all views of a decoded image in this epoch."""
 
     def sample(self, count: int, epoch: int, rank: int, world_size: int) -> Any:
         """Up to `count` images for this process with their views of `epoch`, in a form that `collate` takes."""
@@ -44,10 +44,11 @@ class TrainingImages(Protocol):
 
 class _Images:
     # Shared memory: worker processes read the epoch, and mark the images that they cannot read.
-    def __init__(self, transform: Transform, seed: int, count: int, decode: Decode = decode_image):
+    def __init__(self, transform: Transform, seed: int, count: int, decode: Decode, numbered: bool):
         self.transform = transform
         self.seed = seed
         self.decode = decode
+        self.numbered = numbered
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._broken = torch.zeros(count, dtype=torch.bool).share_memory_()
 
@@ -84,7 +85,9 @@ class _Images:
 
     def _views(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         views: dict[str, Any] = self.transform(self.decode(row["image"]), self.generator(index))
-        if "label" in row and "key_pixel_values" not in views:
+        if self.numbered:
+            views["index"] = index
+        elif "label" in row and "key_pixel_values" not in views:
             views["labels"] = -1 if row["label"] is None else row["label"]
         return views
 
@@ -105,13 +108,21 @@ class MapImages(_Images, torch.utils.data.Dataset):
         transform: makes the views of a decoded image.
         seed: of the random views.
         decode: decodes the image of a row.
+        numbered: whether an image comes with "index", the number of its row, instead of its label.
 
     Raises:
         ValueError: no image can be read; raised where the first one is asked for.
     """
 
-    def __init__(self, source: datasets.Dataset, transform: Transform, seed: int = 0, decode: Decode = decode_image):
-        super().__init__(transform, seed, len(source), decode)
+    def __init__(
+        self,
+        source: datasets.Dataset,
+        transform: Transform,
+        seed: int = 0,
+        decode: Decode = decode_image,
+        numbered: bool = False,
+    ):
+        super().__init__(transform, seed, len(source), decode, numbered)
         self.source = source
 
     def __len__(self) -> int:
@@ -139,7 +150,8 @@ class MapImages(_Images, torch.utils.data.Dataset):
         return [images[i] for i in order[: count * world_size][rank::world_size]]
 
     def _select(self, indices: Iterable[int]) -> "MapImages":
-        return MapImages(self.source.select(indices), self.transform, self.seed, self.decode).at_epoch(int(self._epoch))
+        chosen = MapImages(self.source.select(indices), self.transform, self.seed, self.decode, self.numbered)
+        return chosen.at_epoch(int(self._epoch))
 
     def _name(self, index: int) -> str:
         return name_of(self.source[index], index)
@@ -182,6 +194,7 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
         world_size: number of processes.
         buffer_size: images per process in the shuffle buffer; they are not decoded there.
         decode: decodes the image of a row.
+        numbered: as of `MapImages`, whose numbers these are.
 
     Raises:
         ValueError: a worker finds no image that can be read; raised in iteration.
@@ -198,8 +211,9 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
         world_size: int = 1,
         buffer_size: int = 10_000,
         decode: Decode = decode_image,
+        numbered: bool = False,
     ):
-        super().__init__(transform, seed, len(rows), decode)
+        super().__init__(transform, seed, len(rows), decode, numbered)
         self.rows = rows
         self.batch_size = batch_size
         self.rank = rank

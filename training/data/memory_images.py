@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..views.device import sample_operations, sample_views, unpack_params
-from ..views.policy import ViewParams, ViewPolicy, seeded_generator
+from ..views.device import params_of, sample_views
+from ..views.policy import Policies, ViewParams, seeded_generator
 from .decode import decode_tensor, log_skipped, name_of
 from .images import Decode
 from .sources import MAX_IN_MEMORY_PX
@@ -23,19 +23,29 @@ class MemoryImages(torch.utils.data.Dataset):
 
     Args:
         source: rows of `load_images`.
-        policy: distribution of the views.
+        policies: distribution of each view.
         seed: of the random views.
         decode: decodes the image of a row, to uint8 (3, H, W).
+        numbered: whether a batch has "index", the numbers of the rows whose images it has.
 
     Raises:
         ValueError: no image can be read, or the images differ in size.
     """
 
-    def __init__(self, source: datasets.Dataset, policy: ViewPolicy, seed: int = 0, decode: Decode = decode_tensor):
-        self.policy = policy
+    def __init__(
+        self,
+        source: datasets.Dataset,
+        policies: Policies,
+        seed: int = 0,
+        decode: Decode = decode_tensor,
+        numbered: bool = False,
+    ):
+        self.policies = policies
         self.seed = seed
+        self.numbered = numbered
         self._unreadable: list[str] = []
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._row_numbers = torch.arange(len(source))  # whose image is at each place
         self.images = self._decode_all(source, decode)  # uint8 (images, 3, H, W); forked workers share it
 
     def _decode_all(self, source: datasets.Dataset, decode: Decode) -> torch.Tensor:
@@ -47,11 +57,11 @@ class MemoryImages(torch.utils.data.Dataset):
                 self._unreadable.append(name_of(row, index))
                 log_skipped(row, index, error)
                 if images is not None:
-                    images[index] = images[index - 1]
+                    images[index], self._row_numbers[index] = images[index - 1], self._row_numbers[index - 1]
                 continue
             if images is None:
                 images = torch.empty(len(source), *pixels.shape, dtype=torch.uint8)
-                images[:index] = pixels
+                images[:index], self._row_numbers[:index] = pixels, index
             elif pixels.shape != images.shape[1:]:
                 (height, width), other = images.shape[2:], pixels.shape[1:]
                 raise ValueError(
@@ -83,14 +93,16 @@ class MemoryImages(torch.utils.data.Dataset):
         """A batch for `DeviceViews`.
 
         Returns:
-            "images", uint8 (N, 3, H, W), and of their two views in this epoch "boxes" (N, 2, 4) and "numbers"
-            (N, 2, NUMBERS), both float32.
+            "images", uint8 (N, 3, H, W), and of their V views in this epoch "boxes" (N, V, 4) and "numbers"
+            (N, V, NUMBERS), both float32; "index", int64 (N,), if they are numbered.
         """
         height, width = self.images.shape[2:]
+        places = torch.as_tensor(indices)
         boxes, numbers = sample_views(
-            self.policy, width, height, views=2, seed=self.seed, epoch=epoch, indices=np.asarray(indices)
+            self.policies, width, height, seed=self.seed, epoch=epoch, indices=np.asarray(indices)
         )
-        return {"images": self.images.index_select(0, torch.as_tensor(indices)), "boxes": boxes, "numbers": numbers}
+        batch = {"images": self.images.index_select(0, places), "boxes": boxes, "numbers": numbers}
+        return batch | ({"index": self._row_numbers[places]} if self.numbered else {})
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         return self.batch(indices, int(self._epoch))
@@ -101,7 +113,6 @@ class MemoryImages(torch.utils.data.Dataset):
         return self.batch(order[: count * world_size][rank::world_size], epoch)
 
     def view_params(self, index: int, image: Any) -> list[ViewParams]:
-        """Parameters of both views of an image in this epoch. `image` is not used: all images have one size."""
+        """Parameters of all views of an image in this epoch. `image` is not used: all images have one size."""
         batch = self.batch([index], int(self._epoch))
-        rows = sample_operations(batch["numbers"][0], self.policy)
-        return [unpack_params(box, row) for box, row in zip(batch["boxes"][0], rows, strict=True)]
+        return params_of(batch["boxes"][0], batch["numbers"][0], self.policies)

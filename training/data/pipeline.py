@@ -14,8 +14,8 @@ from modeling_moco.image_processing_moco import to_rgb
 
 from ..views.device import DeviceCrops, DeviceViews
 from ..views.opencv import render_view_cv2
-from ..views.pil import OwnViews, TwoViews, render_view
-from ..views.policy import POLICIES, build_policy
+from ..views.pil import OwnViews, Views, render_view
+from ..views.policy import VIEWS, build_policies
 from .decode import Decoder
 from .images import MapImages, StreamedImages, TrainingImages
 from .memory_images import MemoryImages
@@ -24,23 +24,26 @@ from .sources import MAX_IN_MEMORY_PX, DataArguments, ImageSplits
 OwnView = Callable[[Image.Image, torch.Generator], torch.Tensor]
 
 
-def training_images(data: DataArguments, splits: ImageSplits, training: TrainingArguments) -> TrainingImages:
+def training_images(
+    data: DataArguments, splits: ImageSplits, training: TrainingArguments, bank: bool = False
+) -> TrainingImages:
     """The training images with their two views.
 
     Args:
         data: settings of the views.
         splits: of the same settings.
         training: sets seed, batch size and processes.
+        bank: whether they are for a memory bank: each with one view, and with "index", the number of its row.
 
     Raises:
         ValueError: the view backend cannot use the images, or no image can be read.
     """
-    transform, rows, decoder = two_views(data), splits.train, splits.decoder
+    transform, rows, decoder = training_views(data, bank), splits.train, splits.decoder
     decode = decoder.image if data.view_backend == "pil" else decoder.tensor
     if not data.streaming:
         if data.view_backend == "device" and _are_small(rows, decoder):
-            return MemoryImages(rows, transform.policy, training.seed, decoder.tensor)
-        return MapImages(rows, transform, training.seed, decode)
+            return MemoryImages(rows, transform.policies, training.seed, decoder.tensor, bank)
+        return MapImages(rows, transform, training.seed, decode, bank)
     return StreamedImages(
         rows,
         transform,
@@ -50,23 +53,25 @@ def training_images(data: DataArguments, splits: ImageSplits, training: Training
         world_size=training.world_size,
         buffer_size=data.shuffle_buffer,
         decode=decode,
+        numbered=bank,
     )
 
 
-def two_views(data: DataArguments) -> TwoViews | DeviceCrops:
-    """The transform of an image to its two views, or to the two crops that `build_render` turns into views."""
-    policy = build_policy(data.augmentation, data.horizontal_flip, data.crop_min_scale)
+def training_views(data: DataArguments, bank: bool = False) -> Views | DeviceCrops:
+    """The transform of an image to its two views, for a `bank` to one, or to the crops that `build_render` turns into views."""
+    both = build_policies(data.augmentation, data.horizontal_flip, data.crop_min_scale)
+    policies = both[:1] if bank else both
     if data.view_backend == "device":
-        return DeviceCrops(policy, data.image_size)
-    return TwoViews(policy, data.image_size, render_view_cv2 if data.view_backend == "cv2" else render_view)
+        return DeviceCrops(policies, data.image_size)
+    return Views(policies, data.image_size, render_view_cv2 if data.view_backend == "cv2" else render_view)
 
 
-def build_render(data: DataArguments, compiled: bool) -> Callable | None:
+def build_render(data: DataArguments, compiled: bool, bank: bool = False) -> Callable | None:
     """The renderer of a batch of views on the training device; None where the transform already makes the views."""
     if data.view_backend != "device":
         return None
-    views = two_views(data)
-    render = DeviceViews(views.policy, views.size)
+    views = training_views(data, bank)
+    render = DeviceViews(views.policies, views.size)
     return torch.compile(render.__call__) if compiled else render
 
 
@@ -99,10 +104,12 @@ class Pictures:
 
 def _makes_views(dataset: Any) -> bool:
     map_style = isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset)
-    return map_style and isinstance(dataset[0], dict) and "key_pixel_values" in dataset[0]
+    return map_style and isinstance(dataset[0], dict) and VIEWS[1] in dataset[0]
 
 
-def as_training_images(dataset: Any, processor: Any, seed: int, view: OwnView | None = None) -> TrainingImages:
+def as_training_images(
+    dataset: Any, processor: Any, seed: int, view: OwnView | None = None, bank: bool = False
+) -> TrainingImages:
     """Training images of anything that has images: the views of v2, unless it makes its own, or `view` makes them.
 
     Args:
@@ -112,18 +119,37 @@ def as_training_images(dataset: Any, processor: Any, seed: int, view: OwnView | 
         processor: the image processor of the model, whose `crop_size` is the size of a view in pixels.
         seed: of the random views.
         view: as of `OwnViews`.
+        bank: as of `training_images`.
 
     Raises:
-        ValueError: it is none of these, it has another number of image columns, or it makes views and so does `view`.
+        ValueError: it is none of these, it has another number of image columns, it makes views and so does `view`, or it
+            makes two views and the run has a memory bank.
     """
-    if isinstance(dataset, MapImages | MemoryImages | StreamedImages) or _makes_views(dataset):
+    ours = isinstance(dataset, MapImages | MemoryImages | StreamedImages)
+    if ours or _makes_views(dataset):
+        kind = type(dataset).__name__
         if view is not None:
+            raise ValueError(f"view is for images alone, and this {kind} makes its own views: leave one of both out")
+        numbered = ours and dataset.numbered
+        if bank and not numbered:
             raise ValueError(
-                f"view is for images alone, and this {type(dataset).__name__} makes its own views: leave one of both out"
+                f"a memory bank takes one view of an image and the number of its row, which this {kind} does not give: pass "
+                "images alone, or images of this project with one policy and numbered=True"
+            )
+        if numbered and not bank:
+            raise ValueError(
+                f"this {kind} gives one view of an image and the number of its row, for a memory bank: build it with two "
+                "policies and without numbered"
             )
         return dataset
     size = processor.crop_size["height"]
-    images = _indexed(dataset, TwoViews(POLICIES["v2"], size) if view is None else OwnViews(view), seed)
+    views: Views | OwnViews
+    if view is None:
+        policies = build_policies("v2")
+        views = Views(policies[:1] if bank else policies, size)
+    else:
+        views = OwnViews(view, count=1 if bank else 2)
+    images = _indexed(dataset, views, seed, bank)
     if view is not None and (made := tuple(images[0]["pixel_values"].shape[1:])) != (size, size):
         raise ValueError(
             f"view makes {made[0]} x {made[1]} px, but the image processor is for {size} px: make them equal"
@@ -131,7 +157,7 @@ def as_training_images(dataset: Any, processor: Any, seed: int, view: OwnView | 
     return images
 
 
-def _indexed(dataset: Any, views: TwoViews | OwnViews, seed: int) -> MapImages:
+def _indexed(dataset: Any, views: Views | OwnViews, seed: int, bank: bool) -> MapImages:
     if isinstance(dataset, datasets.Dataset):
         columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
         if len(columns) != 1:
@@ -143,10 +169,10 @@ def _indexed(dataset: Any, views: TwoViews | OwnViews, seed: int) -> MapImages:
         if columns != ["image"]:
             rows = rows.rename_column(columns[0], "image")
         own = Decoder(places=("",))  # whoever made it in Python has chosen its paths
-        return MapImages(rows.cast_column("image", datasets.Image(decode=False)), views, seed, own.image)
+        return MapImages(rows.cast_column("image", datasets.Image(decode=False)), views, seed, own.image, bank)
     if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset):
         raise ValueError(
             f"train_dataset ({type(dataset).__name__}) is not a map-style dataset: pass a datasets.Dataset or a torch Dataset "
             "of images, and a stream as StreamedImages"
         )
-    return MapImages(Pictures(dataset), views, seed, to_rgb)
+    return MapImages(Pictures(dataset), views, seed, to_rgb, bank)

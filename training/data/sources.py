@@ -159,8 +159,9 @@ class DataArguments(CropDataArguments):
     augmentation: str = field(
         default="v2",
         metadata={
-            "help": "Distribution of the random views: v1 or v2, those of MoCo; cifar, that of the official CIFAR-10 notebook; "
-            "crop, without changes of colour; or a name that register_policy was given."
+            "help": "Distribution of the random views: v1, v2 or v3, those of MoCo; cifar, that of the official CIFAR-10 "
+            "notebook; simclr or simclr_cifar, those of SimCLR; crop, without changes of colour; or a name that "
+            "register_policy was given."
         },
     )
     view_backend: Literal["pil", "cv2", "device"] = field(

@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..cli import how_to_run
 from ..errors import visible
+from ..optimization.schedules import recorded_rate
 from .checkpoints import newest_complete
 from .files import leads_out, read_object, write_whole
 from .results import PACKAGES, read_results
@@ -157,7 +158,8 @@ def _page(run: Run, missing: str | None) -> str:
         '<p class="soft">What the recipe or the command line gave; all else has its default.</p>',
     ]
     for section, values in run.recipe.items():
-        parts += [f"<h3>{escape(section)}</h3>", _pairs(values)]
+        rate = recorded_rate(values)
+        parts += [f"<h3>{escape(section)}</h3>", _pairs(values if rate is None else values | {"learning_rate": rate})]
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     parts += ["<h2>Versions</h2>", '<p class="soft">Of this report.</p>', _pairs(versions)]
     return document(title, parts)

@@ -1,4 +1,4 @@
-"""transformers.Trainer set up as the official scripts train: SGD, weight decay on everything, a learning rate per epoch."""
+"""transformers.Trainer set up as the official scripts train: their optimizers, weight decay, and learning rates."""
 
 import math
 import os
@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, safe_globals
@@ -26,6 +24,9 @@ from modeling_moco.distributed_moco import world_size
 
 from ..cli import how_to_run
 from ..errors import TrainingError, one_line_errors
+from ..optimization.choice import DEFAULTS, LARS, check_name, optimizer_in_words, parse_arguments
+from ..optimization.lars import Lars
+from ..optimization.schedules import Scaling, epoch_schedule, rates_in_words, scaled_rate, warmup_schedule
 from .callbacks import ProgressBar, ProgressLines, SetEpoch
 from .checkpoints import BatchLayout, CompleteCheckpoints, newest_complete
 from .files import UNREADABLE, check_archive, whole_file, whole_files
@@ -89,15 +90,45 @@ class SGDTrainingArguments(TrainingArguments):
     )
     lr_milestones: list[int] | None = field(
         default=None,
-        metadata={"help": "Epochs at which the learning rate drops to a tenth (v1: 120 160), instead of the cosine."},
+        metadata={
+            "help": "Epochs at which the learning rate drops to a tenth (v1: 120 160), instead of the cosine; "
+            "without a value none."
+        },
     )
     seed: int = field(default=0, metadata={"help": "Random seed for weights, data order and views."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images per device in evaluation."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Number of newest checkpoints to keep."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log entries."})
-    optim: str = field(default="sgd", metadata={"help": "Name of the optimizer; the papers use SGD."})
-    optim_args: str | None = field(default="momentum=0.9", metadata={"help": "Arguments of the optimizer."})
+    learning_rate_scaling: Scaling = field(
+        default="none",
+        metadata={
+            "help": "Rule that makes the optimizer's learning rate of learning_rate and the global batch B: none, linear "
+            "(x B/256) or sqrt (x sqrt(B))."
+        },
+    )
+    warmup_epochs: float = field(
+        default=0.0,
+        metadata={
+            "help": "Epochs in which the learning rate rises from 0, in every step; after them the cosine falls in every step "
+            "too. 0 is the schedule of v1 and v2, in whole epochs."
+        },
+    )
+    optim: str = field(
+        default="sgd",
+        metadata={
+            "help": "Name of the optimizer: sgd (v1 and v2), lars (SimCLR, and v3 of a ResNet), adamw_torch (v3 of a ViT), or "
+            "another of transformers."
+        },
+    )
+    optim_args: str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the optimizer as name=value, with commas between: momentum, dampening and nesterov of sgd; "
+            "momentum, trust_coefficient and classic (true is SimCLR's form, false that of v3) of lars. By default "
+            "momentum=0.9 for both. Those of adamw_torch are flags: adam_beta1, adam_beta2, adam_epsilon."
+        },
+    )
     lr_scheduler_type: str = field(
         default="cosine",
         metadata={"help": "Schedule of the learning rate; cosine is the official one, in whole epochs."},
@@ -119,7 +150,10 @@ class SGDTrainingArguments(TrainingArguments):
         self._check_values()
         if "MASTER_ADDR" not in os.environ:  # nobody to connect to: accelerate would try, and leave half a state behind
             self._check_processes(1)
+        # transformers knows a fixed list of optimizers, and asks `get_optimizer_cls_and_kwargs` for the one to take.
+        ours, self.optim = self.optim == LARS, "sgd" if self.optim == LARS else self.optim
         super().__post_init__()
+        self.optim = LARS if ours else self.optim
         self._check_processes(self.world_size)
         if self.save_total_limit is not None and self.save_total_limit < 2:
             raise ValueError(
@@ -173,8 +207,64 @@ class SGDTrainingArguments(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns (True) would remove the views: leave it off")
+        check_name(self.optim)
+        self.optim_args = self.optim_args or DEFAULTS.get(self.optim)
+        parse_arguments(self.optim, self.optim_args)
+        self._check_schedule()
         if self.deepspeed is not None and find_spec("deepspeed") is None:
             raise ValueError(f"deepspeed ({self.deepspeed!r}) needs a package: pip install deepspeed, or leave it out")
+
+    def _check_schedule(self) -> None:
+        if self.learning_rate_scaling not in get_args(Scaling):
+            raise ValueError(
+                f"learning_rate_scaling ({self.learning_rate_scaling!r}) must be {', '.join(get_args(Scaling))}"
+            )
+        if not 0 <= self.warmup_epochs < math.inf:
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be at least 0")
+        kind, milestones = SchedulerType(self.lr_scheduler_type), self.lr_milestones
+        if milestones and kind != SchedulerType.COSINE:
+            raise ValueError(
+                f"lr_scheduler_type ({kind.value}) and lr_milestones ({' '.join(map(str, milestones))}) are two schedules: "
+                "pass one of them; --lr_milestones without a value is none"
+            )
+        if self.warmup_steps and (milestones or self.warmup_epochs):
+            other = "lr_milestones" if milestones else "warmup_epochs"
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps:g}) does not go with {other}: pass --warmup_epochs alone for the warm-up"
+            )
+        if self.warmup_epochs and kind != SchedulerType.COSINE:
+            raise ValueError(
+                f"warmup_epochs ({self.warmup_epochs:g}) goes before the cosine or lr_milestones, and not before "
+                f"{kind.value}: pass --warmup_steps"
+            )
+        if self.max_steps < 0 and self.warmup_epochs >= self.num_train_epochs:
+            raise ValueError(
+                f"warmup_epochs ({self.warmup_epochs:g}) must be below num_train_epochs ({self.num_train_epochs:g}): nothing "
+                "would follow the warm-up"
+            )
+
+    def scaled(self, rate: float) -> float:
+        """The optimizer's learning rate for one that a flag gave."""
+        return scaled_rate(rate, self.learning_rate_scaling, self.global_batch_size)
+
+    def in_words(self, rates: list[float]) -> str:
+        """Learning rates that flags gave, and those that the optimizer has."""
+        return rates_in_words(rates, self.learning_rate_scaling, self.global_batch_size)
+
+    @property
+    def optimization(self) -> str:
+        """The learning rate, the optimizer if it is another than SGD with momentum 0.9, and the warm-up, in words."""
+        usual = (self.optim, self.optim_args) == ("sgd", DEFAULTS["sgd"])
+        by = "" if usual else f" by {optimizer_in_words(self.optim, self.optim_args)}"
+        return self.in_words([self.learning_rate]) + by + self.warmup
+
+    @property
+    def warmup(self) -> str:
+        """The warm-up in words that follow others; none without one."""
+        if self.warmup_epochs:
+            return f" after a warm-up of {self.warmup_epochs:g} epoch{'' if self.warmup_epochs == 1 else 's'}"
+        share = f"{100 * self.warmup_steps:g} % of the" if self.warmup_steps < 1 else f"{self.warmup_steps:g}"
+        return f" after a warm-up of {share} steps" if self.warmup_steps else ""
 
     @staticmethod
     def _check_processes(started: int) -> None:
@@ -260,6 +350,14 @@ class SGDTrainer(Trainer):
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name, _ in model.named_parameters()]  # the official optimizer decays everything
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None) -> tuple[Any, dict[str, Any]]:
+        rate = {"lr": args.scaled(args.learning_rate)}
+        if args.optim == LARS:
+            return Lars, rate | parse_arguments(args.optim, args.optim_args)
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return kind, settings | rate
+
     def get_train_dataloader(self) -> DataLoader:
         loader = self.build_train_dataloader()
         self._batches_per_epoch = len(loader)  # the schedule counts in epochs
@@ -291,15 +389,17 @@ class SGDTrainer(Trainer):
         return kind(images, **settings | kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        args = self.args
+        args, optimizer = self.args, optimizer or self.optimizer
         official = args.lr_milestones or (
             args.lr_scheduler_type == SchedulerType.COSINE and not args.get_warmup_steps(num_training_steps)
         )
         if not official:
             return super().create_scheduler(num_training_steps, optimizer)
-        steps = math.ceil(self._batches_per_epoch / args.gradient_accumulation_steps)
-        epochs = math.ceil(num_training_steps / steps)
-        self.lr_scheduler = epoch_schedule(optimizer or self.optimizer, steps, epochs, args.lr_milestones)
+        steps, milestones = math.ceil(self._batches_per_epoch / args.gradient_accumulation_steps), args.lr_milestones
+        if args.warmup_epochs:
+            self.lr_scheduler = warmup_schedule(optimizer, steps, num_training_steps, args.warmup_epochs, milestones)
+        else:
+            self.lr_scheduler = epoch_schedule(optimizer, steps, math.ceil(num_training_steps / steps), milestones)
         return self.lr_scheduler
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -404,23 +504,3 @@ def train(trainer: SGDTrainer, checkpoint: str | None) -> None:
             name = trainer.stopped_by.name
             print(f"Stopped by {name} at step {trainer.state.global_step}, saved. The same command continues.")
         raise SystemExit(REQUEUE)
-
-
-def epoch_factor(epoch: int, epochs: int, milestones: list[int] | None) -> float:
-    """Factor of the learning rate in `epoch` (from 0): x0.1 at every milestone passed, or without them a half cosine."""
-    if milestones:
-        return math.prod(0.1 for milestone in milestones if epoch >= milestone)
-    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-
-
-def epoch_schedule(
-    optimizer: Optimizer, steps_per_epoch: int, epochs: int, milestones: list[int] | None = None
-) -> LambdaLR:
-    """A scheduler that is stepped at every optimizer step and changes the learning rate at the start of every epoch.
-
-    Args:
-        steps_per_epoch: optimizer steps of one epoch.
-        epochs: epochs of the run.
-        milestones: epochs at which the learning rate drops to a tenth; none for the cosine.
-    """
-    return LambdaLR(optimizer, lambda step: epoch_factor(step // steps_per_epoch, epochs, milestones))

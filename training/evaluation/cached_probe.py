@@ -22,7 +22,7 @@ from modeling_moco.distributed_moco import rank
 
 from ..data.images import MapImages
 from ..data.sources import EvaluationDataArguments, ImageSplits
-from ..engine.sgd_trainer import epoch_schedule
+from ..optimization.schedules import epoch_schedule
 from .features import cached_features
 from .probe_arguments import LinearProbeArguments
 from .probe_results import HeadReport, Probe, choose, hold_out

@@ -35,8 +35,8 @@ from ..engine.record import record
 from ..engine.results import encoder_digest
 from ..engine.run_folder import METRICS, SPLIT, mark_ended
 from ..engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
-from ..views.pil import OneView
-from ..views.policy import build_policy
+from ..views.pil import Views
+from ..views.policy import build_policies
 from .encoder import Encoder, parse_evaluation
 from .probe_arguments import check_choice, optimizer, schedule
 from .scores import Scores, likeliest, score
@@ -114,7 +114,7 @@ class FinetuneArguments(SGDTrainingArguments):
 
     @property
     def rates(self) -> dict[str, float]:
-        """Of the encoder and of the classifier, by the names of their flags."""
+        """Of the encoder and of the classifier as they were given, by the names of their flags."""
         return {name: getattr(self, name) for name in ("learning_rate", "head_learning_rate")}
 
 
@@ -151,7 +151,7 @@ class FinetuneTrainer(SGDTrainer):
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             parts = (self.model.moco, self.model.classifier)  # the learning rate of the first is logged
             groups = [
-                {"params": list(part.parameters()), "lr": rate}
+                {"params": list(part.parameters()), "lr": self.args.scaled(rate)}
                 for part, rate in zip(parts, self.args.rates.values(), strict=True)
             ]
             self.optimizer = kind(groups, **settings | {"weight_decay": self.args.weight_decay})
@@ -259,7 +259,7 @@ class FinetuneRun:
         length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         return (
             f"fine-tuning on {100 * share:.3g} % of the labels ({images:,} images), {length}, "
-            f"learning rates {args.learning_rate:g} and {args.head_learning_rate:g}"
+            f"learning rates {' and '.join(args.in_words([rate]) for rate in args.rates.values())}"
             + ("" if schedule(args) == "cosine" else f", {schedule(args)}")
             + optimizer(args)
         )
@@ -295,7 +295,7 @@ def build_trainer(run: FinetuneRun, splits: ImageSplits, indices: np.ndarray) ->
     if args.world_size == 1 and len(indices) > batch and len(indices) % batch == 1:
         args.dataloader_drop_last = True  # BatchNorm has nothing to normalise one image by
     model = run.encoder.load_classifier(splits.class_names, args.seed)
-    crop = OneView(build_policy("crop", data.horizontal_flip), data.image_size)
+    crop = Views(build_policies("crop", data.horizontal_flip)[:1], data.image_size)
     return FinetuneTrainer(
         model,
         args,

@@ -30,8 +30,8 @@ from ..engine.record import record
 from ..engine.results import encoder_digest
 from ..engine.run_folder import METRICS, read_metrics
 from ..engine.sgd_trainer import SGDTrainer
-from ..views.pil import OneView
-from ..views.policy import build_policy
+from ..views.pil import Views
+from ..views.policy import build_policies
 from .encoder import Encoder, parse_evaluation
 from .features import extract_features
 from .probe_arguments import READ_BY_CACHED, LinearProbeArguments, _listed
@@ -87,8 +87,13 @@ def parse_linear_probe(argv: list[str]) -> ProbeRun:
         settings["training"] = {key: value for key, value in settings["training"].items() if key in READ_BY_CACHED}
     elif training.learning_rates is not None and "learning_rate" in given:
         raise ValueError(
-            f"learning_rate ({training.learning_rate:g}) and learning_rates ({_listed(training.rates)}) were both given: "
+            f"learning_rate ({training.learning_rate:g}) and learning_rates ({_listed(training.given_rates)}) were both given: "
             "pass one of them"
+        )
+    elif training.lr_milestones and "lr_scheduler_type" in given and "lr_milestones" not in given:
+        raise ValueError(
+            f"lr_scheduler_type has no effect beside lr_milestones ({_listed(training.lr_milestones)}), the default or the "
+            "recipe's: pass --lr_milestones without a value too"
         )
     settings["training"]["mode"] = training.mode
     if "output_dir" not in given:  # a folder for each kind of probe
@@ -250,7 +255,7 @@ def build_trainer(
     if len(args.rates) > 1:
         kept, held = hold_out(torch.tensor(train["label"][:]), args.seed)
         train, held_out = train.select(kept.tolist()), MapImages(train.select(held.tolist()), view, decode=decode)
-    crop = OneView(build_policy("crop", data.horizontal_flip), data.image_size)
+    crop = Views(build_policies("crop", data.horizontal_flip)[:1], data.image_size)
     return LinearProbeTrainer(
         LinearHeads(model, len(args.rates)),
         args,

@@ -1,18 +1,24 @@
 """The flags of the linear probe, apart from its trainer: recipes check their `probe` section against them."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
 from ..engine.sgd_trainer import SGDTrainingArguments
+from ..optimization.choice import DEFAULTS, optimizer_in_words
 
 CACHED_RATES = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 READ_BY_CACHED = {
     *("mode", "learning_rates", "num_train_epochs", "lr_milestones", "global_batch_size", "seed", "use_cpu"),
     *("per_device_eval_batch_size", "dataloader_num_workers", "report_to", "project", "run_name"),
+}
+
+# What the cached mode trains without.
+OF_OFFICIAL = {
+    *("optim", "optim_args", "weight_decay", "lr_scheduler_type", "learning_rate_scaling"),
+    *("warmup_steps", "warmup_epochs"),
 }
 
 
@@ -52,23 +58,35 @@ class LinearProbeArguments(SGDTrainingArguments):
     )
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the classifier."})
     lr_milestones: list[int] | None = field(
-        default_factory=lambda: [60, 80], metadata={"help": "Epochs at which the learning rate drops to a tenth."}
+        default_factory=lambda: [60, 80],
+        metadata={
+            "help": "Epochs at which the learning rate drops to a tenth; without a value none, which is the cosine."
+        },
     )
     global_batch_size: int = field(default=256, metadata={"help": "Images per optimizer step over all devices."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, epoch."})
 
     def __post_init__(self):
         check_choice(self)
+        if self.mode == "cached":  # whatever a recipe says of the official mode
+            for f in fields(self):
+                if f.name in OF_OFFICIAL:
+                    setattr(self, f.name, f.default)
         super().__post_init__()
         name = "learning_rate" if self.learning_rates is None else "learning_rates"
-        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
-            raise ValueError(f"{name} ({_listed(self.rates)}) must be above 0: the published one is 30")
-        if len({f"{rate:g}" for rate in self.rates}) < len(self.rates):
-            raise ValueError(f"{name} ({_listed(self.rates)}) has a learning rate twice: name each once")
+        if not self.given_rates or not all(0 < rate < math.inf for rate in self.given_rates):
+            raise ValueError(f"{name} ({_listed(self.given_rates)}) must be above 0: the published one is 30")
+        if len({f"{rate:g}" for rate in self.given_rates}) < len(self.given_rates):
+            raise ValueError(f"{name} ({_listed(self.given_rates)}) has a learning rate twice: name each once")
 
     @property
     def rates(self) -> list[float]:
-        """The learning rate of every head."""
+        """The learning rate of every head, as its optimizer has it."""
+        return list(map(self.scaled, self.given_rates))
+
+    @property
+    def given_rates(self) -> list[float]:
+        """The same before `learning_rate_scaling`."""
         if self.learning_rates is not None:
             return self.learning_rates
         return CACHED_RATES if self.mode == "cached" else [self.learning_rate]
@@ -76,7 +94,9 @@ class LinearProbeArguments(SGDTrainingArguments):
     @property
     def protocol(self) -> str:
         """The words that stand for training by SGD with these settings in results."""
-        rates = f"learning rate {_listed(self.rates)}" + (" by a held-out tenth" if len(self.rates) > 1 else "")
+        rates = f"learning rate {self.in_words(self.given_rates)}" + (
+            " by a held-out tenth" if len(self.rates) > 1 else ""
+        )
         length = f"{self.max_steps} steps of " if self.max_steps > 0 else ""
         words = f"{rates}, {length}{self.num_train_epochs:g} epochs, {schedule(self)}, batch {self.global_batch_size}"
         return words + optimizer(self)
@@ -85,17 +105,15 @@ class LinearProbeArguments(SGDTrainingArguments):
 def schedule(args: SGDTrainingArguments) -> str:
     """How the learning rate goes down, in words."""
     if args.lr_milestones:
-        return f"a tenth at {_listed(args.lr_milestones)}"
-    warmup = f" after a warm-up of {args.warmup_steps:g}" if args.warmup_steps else ""
-    return SchedulerType(args.lr_scheduler_type).value + warmup
+        return f"a tenth at {_listed(args.lr_milestones)}{args.warmup}"
+    return SchedulerType(args.lr_scheduler_type).value + args.warmup
 
 
 def optimizer(args: SGDTrainingArguments) -> str:
     """The optimizer in words that follow others; none for the published one."""
-    kind = OptimizerNames(args.optim)
-    if (kind, args.optim_args, args.weight_decay) == (OptimizerNames.SGD, "momentum=0.9", 0):
+    if (args.optim, args.optim_args, args.weight_decay) == ("sgd", DEFAULTS["sgd"], 0):
         return ""
-    return f", {kind.value} {args.optim_args}, weight decay {args.weight_decay:g}"
+    return f", {optimizer_in_words(args.optim, args.optim_args)}, weight decay {args.weight_decay:g}"
 
 
 def _listed(numbers: list[Any]) -> str:

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
 
 from modeling_moco import MoCoForImageClassification, MoCoImageProcessor, MoCoModel
-from modeling_moco.modeling_moco import build_encoder
+from modeling_moco.encoder_moco import build_encoder
 
 from ..engine.files import read_object, write_json
 

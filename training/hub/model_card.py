@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modeling_moco import MoCoForImageClassification, MoCoImageProcessor
+from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor
 
 from ..engine.run_folder import CURVES, OF_FEATURES
+from ..optimization.schedules import recorded_rate
 from .exports import Model, encoder_and_classifier, output_name
 from .origin import Origin
 
@@ -22,9 +23,16 @@ TEMPLATE = next(path for path in PLACES if path.is_file())
 SHOWN_SECTIONS = ("data", "model", "training")  # of a recipe; what it was expected to reach is no result
 # Settings of training whose values are shown though they are words: others may say where on this machine something is.
 WORDS = (
-    *("optim", "optim_args", "lr_scheduler_type", "eval_strategy", "save_strategy"),
-    *("knn_features", "queue_start", "mode"),
+    *("optim", "optim_args", "learning_rate_scaling", "lr_scheduler_type", "eval_strategy", "save_strategy"),
+    *("knn_features", "queue_start", "bank_start", "key_momentum_schedule", "mode"),
 )
+# What a dictionary and who encodes its keys make, and where it was published; of a queue the head tells which version.
+METHODS = {
+    ("batch", "momentum"): ("MoCo v3", "2104.02057"),
+    ("batch", "shared"): ("the end-to-end dictionary of MoCo v1", "1911.05722"),
+    ("batch_both_views", "none"): ("SimCLR", "2002.05709"),
+    ("bank", "none"): ("a memory bank", "1805.01978"),
+}
 
 
 def escape(text: object) -> str:
@@ -93,7 +101,7 @@ def render_card(
         auto_class="AutoModelForImageClassification" if classifies else "AutoModel",
         moco_class=type(model).__name__,
         outputs="logits" if classifies else f"pooler_output (1, {encoder.head_hidden_size}), last_hidden_state",
-        training_state=training_state,
+        training_state=_state_of_training(model.config) if training_state else None,
         fine_tuned=origin.fine_tuned,
         onnx="onnx/model.onnx" in files,
         torch_export="torch_export/model.pt2" in files,
@@ -110,22 +118,36 @@ def render_card(
     return card
 
 
+def _method(config: MoCoConfig, told: bool) -> tuple[str, str]:
+    # A classifier that nobody tells about has no projection head that could tell.
+    if (other := METHODS.get((config.dictionary, config.key_encoder))) is not None:
+        return f"{other[0]} (", other[1]
+    if not told:
+        return "Momentum Contrast (MoCo, ", "1911.05722"
+    v2 = config.projection_head == "mlp"
+    return f"Momentum Contrast (MoCo {'v2' if v2 else 'v1'}, ", "2003.04297" if v2 else "1911.05722"
+
+
 def _summary(model: Model, origin: Origin) -> str:
     config, classifies = model.config, isinstance(model, MoCoForImageClassification)
-    version, paper = ("MoCo v2", "2003.04297") if config.projection_head == "mlp" else ("MoCo v1", "1911.05722")
-    if classifies and not origin.recipe:  # a classifier has no projection head that could tell
-        version, paper = "MoCo", "1911.05722"
+    method, paper = _method(config, told=bool(origin.recipe) or not classifies)
     dataset = _dataset(origin)
     images = f" on {escape(dataset)}" if dataset else ""
-    sentence = (
-        f"A {config.architecture} trained by Momentum Contrast ({version}, "
-        f"[arXiv:{paper}](https://arxiv.org/abs/{paper})){images} without labels"
-    )
+    source = f"[arXiv:{paper}](https://arxiv.org/abs/{paper})"
+    sentence = f"A {config.architecture} trained by {method}{source}){images} without labels"
     if origin.fine_tuned:
         return f"{sentence}, and then as a whole, with labels, as a classifier of {config.num_labels} classes."
     if classifies:
         return f"{sentence}, and a classifier of {config.num_labels} classes that was trained on it with labels."
     return f"{sentence}: it turns an image into features for kNN, linear classifiers, fine-tuning and detection."
+
+
+def _state_of_training(config: MoCoConfig) -> str:
+    parts = ["Key encoder"] * (config.key_encoder == "momentum") + ["projector"]
+    parts += ["predictor"] * (config.prediction_head != "none") + ["queue"] * (config.dictionary == "queue")
+    words = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else ["The projector"])
+    lacks = ", the bank of the training images is not" * (config.dictionary == "bank")
+    return f"{words} {'are' if len(parts) > 1 else 'is'} there{lacks}: training can go on from here."
 
 
 def _training(origin: Origin) -> str:
@@ -137,6 +159,8 @@ def _training(origin: Origin) -> str:
     if converted := origin.conversion:
         epoch = f", epoch {converted['epoch']:g}" if "epoch" in converted else ""
         sentences.append(f"Converted from {escape(converted['file'])} ({escape(converted['format'])}{epoch}).")
+    if (rate := recorded_rate(origin.recipe.get("training", {}))) is not None:
+        sentences.append(f"Learning rate: {rate}.")
     if origin.recipe:
         sentences.append("These are the settings that were given; all else has its default.")
     return " ".join(filter(None, sentences)) or "Nothing is recorded of how these weights were trained."

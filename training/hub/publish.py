@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 import modeling_moco
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
+from modeling_moco.dictionary_moco import BUILT_IN, build_dictionary
 
 from ..cli import INCLUDE_PICTURES
 from ..engine.files import check_model_files, write_json
@@ -171,8 +172,13 @@ def _publish(
 def _save_weights(model: Model, processor: MoCoImageProcessor, repo_id: str, license: str, folder: Path) -> None:
     config = model.config
     config.name_or_path = repo_id  # or it would be a path of this machine
-    if not (isinstance(model, MoCoModel) and model.momentum_encoder):
-        config.dictionary = "queue"  # whoever loads an encoder alone need not have registered one's own
+    if not (isinstance(model, MoCoModel) and model.momentum_encoder) and config.dictionary not in BUILT_IN:
+        # Whoever loads an encoder alone need not have registered one's own.
+        config.dictionary, config.key_encoder = "queue", "momentum"
+    if config.dictionary == "bank":  # a bank is of the images of its run: a random one of one key stands for it
+        config.bank_size = 1
+        if isinstance(model, MoCoModel) and model.momentum_encoder:
+            model.dictionary = build_dictionary(config)
     config.auto_map = AUTO_MAP
     config.architectures = [type(model).__name__]
     if exports.save_timm(model, processor, folder, license):

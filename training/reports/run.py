@@ -26,9 +26,9 @@ GRID_QUERIES, GRID_BANK = 8, 10_000  # rows of the grid of neighbours, and image
 EMBEDDED = 2_000  # images of the t-SNE
 
 
-def chance_loss(config: MoCoConfig) -> float:
-    """The loss of a model for which all keys are equally similar to every query."""
-    return (2 if config.symmetric_loss else 1) * math.log(1 + config.queue_size)
+def chance_loss(config: MoCoConfig, negatives: int) -> float:
+    """The loss of a model for which all keys are equally similar to every query, which has so many negatives."""
+    return config.loss_scale * (2 if config.symmetric_loss else 1) * math.log(1 + negatives)
 
 
 def open_images(data: DataArguments) -> ImageSplits:
@@ -113,6 +113,8 @@ def spread_over_classes(labels: list[int], count: int) -> list[int]:
 def draw_curves(run: Run) -> None:
     """The figure of what the run has logged; none if that is nothing."""
     if run.state["log_history"]:
-        chance = chance_loss(MoCoConfig(**run.recipe["model"]))
+        history, config = run.state["log_history"], MoCoConfig(**run.recipe["model"])
+        logged = [entry["negatives"] for entry in history if "negatives" in entry]  # where they depend on the batch
+        chance = chance_loss(config, logged[-1] if logged else config.queue_size)
         knn_k = run.recipe.get("training", {}).get("knn_k")
-        plots.training_curves(run.state["log_history"], chance, run.folder / "training_curves", knn_k)
+        plots.training_curves(history, chance, run.folder / "training_curves", knn_k)

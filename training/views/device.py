@@ -3,7 +3,7 @@
 The CPU decodes and crops the images; small images in memory are cropped on the device too. Jitter, grayscale, blur and flip
 are tensor operations. An image comes with uniform random numbers: the CPU turns some of them into crop boxes, and the device
 turns the rest into the parameters of the operations.
-Shapes: `N` images, `V` views, `S` view size, `H`, `W` image size.
+Shapes: `N` images, `V` views of an image (two, or one), `S` view size, `H`, `W` image size.
 """
 
 import math
@@ -15,17 +15,18 @@ import torch
 import torch.nn.functional as F
 
 from .opencv import crop_and_resize
-from .policy import ASPECT_RATIO, BLUR_SIGMA, ViewParams, ViewPolicy, centred_box, image_size
+from .policy import ASPECT_RATIO, BLUR_SIGMA, VIEWS, Policies, ViewParams, ViewPolicy, centred_box, image_size
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
 # The operations of a view are a row of float32 numbers: the index in JITTER of the operation at each place (-1: none); the
-# factor of each operation; whether gray; the standard deviation of the blur in pixels; whether flipped.
+# factor of each operation; whether gray; the standard deviation of the blur in pixels; whether flipped; whether solarized.
 ORDER, FACTORS = slice(0, 4), slice(4, 8)
-GRAY, BLUR, FLIP = 8, 9, 10
+GRAY, BLUR, FLIP, SOLARIZE = 8, 9, 10, 11
 CPU_CHUNK = 128  # images that a CPU renders together: they fit into its cache
 TRIES = 10  # boxes to try before the largest centred box is used, as in torchvision
 BOX_NUMBERS = 2 * TRIES + 2  # uniform numbers that determine a box: areas, aspect ratios, top, left
-NUMBERS = 13  # uniform numbers that determine the operations, see `sample_operations`
+NUMBERS = 14  # uniform numbers that determine the operations, see `sample_operations`
+ADDED = 1  # of them, the last ones, are drawn apart: they came later, and the others had to stay what they were
 LOG_RATIO = tuple(map(math.log, ASPECT_RATIO))
 
 
@@ -34,19 +35,27 @@ def unpack_params(box: torch.Tensor, row: torch.Tensor) -> ViewParams:
     top, left, height, width = (int(number) for number in box)
     factors = row[FACTORS].tolist()
     jitter = tuple((JITTER[int(i)], factors[int(i)]) for i in row[ORDER] if i >= 0)
-    return ViewParams((top, left, height, width), jitter, bool(row[GRAY]), float(row[BLUR]), bool(row[FLIP]))
+    return ViewParams(
+        (top, left, height, width), jitter, bool(row[GRAY]), float(row[BLUR]), bool(row[FLIP]), bool(row[SOLARIZE])
+    )
+
+
+def params_of(boxes: torch.Tensor, numbers: torch.Tensor, policies: Policies) -> list[ViewParams]:
+    """The parameters of the views of one image, from their boxes (V, 4) and uniform numbers (V, NUMBERS)."""
+    views = zip(boxes, numbers.split(1), policies, strict=True)
+    return [unpack_params(box, sample_operations(u, policy)[0]) for box, u, policy in views]
 
 
 # Sampling
 
 
-def uniform_numbers(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
+def uniform_numbers(seed: int, epoch: int, indices: np.ndarray, count: int, stream: int = 0) -> np.ndarray:
     """Uniform numbers in [0, 1), float32 (N, count), for images with these indices (N,).
 
-    Number j of an image depends on (seed, epoch, index, j) alone.
+    Number j of an image depends on (seed, epoch, index, j) alone, and on `count`. Another `stream` has other numbers.
     """
-    # SplitMix64 (Steele, Lea and Flood, 2014) on a counter.
-    start = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    # SplitMix64 (Steele, Lea and Flood, 2014) on a counter; each stream begins at another place.
+    start = np.random.SeedSequence((seed, epoch)).generate_state(stream + 1, np.uint64)[stream:]
     with np.errstate(over="ignore"):
         counter = indices.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(1, count + 1, dtype=np.uint64)
         z: np.ndarray = start + counter * np.uint64(0x9E3779B97F4A7C15)
@@ -56,20 +65,24 @@ def uniform_numbers(seed: int, epoch: int, indices: np.ndarray, count: int) -> n
 
 
 def sample_views(
-    policy: ViewPolicy, width: int, height: int, *, views: int, seed: int, epoch: int, indices: np.ndarray
+    policies: Policies, width: int, height: int, *, seed: int, epoch: int, indices: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample views of images of `width` x `height` pixels.
 
     Args:
+        policies: distribution of each view (V,).
         indices: of the images (N,).
 
     Returns:
-        boxes in pixels (N, views, 4) and the numbers for `sample_operations` (N, views, NUMBERS), both float32.
+        boxes in pixels (N, V, 4) and the numbers for `sample_operations` (N, V, NUMBERS), both float32.
     """
-    u = uniform_numbers(seed, epoch, indices, views * (BOX_NUMBERS + NUMBERS)).reshape(len(indices), views, -1)
-    boxes = sample_boxes(u[:, :, :BOX_NUMBERS].reshape(-1, BOX_NUMBERS), width, height, policy.min_scale)
-    numbers = np.ascontiguousarray(u[:, :, BOX_NUMBERS:])
-    return torch.from_numpy(boxes).view(len(indices), views, 4), torch.from_numpy(numbers)
+    shape = len(indices), len(policies), -1
+    u = uniform_numbers(seed, epoch, indices, len(policies) * (BOX_NUMBERS + NUMBERS - ADDED)).reshape(shape)
+    added = uniform_numbers(seed, epoch, indices, len(policies) * ADDED, stream=1).reshape(shape)
+    min_scales = np.tile([policy.min_scale for policy in policies], len(indices))[:, None]
+    boxes = sample_boxes(u[:, :, :BOX_NUMBERS].reshape(-1, BOX_NUMBERS), width, height, min_scales)
+    numbers = np.concatenate([u[:, :, BOX_NUMBERS:], added], axis=2)
+    return torch.from_numpy(boxes).view(*shape[:2], 4), torch.from_numpy(numbers)
 
 
 def sample_box(u: list[float], width: int, height: int, min_scale: float) -> tuple[int, int, int, int]:
@@ -83,8 +96,11 @@ def sample_box(u: list[float], width: int, height: int, min_scale: float) -> tup
     return centred_box(width, height)
 
 
-def sample_boxes(u: np.ndarray, width: int, height: int, min_scale: float) -> np.ndarray:
-    """`sample_box` for each row of `u` (V, BOX_NUMBERS): float32 (V, 4). For a single image `sample_box` is far faster."""
+def sample_boxes(u: np.ndarray, width: int, height: int, min_scale: float | np.ndarray) -> np.ndarray:
+    """`sample_box` for each row of `u` (B, BOX_NUMBERS): float32 (B, 4). For a single image `sample_box` is far faster.
+
+    `min_scale` may differ between the rows (B, 1).
+    """
     u = u.astype(np.float64)
     area = width * height * (min_scale + (1 - min_scale) * u[:, :TRIES])
     low, high = LOG_RATIO
@@ -101,16 +117,16 @@ def sample_boxes(u: np.ndarray, width: int, height: int, min_scale: float) -> np
 
 
 def sample_operations(u: torch.Tensor, policy: ViewPolicy) -> torch.Tensor:
-    """Turn uniform numbers (V, NUMBERS) into one row of operations per view, with the distribution of `sample_view`."""
+    """Turn uniform numbers (B, NUMBERS) into one row of operations per view, with the distribution of `sample_view`."""
     order = torch.where(u[:, :1] < policy.jitter_p, u[:, 1:5].argsort(dim=1), -1)
     factors = [
         centre + (2 * u[:, 5 + i] - 1) * strength
         for i, (centre, strength) in enumerate(zip((1, 1, 1, 0), policy.jitter, strict=True))
     ]
     low, high = BLUR_SIGMA
-    gray, flip = u[:, 9] < policy.gray_p, u[:, 12] < policy.flip_p
+    gray, flip, solarize = u[:, 9] < policy.gray_p, u[:, 12] < policy.flip_p, u[:, 13] < policy.solarize_p
     blur = (u[:, 10] < policy.blur_p) * (low + (high - low) * u[:, 11])
-    return torch.cat([order, torch.stack([*factors, gray, blur, flip], dim=1)], dim=1)
+    return torch.cat([order, torch.stack([*factors, gray, blur, flip, solarize], dim=1)], dim=1)
 
 
 # Rendering
@@ -118,14 +134,14 @@ def sample_operations(u: torch.Tensor, policy: ViewPolicy) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DeviceViews:
-    """Renders two views of every image of a batch, from whole images or from crops that already have the view size.
+    """Renders the views of every image of a batch, from whole images or from crops that already have the view size.
 
     Args:
-        policy: distribution of the views.
+        policies: distribution of each view.
         size: S, the side of a view in pixels.
     """
 
-    policy: ViewPolicy
+    policies: Policies
     size: int
 
     @torch.no_grad()
@@ -133,72 +149,86 @@ class DeviceViews:
         """Render a batch.
 
         Args:
-            batch: "numbers" (N, 2, NUMBERS), and either crops "pixel_values" and "key_pixel_values" (N, S, S, 3), or "images"
-                (N, 3, H, W) and "boxes" (N, 2, 4); pixels are uint8.
+            batch: "numbers" (N, V, NUMBERS), and either crops "pixel_values" and, of two views, "key_pixel_values"
+                (N, S, S, 3), or "images" (N, 3, H, W) and "boxes" (N, V, 4); pixels are uint8. "index" (N,) may be there.
 
         Returns:
-            "pixel_values" and "key_pixel_values", uint8 (N, 3, S, S).
+            "pixel_values" and, of two views, "key_pixel_values", uint8 (N, 3, S, S), and "index" where it was there.
         """
-        operations = sample_operations(_queries_first(batch["numbers"]), self.policy)
-        if "images" in batch:
-            x = self.crop(batch["images"].repeat(2, 1, 1, 1), _queries_first(batch["boxes"]), operations[:, FLIP] > 0)
+        if len(self.policies) == 2 and self.policies[0] == self.policies[1]:
+            views = self._render(batch, VIEWS, self.policies[0])  # fewer and larger operations
         else:
-            x = torch.cat([batch["pixel_values"], batch["key_pixel_values"]]).movedim(3, 1)
-            x = _where(operations[:, FLIP] > 0, x, _flip)
-        query, key = self.render(x, operations).chunk(2)
-        return {"pixel_values": query, "key_pixel_values": key}
+            views = {}
+            for name, policy in zip(VIEWS, self.policies, strict=False):
+                views |= self._render(batch, (name,), policy)
+        return views | ({"index": batch["index"]} if "index" in batch else {})
+
+    def _render(
+        self, batch: dict[str, torch.Tensor], names: tuple[str, ...], policy: ViewPolicy
+    ) -> dict[str, torch.Tensor]:
+        """The views of these names, all of one policy."""
+        places = [VIEWS.index(name) for name in names]
+        operations = sample_operations(_in_turn(batch["numbers"], places), policy)
+        flip = operations[:, FLIP] > 0
+        if "images" in batch:
+            images = batch["images"].repeat(len(names), 1, 1, 1)
+            x = self.crop(images, _in_turn(batch["boxes"], places), flip)
+        else:
+            x = _where(flip, torch.cat([batch[name] for name in names]).movedim(3, 1), _flip)
+        return dict(zip(names, self.render(x, operations, policy).chunk(len(names)), strict=True))
 
     def crop(self, images: torch.Tensor, boxes: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-        """Crop images (V, 3, H, W) to boxes (V, 4) and mirror those where `flip` (V,) is true: (V, 3, S, S), all uint8."""
+        """Crop images (B, 3, H, W) to boxes (B, 4) and mirror those where `flip` (B,) is true: (B, 3, S, S), all uint8."""
         chunk = len(images) if _all_at_once(images) else CPU_CHUNK
         parts = zip(*(tensor.split(chunk) for tensor in (images, boxes, flip)), strict=True)
         return torch.cat([_to_uint8(crop_views(x.float(), box, mirror, self.size)) for x, box, mirror in parts])
 
-    def render(self, x: torch.Tensor, operations: torch.Tensor) -> torch.Tensor:
-        """Apply jitter, grayscale and blur to crops `x`: both uint8 (V, 3, S, S)."""
+    def render(self, x: torch.Tensor, operations: torch.Tensor, policy: ViewPolicy) -> torch.Tensor:
+        """Apply jitter, grayscale, blur and solarizing to crops `x`: both uint8 (B, 3, S, S)."""
         if _all_at_once(x):
-            return render_views(x.float(), operations, self.policy)
+            return render_views(x.float(), operations, policy)
         # A CPU renders the views with the same order of operations together, so that it computes no unused result.
         code = (operations[:, ORDER] @ torch.tensor([64.0, 16.0, 4.0, 1.0])).int()
         rows, counts = code.argsort(), code.unique(return_counts=True)[1]
         groups = [index for group in rows.split(counts.tolist()) for index in group.split(CPU_CHUNK)]
-        views = [render_views(x.index_select(0, index).float(), operations[index], self.policy) for index in groups]
+        views = [render_views(x.index_select(0, index).float(), operations[index], policy) for index in groups]
         return torch.cat(views).index_select(0, rows.argsort())
 
 
 @dataclass(frozen=True)
 class DeviceCrops:
-    """The work that remains for the CPU: two crops of one image. `DeviceViews` makes views of them.
+    """The work that remains for the CPU: the crops of one image. `DeviceViews` makes views of them.
 
     Args:
-        policy: distribution of the views.
+        policies: distribution of each view.
         size: S, the side of a view in pixels.
     """
 
-    policy: ViewPolicy
+    policies: Policies
     size: int
 
     def __call__(self, image: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Crops (S, S, 3) of an image (3, H, W), both uint8, and the numbers of their operations (2, NUMBERS)."""
+        """Crops (S, S, 3) of an image (3, H, W), both uint8, and the numbers of their operations (V, NUMBERS)."""
         boxes, numbers = self._sample(image, generator)
         # Channels stay last, as the resize returns them: collating channels-first crops would take as long as cropping.
-        query, key = (crop_and_resize(image, box, self.size).permute(1, 2, 0) for box in boxes)
-        return {"pixel_values": query, "key_pixel_values": key, "numbers": numbers}
+        crops = (crop_and_resize(image, box, self.size).permute(1, 2, 0) for box in boxes)
+        return {**dict(zip(VIEWS, crops, strict=False)), "numbers": numbers}
 
     def sample(self, image: Any, generator: torch.Generator) -> list[ViewParams]:
-        """Sample the parameters of the query view and of the key view."""
+        """Sample the parameters of each view, the query first."""
         boxes, numbers = self._sample(image, generator)
-        rows = sample_operations(numbers, self.policy)
-        return [unpack_params(torch.tensor(box), row) for box, row in zip(boxes, rows, strict=True)]
+        return params_of(torch.tensor(boxes), numbers, self.policies)
 
     def _sample(self, image: Any, generator: torch.Generator) -> tuple[list[tuple[int, int, int, int]], torch.Tensor]:
-        u = torch.rand(2, BOX_NUMBERS + NUMBERS, generator=generator)
-        rows = u[:, :BOX_NUMBERS].tolist()
-        return [sample_box(row, *image_size(image), self.policy.min_scale) for row in rows], u[:, BOX_NUMBERS:]
+        u = torch.rand(len(self.policies), BOX_NUMBERS + NUMBERS - ADDED, generator=generator)
+        added = torch.rand(len(self.policies), ADDED, generator=generator)
+        rows = zip(u[:, :BOX_NUMBERS].tolist(), self.policies, strict=True)
+        boxes = [sample_box(row, *image_size(image), policy.min_scale) for row, policy in rows]
+        return boxes, torch.cat([u[:, BOX_NUMBERS:], added], dim=1)
 
 
-def _queries_first(x: torch.Tensor) -> torch.Tensor:
-    return x.transpose(0, 1).flatten(0, 1)  # (N, 2, ...) to (2N, ...)
+def _in_turn(x: torch.Tensor, places: list[int]) -> torch.Tensor:
+    return torch.cat([x[:, place] for place in places])  # (N, V, ...) to (len(places) · N, ...)
 
 
 def _all_at_once(x: torch.Tensor) -> bool:
@@ -239,14 +269,14 @@ def _resize_weights(start: torch.Tensor, length: torch.Tensor, pixels: int, size
 
 
 def render_views(x: torch.Tensor, operations: torch.Tensor, policy: ViewPolicy) -> torch.Tensor:
-    """Apply jitter, grayscale and blur to crops.
+    """Apply jitter, grayscale, blur and solarizing to crops.
 
     Args:
-        x: crops, float32 (V, 3, S, S), 0 to 255. On a CPU they may be overwritten.
+        x: crops, float32 (B, 3, S, S), 0 to 255. On a CPU they may be overwritten.
         operations: a row for each crop. On a CPU all rows must have the same order of jitter.
 
     Returns:
-        views, uint8 (V, 3, S, S).
+        views, uint8 (B, 3, S, S).
     """
     gray = operations[:, GRAY] > 0
     if policy.gray_first:
@@ -256,6 +286,8 @@ def render_views(x: torch.Tensor, operations: torch.Tensor, policy: ViewPolicy) 
         x = _where(gray, x, _grayscale)
     if policy.blur_p > 0:
         x = _where(operations[:, BLUR] > 0, x, _blur, operations[:, BLUR])
+    if policy.solarize_p > 0:
+        x = _where(operations[:, SOLARIZE] > 0, x, _solarize)
     return _to_uint8(x.round())
 
 
@@ -333,6 +365,10 @@ def _blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     x = F.pad(x, (radius,) * 4, mode="replicate").reshape(1, n * channels, size + 2 * radius, size + 2 * radius)
     x = F.conv2d(x, weights[:, :, :, None], groups=n * channels)
     return F.conv2d(x, weights[:, :, None, :], groups=n * channels).view(n, channels, size, size)
+
+
+def _solarize(x: torch.Tensor) -> torch.Tensor:
+    return torch.minimum(x, 255 - x)  # levels from 128 on fall again
 
 
 def _flip(x: torch.Tensor) -> torch.Tensor:

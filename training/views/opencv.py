@@ -45,6 +45,8 @@ def render_view_cv2(image: torch.Tensor, params: ViewParams, size: int, policy: 
         view = _grayscale(view)
     if params.blur:
         view = cv2.GaussianBlur(view, (0, 0), params.blur, borderType=cv2.BORDER_REPLICATE)
+    if params.solarize:
+        view = cv2.LUT(view, SOLARIZED)
     if params.flip:
         view = cv2.flip(view, 1)
     return torch.from_numpy(view).permute(2, 0, 1)
@@ -59,6 +61,7 @@ def _grayscale(view: np.ndarray) -> np.ndarray:
 
 
 LEVELS = np.arange(256, dtype=np.float32)
+SOLARIZED = np.minimum(LEVELS, 255 - LEVELS).astype(np.uint8)  # levels from 128 on fall again
 
 
 def _blend_with(level: float, view: np.ndarray, factor: float) -> np.ndarray:

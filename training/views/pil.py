@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import InterpolationMode
 
-from .policy import ViewParams, ViewPolicy, image_size, sample_view
+from .policy import VIEWS, Policies, ViewParams, ViewPolicy, image_size, sample_view
 
 _JITTER = {
     "brightness": TF.adjust_brightness,
@@ -38,6 +38,8 @@ def render_view(image: Image.Image, params: ViewParams, size: int, policy: ViewP
         view = TF.rgb_to_grayscale(view, num_output_channels=3)
     if params.blur:
         view = view.filter(ImageFilter.GaussianBlur(radius=params.blur))
+    if params.solarize:
+        view = ImageOps.solarize(view)
     if params.flip:
         view = TF.hflip(view)
     return _to_uint8(view)
@@ -48,45 +50,47 @@ def _to_uint8(image: Image.Image) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class TwoViews:
-    """Pretraining: two independent random views of one image.
+class Views:
+    """Independent random views of one image: two to pretrain, one for a memory bank or to train a classifier.
 
     Args:
-        policy: distribution of the views.
+        policies: distribution of each view.
         size: side of a view in pixels.
         render: `render_view` for PIL images, or `render_view_cv2` for tensors.
     """
 
-    policy: ViewPolicy
+    policies: Policies
     size: int
     render: Callable[[Any, ViewParams, int, ViewPolicy], torch.Tensor] = render_view
 
     def __call__(self, image: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Views of an image: `pixel_values` (the query) and `key_pixel_values`, uint8 (3, size, size)."""
-        query, key = (self.render(image, params, self.size, self.policy) for params in self.sample(image, generator))
-        return {"pixel_values": query, "key_pixel_values": key}
+        """Views of an image: "pixel_values" (the query) and, of two, "key_pixel_values", uint8 (3, size, size)."""
+        views = zip(VIEWS, self.sample(image, generator), self.policies, strict=False)
+        return {name: self.render(image, params, self.size, policy) for name, params, policy in views}
 
     def sample(self, image: Any, generator: torch.Generator) -> list[ViewParams]:
-        """Sample the parameters of the query view and of the key view."""
-        return [sample_view(self.policy, *image_size(image), generator) for _ in range(2)]
+        """Sample the parameters of each view, the query first."""
+        return [sample_view(policy, *image_size(image), generator) for policy in self.policies]
 
 
 @dataclass(frozen=True)
 class OwnViews:
-    """Pretraining: two views of one image by a function of one's own.
+    """Pretraining: views of one image by a function of one's own.
 
     Args:
         view: makes a view (3, S, S) of an RGB image, drawn from the generator alone: uint8, or of floats and normalised.
+        count: views of an image: two, or one for a memory bank.
     """
 
     view: Callable[[Image.Image, torch.Generator], torch.Tensor]
+    count: int = 2
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """
         Raises:
             ValueError: what the function makes is no view.
         """
-        return {"pixel_values": self._view(image, generator), "key_pixel_values": self._view(image, generator)}
+        return {name: self._view(image, generator) for name in VIEWS[: self.count]}
 
     def _view(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
         view = self.view(image, generator)
@@ -96,18 +100,6 @@ class OwnViews:
                 f"view makes {found} of an image: return a tensor (3, S, S), uint8 or of normalised floats"
             )
         return view
-
-
-@dataclass(frozen=True)
-class OneView:
-    """A random view of one image, to train a classifier (official linear protocol)."""
-
-    policy: ViewPolicy
-    size: int
-
-    def __call__(self, image: Image.Image, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        params = sample_view(self.policy, image.width, image.height, generator)
-        return {"pixel_values": render_view(image, params, self.size, self.policy)}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,124 @@
+"""The encoder of a configuration: any timm model, with the configured first layers and first values."""
+
+import difflib
+import inspect
+import math
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from .configuration_moco import MoCoConfig
+
+OF_TIMM = inspect.signature(timm.create_model).parameters.keys()  # where weights come from, and the like
+TimmEncoder = Any  # timm has no type for "a model with forward_features, forward_head and feature_info"
+
+
+def build_encoder(config: MoCoConfig) -> TimmEncoder:
+    """Build the timm model of a configuration, without classifier and with the configured stem.
+
+    Its BatchNorm is torch's: what `config.batch_norm` names is for contrastive training alone.
+
+    Raises:
+        ValueError: timm has no such model, it refuses `model_args`, or it cannot have this stem.
+    """
+    if not timm.is_model(config.architecture):
+        close = difflib.get_close_matches(config.architecture, timm.list_models()) or timm.list_models("resnet*")[:3]
+        raise ValueError(f"architecture ({config.architecture!r}) is not a timm model: try {', '.join(close)}")
+    if refused := (config.model_args or {}).keys() & OF_TIMM:
+        raise ValueError(
+            f"model_args ({config.model_args}) may not have {min(refused)}, which is no argument of {config.architecture}: "
+            "weights come from a model's own folder"
+        )
+    try:
+        encoder = timm.create_model(config.architecture, pretrained=False, num_classes=0, **(config.model_args or {}))
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"model_args ({config.model_args}) do not fit {config.architecture}: {error}") from error
+    for module in encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_parameters()  # timm starts the last one of a residual block at 0, the official code at 1
+    if config.zero_init_residual:
+        _zero_residuals(encoder, config)
+    if config.stem == "moco_v3":
+        _set_stem_of_vit(encoder, config)
+    mark_initialised(encoder)
+    if config.stem in ("no_max_pool", "small"):
+        _check_is(timm.models.ResNet, encoder, f"stem={config.stem!r} is for ResNets", config)
+        encoder.maxpool = nn.Identity()
+        if config.stem == "small":
+            encoder.conv1 = nn.Conv2d(3, encoder.bn1.num_features, kernel_size=3, stride=1, padding=1, bias=False)
+    return encoder
+
+
+def _check_is(kind: type, encoder: TimmEncoder, rule: str, config: MoCoConfig) -> None:
+    if not isinstance(encoder, kind):
+        raise ValueError(f"{rule}, not for {config.architecture}: leave it at its default")
+
+
+def _zero_residuals(encoder: TimmEncoder, config: MoCoConfig) -> None:
+    _check_is(timm.models.ResNet, encoder, "zero_init_residual=True is for ResNets", config)
+    for module in encoder.modules():
+        if hasattr(module, "zero_init_last"):  # timm's blocks
+            module.zero_init_last()
+
+
+@torch.no_grad()
+def _set_stem_of_vit(encoder: TimmEncoder, config: MoCoConfig) -> None:
+    # The initialisation of MoCo v3 (arXiv:2104.02057, vits.py): xavier everywhere, q, k and v apart, which timm has too.
+    _check_is(timm.models.VisionTransformer, encoder, f"stem={config.stem!r} is for ViTs", config)
+    encoder.init_weights("moco")
+    patches = encoder.patch_embed.proj
+    if encoder.pos_embed is None or not isinstance(patches, nn.Conv2d):
+        raise ValueError(f"stem={config.stem!r} needs positions and patches of a ViT: choose another architecture")
+    bound = math.sqrt(6 / (patches.weight[0].numel() + encoder.embed_dim))
+    nn.init.uniform_(patches.weight, -bound, bound)
+    if patches.bias is not None:
+        nn.init.zeros_(patches.bias)
+    height, width = encoder.patch_embed.grid_size
+    positions = fixed_positions(height, width, encoder.embed_dim)
+    encoder.pos_embed.zero_()  # of the class token too
+    encoder.pos_embed[0, -len(positions) :] = positions
+
+
+def fixed_positions(height: int, width: int, dim: int) -> torch.Tensor:
+    """Sine and cosine of the row and of the column of every patch, as MoCo v3 has them: (height·width, dim).
+
+    A quarter of the numbers each: sine and cosine of the row, then of the column, with `dim / 4` wavelengths.
+
+    Raises:
+        ValueError: `dim` is no multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"the width of the ViT ({dim}) must be a multiple of 4 for stem='moco_v3'")
+    frequencies = 10_000 ** -(torch.arange(dim // 4) / (dim // 4))
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [place.flatten()[:, None] * frequencies for place in (row, column)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+
+
+def freeze_stem(encoder: TimmEncoder, config: MoCoConfig) -> None:
+    """Keep the patch projection and the positions of a ViT as they are, where contrastive training has this trick."""
+    if config.stem == "moco_v3":
+        encoder.patch_embed.requires_grad_(False)
+        encoder.pos_embed.requires_grad_(False)
+
+
+def tensors(module: nn.Module, recurse: bool = True) -> list[torch.Tensor]:
+    return [*module.parameters(recurse), *module.buffers(recurse)]
+
+
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict([*module.named_parameters(), *module.named_buffers()])
+
+
+def mark_initialised(module: nn.Module) -> None:
+    # transformers marks tensors that it has loaded, and its initialisation leaves tensors with the mark alone. Tensors on the
+    # meta device have no values to keep.
+    for tensor in tensors(module):
+        setattr(tensor, "_is_hf_initialized", not tensor.is_meta)  # noqa: B010
+
+
+def is_new(module: nn.Module) -> bool:
+    """Whether the module itself has a tensor without a value: neither loaded nor made by timm."""
+    return not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors(module, recurse=False))

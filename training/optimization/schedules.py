@@ -1,0 +1,98 @@
+"""The learning rate: how high for a batch, and what it is in every step of a run.
+
+v1 and v2 change it at the start of every epoch (facebookresearch/moco main_moco.py), SimCLR and v3 in every step, after a
+warm-up (facebookresearch/moco-v3 main_moco.py).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeGuard
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Scaling = Literal["none", "linear", "sqrt"]
+UNIT = 256  # images that a learning rate of the linear rule is for
+LARGEST = 2**63  # number that is shown of what others have recorded
+
+
+def scaled_rate(rate: float, scaling: Scaling, batch: int) -> float:
+    """The optimizer's learning rate for a global batch: `rate`, `rate` x batch/256 (linear) or `rate` x √batch (sqrt)."""
+    if scaling == "linear":
+        return rate * batch / UNIT
+    return rate * math.sqrt(batch) if scaling == "sqrt" else rate
+
+
+def rates_in_words(rates: list[float], scaling: Scaling, batch: int) -> str:
+    """Learning rates as they were given and as the optimizer has them: "0.6 x 4096/256 = 9.6"."""
+    given, scaled = (" ".join(f"{rate:g}" for rate in some) for some in (rates, _all_scaled(rates, scaling, batch)))
+    factor = {"none": "", "linear": f"{batch}/{UNIT}", "sqrt": f"sqrt({batch})"}[scaling]
+    return f"{given} x {factor} = {scaled}" if factor else given
+
+
+def _all_scaled(rates: list[float], scaling: Scaling, batch: int) -> list[float]:
+    return [scaled_rate(rate, scaling, batch) for rate in rates]
+
+
+def recorded_rate(settings: Mapping[str, Any]) -> str | None:
+    """The same of recorded settings; None where nothing scales the learning rate, or the batch is not known."""
+    names = ("learning_rate", "learning_rate_scaling", "global_batch_size")
+    rate, scaling, batch = map(settings.get, names)
+    if scaling not in ("linear", "sqrt") or not (_is_number(rate) and _is_number(batch)):
+        return None
+    return rates_in_words([float(rate)], scaling, int(batch))
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and 0 < value < LARGEST
+
+
+def epoch_factor(epoch: int, epochs: int, milestones: list[int] | None) -> float:
+    """Factor of the learning rate in `epoch` (from 0): x0.1 at every milestone passed, or without them a half cosine."""
+    if milestones:
+        return math.prod(0.1 for milestone in milestones if epoch >= milestone)
+    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def epoch_schedule(
+    optimizer: Optimizer, steps_per_epoch: int, epochs: int, milestones: list[int] | None = None
+) -> LambdaLR:
+    """A scheduler that is stepped at every optimizer step and changes the learning rate at the start of every epoch.
+
+    Args:
+        steps_per_epoch: optimizer steps of one epoch.
+        epochs: epochs of the run.
+        milestones: epochs at which the learning rate drops to a tenth; none for the cosine.
+    """
+    return LambdaLR(optimizer, lambda step: epoch_factor(step // steps_per_epoch, epochs, milestones))
+
+
+def warmup_factor(epoch: float, warmup: float, epochs: float, milestones: list[int] | None = None) -> float:
+    """Factor of the learning rate when `epoch` epochs have passed: linear from 0, then a half cosine that ends at 0.
+
+    Args:
+        epoch: with its fraction, so that the factor changes in every step.
+        warmup: epochs in which the factor rises. At epoch 0 it is 0: as in the official code, the first step moves nothing.
+        epochs: of the run, the warm-up included.
+        milestones: epochs, counted from the start, at which the learning rate drops to a tenth; none for the cosine.
+    """
+    rising = min(1.0, epoch / warmup)
+    if milestones:
+        return rising * epoch_factor(math.floor(epoch), 0, milestones)
+    if epoch < warmup or epochs <= warmup:
+        return rising
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+
+def warmup_schedule(
+    optimizer: Optimizer, steps_per_epoch: int, steps: int, warmup: float, milestones: list[int] | None = None
+) -> LambdaLR:
+    """A scheduler that changes the learning rate in every step, as `warmup_factor` says.
+
+    Args:
+        steps_per_epoch: optimizer steps of one epoch.
+        steps: optimizer steps of the run, after which the cosine has reached 0.
+        warmup: epochs of the warm-up, above 0. One as long as the run or longer has no cosine after it.
+    """
+    epochs = steps / steps_per_epoch
+    return LambdaLR(optimizer, lambda step: warmup_factor(step / steps_per_epoch, warmup, epochs, milestones))
