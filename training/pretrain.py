@@ -17,7 +17,7 @@ from modeling_moco.dictionary_moco import negatives
 from . import plots
 from .cli import how_to_run
 from .convert.start import Start, begin_with
-from .data.images import MapImages, StreamedImages
+from .data.images import StreamedImages
 from .data.pipeline import build_render, training_images, training_views
 from .data.sources import ImageSplits
 from .engine.files import write_json
@@ -55,14 +55,12 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits, start: Start | N
     train = training_images(data, splits, training, of_bank)
     bank = queries = None
     if training.eval_strategy != IntervalStrategy.NO:
-        view, decode = data.evaluation_view(), splits.decoder.image
+        view = data.evaluation_view()
         if not data.streaming:
-            bank = MapImages(splits.train, view, decode=decode).evenly_spaced(
-                training.knn_bank_size or len(splits.train)
-            )
+            bank = splits.train_in(view).evenly_spaced(training.knn_bank_size or len(splits.train))
         missing = _missing_for_knn(args, splits)
         if missing is None and bank is not None:
-            queries = MapImages(splits.eval, view, decode=decode)
+            queries = splits.eval_in(view)
             if max(training.knn_k) > len(bank):
                 raise ValueError(
                     f"knn_k ({max(training.knn_k)}) is larger than the bank ({len(bank)} images): lower it"
