@@ -383,6 +383,10 @@ REFUSED = {
     "queue below the batch": (["--queue_size", "8"], "queue_size (8) is smaller than the keys of a global batch (16)"),
     "dataset below a batch": (["--max_train_samples", "10"], "the dataset (10 images) is smaller"),
     "image size": (["--architecture", "vit_tiny_patch16_224"], "image_size (32) is refused by vit_tiny_patch16_224"),
+    "one value to normalise": (
+        ["--stem", "default", "--batch_norm", "split", "--batch_norm_splits", "16"],
+        "BatchNorm would have 1 value of a channel at once (1 image, whose last map has 1 pixel at 32 px): raise",
+    ),
     "neighbours above the bank": (["--knn_k", "65"], "knn_k (65) is larger"),
     "no bank": (["--knn_bank_size", "-5"], "knn_bank_size (-5) must be at least 1 image"),
     "output below a file": (["--output_dir", __file__ + "/run"], "cannot be made"),
