@@ -381,6 +381,10 @@ REFUSED = {
     "queue below the batch": (["--queue_size", "8"], "queue_size (8) is smaller than the keys of a global batch (16)"),
     "dataset below a batch": (["--max_train_samples", "10"], "the dataset (10 images) is smaller"),
     "image size": (["--architecture", "vit_tiny_patch16_224"], "image_size (32) is refused by vit_tiny_patch16_224"),
+    "one value to normalise": (
+        ["--stem", "default", "--batch_norm", "split", "--batch_norm_splits", "16"],
+        "BatchNorm would have 1 value of a channel at once (1 image, whose last map has 1 pixel at 32 px): raise",
+    ),
     "neighbours above the bank": (["--knn_k", "65"], "knn_k (65) is larger"),
     "no bank": (["--knn_bank_size", "-5"], "knn_bank_size (-5) must be at least 1 image"),
     "output below a file": (["--output_dir", __file__ + "/run"], "cannot be made"),
@@ -566,17 +570,26 @@ def test_a_probe_of_another_model_is_refused(tmp_path, script, capsys):
     assert "holds no MoCo model (model_type resnet in config.json)" in capsys.readouterr().err
 
 
-def test_a_broken_file_is_named_skipped_and_counted(tmp_path, script, caplog):
-    folder = tmp_path / "images" / "train" / "a"
-    folder.mkdir(parents=True)
-    for i in range(19):
-        Image.linear_gradient("L").resize((40 + i, 40)).save(folder / f"{i:02}.png")
-    (folder / "19.png").write_bytes(b"not a picture")
-    flags = ["--dataset_name", str(tmp_path / "images"), "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
-    script("pretrain").main([*TINY, *flags, "--max_train_samples", "20"])
-    assert "19.png" in caplog.text
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["skipped_images"] == 1
-    assert (tmp_path / "run" / "unreadable_images.txt").read_text() == f"{folder}/19.png\n"
+@pytest.mark.parametrize("backend", ["pil", pytest.param("device", marks=pytest.mark.slow)])
+def test_a_broken_file_is_named_once_skipped_and_counted_whatever_looks_at_it(backend, tmp_path, script, caplog):
+    folder = tmp_path / "images"
+    for split, count in (("train", 10), ("test", 4)):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                gradient = Image.linear_gradient("L").rotate(9 * i + 90 * (name == "b"))
+                gradient.resize((40, 40)).save(folder / split / name / f"{i}.png")
+    broken = [folder / "test" / "a" / "1.png", folder / "train" / "b" / "7.png"]
+    for path in broken:
+        path.write_bytes(b"not a picture")
+    # Training, the bank and the queries of the monitor, before and after, and three figures look at them.
+    flags = ["--dataset_name", str(folder), "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
+    flags += ["--view_backend", backend, "--knn_k", "3", "--max_train_samples", "20", "--max_eval_samples", "8"]
+    script("pretrain").main([*TINY, *flags])
+    named = [record.getMessage() for record in caplog.records if record.name == "training.data.decode"]
+    assert sorted(message.split(": ")[1].split(" (")[0] for message in named) == list(map(str, broken))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["skipped_images"] == 2
+    assert (tmp_path / "run" / "unreadable_images.txt").read_text() == "".join(f"{path}\n" for path in broken)
 
 
 # Which weights, which images, which recipe

@@ -11,13 +11,13 @@ import torch
 from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy
 
-from modeling_moco import MoCoModel
+from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.dictionary_moco import negatives
 
 from . import plots
 from .cli import how_to_run
 from .convert.start import Start, begin_with
-from .data.images import MapImages, StreamedImages
+from .data.images import StreamedImages
 from .data.pipeline import build_render, training_images, training_views
 from .data.sources import ImageSplits
 from .engine.files import write_json
@@ -28,7 +28,7 @@ from .engine.run_folder import FIGURES, METRICS, drawn, mark_ended, unused
 from .evaluation.knn import protocol
 from .recipe import PretrainArguments
 from .reports.run import chance_loss, draw_curves, draw_features
-from .trainer import MoCoTrainer
+from .trainer import MoCoTrainer, MoCoTrainingArguments
 from .views.pil import render_view
 
 PREVIEWED = 8  # images
@@ -55,14 +55,12 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits, start: Start | N
     train = training_images(data, splits, training, of_bank)
     bank = queries = None
     if training.eval_strategy != IntervalStrategy.NO:
-        view, decode = data.evaluation_view(), splits.decoder.image
+        view = data.evaluation_view()
         if not data.streaming:
-            bank = MapImages(splits.train, view, decode=decode).evenly_spaced(
-                training.knn_bank_size or len(splits.train)
-            )
+            bank = splits.train_in(view).evenly_spaced(training.knn_bank_size or len(splits.train))
         missing = _missing_for_knn(args, splits)
         if missing is None and bank is not None:
-            queries = MapImages(splits.eval, view, decode=decode)
+            queries = splits.eval_in(view)
             if max(training.knn_k) > len(bank):
                 raise ValueError(
                     f"knn_k ({max(training.knn_k)}) is larger than the bank ({len(bank)} images): lower it"
@@ -79,7 +77,7 @@ def build_trainer(args: PretrainArguments, splits: ImageSplits, start: Start | N
             training.queue_start = "encode"
         if of_bank and training.bank_start is None:
             training.bank_start = "encode"
-    check_image_size(model, data.image_size)
+    check_image_size(model, data.image_size, images_at_once(training, args.config))
     render = build_render(data, training.torch_compile, of_bank)
     return MoCoTrainer(model, training, train, data.image_processor(args.config), bank, queries, render)
 
@@ -88,20 +86,37 @@ def _missing_for_knn(args: PretrainArguments, splits: ImageSplits) -> str | None
     return "it needs an indexed dataset (no --streaming)" if args.data.streaming else splits.label_problem
 
 
+def images_at_once(training: MoCoTrainingArguments, config: MoCoConfig) -> int:
+    """Images that one BatchNorm normalises together."""
+    if config.batch_norm == "sync":
+        return training.per_device_train_batch_size * training.world_size
+    return training.per_device_train_batch_size // (config.batch_norm_splits if config.batch_norm == "split" else 1)
+
+
 @torch.no_grad()
-def check_image_size(model: MoCoModel, size: int) -> None:
+def check_image_size(model: MoCoModel, size: int, group: int) -> None:
     """Try the encoder on one blank image.
 
+    Args:
+        group: images that one BatchNorm normalises together.
+
     Raises:
-        ValueError: it takes no images of that size.
+        ValueError: it takes no images of that size, or a BatchNorm would have one value to normalise.
     """
     try:
-        model.eval().features(torch.zeros(1, 3, size, size))
+        last = model.eval().features(torch.zeros(1, 3, size, size)).last_hidden_state
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"image_size ({size}) is refused by {model.config.architecture} ({error}): choose another, or for a ViT pass "
             f"--model_args '{{\"img_size\": {size}}}'"
         ) from error
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    pixels = 1 if any(isinstance(norm, torch.nn.BatchNorm1d) for norm in norms) else last[0, 0].numel()
+    if norms and group * pixels == 1:
+        raise ValueError(
+            f"BatchNorm would have 1 value of a channel at once (1 image, whose last map has 1 pixel at {size} px): raise "
+            "--global_batch_size, lower --batch_norm_splits, or use fewer processes"
+        )
 
 
 def announce(args: PretrainArguments, trainer: MoCoTrainer, start: Start | None = None) -> None:
@@ -188,8 +203,8 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
                 f"a global batch of {recipe_batch} on {OFFICIAL_GPUS} processes. Launch as many, or pass "
                 f"--global_batch_size {published * training.world_size} and its learning rate"
             )
-    group = training.per_device_train_batch_size // (config.batch_norm_splits if config.batch_norm == "split" else 1)
-    if group < 2 and config.batch_norm != "sync":
+    group = images_at_once(training, config)
+    if group < 2:
         yield (
             f"BatchNorm sees {group} image at once, whose statistics say nothing: raise the batch, use fewer processes or "
             "--batch_norm_splits, or pass --batch_norm sync"

@@ -191,7 +191,7 @@ class MoCoTrainer(SGDTrainer):
         bank = isinstance(model.dictionary, BankDictionary)
         images = as_training_images(train_dataset, processing_class, args.seed, view, bank)
         _check_sizes(model, args, images)
-        self.unreadable = ListUnreadable(images)
+        self.unreadable = ListUnreadable(images, knn_queries)
         super().__init__(
             model=model,
             args=args,

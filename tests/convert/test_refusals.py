@@ -97,7 +97,7 @@ REFUSED = {
     "TorchScript": (lambda path: torch.jit.save(torch.jit.trace(nn.ReLU(), pixels()), path), UNREADABLE),
     "DINO": (
         saved({"student": {"module.head.weight": torch.ones(1)}, "teacher": {}, "epoch": 1}),
-        "contains a DINO checkpoint (student and teacher): this script converts official MoCo, official linear classifier,",
+        "contains a DINO checkpoint (student and teacher): what can be read: official MoCo, official linear classifier,",
     ),
     "DINO with its arguments": (
         saved({"student": {}, "teacher": {}, "args": Namespace(lr=1)}),
@@ -106,7 +106,7 @@ REFUSED = {
     "MoCo v3": (saved(v3), "contains a MoCo v3 checkpoint (no queue)"),
     "supervised torchvision": (
         saved(lambda _: resnet(head=linear).state_dict()),
-        "contains the weights of a ResNet alone, which timm and torchvision load themselves",
+        "contains the weights of a ResNet alone, which timm and torchvision load themselves (a run begins with a folder that",
     ),
     "official notebook": (
         saved({"state_dict": {"queue": keys(), "encoder_q.net.0.weight": torch.ones(64, 3, 3, 3)}}),
@@ -114,7 +114,7 @@ REFUSED = {
     ),
     "something else": (
         saved({"model": {"a": torch.ones(1)}}),
-        "contains unknown names (model): this script converts",
+        "contains unknown names (model): what can be read: official MoCo,",
     ),
     "tensor": (saved(torch.ones(1)), "contains a Tensor, not a checkpoint"),
     "supervised, of pytorch/examples": (

@@ -23,7 +23,7 @@ from transformers.image_utils import load_image
 from modeling_moco import MoCoImageProcessor, MoCoImageProcessorPil
 from training.data.decode import Decoder, decode_image, decode_tensor
 from training.data.images import MapImages, StreamedImages
-from training.data.sources import DataArguments, load_images
+from training.data.sources import DataArguments, ImageSplits, load_images
 from training.views.pil import EvaluationView, Views
 from training.views.policy import build_policies
 
@@ -214,6 +214,22 @@ def test_a_broken_file_of_a_folder_is_named_by_its_path(tmp_path, caplog):
     assert sum(found.values()) == ROWS
     assert set(range(ROWS)) - set(found) == {4}
     assert str(broken) in caplog.text
+
+
+def test_views_of_one_split_name_its_broken_rows_by_their_numbers_there_and_once(tmp_path, caplog):
+    rows = table(range(12)).map(lambda row, i: {"image": None if i in (4, 9) else row["image"]}, with_indices=True)
+    rows = rows.map(lambda row: {"image": row["image"] and {"bytes": row["image"]["bytes"], "path": None}})
+    splits = ImageSplits(rows, rows, [], about={"split": "test"})
+    view = EvaluationView(16, 16)
+    some = splits.train_in(view).select(range(2, 12)).evenly_spaced(5)  # rows 2, 4, 6, 8, 10
+    with caplog.at_level(logging.WARNING):
+        assert [some.read(i) is None for i in range(5)] == [False, True, False, False, False]
+        whole = splits.train_in(view)
+        for images in (whole, splits.eval_in(view)):
+            assert sum(images.read(i) is None for i in range(12)) == 2
+    named = [record.getMessage().split(": ")[1].split(" (")[0] for record in caplog.records]
+    assert named == ["row 4", "row 9", "row 4 of test", "row 9 of test"]
+    assert (some.unreadable(), whole.unreadable()) == (["row 4"], ["row 4", "row 9"])
 
 
 def test_broken_files_met_by_workers_are_counted_in_the_main_process():

@@ -1,6 +1,7 @@
 """An embedded set: its rows against the encoder called by hand, what is left out, finished and refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from ranks import join_trainers, run_ranks
+from safetensors.torch import load_file, save_file
 from tiny_models import save_encoder
 
 from modeling_moco import MoCoModel
@@ -99,6 +101,32 @@ def test_a_stage_is_the_mean_of_its_map_and_float32_is_exact(encoder, tmp_path):
     embeddings = torch.tensor(np.stack(found["test"].with_format("numpy")["embedding"][:]))
     assert embeddings.dtype == torch.float32
     torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_head_is_what_the_query_projector_makes_at_unit_length(encoder, tmp_path):
+    weights = {name: x.double() for name, x in load_file(encoder / "model.safetensors").items()}
+    shutil.copytree(encoder, tmp_path / "encoder")
+    saved = load_file(encoder / "model.safetensors")  # another key side, which may not show
+    saved |= {name: torch.randn_like(x) for name, x in saved.items() if name.startswith("projector_k.")}
+    save_file(saved, tmp_path / "encoder" / "model.safetensors", metadata={"format": "pt"})
+    argv = [str(tmp_path / "encoder"), *DIGITS, "--splits", "test", "--max_samples", "6"]
+    command.main([*argv, "--output_dir", str(tmp_path / "set"), "--features", "head", "--dtype", "float32"])
+    rows = datasets.load_dataset(str(tmp_path / "set"), split="test")
+    assert rows.features["embedding"] == datasets.List(datasets.Value("float32"), length=128)
+    images, view = load_digits()["test"].select(range(6))["image"][:], EvaluationView(32, 32)
+    pooled, _ = by_hand(encoder, torch.stack([view(image.convert("RGB"), None)["pixel_values"] for image in images]))
+
+    def linear(layer: int, x: list[float]) -> list[float]:
+        weight, bias = (weights[f"projector_q.{layer}.{name}"].tolist() for name in ("weight", "bias"))
+        return [
+            sum(w * value for w, value in zip(line, x, strict=True)) + b for line, b in zip(weight, bias, strict=True)
+        ]
+
+    for embedding, x in zip(rows["embedding"], pooled.tolist(), strict=True):
+        z = linear(2, [max(0.0, value) for value in linear(0, x)])
+        length = sum(value**2 for value in z) ** 0.5
+        np.testing.assert_allclose(embedding, [value / length for value in z], atol=2e-6)
+    assert "float32, of unit length" in (tmp_path / "set" / "README.md").read_text()
 
 
 def test_unreadable_images_are_left_out_and_listed_and_paths_are_relative(encoder, photos, tmp_path, capsys):

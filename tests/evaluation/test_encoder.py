@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 import pytest
 import torch
@@ -204,11 +205,12 @@ EVALUATIONS = {
 def evaluation(request, saved, tmp_path, script, monkeypatch):
     """An evaluation as its user gives it again and again, the encoder that it is of and the images."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # or it would be asked for a folder that is gone
     model = shutil.copytree(saved / "model", tmp_path / "model")
     images = write_folders(tmp_path / "images")
     name, flags = EVALUATIONS[request.param]
     flags = [flag for flag in SHORT if request.param != "cached" or flag not in ("--disable_tqdm", "True")] + flags
-    command = [str(model), "--dataset_name", str(images), "--output_dir", "evaluated", *flags]
+    command = [str(model), "--dataset_name", "images", "--output_dir", "evaluated", *flags]
     return lambda: script(name).main(command), model, images
 
 
@@ -236,7 +238,20 @@ def test_what_an_evaluation_found_is_shown_again_for_the_same_weights_and_images
     with pytest.raises(SystemExit):
         evaluate()
     assert "is not what the run in evaluated was begun with: split 'train' was" in capsys.readouterr().err
+
+    images.rename(tmp_path / "elsewhere")  # what was measured is known without them
+    capsys.readouterr()
+    evaluate()
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == [ended, *found]
+    assert shown.err.startswith(
+        "warning: the images were not compared with those of then: dataset_name (images) cannot"
+    )
     assert {path: path.read_bytes() for path in files} == files
+    (tmp_path / "evaluated" / "metrics.json").unlink()
+    with pytest.raises(SystemExit):
+        evaluate()
+    assert capsys.readouterr().err.startswith("error: dataset_name (images) cannot be opened")
 
 
 def test_an_evaluation_that_was_stopped_does_not_go_on_with_other_weights(evaluation, tmp_path, capsys):

@@ -3,6 +3,8 @@
 import datasets
 import numpy as np
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
 from tiny_models import save_encoder
 
@@ -54,6 +56,24 @@ def test_a_published_set_opens_by_its_name_and_shows_no_place_of_this_machine(hu
     command.main([*argv, "--push_to_hub", "org/photos-embedded", "--include_pictures", "--license", "mit"])
     assert "duplicates_0.5.png" in hub.files(NAME)
     assert len(hub.repos[NAME].log) == 2
+
+
+def test_a_private_set_is_seen_by_its_owner_alone_and_a_public_one_does_not_become_private(hub, argv, tmp_path, capsys):
+    command.main([*argv, "--push_to_hub", "org/photos-embedded", "--private"])
+    assert hub.repos[NAME].private
+    assert "data/train-00000-of-00001.parquet" in hub.files(NAME)
+    client = HfApi(endpoint=hub.url)
+    assert client.dataset_info("org/photos-embedded").private
+    with pytest.raises(RepositoryNotFoundError):
+        client.dataset_info("org/photos-embedded", token=False)
+    command.main([*argv, "--push_to_hub", "org/photos-embedded"])
+    assert hub.repos[NAME].private
+
+    hub.create("datasets/org/open")
+    with pytest.raises(SystemExit):
+        command.main([*argv, "--push_to_hub", "org/open", "--private"])
+    assert "private (True) does not change org/open, which is public" in capsys.readouterr().err
+    assert not hub.repos["datasets/org/open"].log
 
 
 def test_a_dry_run_sends_nothing_and_another_dataset_is_not_written_over(hub, argv, capsys):

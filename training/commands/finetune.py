@@ -5,12 +5,11 @@ import sys
 from transformers.utils.logging import disable_progress_bar
 
 from ..cli import how_to_classify
-from ..data.sources import load_images
 from ..engine.checkpoints import claim_output_dir, has_ended
 from ..engine.run_folder import RESULTS, WEIGHTS
 from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
-from ..evaluation.encoder import show_recorded
+from ..evaluation.encoder import open_images, show_recorded
 from ..evaluation.finetune import announce, build_trainer, choose_labelled, finish, parse_finetune, save_split
 from ..process import command, keep_freed_memory
 
@@ -21,7 +20,9 @@ def main(argv: list[str]) -> None:
     disable_progress_bar()  # transformers' bars for loading and saving weights
     with one_line_errors():
         run = parse_finetune(argv)
-        splits = load_images(run.data, labelled=True)
+        splits = open_images(run)
+        if splits is None:
+            return
         labelled = choose_labelled(splits, run.training)
         trainer = build_trainer(run, splits, labelled)
         run.settings["encoder"][WEIGHTS] = trainer.encoder

@@ -9,7 +9,7 @@ from transformers import pipeline
 from transformers.utils import logging
 
 from ..cli import how_to_classify, how_to_run
-from ..data.sources import ImageSplits, load_images
+from ..data.sources import ImageSplits
 from ..engine.checkpoints import claim_output_dir, has_ended
 from ..engine.results import encoder_digest, read_results
 from ..engine.run_folder import FEATURES, METRICS, WEIGHTS, mark_ended, read_metrics, unused
@@ -17,7 +17,7 @@ from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
 from ..evaluation import linear_probe as lp
 from ..evaluation.cached_probe import build_cached
-from ..evaluation.encoder import show_recorded
+from ..evaluation.encoder import open_images, show_recorded
 from ..evaluation.probe_results import Probe
 from ..process import command, keep_freed_memory
 
@@ -34,7 +34,9 @@ def main(argv: list[str]) -> None:
     logging.disable_progress_bar()
     with one_line_errors():
         run = lp.parse_linear_probe(argv)
-        splits = load_images(run.data, labelled=True)
+        splits = open_images(run)
+        if splits is None:
+            return
         model = run.encoder.load_classifier(splits.class_names, run.training.seed)
         run.settings["encoder"][WEIGHTS] = encoder_digest(model.moco)
         if has_ended(run.training, run.settings, run.defaults, splits.place):

@@ -235,7 +235,7 @@ def _check_linear(path: Path, content: dict[Any, Any]) -> list[str]:
 
 
 def _convertible() -> str:
-    return f"this script converts {', '.join(layout.title for layout in LAYOUTS)}"
+    return f"what can be read: {', '.join(layout.title for layout in LAYOUTS)}"
 
 
 def _recognise_moco(architecture: str, state: State) -> tuple[MoCoConfig, State, list[str]]:

@@ -102,7 +102,11 @@ FOREIGN = (
     (("base_encoder.", "momentum_encoder."), "a MoCo v3 checkpoint (no queue)"),
     (("encoder_q.net.",), "a checkpoint of the official CIFAR-10 notebook"),
     (("momentum_backbone.",), "a checkpoint of another solo-learn method"),
-    (("conv1.", "layer1."), "the weights of a ResNet alone, which timm and torchvision load themselves"),
+    (
+        ("conv1.", "layer1."),
+        "the weights of a ResNet alone, which timm and torchvision load themselves (a run begins with a folder that "
+        "timm.models.save_for_hf writes)",
+    ),
 )
 
 

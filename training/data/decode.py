@@ -170,12 +170,36 @@ def is_an_image(path: str | os.PathLike) -> bool:
         return False
 
 
-def name_of(row: dict[str, Any], index: int) -> str:
-    """The path of a row's image, or else its number."""
+def name_of(row: dict[str, Any], otherwise: str) -> str:
+    """The path of a row's image, or else other words."""
     image = row["image"]
-    return one_line((image.get("path") if isinstance(image, dict) else None) or f"row {index}")
+    return one_line((image.get("path") if isinstance(image, dict) else None) or otherwise)
 
 
-def log_skipped(row: dict[str, Any], index: int, error: OSError) -> None:
-    """Log the path, or else the row, of an image that cannot be read."""
-    logger.warning("skipped an image that cannot be read: %s (%s)", name_of(row, index), error)
+class Unreadable:
+    """The images of a split that cannot be read. Each is logged once, whichever view and whichever worker process meets it.
+
+    Args:
+        count: images of the split.
+        split: its name, which is said of an image without a path; empty for the train split.
+    """
+
+    def __init__(self, count: int, split: str = ""):
+        self.split = split
+        self._met = torch.zeros(count, dtype=torch.bool).share_memory_()  # worker processes mark it
+
+    def add(self, row: dict[str, Any], number: int, error: OSError) -> None:
+        """Note that the image of this row cannot be read, and log it if that is new."""
+        if not self._met[number]:
+            self._met[number] = True
+            logger.warning("skipped an image that cannot be read: %s (%s)", self.name(row, number), error)
+
+    def name(self, row: dict[str, Any], number: int) -> str:
+        """The path of a row's image, or else its number and split."""
+        return name_of(row, f"row {number}{f' of {self.split}' if self.split else ''}")
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the rows that were met."""
+        met: list[int] = self._met.nonzero()[:, 0].tolist()
+        return met

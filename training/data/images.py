@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice, repeat
 from typing import Any, Protocol, Self
@@ -13,7 +13,7 @@ from torch.utils.data import get_worker_info
 from transformers import default_data_collator
 
 from ..views.policy import ViewParams, seeded_generator
-from .decode import decode_image, log_skipped, name_of
+from .decode import Unreadable, decode_image
 from .shards import ShardedRows, batches_per_epoch, plan_epoch
 
 Transform = Any  # callable: (image, torch.Generator) -> dict of tensors
@@ -43,14 +43,13 @@ class TrainingImages(Protocol):
 
 
 class _Images:
-    # Shared memory: worker processes read the epoch, and mark the images that they cannot read.
-    def __init__(self, transform: Transform, seed: int, count: int, decode: Decode, numbered: bool):
+    def __init__(self, transform: Transform, seed: int, decode: Decode, numbered: bool, broken: Unreadable):
         self.transform = transform
         self.seed = seed
         self.decode = decode
         self.numbered = numbered
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._broken = torch.zeros(count, dtype=torch.bool).share_memory_()
+        self.broken = broken
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes read it
 
     def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
         """Select the views of an epoch, also in workers that are already running.
@@ -69,10 +68,7 @@ class _Images:
 
     def unreadable(self) -> list[str]:
         """Paths, or else rows, of the images that this process has met and could not read; each once."""
-        return [self._name(index) for index in self._broken.nonzero()[:, 0].tolist()]
-
-    def _name(self, index: int) -> str:
-        return f"row {index}"
+        return [self.broken.name({"image": None}, number) for number in self.broken.numbers]
 
     def generator(self, index: int) -> torch.Generator:
         """The generator that the views of an image are sampled from in this epoch."""
@@ -91,11 +87,6 @@ class _Images:
             views["labels"] = -1 if row["label"] is None else row["label"]
         return views
 
-    def _pass_over(self, row: dict[str, Any], index: int, error: OSError) -> None:
-        if not self._broken[index]:
-            self._broken[index] = True
-            log_skipped(row, index, error)
-
 
 class MapImages(_Images, torch.utils.data.Dataset):
     """Transformed images by index. The views of one image depend on (seed, epoch, index) alone.
@@ -109,6 +100,8 @@ class MapImages(_Images, torch.utils.data.Dataset):
         seed: of the random views.
         decode: decodes the image of a row.
         numbered: whether an image comes with "index", the number of its row, instead of its label.
+        broken: keeps the images that cannot be read; the same for several views of a split, so that each is named once.
+        numbers: of the rows in that split, where they are a part of it.
 
     Raises:
         ValueError: no image can be read; raised where the first one is asked for.
@@ -121,9 +114,12 @@ class MapImages(_Images, torch.utils.data.Dataset):
         seed: int = 0,
         decode: Decode = decode_image,
         numbered: bool = False,
+        broken: Unreadable | None = None,
+        numbers: Sequence[int] | None = None,
     ):
-        super().__init__(transform, seed, len(source), decode, numbered)
+        super().__init__(transform, seed, decode, numbered, broken or Unreadable(len(source)))
         self.source = source
+        self._numbers = range(len(source)) if numbers is None else numbers
 
     def __len__(self) -> int:
         return len(self.source)
@@ -135,13 +131,13 @@ class MapImages(_Images, torch.utils.data.Dataset):
 
     def rows(self, start: int, stop: int) -> "MapImages":
         """Images `start` to `stop` (exclusive), or to the last one where there are fewer."""
-        return self._select(range(start, min(stop, len(self))))
+        return self.select(range(start, min(stop, len(self))))
 
     def evenly_spaced(self, count: int) -> "MapImages":
         """`count` evenly spaced images, or all where there are fewer. The first ones would be of few classes."""
         if count >= len(self):
             return self
-        return self._select([i * len(self) // count for i in range(count)])
+        return self.select([i * len(self) // count for i in range(count)])
 
     def sample(self, count: int, epoch: int, rank: int, world_size: int) -> list[dict[str, Any]]:
         """Up to `count` random images of this process's part, with their views of `epoch`."""
@@ -149,12 +145,17 @@ class MapImages(_Images, torch.utils.data.Dataset):
         images = self.at_epoch(epoch)
         return [images[i] for i in order[: count * world_size][rank::world_size]]
 
-    def _select(self, indices: Iterable[int]) -> "MapImages":
-        chosen = MapImages(self.source.select(indices), self.transform, self.seed, self.decode, self.numbered)
+    def select(self, indices: Sequence[int]) -> "MapImages":
+        """The images of these indices."""
+        rows, numbers = self.source.select(indices), [self._numbers[i] for i in indices]
+        chosen = MapImages(rows, self.transform, self.seed, self.decode, self.numbered, self.broken, numbers)
         return chosen.at_epoch(int(self._epoch))
 
-    def _name(self, index: int) -> str:
-        return name_of(self.source[index], index)
+    def unreadable(self) -> list[str]:
+        """Paths, or else rows, of those of these images that this process has met and could not read; each once."""
+        met = set(self.broken.numbers)
+        places = [i for i, number in enumerate(self._numbers) if number in met] if met else []
+        return [self.broken.name(self.source[i], self._numbers[i]) for i in places]
 
     def read(self, index: int) -> dict[str, Any] | None:
         """The views of this image and no other; None, with a line in the log, for one that cannot be read."""
@@ -162,7 +163,7 @@ class MapImages(_Images, torch.utils.data.Dataset):
         try:
             return self._views(row, index)
         except OSError as error:
-            self._pass_over(row, index, error)
+            self.broken.add(row, self._numbers[index], error)
             return None
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -195,6 +196,7 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
         buffer_size: images per process in the shuffle buffer; they are not decoded there.
         decode: decodes the image of a row.
         numbered: as of `MapImages`, whose numbers these are.
+        broken: keeps the images that cannot be read.
 
     Raises:
         ValueError: a worker finds no image that can be read; raised in iteration.
@@ -212,8 +214,9 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
         buffer_size: int = 10_000,
         decode: Decode = decode_image,
         numbered: bool = False,
+        broken: Unreadable | None = None,
     ):
-        super().__init__(transform, seed, len(rows), decode, numbered)
+        super().__init__(transform, seed, decode, numbered, broken or Unreadable(len(rows)))
         self.rows = rows
         self.batch_size = batch_size
         self.rank = rank
@@ -264,7 +267,7 @@ class StreamedImages(_Images, torch.utils.data.IterableDataset):
             try:
                 views = self._views(row, index)
             except OSError as error:
-                self._pass_over(row, index, error)
+                self.broken.add(row, index, error)
                 continue
             yield from repeat(views, waiting)
             waiting = 0

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..views.device import params_of, sample_views
 from ..views.policy import Policies, ViewParams, seeded_generator
-from .decode import decode_tensor, log_skipped, name_of
+from .decode import Unreadable, decode_tensor
 from .images import Decode
 from .sources import MAX_IN_MEMORY_PX
 
@@ -27,6 +27,7 @@ class MemoryImages(torch.utils.data.Dataset):
         seed: of the random views.
         decode: decodes the image of a row, to uint8 (3, H, W).
         numbered: whether a batch has "index", the numbers of the rows whose images it has.
+        broken: keeps the images that cannot be read.
 
     Raises:
         ValueError: no image can be read, or the images differ in size.
@@ -39,10 +40,12 @@ class MemoryImages(torch.utils.data.Dataset):
         seed: int = 0,
         decode: Decode = decode_tensor,
         numbered: bool = False,
+        broken: Unreadable | None = None,
     ):
         self.policies = policies
         self.seed = seed
         self.numbered = numbered
+        self.broken = broken or Unreadable(len(source))
         self._unreadable: list[str] = []
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._row_numbers = torch.arange(len(source))  # whose image is at each place
@@ -54,8 +57,8 @@ class MemoryImages(torch.utils.data.Dataset):
             try:
                 pixels = decode(row["image"])
             except OSError as error:
-                self._unreadable.append(name_of(row, index))
-                log_skipped(row, index, error)
+                self._unreadable.append(self.broken.name(row, index))
+                self.broken.add(row, index, error)
                 if images is not None:
                     images[index], self._row_numbers[index] = images[index - 1], self._row_numbers[index - 1]
                 continue

@@ -42,8 +42,8 @@ def training_images(
     decode = decoder.image if data.view_backend == "pil" else decoder.tensor
     if not data.streaming:
         if data.view_backend == "device" and _are_small(rows, decoder):
-            return MemoryImages(rows, transform.policies, training.seed, decoder.tensor, bank)
-        return MapImages(rows, transform, training.seed, decode, bank)
+            return MemoryImages(rows, transform.policies, training.seed, decoder.tensor, bank, splits.broken)
+        return MapImages(rows, transform, training.seed, decode, bank, splits.broken)
     return StreamedImages(
         rows,
         transform,
@@ -54,6 +54,7 @@ def training_images(
         buffer_size=data.shuffle_buffer,
         decode=decode,
         numbered=bank,
+        broken=splits.broken,
     )
 
 

@@ -16,8 +16,9 @@ from modeling_moco.distributed_moco import rank
 
 from ..errors import shown
 from ..views.pil import EvaluationView
-from .decode import MAX_PIXELS, Decoder, name_of
+from .decode import MAX_PIXELS, Decoder, Unreadable, name_of
 from .formats import DIGITS, Opened, absolute_name, open_dataset
+from .images import MapImages
 from .labels import SplitLabels, find_label_problem, find_renamed_class, number_classes, read_labels, subset_warnings
 from .shards import ShardedRows, are_parquet, count_rows
 
@@ -213,6 +214,20 @@ class ImageSplits:
     place: dict[str, Any] = field(default_factory=dict)
     decoder: Decoder = field(default_factory=Decoder)
 
+    def __post_init__(self):
+        # Here, because a run looks at the same rows in several views.
+        self.broken = Unreadable(len(self.train))
+        if isinstance(self.eval, datasets.Dataset):
+            self.broken_eval = Unreadable(len(self.eval), self.about.get("split") or "the evaluated split")
+
+    def train_in(self, view: EvaluationView) -> MapImages:
+        """The images of the train split in the view of evaluation, by index."""
+        return MapImages(self.train, view, decode=self.decoder.image, broken=self.broken)
+
+    def eval_in(self, view: EvaluationView) -> MapImages:
+        """Those of the split to evaluate on."""
+        return MapImages(self.eval, view, decode=self.decoder.image, broken=self.broken_eval)
+
 
 def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageSplits:
     """Open a dataset and rename its columns to `image` and `label`.
@@ -314,15 +329,22 @@ def load_splits(args: SplitDataArguments) -> AllSplits:
     return AllSplits(rows, class_names, content, decoder)
 
 
+class NotOpenedError(ValueError):
+    """A dataset does not exist, no longer or not yet, or it cannot be reached or read."""
+
+
 def _open(args: SourceArguments, asked: set[str]) -> Opened:
-    opened = open_dataset(
-        args.dataset_name,
-        args.dataset_config_name,
-        streaming=args.streaming,
-        train_split=args.train_split,
-        asked=asked,
-        label_column=args.label_column or "label",
-    )
+    try:
+        opened = open_dataset(
+            args.dataset_name,
+            args.dataset_config_name,
+            streaming=args.streaming,
+            train_split=args.train_split,
+            asked=asked,
+            label_column=args.label_column or "label",
+        )
+    except ValueError as error:
+        raise NotOpenedError(str(error)) from error
     if rank() == 0 and opened.account is not None:
         print(f"{args.dataset_name}: {opened.account}")
     if rank() == 0 and args.dataset_name == DIGITS and Path(DIGITS).exists():
@@ -492,7 +514,7 @@ def _look_at_images(rows: Any, name: str, columns: dict[str, str], decoder: Deco
             continue
         seen.add(image.tobytes())
         if np.ptp(np.asarray(image), axis=(0, 1)).max() < FLAT:
-            flat.append(name_of(row, index))
+            flat.append(name_of(row, f"row {index}"))
     where = f"of the {len(rows)} images looked at in split {name!r}"
     if not seen:
         raise ValueError(
@@ -504,7 +526,7 @@ def _look_at_images(rows: Any, name: str, columns: dict[str, str], decoder: Deco
             f"each {where} is of one colour, or nearly ({flat[0]}): if the files have 12 bits in 16, scale their levels to 16"
         )
     if len(seen) == 1 and len(rows) > 1:
-        raise ValueError(f"all {where} are alike ({name_of(rows[0], 0)}): check how they were written")
+        raise ValueError(f"all {where} are alike ({name_of(rows[0], 'row 0')}): check how they were written")
     if flat and rank() == 0:
         print(f"warning: {len(flat)} {where} are of one colour, or nearly, for example {flat[0]}")
 

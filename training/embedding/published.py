@@ -66,7 +66,7 @@ def render_card(title: str, encoder: Encoder, record: dict[str, Any], shards: li
         f"| digest of the weights | `{record['model']}` |",
         f"| feature | {escape(record['features'])} |",
         f"| view | {record['view']}, as the encoder was evaluated |",
-        f"| numbers | {record['dtype']}, not normalised |",
+        f"| numbers | {record['dtype']}, {'of unit length' if record['features'] == 'head' else 'not normalised'} |",
         "",
         "`row` is the number of the image in its split, `path` its file there, if it has one.",
     ]

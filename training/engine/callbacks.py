@@ -107,21 +107,22 @@ class SetEpoch(TrainerCallback):
 
 
 class ListUnreadable(TrainerCallback):
-    """Keeps a list of the training images that could not be read, in the run's folder.
+    """Keeps a list of the images that could not be read, in the run's folder.
 
     Args:
-        images: with `unreadable`, which names those that this process has met.
+        images: of training, with `unreadable`, which names those that this process has met.
+        evaluated: the same of another split.
     """
 
-    def __init__(self, images: Any):
-        self.images = images
+    def __init__(self, images: Any, evaluated: Any = None):
+        self.parts = [part for part in (images, evaluated) if part is not None]
 
     def on_save(self, args, state, control, **kwargs):
         self.write(Path(args.output_dir))
 
     def write(self, folder: Path) -> int:
         """Write the list of all processes, and of the run's earlier parts, and return its length."""
-        names = gather_lists(self.images.unreadable())
+        names = gather_lists([name for part in self.parts for name in part.unreadable()])
         path = folder / UNREADABLE
         if path.is_file():
             names += inside(path).read_text(encoding="utf-8").splitlines()

@@ -20,7 +20,7 @@ RESULTS = "results.json"  # what every evaluation of a model has measured
 SPLIT = "split.json"  # which images a fine-tuning was trained on
 LOCK = ".lock"  # held by the process that writes to the folder, and says which that is
 CONVERSION = "conversion.json"  # where a converted model came from, beside it
-UNREADABLE = "unreadable_images.txt"  # training images that were left out because they cannot be read
+UNREADABLE = "unreadable_images.txt"  # images that were left out because they cannot be read
 DATASET = "dataset.json"  # what a run was trained on: name, number and digest of its files
 FIRST_FILES = (SAVED_RECIPE, DATASET, LOCK, UNFINISHED)  # what a crash at the start of a run leaves
 REPORT = "report.html"
@@ -165,7 +165,7 @@ def check_same_run(folder: Path, settings: dict[str, dict[str, Any]], defaults: 
         usual = defaults.get(section, {})
         then, now = usual | saved.get(section, {}), usual | settings[section]
         for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE - {WEIGHTS}):
-            if _as_path(key, then.get(key)) != _as_path(key, now.get(key)):
+            if not _are_same(key, then.get(key), now.get(key)):
                 raise ValueError(
                     f"output_dir ({folder}) already holds another run: {shown(key)} is {shown(then.get(key))} there and "
                     f"{shown(now.get(key))} here. Pass another --output_dir, or the same settings to continue it"
@@ -218,8 +218,10 @@ def recorded_content(folder: Path, dataset: str) -> dict[str, str]:
     return content if place["dataset"] == dataset else {}
 
 
-def _as_path(key: str, value: Any) -> Any:
-    return Path(value).resolve() if key in PATHS and isinstance(value, str) and Path(value).exists() else value
+def _are_same(key: str, then: Any, now: Any) -> bool:
+    # A run keeps the absolute path of a folder, which may be gone when the same command names it from here.
+    paths = key in PATHS and isinstance(then, str) and isinstance(now, str)
+    return then == now or (paths and Path(then).resolve() == Path(now).resolve())
 
 
 def drawn(folder: Path) -> list[Path]:

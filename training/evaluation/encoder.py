@@ -1,10 +1,12 @@
 """What all evaluations share: the encoder that is evaluated, the data it was trained on, and where results go."""
 
 import difflib
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -14,10 +16,11 @@ from transformers.utils import CONFIG_NAME, logging
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 
 from ..cli import build_parser, how_to_run, offered, parse_flags, section_of_file
-from ..data.sources import DataArguments, EvaluationDataArguments
+from ..data.sources import DataArguments, EvaluationDataArguments, ImageSplits, NotOpenedError, load_images
+from ..engine.checkpoints import has_ended
 from ..engine.files import below, check_model_files
-from ..engine.results import Result, read_results, table
-from ..engine.run_folder import METRICS, SAVED_RECIPE, read_metrics, read_sections, recorded_content
+from ..engine.results import Result, encoder_digest, read_results, table
+from ..engine.run_folder import METRICS, SAVED_RECIPE, WEIGHTS, read_metrics, read_sections, recorded_content
 from ..engine.sgd_trainer import PUBLISHING, SGDTrainingArguments
 from ..model_folder import check_size, load_model, read_config
 from .knn import KNNArguments
@@ -159,6 +162,41 @@ def check_results(folder: Path) -> None:
     read_results(folder)
     for path in (folder / METRICS, *folder.glob(f"*/{METRICS}")):  # of the run, and of the probes in it
         read_metrics(path, "correct it, or move it away")
+
+
+class Evaluation(Protocol):
+    """A parsed command line of an evaluation with a folder of its own."""
+
+    encoder: Encoder
+    data: Any
+    training: Any
+    settings: dict[str, dict[str, Any]]
+
+    @property
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """Values of the flags that were not given."""
+
+
+def open_images(run: Evaluation) -> ImageSplits | None:
+    """The images of an evaluation.
+
+    Returns:
+        None where they cannot be opened any more and the evaluation has ended: what it has measured is then shown.
+
+    Raises:
+        ValueError: as `load_images`.
+    """
+    try:
+        return load_images(run.data, labelled=True)
+    except NotOpenedError as error:
+        with suppress(ValueError):  # other settings or no model: that the images are missing comes first
+            run.settings["encoder"][WEIGHTS] = encoder_digest(run.encoder.load(MoCoModel, run.training.seed))
+            if has_ended(run.training, run.settings, run.defaults):
+                if run.training.process_index == 0:
+                    print(f"warning: the images were not compared with those of then: {error}", file=sys.stderr)
+                show_recorded(run.training)
+                return None
+        raise
 
 
 def show_recorded(training: SGDTrainingArguments) -> None:

@@ -50,16 +50,14 @@ def draw_features(model: MoCoModel, splits: ImageSplits, data: DataArguments, fo
     Raises:
         ValueError: the images cannot be read.
     """
-    view, decode = data.evaluation_view(), splits.decoder.image
-    shown = splits.train if splits.eval is None else splits.eval
-    labels, names = read_labels(shown), _names(splits.class_names, shown, splits.train)
+    view = data.evaluation_view()
+    bank = splits.train_in(view)
+    shown = bank if splits.eval is None else splits.eval_in(view)
+    labels, names = read_labels(shown.source), _names(splits.class_names, shown.source, splits.train)
     chosen = spread_over_classes(labels.tolist(), min(GRID_QUERIES, -(-len(shown) // 2)))
-    bank = MapImages(splits.train, view, decode=decode).evenly_spaced(GRID_BANK)
     if splits.eval is None:  # a query is not its own neighbour
-        others = shown.select([i for i in range(len(shown)) if i not in chosen])
-        bank = MapImages(others, view, decode=decode).evenly_spaced(GRID_BANK)
-    queries = MapImages(shown.select(chosen), view, decode=decode)
-    embedded = MapImages(shown, view, decode=decode).evenly_spaced(EMBEDDED)
+        bank = bank.select([i for i in range(len(shown)) if i not in chosen])
+    bank, queries, embedded = bank.evenly_spaced(GRID_BANK), shown.select(chosen), shown.evenly_spaced(EMBEDDED)
     query_features, _ = extract_features(model, queries)
     bank_features, _ = extract_features(model, bank)
     features, classes = extract_features(model, embedded)
