@@ -28,9 +28,9 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
-from training.convert.detect import recognise_resnet
 from training.convert.files import read, write
 from training.convert.key_maps import RESNETS
+from training.convert.shapes import recognise_resnet
 
 
 @pytest.mark.parametrize(

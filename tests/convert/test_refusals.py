@@ -7,7 +7,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from foreign_checkpoints import C, K, Official, keys, lincls, linear, pixels, prefixed, resnet, solo_learn
+from foreign_checkpoints import C, K, Official, keys, lincls, linear, official_v3, pixels, prefixed, resnet, solo_learn
 from PIL import Image
 from tiny_models import moco_config
 from torch import nn
@@ -69,8 +69,26 @@ def half_a_key_encoder(head: bool):
     return with_state(**{name: None for name in names if name.startswith("encoder_k.fc.") != head})
 
 
-def v3(_):
-    return {"state_dict": prefixed(resnet(), "module.base_encoder.") | prefixed(resnet(), "module.momentum_encoder.")}
+def v3_without(name):
+    """An official file of MoCo v3 without one of its tensors."""
+
+    def write(path):
+        state = official_v3(path).state_dict()
+        del state[name]
+        torch.save({"state_dict": state}, path)
+
+    return write
+
+
+def of_a_vit(**changes):
+    """The encoder of a ViT as MoCo v3 names it, with some tensors of other sizes; `__` stands for a dot."""
+    sizes = {
+        "cls_token": (1, 1, 192),
+        "pos_embed": (1, 5, 192),
+        "patch_embed__proj__weight": (192, 3, 16, 16),
+    } | changes
+    state = {f"base_encoder.{name.replace('__', '.')}": torch.zeros(size) for name, size in sizes.items() if size}
+    return saved({"state_dict": state})
 
 
 UNREADABLE = "is not a torch checkpoint, or is damaged: download or copy it again"
@@ -103,7 +121,32 @@ REFUSED = {
         saved({"student": {}, "teacher": {}, "args": Namespace(lr=1)}),
         "needs argparse.Namespace",
     ),
-    "MoCo v3": (saved(v3), "contains a MoCo v3 checkpoint (no queue)"),
+    "v3, key tensor missing": (
+        v3_without("momentum_encoder.layer1.0.bn1.weight"),
+        "is not a complete model: encoder_k.layer1.0.bn1.weight is missing",
+    ),
+    "v3 and a queue": (
+        saved({"state_dict": {"base_encoder.conv1.weight": torch.ones(64, 3, 7, 7), "queue": keys()}}),
+        "contains queue, which MoCo does not have",
+    ),
+    "v3 with a convolutional stem": (
+        of_a_vit(patch_embed__proj__weight=None, patch_embed__proj__0__weight=(24, 3, 3, 3)),
+        "contains a ViT with a convolutional stem (vit_conv_small or vit_conv_base), which timm does not have: convert",
+    ),
+    "v3, ViT of another width": (
+        of_a_vit(pos_embed=(1, 5, 100)),
+        "contains a ViT of width 100 with patches of 16 px, and those that are read are vit_small_patch16_224,",
+    ),
+    "v3, ViT of no square image": (
+        of_a_vit(pos_embed=(1, 4, 192)),
+        "does not contain a plain ViT; compared with vit_tiny_patch16_224 of 16 px, patch_embed.proj.bias is missing",
+    ),
+    "v3, ViT of an endless image": (of_a_vit(pos_embed=(0, 10**11, 192)), "does not contain a plain ViT"),
+    "supervised ViT": (
+        lambda path: lincls(path, "vit_tiny", supervised=True),
+        "contains a supervised ViT (its optimizer has 152 parameters, that of a linear classifier has head.weight and "
+        "head.bias alone)",
+    ),
     "supervised torchvision": (
         saved(lambda _: resnet(head=linear).state_dict()),
         "contains the weights of a ResNet alone, which timm and torchvision load themselves (a run begins with a folder that",

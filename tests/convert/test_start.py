@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from foreign_checkpoints import lincls, official, prefixed, resave
+from foreign_checkpoints import lincls, official, official_v3, prefixed, resave
 from ranks import join_trainers, run_ranks
 from timm.models import save_for_hf
 from tiny_models import assert_equal, key_parts, moco_config, query_parts
@@ -116,6 +116,32 @@ def test_an_official_checkpoint_is_taken_as_it_is_converted(tmp_path):
     model = MoCoModel(MoCoConfig(architecture="resnet18", projection_dim=16, queue_size=48))
     assert start(model, tmp_path / "moco.pth.tar") == []
     assert_equal(dict(model.state_dict()), dict(read(str(tmp_path / "moco.pth.tar")).state))
+
+
+def test_an_official_checkpoint_of_v3_gives_what_fits(tmp_path):
+    official_v3(tmp_path / "moco.pth.tar")
+    checkpoint = read(str(tmp_path / "moco.pth.tar"))
+    model = MoCoModel(checkpoint.config)
+    assert start(model, tmp_path / "moco.pth.tar") == []
+    assert_equal(dict(model.state_dict()), dict(checkpoint.state))
+    assert not any(p.requires_grad for p in [*model.encoder_k.parameters(), *model.projector_k.parameters()])
+
+    checkpoint.config.prediction_head = "mlp_bn"
+    model = MoCoModel(checkpoint.config)
+    said = start(model, tmp_path / "moco.pth.tar")
+    assert said == ["the predictor is new: predictor_q.4.running_mean (16,) is not there"]
+    state = model.state_dict()
+    taken = {name: x for name, x in state.items() if not name.startswith("predictor_q")}
+    assert_equal(taken, {name: x for name, x in checkpoint.state.items() if name in taken})
+
+
+def test_other_heads_of_attention_are_refused(tmp_path):
+    vit = moco_config("test_vit")
+    MoCoModel(vit).save_pretrained(tmp_path / "vit")
+    read_start(str(tmp_path / "vit"), vit)
+    vit.model_args = {"img_size": 32, "num_heads": 4}
+    with pytest.raises(ValueError, match=r"num_heads=None, but this run has num_heads=4: pass them to --model_args"):
+        read_start(str(tmp_path / "vit"), vit)
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_convnext", "test_vit"])

@@ -7,21 +7,35 @@ import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
-from modeling_moco.encoder_moco import build_encoder
-from modeling_moco.heads_moco import build_projector
 
 from ..engine.files import UNREADABLE, check_archive
-from .key_maps import CLASSIFIER, FOREIGN, LAYOUTS, OFFICIAL, RESNETS, WRAPPED, Layout, State, rename
+from .key_maps import (
+    CLASSIFIER_VIT,
+    FOREIGN,
+    LAYOUTS,
+    OF_THE_OFFICIAL_CODE,
+    OFFICIAL_ARCH,
+    OFFICIAL_V3,
+    OFFICIAL_V3_VIT,
+    WRAPPED,
+    Layout,
+    State,
+    rename,
+)
+from .shapes import differences, few, length, part, recognise_encoder, recognise_moco, recognise_v3
 
 KNOWN = ("epoch", "arch", "best_acc1")  # values that official files contain beside the tensors
-PUBLISHED = {"linear": ("v1", 0.07), "mlp": ("v2", 0.2)}  # version and temperature of each projection head
+VERSIONS = {  # of MoCo, by dictionary, key encoder and projection head
+    ("queue", "momentum", "linear"): "v1",
+    ("queue", "momentum", "mlp"): "v2",
+    ("batch", "momentum", "mlp_bn"): "v3",
+}
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -71,7 +85,7 @@ class Checkpoint:
         if parts & {"encoder_k", "projector_k"}:
             parts |= {"encoder_k", "projector_k"}
         expected = {k: x for k, x in self.empty_model().state_dict().items() if k.split(".")[0] in parts}
-        wrong = _differences(self.state, expected) or [
+        wrong = differences(self.state, expected) or [
             f"{name} is {self.state[name].dtype}, not {_number(tensor)}"
             for name, tensor in expected.items()
             if _number(self.state[name]) != _number(tensor)
@@ -90,8 +104,8 @@ class Checkpoint:
         if self.is_classifier:
             words.append(f"{config.num_labels:,} classes")
         elif "projector_q" in self.parts:
-            if config.dictionary == "queue" and config.projection_head in PUBLISHED:
-                words[0] += f" {PUBLISHED[config.projection_head][0]}"
+            method = (config.dictionary, config.key_encoder, config.projection_head)
+            words[0] += f" {VERSIONS.get(method) or 'with ' + ', '.join(method)}"
             words += [f"K {config.queue_size:,}"] if "dictionary" in self.parts else []
             words.append(f"dim {config.projection_dim}")
         words += [f"{key} {value:g}" for key, value in self.about.items() if isinstance(value, int | float)]
@@ -118,18 +132,34 @@ def read_file(path: Path) -> Checkpoint:
     if queue is not None and queue.dim() == 3 and len(queue) == 2:
         state["dictionary.queue"] = queue[0]
         notes.append("it has two queues, one for each view: the first is kept")
-    about = known_values(content) | ({"prefix": prefix} if layout.names in (OFFICIAL, CLASSIFIER) else {})
-    classifier = "classifier.weight" in state
-    architecture = recognise_resnet(path, _part(state, "moco.encoder_q." if classifier else "encoder_q."))
-    if classifier:
-        notes += _check_linear(path, content)
-        config = MoCoConfig(architecture=architecture, num_labels=_length(state["classifier.weight"]))
-    else:
-        config, state, remarks = _recognise_moco(architecture, state)
-        notes += remarks
-    if about.get("arch", config.architecture) != config.architecture:
+    about = known_values(content) | ({"prefix": prefix} if layout.names in OF_THE_OFFICIAL_CODE else {})
+    if "classifier.weight" in state:
+        notes += _check_linear(
+            path, content, *(("ViT", "head") if layout.names == CLASSIFIER_VIT else ("ResNet", "fc"))
+        )
+    config, state, remarks = recognise(path, layout, state, about.get("arch"))
+    notes += remarks
+    if about.get("arch", config.architecture) not in (config.architecture, OFFICIAL_ARCH.get(config.architecture)):
         notes.append(f"its arch is {about['arch']}, but its tensors are those of {config.architecture}")
     return Checkpoint(str(path), layout.title, config, state, about, notes).checked()
+
+
+def recognise(path: Path, layout: Layout, state: State, arch: str | None) -> tuple[MoCoConfig, State, list[str]]:
+    """The configuration of the tensors of a file, the part of them that is kept, and notes.
+
+    Args:
+        path: for messages.
+        state: in the names of this project.
+        arch: the name that the file gives its encoder.
+
+    Raises:
+        ValueError: the encoder is unknown.
+    """
+    classifier = state.get("classifier.weight")
+    encoder = recognise_encoder(path, part(state, "encoder_q." if classifier is None else "moco.encoder_q."), arch)
+    if classifier is not None:
+        return MoCoConfig(**encoder.settings, num_labels=length(classifier)), state, encoder.notes
+    return (recognise_v3 if layout.names in (OFFICIAL_V3, OFFICIAL_V3_VIT) else recognise_moco)(encoder, state)
 
 
 def known_values(content: dict[Any, Any]) -> dict[str, Any]:
@@ -216,11 +246,11 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _check_linear(path: Path, content: dict[Any, Any]) -> list[str]:
-    """Refuse a supervised ResNet, which pytorch/examples saves in the same layout, and return notes on a classifier.
+def _check_linear(path: Path, content: dict[Any, Any], kind: str, head: str) -> list[str]:
+    """Refuse a supervised network, which pytorch/examples saves in the same layout, and return notes on a classifier.
 
     Raises:
-        ValueError: the optimizer has more parameters than those of fc.
+        ValueError: the optimizer has more parameters than those of the head.
     """
     try:
         trained = sum(len(group["params"]) for group in content["optimizer"]["param_groups"])
@@ -228,103 +258,17 @@ def _check_linear(path: Path, content: dict[Any, Any]) -> list[str]:
         trained = 0
     if trained > 2:
         raise ValueError(
-            f"{path} contains a supervised ResNet (its optimizer has {trained} parameters, that of a linear classifier has "
-            "fc.weight and fc.bias alone): load it with timm or torchvision"
+            f"{path} contains a supervised {kind} (its optimizer has {trained} parameters, that of a linear classifier "
+            f"has {head}.weight and {head}.bias alone): load it with timm or torchvision"
         )
-    return [] if trained == 2 else ["it has no optimizer of fc, so that the encoder may be supervised and not MoCo's"]
+    if trained == 2:
+        return []
+    return [f"it has no optimizer of {head}, so that the encoder may be supervised and not MoCo's"]
 
 
 def _convertible() -> str:
-    return f"what can be read: {', '.join(layout.title for layout in LAYOUTS)}"
-
-
-def _recognise_moco(architecture: str, state: State) -> tuple[MoCoConfig, State, list[str]]:
-    """The configuration from the projection head and the queue, the part of the state that is kept, and notes."""
-    head = _part(state, "projector_q.")
-    for kind, (_, temperature) in PUBLISHED.items():
-        config = MoCoConfig(architecture=architecture, projection_head=kind, temperature=temperature)
-        last = head.get("weight" if kind == "linear" else "2.weight")
-        config.projection_dim = config.projection_dim if last is None else _length(last)
-        with torch.device("meta"):
-            projector = build_projector(config, build_encoder(config).head_hidden_size)
-        if not _differences(head, projector.state_dict()):
-            break
-    else:  # without the head that made the keys, the queue and the key encoder are useless
-        kept = {name: tensor for name, tensor in state.items() if name.startswith("encoder_q.")}
-        shapes = few([f"{name} {tuple(tensor.shape)}" for name, tensor in head.items()]) or "none at all"
-        remark = f"only the encoder is kept: the projection head ({shapes}) is not MoCo's, and the keys depend on it"
-        return MoCoConfig(architecture=architecture), kept, [remark]
-    version = PUBLISHED[config.projection_head][0]
-    remarks = [
-        f"the checkpoint has no T and m: T {config.temperature:g} and m {config.key_momentum:g} are the published values of "
-        f"{version}"
-    ]
-    if "dictionary.queue" in state:
-        config.queue_size = _length(state["dictionary.queue"], axis=-1)
-    else:
-        remarks.append("it has no queue: loading the model starts a random queue")
-    if not _part(state, "encoder_k."):
-        remarks.append("it has no key encoder: loading the model copies the query encoder")
-    return config, state, remarks
-
-
-def recognise_resnet(path: Path, encoder: State) -> str:
-    """The name of the ResNet whose tensors have these names and shapes.
-
-    Raises:
-        ValueError: torchvision has no such ResNet.
-    """
-    if "conv1.weight" in encoder and encoder["conv1.weight"].shape[2:] == (3, 3):
-        raise ValueError(
-            f"{path} begins with a 3x3 convolution of unknown padding (solo-learn pads by 2, the official notebook by 1): "
-            "convert a checkpoint of a ResNet with torchvision's stem"
-        )
-    wrong = {}
-    for name in RESNETS:
-        wrong[name] = _differences(encoder, _resnet_state(name))
-        if not wrong[name]:
-            return name
-    nearest = min(wrong, key=lambda name: len(wrong[name]))
-    raise ValueError(
-        f"{path} does not contain a ResNet of torchvision; compared with {nearest}, {few(wrong[nearest])}. It is damaged or "
-        "another model: download or copy it again"
-    )
-
-
-@cache
-def _resnet_state(architecture: str) -> State:
-    with torch.device("meta"):
-        return build_encoder(MoCoConfig(architecture=architecture)).state_dict()
-
-
-def _part(state: State, prefix: str) -> State:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def _length(tensor: torch.Tensor, axis: int = 0) -> int:
-    return max(1, tensor.shape[axis]) if tensor.dim() else 1
-
-
-def _differences(state: State, expected: State) -> list[str]:
-    """A phrase for each tensor that is missing, unexpected or of another shape."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    return [
-        *(f"{name} is missing" for name in wanted if name not in shapes),
-        *(f"{name} is unexpected" for name in shapes if name not in wanted),
-        *(
-            f"{name} is {shapes[name]}, not {wanted[name]}"
-            for name in wanted
-            if shapes.get(name, wanted[name]) != wanted[name]
-        ),
-    ]
+    return f"what can be read: {', '.join(dict.fromkeys(layout.title for layout in LAYOUTS))}"
 
 
 def _number(tensor: torch.Tensor) -> str:
     return "floating point" if tensor.is_floating_point() else "integer" if tensor.dtype in INTEGERS else "neither"
-
-
-def few(phrases: list[str]) -> str:
-    """The first three phrases, and how many more there are."""
-    printable = [repr(phrase)[1:-1] for phrase in phrases[:3]]  # names from files are printed on the terminal
-    return ", ".join(printable) + (f" and {len(phrases) - 3:,} more" if len(phrases) > 3 else "")

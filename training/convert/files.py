@@ -24,9 +24,29 @@ from ..engine.files import check_model_files, read_json, write_json
 from ..engine.run_folder import CONVERSION
 from ..errors import first_line, one_line
 from ..model_folder import check_size, read_config, read_timm_config, weights_file
-from .detect import Checkpoint, few, known_values, read_file
-from .key_maps import CLASSIFIER, DETECTRON2, OFFICIAL, RESNETS, WITH_HEAD, WITHOUT_HEAD, WRAPPED, State, rename_back
+from .detect import Checkpoint, known_values, read_file, recognise
+from .key_maps import (
+    CLASSIFIER,
+    CLASSIFIER_VIT,
+    DETECTRON2,
+    LAYOUTS,
+    OFFICIAL,
+    OFFICIAL_ARCH,
+    OFFICIAL_V3,
+    OFFICIAL_V3_VIT,
+    RESNETS,
+    VITS,
+    WITH_HEAD,
+    WITHOUT_HEAD,
+    WRAPPED,
+    Names,
+    State,
+    rename_back,
+)
+from .shapes import few
 
+# What the official code's file must be read back with.
+SETTINGS_OF_THE_ENCODER = ("architecture", "stem", "model_args")
 SUFFIXES = (".tar", ".pth", ".pt", ".pkl", ".ckpt")  # suffixes of checkpoint files
 
 
@@ -148,12 +168,10 @@ def write(checkpoint: Checkpoint, out: Path, to: str) -> None:
     Raises:
         ValueError: the format cannot store this model, or the output cannot be written.
     """
-    config = checkpoint.config
-    if to != "moco" and (config.architecture not in RESNETS or config.stem != "default" or config.model_args):
-        model = f"a {config.architecture} with stem={config.stem!r}, model_args={config.model_args}"
-        raise ValueError(
-            f"{checkpoint.source} is {model}, but --to {to} writes torchvision's ResNets alone: keep it as it is"
-        )
+    if to != "moco":
+        _check_encoder(checkpoint, to)
+    if to == "official":
+        _check_official(checkpoint)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
@@ -162,6 +180,53 @@ def write(checkpoint: Checkpoint, out: Path, to: str) -> None:
             unfinished.rename(out)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{out} cannot be written ({error}): name another output, or make room") from error
+
+
+def _check_encoder(checkpoint: Checkpoint, to: str) -> None:
+    config = checkpoint.config
+    if to == "official" and config.architecture in VITS:
+        return
+    if config.architecture not in RESNETS or config.stem != "default" or config.model_args:
+        model = f"a {config.architecture} with stem={config.stem!r}, model_args={config.model_args}"
+        too = ", and of MoCo v3 plain ViTs" if to == "official" else ""
+        raise ValueError(
+            f"{checkpoint.source} is {model}, but --to {to} writes torchvision's ResNets alone{too}: keep it as it is"
+        )
+
+
+def _check_official(checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        ValueError: the official file of this model would be read as another model, of which this names settings.
+    """
+    ours, names = checkpoint.config, _official_names(checkpoint)
+    layout = next(layout for layout in LAYOUTS if layout.names == names)
+    theirs, kept, _ = recognise(Path(checkpoint.source), layout, dict(checkpoint.state), _official_arch(ours))
+    unlike = [name for name in SETTINGS_OF_THE_ENCODER if getattr(ours, name) != getattr(theirs, name)]
+    methods = [(config.dictionary, config.key_encoder) for config in (ours, theirs)]
+    if kept.keys() != checkpoint.state.keys() or ("projector_q" in checkpoint.parts and methods[0] != methods[1]):
+        unlike = ["dictionary", "key_encoder", "projection_head", "prediction_head"]
+    if unlike:
+        has = ", ".join(f"{name}={getattr(ours, name)!r}" for name in unlike)
+        raise ValueError(
+            f"{checkpoint.source} has {has}, which no official file has: those of MoCo v1 and v2 have a queue and a head "
+            "without BatchNorm, those of v3 a batch, heads with BatchNorm, and a ViT-S with 12 heads of attention; keep it as "
+            "it is"
+        )
+
+
+def _official_names(checkpoint: Checkpoint) -> Names:
+    config = checkpoint.config
+    is_vit = config.architecture in VITS
+    if checkpoint.is_classifier:
+        return CLASSIFIER_VIT if is_vit else CLASSIFIER
+    if is_vit:
+        return OFFICIAL_V3_VIT
+    return OFFICIAL if config.dictionary == "queue" else OFFICIAL_V3
+
+
+def _official_arch(config: MoCoConfig) -> str:
+    return OFFICIAL_ARCH.get(config.architecture, config.architecture)
 
 
 def _save_model(checkpoint: Checkpoint, path: Path) -> None:
@@ -175,9 +240,10 @@ def _save_model(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _save_official(checkpoint: Checkpoint, path: Path) -> None:
-    state = rename_back(checkpoint.state, CLASSIFIER if checkpoint.is_classifier else OFFICIAL)
-    ordered = sorted(state, key=lambda name: not name.startswith("queue"))  # torch lists the buffers of a module first
-    about = checkpoint.about | {"arch": checkpoint.config.architecture}
+    state = rename_back(checkpoint.state, _official_names(checkpoint))
+    # torch lists the buffers of a module first, and then its children in the order in which the code makes them.
+    ordered = sorted(state, key=lambda name: (not name.startswith("queue"), name.startswith("predictor.")))
+    about = checkpoint.about | {"arch": _official_arch(checkpoint.config)}
     content: dict[str, Any] = {key: about[key] for key in ("epoch", "arch") if key in about}
     prefix = about.get("prefix", WRAPPED)
     content["state_dict"] = {f"{prefix}{name}": state[name] for name in ordered}

@@ -1,6 +1,7 @@
 """Tables of the tensor names in checkpoints of other MoCo code, and the names by which a checkpoint is recognised.
 
 Sources: facebookresearch/moco (main_moco.py, moco/builder.py, main_lincls.py, detection/convert-pretrain-to-detectron2.py),
+facebookresearch/moco-v3 (main_moco.py, moco/builder.py, vits.py, main_lincls.py),
 lightly (examples/pytorch*/moco.py, benchmarks/imagenet/resnet50/mocov2.py), solo-learn (solo/methods/mocov2plus.py). Each
 table is used in both directions.
 """
@@ -19,6 +20,17 @@ RESNETS = (
     *("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
 )
+# Plain ViTs of timm, and what identifies them: width, and pixels of a patch. moco-v3's have the same names of tensors.
+VITS = {
+    "vit_small_patch16_224": (384, 16),
+    "vit_base_patch16_224": (768, 16),
+    "vit_large_patch16_224": (1024, 16),
+    "vit_tiny_patch16_224": (192, 16),
+    "vit_small_patch32_224": (384, 32),
+    "vit_base_patch32_224": (768, 32),
+}
+OFFICIAL_ARCH = {"vit_small_patch16_224": "vit_small", "vit_base_patch16_224": "vit_base"}  # as moco-v3 calls them
+HEADS_OF_V3 = {"vit_small_patch16_224": 12}  # of attention, where timm's ViT has others: no tensor shows them
 OFFICIAL = {
     "queue": "dictionary.queue",  # and queue_ptr
     "encoder_q.fc.": "projector_q.",
@@ -27,6 +39,21 @@ OFFICIAL = {
     "encoder_k.": "encoder_k.",
 }
 CLASSIFIER = {"fc.": "classifier.", "": "moco.encoder_q."}
+CLASSIFIER_VIT = {"head.": "classifier.", "": "moco.encoder_q."}
+
+
+def _official_v3(head: str) -> Names:
+    return {
+        f"base_encoder.{head}": "projector_q.",
+        "base_encoder.": "encoder_q.",
+        f"momentum_encoder.{head}": "projector_k.",
+        "momentum_encoder.": "encoder_k.",
+        "predictor.": "predictor_q.",
+    }
+
+
+OFFICIAL_V3, OFFICIAL_V3_VIT = _official_v3("fc."), _official_v3("head.")
+OF_THE_OFFICIAL_CODE = (OFFICIAL, OFFICIAL_V3, OFFICIAL_V3_VIT, CLASSIFIER, CLASSIFIER_VIT)
 WITHOUT_HEAD = {"": "encoder_q."}
 WITH_HEAD = {"fc.": "projector_q.", "": "encoder_q."}
 CHILDREN = {"0.": "conv1.", "1.": "bn1.", "4.": "layer1.", "5.": "layer2.", "6.": "layer3.", "7.": "layer4."}
@@ -61,7 +88,10 @@ class Layout(NamedTuple):
 
 LAYOUTS = (
     Layout("official MoCo", ("encoder_q.conv1.",), OFFICIAL),
+    Layout("official MoCo", ("base_encoder.conv1.",), OFFICIAL_V3),
+    Layout("official MoCo", ("base_encoder.cls_token",), OFFICIAL_V3_VIT),
     Layout("official linear classifier", ("conv1.", "fc.", "arch"), CLASSIFIER),
+    Layout("official linear classifier", ("cls_token", "head.", "arch"), CLASSIFIER_VIT),
     Layout(
         "lightly MoCo",
         ("backbone_momentum.", "projection_head_momentum."),
@@ -99,7 +129,6 @@ LAYOUTS = (
 )
 FOREIGN = (
     (("student", "teacher"), "a DINO checkpoint (student and teacher)"),
-    (("base_encoder.", "momentum_encoder."), "a MoCo v3 checkpoint (no queue)"),
     (("encoder_q.net.",), "a checkpoint of the official CIFAR-10 notebook"),
     (("momentum_backbone.",), "a checkpoint of another solo-learn method"),
     (

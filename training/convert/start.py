@@ -8,9 +8,10 @@ import torch
 
 from modeling_moco import MoCoConfig, MoCoModel
 
-from .detect import Checkpoint, few
+from .detect import Checkpoint
 from .files import read
 from .key_maps import State
+from .shapes import few
 
 PREFIXES = ("hf-hub:", "local-dir:")  # that timm writes before the name of a repository or a folder
 KEY_SIDE = ("encoder_k", "projector_k")
@@ -54,7 +55,7 @@ def read_start(source: str, config: MoCoConfig) -> Start:
         source: a folder or Hub repository of this project or of timm, or a file that `convert` knows.
 
     Raises:
-        ValueError: there are none, they are damaged, of a classifier, or of another architecture.
+        ValueError: there are none, they are damaged, of a classifier, of another architecture, or of other heads of attention.
     """
     for prefix in PREFIXES:
         source = source.removeprefix(prefix)
@@ -70,7 +71,18 @@ def read_start(source: str, config: MoCoConfig) -> Start:
             f"init_from ({source}) is a {there}, but this run trains a {config.architecture}: pass --architecture {there}, or "
             "other weights"
         )
+    heads, wanted = (_heads(each) for each in (checkpoint.config, config))
+    if heads != wanted:
+        raise ValueError(
+            f"init_from ({source}) is a {there} with model_args num_heads={heads}, but this run has num_heads={wanted}: pass "
+            "them to --model_args as they are there, or other weights"
+        )
     return Start(checkpoint, [note for note in checkpoint.notes if note.startswith("left out")])
+
+
+def _heads(config: MoCoConfig) -> int | None:
+    # Of all arguments only this one changes what an encoder computes, and no shape of its tensors.
+    return (config.model_args or {}).get("num_heads")
 
 
 def _bare(architecture: str) -> str:
