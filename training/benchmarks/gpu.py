@@ -3,8 +3,9 @@
 1. correctness: the same steps, views, BatchNorm and collectives as on the CPU
 2. the step of a ResNet-50 at 224 px: against its encoders alone and the official style, in every precision, and its memory
 3. the views that the GPU renders
-4. CIFAR-10 with a ResNet-18 by its recipe, as many epochs as two thirds of the time left allow
-5. the step and the views compiled, which can take minutes to compile
+4. the step of every method that MoCo is compared with: time, memory, hours for 200 epochs
+5. CIFAR-10 with a ResNet-18 by its recipe, as many epochs as two thirds of the time left allow
+6. the step and the views compiled, which can take minutes to compile
 
 Every row is printed and written to `--output` as soon as it is measured: gpu.json, gpu.md and gpu.png. `--tiny` goes through
 all of it with small models, on a CPU too.
@@ -39,8 +40,9 @@ from ..engine.results import conditions
 from ..views.device import DeviceCrops, DeviceViews
 from ..views.pil import render_view
 from ..views.policy import build_policies, seeded_generator
-from .measure import Benchmark, draw_timings, time_rounds, write_numbers
-from .step import VARIANTS, build_steps
+from .measure import Benchmark, draw_timings, peak_memory, time_rounds, write_numbers
+from .step import methods as methods_of_step
+from .step.variants import VARIANTS, build_step, build_steps
 from .train import PRETRAIN
 
 PRECISIONS = {"fp32": "fp32 (no TF32)", "tf32": "TF32", "bf16": "bf16"}
@@ -64,7 +66,7 @@ class Check:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=8, help="Minutes that all of it may take.")
+    parser.add_argument("--minutes", type=float, default=10, help="Minutes that all of it may take.")
     parser.add_argument("--dataset_name", help="CIFAR-10, as in scripts/pretrain.py. Without it that part is left out.")
     parser.add_argument("--output", type=Path, required=True, help="Folder for gpu.json, gpu.md and gpu.png.")
     parser.add_argument("--rounds", type=int, default=5, help="Number of measured steps of each variant.")
@@ -248,13 +250,8 @@ def _step(command: argparse.Namespace, row: dict[str, Any]) -> Benchmark:
     columns: dict[str, dict[str, float]] = {"allocated GB": {}, "reserved GB": {}}
     if command.device.type == "cuda":
         for variant in VARIANTS:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            step = build_steps([variant], args)[variant]
-            step(), step()
-            columns["allocated GB"][variant] = torch.cuda.max_memory_allocated() / 1e9
-            columns["reserved GB"][variant] = torch.cuda.max_memory_reserved() / 1e9
-            del step
+            for column, gigabytes in peak_memory(partial(build_step, variant, args)).items():
+                columns[column][variant] = gigabytes
     seconds = time_rounds(build_steps(list(VARIANTS), args), args.rounds)
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False  # torch's defaults
     title = (
@@ -262,6 +259,17 @@ def _step(command: argparse.Namespace, row: dict[str, Any]) -> Benchmark:
         f"{args.batch_norm} BatchNorm{', compiled' * args.compile}"
     )
     return Benchmark(title, seconds, ("encoder only", "official style"), args.global_batch_size, columns)
+
+
+def methods(args: argparse.Namespace) -> Iterator[Benchmark]:
+    model: dict[str, Any] = (
+        (TINY | {"bank_size": 1000}) if args.tiny else (FULL | {"bank_size": methods_of_step.IMAGENET})
+    )
+    for batch in (8, 16) if args.tiny else (32, 256):
+        for precision in ("fp32", "bf16"):
+            row = argparse.Namespace(**model, global_batch_size=batch, precision=precision, rounds=args.rounds)
+            measured = partial(methods_of_step.measure, row, torch.get_num_threads())
+            yield methods_of_step.compare(list(methods_of_step.RECIPES), row, measured)
 
 
 # Views and a whole run
@@ -340,6 +348,7 @@ PARTS: dict[str, Any] = {
     "correctness": correctness,
     "steps": steps,
     "views": views,
+    "methods": methods,
     "cifar": cifar,
     "compiled": compiled,
 }

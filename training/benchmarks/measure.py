@@ -12,6 +12,7 @@ If there is a limit, it is the first of `references`: a variant that does only t
 the same run and in turns, because the speed of a machine varies over a day. Memory is measured separately from time.
 """
 
+import gc
 import textwrap
 import time
 from collections.abc import Callable
@@ -171,6 +172,29 @@ class PeakMemory:
 def _status(key: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
     return 1024 * int(line.split()[1])
+
+
+def peak_memory(build: Callable[[], Callable[[], Any]]) -> dict[str, float]:
+    """Gigabytes (10^9 bytes) at the peak of two calls of what `build` makes, what it holds included.
+
+    What building alone needs is not counted. On a GPU it is the memory that tensors had and the memory that torch had taken
+    for them, in this process; on a CPU it is resident memory above that before building, see [`PeakMemory`].
+    """
+    if torch.cuda.is_available():
+        gc.collect()  # of a model before
+        call = build()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        call(), call()
+        return {
+            "allocated GB": torch.cuda.max_memory_allocated() / 1e9,
+            "reserved GB": torch.cuda.max_memory_reserved() / 1e9,
+        }
+    with PeakMemory() as building:
+        call = build()
+    with PeakMemory() as calling:
+        call(), call()
+    return {"peak GB": (calling.before + calling.bytes - building.before) / 1e9}
 
 
 def in_own_process(call: Callable[..., Any], *args: Any) -> Any:

@@ -28,7 +28,7 @@ from ..pretrain import build_trainer
 from ..recipe import parse_pretrain
 from ..trainer import VIEWS, MoCoTrainer, MoCoTrainingArguments
 from .measure import Benchmark, elapsed
-from .step import Step, this_project
+from .step.variants import Step, this_project
 
 PRETRAIN = f"{__package__.rsplit('.', 1)[0]}.commands.pretrain"  # the module that a new process runs
 WORKERS = (1, 2)

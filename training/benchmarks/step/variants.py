@@ -1,4 +1,4 @@
-"""Time and memory of a training step, compared with the encoders alone and with a step in the style of the official code.
+"""A training step, the encoders alone, and a step in the style of the official code.
 
 All variants start from the same weights and see the same images:
 
@@ -7,9 +7,6 @@ All variants start from the same weights and see the same images:
   the queue.
 - official style: the same step with the order and the operations of the official code (NCHW, one parameter at a time, joined
   logits, a copy of the queue, numbers read from the device), from normalised images. It is never compiled.
-
-The benchmark uses one process. It first measures the memory of each variant alone: on a GPU the allocated memory, on a CPU
-the resident memory above that of the process without a model.
 """
 
 import argparse
@@ -23,28 +20,11 @@ from torch import nn
 
 from modeling_moco import MoCoConfig, MoCoModel
 
-from ..trainer import STATISTICS, contrast_statistics
-from .measure import Benchmark, PeakMemory, in_own_process, time_rounds
+from ...trainer import STATISTICS, VIEWS, contrast_statistics
+from ..measure import Benchmark, PeakMemory, in_own_process, time_rounds
 
 Step = Callable[[], None]
 SGD: dict[str, Any] = {"lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--architecture", default="resnet50", help="Name of a timm model.")
-    parser.add_argument("--global_batch_size", type=int, default=32, help="Number of images per step.")
-    parser.add_argument("--image_size", type=int, default=224, help="Side of a view in pixels.")
-    parser.add_argument(
-        "--queue_size", type=int, default=65536, help="Number of keys in the queue, a multiple of the batch size."
-    )
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="Precision of the step; bf16 uses autocast."
-    )
-    parser.add_argument(
-        "--batch_norm", choices=("plain", "split"), default="plain", help="Mode of BatchNorm; split is for one GPU."
-    )
-    parser.add_argument("--compile", action="store_true", help="Compile the first two variants with torch.compile.")
-    parser.add_argument("--rounds", type=int, default=5, help="Number of measured steps of each variant.")
 
 
 def encoder_only(model: MoCoModel, views: torch.Tensor, precision: str, compiled: bool) -> Step:
@@ -75,19 +55,31 @@ class _Encoders(nn.Module):
 
 
 def this_project(model: MoCoModel, views: torch.Tensor, precision: str, compiled: bool) -> Step:
-    x_q, x_k = views
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], **SGD)
+    batch = dict(zip(VIEWS, views, strict=True))
+    return training_step(model, batch, optimizer, precision, compiled)
+
+
+def training_step(
+    model: MoCoModel,
+    batch: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    precision: str,
+    compiled: bool = False,
+) -> Step:
+    """What `MoCoTrainer` does with a batch that is on the device, without accelerate."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, **SGD)
-    sums = torch.zeros(len(STATISTICS), device=views.device)
+    n, device = len(batch["pixel_values"]), batch["pixel_values"].device
+    sums = torch.zeros(len(STATISTICS), device=device)
     forward = torch.compile(model) if compiled else model
 
     def step() -> None:
         model.update_key_encoder()
-        with _autocast(x_q.device, precision):
-            outputs = forward(x_q, x_k)
-        sums.add_(contrast_statistics(outputs.logits, outputs.query_embeds, model.config.temperature))
+        with _autocast(device, precision):
+            outputs = forward(**batch)
+        sums.add_(contrast_statistics(outputs.logits, outputs.query_embeds[:n], model.config.temperature))
         outputs.loss.backward()
-        model.dictionary.enqueue(outputs.key_embeds)
+        model.dictionary.enqueue(outputs.key_embeds, outputs.key_index)
         nn.utils.clip_grad_norm_(parameters, float("inf"))  # Trainer logs the norm
         optimizer.step()
         optimizer.zero_grad()
@@ -159,16 +151,20 @@ def build_steps(names: list[str], args: argparse.Namespace) -> dict[str, Step]:
     return {name: VARIANTS[name](copy.deepcopy(model), views, args.precision, args.compile) for name in names}
 
 
+def build_step(name: str, args: argparse.Namespace) -> Step:
+    return build_steps([name], args)[name]
+
+
 def peak_bytes(name: str, args: argparse.Namespace, threads: int) -> int:
     """Peak memory of a variant in bytes over two steps, with its model."""
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        step = build_steps([name], args)[name]
+        step = build_step(name, args)
         step(), step()
         return torch.cuda.max_memory_allocated()
     with PeakMemory() as memory:
-        step = build_steps([name], args)[name]
+        step = build_step(name, args)
         step(), step()
     return memory.bytes
 
