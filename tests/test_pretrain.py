@@ -410,7 +410,10 @@ def test_bad_input_is_one_line_before_training(case, tmp_path, script, capsys):
 WARNED = {
     "rate": (["--batch_norm", "plain"], "for 16 the linear rule gives 0.0075"),
     "leak": (["--batch_norm", "shuffle", "--learning_rate", "0.1"], "nobody to shuffle with"),
-    "small groups": (["--batch_norm", "split", "--batch_norm_splits", "16"], "BatchNorm sees 1 image at once"),
+    "small groups": (
+        ["--batch_norm", "split", "--batch_norm_splits", "16", "--image_size", "64"],
+        "BatchNorm sees 1 image at once",
+    ),
     "queue": (
         ["--queue_size", "128", "--symmetric_loss", "True"],
         "the queue (128) is larger than the dataset (64 images)",

@@ -216,7 +216,8 @@ class ImageSplits:
 
     def __post_init__(self):
         # Here, because a run looks at the same rows in several views.
-        self.broken = Unreadable(len(self.train))
+        if self.train is not None:
+            self.broken = Unreadable(len(self.train))
         if isinstance(self.eval, datasets.Dataset):
             self.broken_eval = Unreadable(len(self.eval), self.about.get("split") or "the evaluated split")
 

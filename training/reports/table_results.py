@@ -169,7 +169,7 @@ class Filled:
     def changed(self) -> Mapping[str, Any]:
         """What ours have instead of published settings: the runs that are there or, without any, those to come."""
         runs = {name: x.settings[name] for x in reversed(self.counted) for name in x.changed}
-        return runs if self.counted else self.overrides
+        return dict(sorted(runs.items())) if self.counted else self.overrides
 
     @cached_property
     def scores(self) -> dict[str, Score]:
