@@ -74,6 +74,7 @@ def _decode_with_little_memory(rank):
                 decode(Decoder(), row(claiming(12_000, 12_000, format)))
 
 
+@pytest.mark.slow
 def test_an_image_that_does_not_fit_into_memory_is_an_unreadable_one():
     run_ranks(_decode_with_little_memory, (), 1)  # a process that no test has left free memory to
 

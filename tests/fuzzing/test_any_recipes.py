@@ -101,7 +101,7 @@ def test_a_run_is_parsed_from_a_recipe_or_refused(place, data, changes):
         if changes:
             tree = copy.deepcopy(RECIPE_TREES[-1])
             for (section, key), value in changes:
-                tree[section][key] = value
+                tree.setdefault(section, {})[key] = value
             data = yaml_bytes(tree)
         path.write_bytes(data)
         refusal(lambda: parse_pretrain(["--recipe", str(path), "--use_cpu", "--report_to", "none"]), as_printed=True)

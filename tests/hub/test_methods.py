@@ -35,7 +35,8 @@ CARD = {
 }
 
 
-@pytest.mark.parametrize("method", ["bank", *(pytest.param(m, marks=pytest.mark.slow) for m in FLAGS if m != "bank")])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", FLAGS)
 def test_a_run_of_a_method_is_announced_classified_published_and_begun_with(method, script, tmp_path, capsys):
     run = tmp_path / "run"
     flags = [*TINY, *FLAGS[method], "--batch_norm", "plain", "--num_train_epochs", "1"]
