@@ -27,9 +27,9 @@ demo: setup  ## pretrain on scikit-learn's digits, probe, classify: a minute and
 	$(BIN)/python scripts/linear_probe.py runs/quickstart
 	$(BIN)/python scripts/linear_probe.py runs/quickstart --mode cached
 
-# Three processes on two cores: some tests wait for the processes that they start.
+# Three processes on two cores: some tests wait for the processes that they start. Threads of one would take another's core.
 test: setup lint  ## lint, types and tests
-	$(BIN)/pytest --quiet --numprocesses 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 3 --dist loadfile
 
 test-slow: setup  ## what takes minutes: a run killed twenty times, a requeued job, memory, pairs of processes
 	$(BIN)/pytest --quiet -m slow -rP

@@ -631,6 +631,7 @@ def test_no_epoch_is_chosen_by_the_images_that_an_evaluation_reports_on(tmp_path
         assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_what_was_not_measured_before_training_is_no_number_of_it(tmp_path):
     args = parse_pretrain(
         [*TINY, "--num_train_epochs", "1", "--eval_every_n_epochs", "1", "--output_dir", str(tmp_path)]

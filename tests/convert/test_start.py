@@ -237,6 +237,7 @@ def test_the_announcement_says_where_a_run_begins(source, tmp_path, capsys):
     assert "queue: begins with keys of training images" in said
 
 
+@pytest.mark.slow
 def test_a_run_that_was_begun_with_other_weights_is_not_continued(source, script, tmp_path, capsys):
     flags = [*TINY, "--init_from", str(source), "--output_dir", str(tmp_path / "run")]
     script("pretrain").main([*flags, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"])

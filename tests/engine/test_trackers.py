@@ -32,6 +32,7 @@ RESULTS = {"results/weighted kNN, k 5, T 0.07, backbone, top1"}
 FIGURES = {"figures/training_curves", "figures/neighbours", "figures/tsne"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 def test_tensorboard_gets_everything(script, tmp_path):
     folder, tensorboard = tmp_path / "run", ["--report_to", "tensorboard"]

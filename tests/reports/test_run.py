@@ -319,6 +319,7 @@ def test_lost_images_cost_their_figures_only(killed, script, capsys):
     assert "tsne is missing" not in page.text
 
 
+@pytest.mark.slow
 def test_a_stream_has_curves_and_says_what_is_missing(tmp_path, script, capsys):
     flags = ["--streaming", "--shuffle_buffer", "32", "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
     script("pretrain").main([*FLAGS, *flags])
