@@ -262,6 +262,7 @@ def test_knn_of_a_saved_run_is_the_monitors_and_travels(quickstart, script, caps
     assert "k (2000) is larger than the train split (1437 images)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_knn_of_the_heads_output_needs_the_head(quickstart, tmp_path, script, capsys):
     folder, _, _ = quickstart
     MoCoModel.from_pretrained(folder, momentum_encoder=False).save_pretrained(tmp_path / "encoder")
@@ -489,6 +490,7 @@ def test_the_next_command_is_quoted_and_free_of_what_is_taken(script, tmp_path, 
     assert words[3:] == ["--output_dir", f"{folder}/linear_probe_2"]
 
 
+@pytest.mark.slow
 def test_a_run_without_labels_is_not_told_to_probe_them(script, tmp_path, capsys):
     for i in range(20):
         path = tmp_path / "images" / "train" / f"{i}.png"

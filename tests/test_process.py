@@ -255,6 +255,7 @@ def _late(rank: int, folder: str) -> None:
     assert Path(folder, "published").read_text() == "all"  # all processes waited for the main one
 
 
+@pytest.mark.slow
 def test_processes_wait_for_each_other_and_leave_their_group(tmp_path):
     run_ranks(_late, (str(tmp_path),), 2)
 

@@ -289,6 +289,7 @@ def test_a_queue_larger_than_the_dataset_has_other_views_of_the_same_images(tmp_
     assert len(torch.unique(seen.queue.T, dim=0)) == 61
 
 
+@pytest.mark.slow
 def test_a_run_with_an_encoded_queue_continues_exactly(tmp_path):
     def run(folder, stop=None):
         settings = {"queue_start": "encode", "save_strategy": "steps", "save_steps": 2}

@@ -289,6 +289,7 @@ def test_epochs_of_another_length_are_refused(tmp_path, now):
         check_layout(tmp_path, layout(**{"images": 1_281_167} | now))
 
 
+@pytest.mark.slow
 def test_steps_per_epoch_are_those_of_the_trainer(rows, tmp_path):
     for batch, accumulation in ((4, 1), (4, 4), (5, 2), (3, 3)):
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}

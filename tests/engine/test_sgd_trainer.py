@@ -54,11 +54,8 @@ def test_the_rate_is_scaled_by_the_global_batch_and_rises_in_every_step(rows, tm
     assert trainer.args.optimization == "3.2 x 8/256 = 0.1 after a warm-up of 1.5 epochs"
 
 
-@pytest.mark.parametrize(
-    ("stream", "form"),
-    [(False, "classic=true"), pytest.param(True, "classic=false", marks=pytest.mark.slow)],
-    ids=["map", "stream"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("stream", "form"), [(False, "classic=true"), (True, "classic=false")], ids=["map", "stream"])
 def test_a_run_by_lars_that_was_stopped_goes_on_to_the_bit(rows, tmp_path, stream, form):
     settings = {"optim": "lars", "optim_args": f"momentum=0.9,{form}", "learning_rate": 1.0, "bf16": True}
     settings |= {"learning_rate_scaling": "sqrt", "warmup_epochs": 0.5, "weight_decay": 1e-4, "max_steps": 4}

@@ -243,6 +243,7 @@ class Terminate(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_the_script_can_be_stopped_continued_and_leaves_a_classifier_with_its_results(
     encoder, tmp_path, capsys, monkeypatch
 ):

@@ -254,6 +254,7 @@ def evaluate_a_share(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_share_the_images_and_the_bank_without_duplicates_or_omissions(model, digits, tmp_path):
     bank, queries = digits
     bank, queries = bank.rows(0, 50), queries.rows(0, 29)  # neither divides by three; a share is smaller than k

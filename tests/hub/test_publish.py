@@ -88,6 +88,7 @@ def push(script, *words: str) -> None:
     script("push_to_hub").main(list(words))
 
 
+@pytest.mark.slow
 def test_what_is_pushed_is_loaded_by_a_stranger_and_equals_ours(hub, run, script, tmp_path):
     small = tmp_path / "small"
     model = MoCoModel.from_pretrained(run)
