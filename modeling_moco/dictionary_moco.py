@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
 from .configuration_moco import MoCoConfig
-from .distributed_moco import local_slice
+from .distributed_moco import local_slice, to_device
 
 COLUMNS = 8192  # columns of the queue to process at once: 1 MB for 32 queries, which fits into a CPU cache
 
@@ -242,7 +242,7 @@ class BankDictionary(Dictionary):
     def forward(self, q, keys, temperature, index=None):
         # On the CPU, so that all processes draw the same ones.
         drawn = torch.randint(len(self.bank), (self.size,), generator=self.generator, device="cpu")
-        negatives = self.bank[drawn.to(q.device, non_blocking=True)].T
+        negatives = self.bank[to_device(q.device, drawn)].T
         return info_nce(q[0], self.bank[index].to(q.dtype), negatives.to(q.dtype), temperature)
 
     def enqueue(self, keys: torch.Tensor, index: torch.Tensor | None = None) -> None:

@@ -21,6 +21,12 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def to_device(device: torch.device, x: torch.Tensor) -> torch.Tensor:
+    """A tensor of the CPU on a device, for which the host does not wait: a GPU copies pinned memory by itself."""
+    copied_by_gpu = device.type == "cuda" and not x.is_cuda and not torch.compiler.is_compiling()
+    return (x.pin_memory() if copied_by_gpu else x).to(device, non_blocking=True)
+
+
 def local_slice(n: int) -> slice:
     """Rows of a gathered tensor that belong to this process, for `n` rows per process."""
     start = rank() * n
@@ -72,7 +78,7 @@ def exchange(x: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
     to_each = (origin == here).sum(dim=1).tolist()
     from_each = origin[here].bincount(minlength=len(parts)).tolist()
     received = x.new_empty(x.shape)
-    sent = x[rows.to(x.device, non_blocking=True)].contiguous()
+    sent = x[to_device(x.device, rows)].contiguous()
     dist.all_to_all_single(received, sent, from_each, to_each)
     return received
 

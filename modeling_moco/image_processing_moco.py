@@ -56,8 +56,8 @@ def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
 
 
 def _per_channel(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    # Creating it on a GPU would make the host wait for the GPU.
-    return torch.tensor(values).view(-1, 1, 1).to(device, non_blocking=True)
+    # Filled on the device: a copy from the host's memory could wait for all that a GPU has been given before.
+    return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])
 
 
 class _EvaluationTransform:

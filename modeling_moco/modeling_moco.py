@@ -5,6 +5,7 @@ Shapes: `N` local batch, `R` processes, `V` views that are queries (1, or 2 with
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers.utils.generic import can_return_tuple
 from .checkpointing_moco import spare_statistics
 from .configuration_moco import MoCoConfig
 from .dictionary_moco import build_dictionary
-from .distributed_moco import convert_batch_norm, exchange, gather, world_size
+from .distributed_moco import convert_batch_norm, exchange, gather, to_device, world_size
 from .encoder_moco import TimmEncoder, build_encoder, freeze_stem, is_new, mark_initialised, named_tensors, tensors
 from .heads_moco import build_predictor, build_projector
 from .image_processing_moco import MoCoImageProcessor, normalize  # noqa: F401  (remote code must import the processor)
@@ -168,7 +169,8 @@ class MoCoModel(MoCoPreTrainedModel):
     reported as missing.
 
     `shuffle_generator` samples the order in which keys are encoded. It must have the same state on all processes, which is so
-    if all processes have made the same steps. So must `dictionary.generator`, which samples the keys of a bank.
+    if all processes have made the same steps. So must `dictionary.generator`, which samples the keys of a bank. Where
+    `given_orders` is an iterator of orders, they are taken from there instead.
     """
 
     _keys_to_ignore_on_load_missing = [r"^encoder_k\.", r"^projector_[qk]\.", r"^predictor_q\.", r"^dictionary\."]
@@ -183,6 +185,7 @@ class MoCoModel(MoCoPreTrainedModel):
         self.momentum_encoder = momentum_encoder
         self.absent_keys: frozenset[str] = frozenset()
         self.shuffle_generator = torch.Generator()
+        self.given_orders: Iterator[torch.Tensor] | None = None
         self._key_encoder_is_new = False
         if momentum_encoder:
             dim = self.encoder_q.head_hidden_size
@@ -319,15 +322,18 @@ class MoCoModel(MoCoPreTrainedModel):
             )
         if mode == "shuffle" and ranks > 1:
             # Every rank samples the same order, on the CPU. The order within a part does not matter to BatchNorm.
-            parts = self._random_order(ranks * n).view(ranks, n).sort(dim=1).values
-            return exchange(x, parts), parts.flatten().argsort().to(x.device, non_blocking=True)
+            parts = self.random_order(ranks * n).view(ranks, n).sort(dim=1).values
+            return exchange(x, parts), to_device(x.device, parts.flatten().argsort())
         if mode == "split":
-            order = self._random_order(n)
+            order = self.random_order(n)
             restore = torch.cat([order.argsort() + rank * n for rank in range(ranks)])
-            return x[order.to(x.device, non_blocking=True)], restore.to(x.device, non_blocking=True)
+            return x[to_device(x.device, order)], to_device(x.device, restore)
         return x, slice(None)
 
-    def _random_order(self, n: int) -> torch.Tensor:
+    def random_order(self, n: int) -> torch.Tensor:
+        """The next order (n,) that keys are encoded in."""
+        if self.given_orders is not None:
+            return next(self.given_orders)
         return torch.randperm(n, generator=self.shuffle_generator, device="cpu")
 
     @can_return_tuple

@@ -78,6 +78,7 @@ class Context(SimpleNamespace):
 @pytest.mark.parametrize("batch_norm", ["plain", "split"])
 def test_a_step_is_made_without_a_read_by_the_host(batch_norm, symmetric, gpu, monkeypatch):
     monkeypatch.setattr(split_norm_moco, "triton", None)  # its kernels want a driver, and read nothing
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)  # fake tensors have no memory to pin
     config = MoCoConfig(architecture="test_resnet", queue_size=64, batch_norm=batch_norm, symmetric_loss=symmetric)
     with gpu:
         model = MoCoModel(config).train()

@@ -334,7 +334,8 @@ def test_the_preview_shows_unequal_views_and_the_one_view_of_a_bank(dictionary, 
     args.config.dictionary, data = dictionary, args.data
     splits, bank = load_images(data), dictionary == "bank"
     images = training_images(data, splits, args.training, bank)
-    rows = images.__getitems__([0, 8]) if backend == "device" else collate([images[0], images[8]])
+    in_memory = backend == "device"
+    rows = images.with_pixels(images.batch([0, 8], 0)) if in_memory else collate([images[0], images[8]])
     render = build_render(data, compiled=False, bank=bank) or dict
     trained = render(rows)
     drawn = list(islice(drawn_images(args, splits), 2))

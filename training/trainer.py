@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, count, islice
 from typing import Any, ClassVar, Literal
 
@@ -19,11 +20,12 @@ from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy
 
 from modeling_moco import Dictionary, MoCoModel
-from modeling_moco.dictionary_moco import BankDictionary, BatchDictionary
+from modeling_moco.dictionary_moco import BankDictionary, BatchDictionary, QueueDictionary
 from modeling_moco.distributed_moco import gather, rank, world_size
 
 from .cli import INCLUDE_PICTURES
 from .data.images import MapImages, StreamedImages, TrainingImages, collate
+from .data.memory_images import MemoryImages
 from .data.pipeline import OwnView, as_training_images
 from .engine.callbacks import ListUnreadable, RankStatistics
 from .engine.record import Trackers
@@ -32,6 +34,7 @@ from .engine.sgd_trainer import PUBLISHING, SGDTrainer, SGDTrainingArguments
 from .evaluation.knn import KNNArguments
 from .health import Views, key_drift, queue_age, uniformity_kernel
 from .monitor import Monitor
+from .optimization.cuda_graph import Step, StepGraph
 from .views.policy import seeded_generator
 
 logger = logging.getLogger(__name__)
@@ -83,6 +86,13 @@ class MoCoTrainingArguments(SGDTrainingArguments):
             "help": "Keys in a bank before the first step: random ones, as in the original code, or those that the encoder "
             "makes of one view of every image, with which short runs learn earlier. By default encode with init_from, and "
             "random without."
+        },
+    )
+    cuda_graph: bool = field(
+        default=False,
+        metadata={
+            "help": "On one GPU of NVIDIA: record a step as a CUDA graph and replay it. The numbers are the same; it is faster "
+            "where the host starts kernels more slowly than the GPU runs them (small networks, images or batches)."
         },
     )
     key_momentum_schedule: Literal["constant", "cosine"] = field(
@@ -205,6 +215,7 @@ class MoCoTrainer(SGDTrainer):
         self.monitor = Monitor(self.model, args.knn, knn_bank, knn_queries)
         # Since the last log, per micro-batch: these are of equal size, so the mean over them is the mean over all queries.
         self._statistics: list[torch.Tensor] = []
+        self._step: Step | None = None
         self._images = 0
         self._logged_at = time.perf_counter()
         self._waited = 0.0  # seconds for images, since the last log
@@ -215,6 +226,9 @@ class MoCoTrainer(SGDTrainer):
         if world_size() > 1:  # ranks may have drawn different keys; from here on they stay equal
             for buffer in self.model.dictionary.buffers():
                 dist.broadcast(buffer, src=0)
+        if self.args.cuda_graph and (reason := self._why_no_graph()):
+            logger.info("cuda_graph is without effect: %s", reason)
+        self._step = None  # a graph belongs to the tensors that it was recorded with
         self._logged_at = time.perf_counter()
         with warnings.catch_warnings():
             # torch 2.14 itself says to keep it where each rank has buffers of its own when training begins.
@@ -276,6 +290,9 @@ class MoCoTrainer(SGDTrainer):
         yield from loader
 
     def build_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_dataset, MemoryImages):  # a batch is a few numbers: a worker would be slower
+            alone: dict[str, Any] = {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False}
+            return self.accelerator.prepare(self._loader(self.train_dataset, shuffle=True, **alone))
         if not isinstance(self.train_dataset, StreamedImages):
             return super().build_train_dataloader()
         # A stream divides itself over processes and workers: accelerate would divide it again.
@@ -299,6 +316,8 @@ class MoCoTrainer(SGDTrainer):
         """The two views of a batch that is on the device, in float32 or uint8 whatever the precision of training."""
         if self.render is None:
             return batch
+        if isinstance(self.train_dataset, MemoryImages):
+            batch = self.train_dataset.with_pixels(batch)
         with torch.autocast(self.args.device.type, enabled=False):
             return self.render(batch)
 
@@ -307,14 +326,37 @@ class MoCoTrainer(SGDTrainer):
         outputs = model(**inputs)
         self._keys = outputs.key_embeds, outputs.key_index
         q = outputs.query_embeds[: len(inputs["pixel_values"])]
-        self._statistics.append(contrast_statistics(outputs.logits, q, self.model.config.temperature))
-        self._images += len(inputs["pixel_values"])
+        self._found = contrast_statistics(outputs.logits, q, self.model.config.temperature)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.model.dictionary.enqueue(*self._keys)  # after backward, which needs the queue as the forward saw it
+    def forward_and_backward(self, model, inputs, num_items_in_batch=None):
+        if self._step is None:
+            self._step = partial(self._contrast, model)
+            if self.args.cuda_graph and self._why_no_graph() is None:
+                self._step = StepGraph(self.model, self._step)
+        loss, statistics = self._step(self._prepare_inputs(inputs))
+        self._statistics.append(statistics)
+        self._images += len(next(iter(inputs.values())))
         return loss
+
+    def _contrast(self, model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        loss = super().forward_and_backward(model, batch)
+        self.model.dictionary.enqueue(*self._keys)  # after backward, which needs the queue as the forward saw it
+        return loss, self._found
+
+    def _why_no_graph(self) -> str | None:
+        """What forbids to replay the step as a graph; None if nothing does."""
+        args, dictionary = self.args, self.model.dictionary
+        forbidden = {
+            f"it is for a GPU of NVIDIA, and this is {args.device.type}": args.device.type != "cuda",
+            "several processes share a step": args.world_size > 1,
+            "a step has several batches (gradient_accumulation_steps)": args.gradient_accumulation_steps > 1,
+            "fp16 scales the loss by what it reads from the GPU": args.fp16,
+            "torch_compile makes graphs of its own": args.torch_compile,
+            "the dictionary draws its keys on the host": not isinstance(dictionary, QueueDictionary | BatchDictionary),
+            "DeepSpeed or FSDP makes the step": self.is_deepspeed_enabled or self.is_fsdp_enabled,
+        }
+        return next((reason for reason, holds in forbidden.items() if holds), None)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """What the monitor sees, each name with the prefix "eval_".

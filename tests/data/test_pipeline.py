@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from training.data.images import MapImages, collate
+from training.data.memory_images import MemoryImages
 from training.data.pipeline import as_training_images, build_render, training_images
 from training.data.sources import DataArguments, load_images
 from training.views.pil import Views
@@ -36,12 +37,15 @@ def batches_of(folder, kind, bank=True, workers=0, skip=0, rank=0, ranks=1, augm
         image_size=SIZE,
         shuffle_buffer=4,
     )
-    run = SimpleNamespace(seed=5, per_device_train_batch_size=BATCH, process_index=rank, world_size=ranks)
+    run = SimpleNamespace(
+        seed=5, per_device_train_batch_size=BATCH, process_index=rank, world_size=ranks, dataloader_num_workers=workers
+    )
     images = training_images(data, load_images(data), run, bank)
     images.set_epoch(epoch, skip)
     render = build_render(data, compiled=False, bank=bank) or dict
     loader = DataLoader(images, BATCH, num_workers=workers, collate_fn=collate, drop_last=True)
-    return [render(batch) for i, batch in enumerate(loader) if i >= skip]
+    with_pixels = images.with_pixels if isinstance(images, MemoryImages) else dict
+    return [render(with_pixels(batch)) for i, batch in enumerate(loader) if i >= skip]
 
 
 def shown(batch: dict[str, torch.Tensor]) -> list[int]:

@@ -25,7 +25,9 @@ RECORD = Path(__file__).parents[1] / "records" / "view_draws.json"
 POLICIES = ("v1", "v2", "cifar", "crop")
 BACKENDS = {"pil": 90, "cv2": 90, "device": 90, "memory": 32}  # width of the images in pixels
 IMAGES, BATCH = 6, 2
-TRAINING = SimpleNamespace(seed=7, per_device_train_batch_size=BATCH, process_index=0, world_size=1)
+TRAINING = SimpleNamespace(
+    seed=7, per_device_train_batch_size=BATCH, process_index=0, world_size=1, dataloader_num_workers=0
+)
 
 
 def write_images(folder: Path, width: int) -> None:
@@ -51,7 +53,7 @@ def views_of(folder: Path, policy: str, backend: str, streaming: bool = False) -
     images.set_epoch(3)
     params = [images.view_params(i, splits.decoder.image(row["image"])) for i, row in enumerate(splits.train)]
     if backend == "memory":
-        batch = images.__getitems__(list(range(IMAGES)))
+        batch = images.with_pixels(images.__getitems__(list(range(IMAGES))))
     else:
         batch = collate(list(images) if streaming else [images[i] for i in range(IMAGES)])
     render = build_render(data, compiled=False)

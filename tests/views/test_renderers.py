@@ -388,7 +388,7 @@ def test_images_in_memory_give_the_same_views_in_any_batch(policies):
     pictures = [picture(seed, 32, 32) for seed in range(12)]
     images = MemoryImages(rows(pictures), policies, seed=5)
     images.set_epoch(3)
-    whole, part = images.__getitems__(list(range(12))), images.__getitems__([7, 2])
+    whole, part = (images.with_pixels(images.__getitems__(places)) for places in (list(range(12)), [7, 2]))
     assert torch.equal(whole["images"], torch.stack([to_tensor(image) for image in pictures]))
     render = DeviceViews(policies, 32)
     assert tuple(render(whole)) == VIEWS[: len(policies)]
@@ -405,7 +405,7 @@ def test_images_in_memory_give_the_same_views_in_any_batch(policies):
 
 def test_processes_sample_disjoint_parts_of_the_images_in_memory():
     images = MemoryImages(rows([picture(seed, 8, 8) for seed in range(9)]), CIFAR)
-    parts = [images.sample(4, 1, rank, 2)["images"] for rank in range(2)]
+    parts = [images.with_pixels(images.sample(4, 1, rank, 2))["images"] for rank in range(2)]
     assert len(torch.cat(parts).flatten(1).unique(dim=0)) == 8
 
 

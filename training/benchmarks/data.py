@@ -186,7 +186,7 @@ def small_views(args: argparse.Namespace) -> Benchmark:
             transform(image, generator)
 
     def in_batches() -> None:
-        render(memory.__getitems__(list(range(len(memory)))))
+        render(memory.with_pixels(memory.__getitems__(list(range(len(memory))))))
 
     variants: dict[str, Callable] = {
         name: partial(make, transform, small if decode == decoder.image else tensors)

@@ -42,7 +42,7 @@ from ..views.pil import render_view
 from ..views.policy import build_policies, seeded_generator
 from .measure import Benchmark, draw_timings, peak_memory, time_rounds, write_numbers
 from .step import methods as methods_of_step
-from .step.variants import VARIANTS, build_step, build_steps
+from .step.variants import VARIANTS, build_step, build_steps, this_project
 from .train import PRETRAIN
 
 PRECISIONS = {"fp32": "fp32 (no TF32)", "tf32": "TF32", "bf16": "bf16"}
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[Benchmark]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu" and not args.tiny:
         raise ValueError(
             "no GPU is visible: run this where torch.cuda.is_available(), or pass --tiny to try the command"
@@ -119,6 +119,7 @@ def correctness(args: argparse.Namespace) -> Iterator[Check]:
     yield from _views_as_pil(args)
     torch.backends.cudnn.allow_tf32 = tf32
     if args.device.type == "cuda":
+        yield _replayed(args)
         yield from _one_nccl_process(args)
 
 
@@ -156,6 +157,26 @@ def _steps_as_on_the_cpu(args: argparse.Namespace) -> Iterator[Check]:
         yield _check_losses(f"{mode} BatchNorm, fp32", _losses(model, args.device) - on_cpu, 2e-3)
         # Later steps of 16 bits go another way.
         yield _check_losses(f"{mode} BatchNorm, bf16", (_losses(model, args.device, "bf16") - on_cpu)[:1], 0.05)
+
+
+def _replayed(args: argparse.Namespace) -> Check:
+    """A replayed step computes what the step itself does."""
+    found = []
+    for graph in (False, True):
+        model, losses = _model().to(args.device), []
+        step = this_project(model, _views(args.device), "bf16", compiled=False, graph=graph)
+        for number in range(8):
+            model.shuffle_generator = seeded_generator(number)
+            losses.append(step())
+        found.append(torch.stack(losses))
+    return Check(
+        "a replayed step: loss of 8 steps from the step itself", (found[0] - found[1]).abs().max().item(), 1e-9
+    )
+
+
+def _views(device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(256, (2, 16, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device)
 
 
 def _check_losses(title: str, difference: torch.Tensor, limit: float) -> Check:

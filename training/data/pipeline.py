@@ -42,7 +42,8 @@ def training_images(
     decode = decoder.image if data.view_backend == "pil" else decoder.tensor
     if not data.streaming:
         if data.view_backend == "device" and _are_small(rows, decoder):
-            return MemoryImages(rows, transform.policies, training.seed, decoder.tensor, bank, splits.broken)
+            workers = training.dataloader_num_workers
+            return MemoryImages(rows, transform.policies, training.seed, decoder.tensor, bank, splits.broken, workers)
         return MapImages(rows, transform, training.seed, decode, bank, splits.broken)
     return StreamedImages(
         rows,

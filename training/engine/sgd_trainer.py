@@ -402,8 +402,12 @@ class SGDTrainer(Trainer):
             self.lr_scheduler = epoch_schedule(optimizer, steps, math.ceil(num_training_steps / steps), milestones)
         return self.lr_scheduler
 
+    def forward_and_backward(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Give the parameters the gradients of a batch, and return its loss (scalar): what transformers calls a step."""
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = self.forward_and_backward(model, inputs, num_items_in_batch)
         # Noted on the device, and looked at when something is logged or saved: asking now would wait for the GPU.
         self._note(loss.isfinite(), self.state.global_step + 1)
         return loss

@@ -25,6 +25,7 @@ from ..engine.files import below, whole_file, write_json
 from ..engine.preemption import outlive_signals
 from ..engine.results import Feature, encoder_digest
 
+Batch = dict[str, torch.Tensor]
 ROWS_PER_FILE = 16_384  # what an interrupted extraction repeats at most
 
 
@@ -37,6 +38,7 @@ def extract_features(
     batch_size: int = 256,
     num_workers: int = 0,
     gather: bool = True,
+    kept: list[Batch] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of all images. The processes share the work.
 
@@ -48,7 +50,7 @@ def extract_features(
     ranks, n = world_size(), len(images)
     count = n if gather else len(range(rank(), n, ranks))
     batches = encode_in_order(
-        model, images, feature=feature, batch_size=batch_size, num_workers=num_workers, gather=gather
+        model, images, feature=feature, batch_size=batch_size, num_workers=num_workers, gather=gather, kept=kept
     )
     steps = -(-n // (ranks * batch_size))
     quiet = rank() > 0 or steps < 20 or None  # None: a bar on a terminal alone
@@ -72,6 +74,7 @@ def encode_in_order(
     batch_size: int = 256,
     num_workers: int = 0,
     gather: bool = True,
+    kept: list[Batch] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Features and labels of the next images, batch for batch, on the CPU: float32 (N, D), and (N,), -1 without a label.
 
@@ -83,10 +86,11 @@ def encode_in_order(
         feature, stage: see `encode`.
         batch_size: images per process.
         gather: every process gets all rows in the order of the images; else each gets its own, `rank::R`.
+        kept: takes the batches as they lie on the device, if it is empty; else they are read from it, without decoding.
     """
     ranks, n = world_size(), len(images)  # type: ignore[arg-type]  # torch's own Dataset declares no length
     mine = range(rank(), -(-n // ranks) * ranks, ranks)
-    loader = DataLoader(
+    loader = kept or DataLoader(
         Subset(images, [min(i, n - 1) for i in mine]),  # the last image pads the shares to equal length
         batch_size=batch_size,
         num_workers=num_workers,
@@ -98,8 +102,12 @@ def encode_in_order(
     training = model.training
     model.eval()
     left = n if gather else len(range(rank(), n, ranks))  # rows, without the padding
+    keep = kept.append if kept == [] else None
     for batch in loader:
-        x = encode(model, batch["pixel_values"].to(model.device), feature, stage)
+        batch = {name: batch[name].to(model.device) for name in ("pixel_values", "labels") if name in batch}
+        if keep is not None:
+            keep(batch)
+        x = encode(model, batch["pixel_values"], feature, stage)
         y = batch.get("labels", torch.full((len(x),), -1)).to(model.device)
         if gather:
             x, y = _in_order(x), _in_order(y)

@@ -5,6 +5,7 @@ All variants start from the same weights and see the same images:
 - encoder only is the limit: forward and backward of query encoder and projector, forward of key encoder and projector.
 - this project: a step of `MoCoTrainer` from uint8 views, with momentum update, contrast accuracy, gradient norm, SGD and
   the queue.
+- this project, replayed, on a GPU of NVIDIA: the same, its forward and backward passes as one CUDA graph (`cuda_graph`).
 - official style: the same step with the order and the operations of the official code (NCHW, one parameter at a time, joined
   logits, a copy of the queue, numbers read from the device), from normalised images. It is never compiled.
 """
@@ -20,10 +21,11 @@ from torch import nn
 
 from modeling_moco import MoCoConfig, MoCoModel
 
+from ...optimization.cuda_graph import StepGraph
 from ...trainer import STATISTICS, VIEWS, contrast_statistics
 from ..measure import Benchmark, PeakMemory, in_own_process, time_rounds
 
-Step = Callable[[], None]
+Step = Callable[[], Any]
 SGD: dict[str, Any] = {"lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4}
 
 
@@ -54,10 +56,14 @@ class _Encoders(nn.Module):
             return q, self.model.projector_k(self.model.encoder_k(x_k))
 
 
-def this_project(model: MoCoModel, views: torch.Tensor, precision: str, compiled: bool) -> Step:
+def this_project(model: MoCoModel, views: torch.Tensor, precision: str, compiled: bool, graph: bool = False) -> Step:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], **SGD)
     batch = dict(zip(VIEWS, views, strict=True))
-    return training_step(model, batch, optimizer, precision, compiled)
+    return training_step(model, batch, optimizer, precision, compiled, graph)
+
+
+def replayed(model: MoCoModel, views: torch.Tensor, precision: str, compiled: bool) -> Step:
+    return this_project(model, views, precision, compiled, graph=True)
 
 
 def training_step(
@@ -66,23 +72,32 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     precision: str,
     compiled: bool = False,
+    graph: bool = False,
 ) -> Step:
-    """What `MoCoTrainer` does with a batch that is on the device, without accelerate."""
+    """What `MoCoTrainer` does with a batch that is on the device, without accelerate; with `graph` as `cuda_graph` does."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     n, device = len(batch["pixel_values"]), batch["pixel_values"].device
     sums = torch.zeros(len(STATISTICS), device=device)
     forward = torch.compile(model) if compiled else model
 
-    def step() -> None:
-        model.update_key_encoder()
+    def forward_and_backward(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         with _autocast(device, precision):
             outputs = forward(**batch)
-        sums.add_(contrast_statistics(outputs.logits, outputs.query_embeds[:n], model.config.temperature))
+        statistics = contrast_statistics(outputs.logits, outputs.query_embeds[:n], model.config.temperature)
         outputs.loss.backward()
         model.dictionary.enqueue(outputs.key_embeds, outputs.key_index)
+        return outputs.loss.detach(), statistics
+
+    gradients = StepGraph(model, forward_and_backward) if graph else forward_and_backward
+
+    def step() -> torch.Tensor:
+        model.update_key_encoder()
+        loss, statistics = gradients(batch)
+        sums.add_(statistics)
         nn.utils.clip_grad_norm_(parameters, float("inf"))  # Trainer logs the norm
         optimizer.step()
         optimizer.zero_grad()
+        return loss
 
     return step
 
@@ -134,6 +149,8 @@ VARIANTS: dict[str, Callable[[MoCoModel, torch.Tensor, str, bool], Step]] = {
     "this project": this_project,
     "official style": official_style,
 }
+if torch.cuda.is_available():
+    VARIANTS["this project, replayed"] = replayed
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
