@@ -601,7 +601,8 @@ def test_a_broken_file_is_named_once_skipped_and_counted_whatever_looks_at_it(ba
 # Which weights, which images, which recipe
 
 
-@pytest.mark.parametrize("best_is_highest", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("best_is_highest", [True, False])
 def test_the_recorded_knn_is_that_of_the_saved_weights_whichever_epoch_they_are_of(best_is_highest, tmp_path):
     folder = tmp_path / "run"
     args = parse_pretrain([*TINY, "--num_train_epochs", "3", "--eval_every_n_epochs", "1", "--output_dir", str(folder)])

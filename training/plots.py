@@ -20,7 +20,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from .engine.files import whole_files
@@ -466,6 +465,8 @@ def embedding(features: torch.Tensor, labels: torch.Tensor, class_names: list[st
 def _tsne(x: np.ndarray) -> np.ndarray:
     if len(x) < 2:
         return np.zeros((len(x), 2))
+    from sklearn.manifold import TSNE  # here, for it takes a tenth of the time that a command needs to begin
+
     alike = x.std(axis=0).max() < 1e-6  # collapsed: there are no principal components to begin with
     tsne = TSNE(init="random" if alike else "pca", perplexity=min(PERPLEXITY, (len(x) - 1) / 3), random_state=0)
     with threadpool_limits(1):  # its threads spin: with two on two busy cores it takes four times as long

@@ -150,6 +150,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_resume_exactly_and_agree_bit_for_bit(rows, tmp_path):
     run_ranks(_rank, (str(tmp_path),), 2)
     for name in ("map", "stream", "symmetric"):

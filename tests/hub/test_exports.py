@@ -304,7 +304,8 @@ def test_what_was_published_can_be_saved_and_published_again(tmp_path):
 # ONNX, torch.export
 
 
-@pytest.mark.parametrize("stem", ["default", pytest.param("small", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", ["default", "small"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # torch's own
 def test_onnx_and_torch_export_take_any_number_of_images(stem, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")

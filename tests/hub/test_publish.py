@@ -543,6 +543,7 @@ def test_without_a_network_there_is_one_line(hub, run, script, capsys, monkeypat
 # Pretraining
 
 
+@pytest.mark.slow
 def test_a_run_publishes_every_save_and_its_end(hub, script, tmp_path, capsys):
     folder = tmp_path / "run"
     flags = [*TINY, "--num_train_epochs", "3", "--output_dir", str(folder)]

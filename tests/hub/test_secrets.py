@@ -53,6 +53,7 @@ def test_no_command_takes_or_repeats_a_token(command, given, script, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_nothing_that_a_run_leaves_has_the_token(hub, script, tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.setattr(hub_server, "TOKEN", TOKEN)
     home, run = tmp_path / "home", tmp_path / "run"

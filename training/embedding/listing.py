@@ -150,7 +150,7 @@ def list_duplicates(
     path = folder / f"{DUPLICATES}_{threshold:g}.csv"
     _write(path, lines)
     drawn = [_tiles(group, places, found, pixels) for group in groups[:SHOWN_ROWS]]
-    title = f"Near-duplicates, cosine similarity of {threshold:g} and more: {len(groups):,} groups"
+    title = f"Near-duplicates, cosine similarity of {threshold:g} and more: {_counted(groups)}"
     image_rows(title, drawn, path.with_name(path.name.removesuffix(".csv")))
     return path
 
@@ -180,12 +180,16 @@ def _tiles(group: np.ndarray, places: pa.Table, found: Duplicates, pixels: Pixel
     return tiles
 
 
+def _counted(groups: list[np.ndarray]) -> str:
+    return f"{len(groups):,} group{'' if len(groups) == 1 else 's'}"
+
+
 def summary(found: Duplicates, groups: list[np.ndarray], threshold: float, splits: list[str]) -> list[str]:
     """How many near-duplicates there are in each split, between each two, and whether the threshold tells images apart."""
     if not groups:
         return [f"No near-duplicates: no two images have a cosine similarity of {threshold:g}."]
     images, between = sum(map(len, groups)), sum(map(found.between, groups))
-    lines = [f"{len(groups):,} groups of {images:,} images, {between:,} of them between splits"]
+    lines = [f"{_counted(groups)} of {images:,} images, {between:,} of them between splits"]
     for here, split in enumerate(splits):
         for there, other in enumerate(splits):
             of = found.split == here
