@@ -13,12 +13,14 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.image_processing_moco import normalize
+from training import monitor as monitor_module
 from training.data.images import MapImages
 from training.data.sources import DataArguments, load_images
 from training.evaluation import features as features_module
 from training.evaluation import knn
 from training.evaluation.features import cached_features, extract_features, unit
 from training.evaluation.knn import KNNArguments, evaluate_knn, knn_predict, nearest
+from training.monitor import Monitor
 from training.views.pil import EvaluationView
 
 CLASSES, DIM, TEMPERATURE = 5, 16, 0.07
@@ -273,3 +275,16 @@ def test_processes_share_the_images_and_the_bank_without_duplicates_or_omissions
         assert torch.equal(outputs["labels"], labels)
         assert torch.equal(outputs["my_labels"], labels[rank::RANKS])
         assert outputs["knn"] == pytest.approx(accuracies)
+
+
+@pytest.mark.parametrize("kept_bytes", [2**29, 0])
+def test_the_monitor_decodes_small_images_once_and_sees_the_same_again(kept_bytes, model, digits, monkeypatch):
+    monkeypatch.setattr(monitor_module, "KEPT_BYTES", kept_bytes)
+    bank, queries = digits
+    watching = Monitor(model, KNNArguments(knn_k=[5], per_device_eval_batch_size=16), bank, queries)
+    first = watching.look_at_features()
+    decoded = []
+    for images in digits:
+        monkeypatch.setattr(images, "decode", lambda row, decode=images.decode: decoded.append(row) or decode(row))
+    assert watching.look_at_features() == first
+    assert len(decoded) == (0 if kept_bytes else len(bank) + len(queries))
