@@ -202,9 +202,9 @@ class MoCoRCNNConfig(MoCoConfig):
     may stand for it, as in `MoCoForObjectDetection.from_pretrained("runs/mine", num_labels=20)`.
 
     Args:
-        variant (`str`): `"c4"` finds and classifies objects on the maps of layer3, and layer4 is the head of each of them.
+        rcnn_variant (`str`): `"c4"` finds and classifies objects on the maps of layer3, and layer4 is the head of each of them.
             `"dilated_c5"` does so on the maps of layer4, dilated and reduced to 512 channels, with two hidden layers as head.
-        masks (`bool`): Predict a mask for each box too (Mask R-CNN), for `variant="c4"`.
+        masks (`bool`): Predict a mask for each box too (Mask R-CNN), for `rcnn_variant="c4"`.
         detector_norm (`str`): BatchNorm in training. `"sync"` shares statistics between the processes as the papers do,
             `"plain"` uses those of each process, and `"frozen"` leaves the pretrained statistics, scales and shifts alone.
         anchor_sizes (`list`): Square roots of the areas of anchors, in pixels.
@@ -224,7 +224,7 @@ class MoCoRCNNConfig(MoCoConfig):
 
     model_type = "moco_rcnn"
 
-    variant: str = "c4"
+    rcnn_variant: str = "c4"
     masks: bool = False
     detector_norm: str = "sync"
     anchor_sizes: list[float | int] | tuple[float | int, ...] = (32, 64, 128, 256, 512)
@@ -253,11 +253,11 @@ class MoCoRCNNConfig(MoCoConfig):
     @property
     def roi_side(self) -> int:
         """Side of the map that is pooled from a box."""
-        return ROI_SIZES[self.variant] if self.roi_size is None else self.roi_size
+        return ROI_SIZES[self.rcnn_variant] if self.roi_size is None else self.roi_size
 
     def validate_rcnn(self):
         for name, value, choices in (
-            ("variant", self.variant, VARIANTS),
+            ("rcnn_variant", self.rcnn_variant, VARIANTS),
             ("detector_norm", self.detector_norm, DETECTOR_NORMS),
         ):
             if value not in choices:
@@ -281,8 +281,10 @@ class MoCoRCNNConfig(MoCoConfig):
         for name in ("score_threshold", "nms_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must lie in [0, 1]: leave it out for the papers'")
-        if self.masks and self.variant != "c4":
-            raise ValueError(f"masks (True) are for variant='c4', not for {self.variant!r}: change one of the two")
+        if self.masks and self.rcnn_variant != "c4":
+            raise ValueError(
+                f"masks (True) are for rcnn_variant='c4', not for {self.rcnn_variant!r}: change one of the two"
+            )
         if self.stem != "default":
             raise ValueError(
                 f"stem ({self.stem!r}) is for small images, and its maps have another stride than 16: pretrain with "

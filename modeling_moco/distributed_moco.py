@@ -114,12 +114,12 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         with torch.autocast(
             input.device.type, enabled=False
         ):  # 16 bits cannot hold a variance as a difference of squares
-            x = input.float()
+            x = input.to(torch.promote_types(input.dtype, torch.float32))
             here = torch.stack([x.mean(dim=(0, 2, 3)), (x * x).mean(dim=(0, 2, 3))])  # (2, C)
             mean, square = gather(here[None]).mean(dim=0)
             variance = square - mean * mean
-            scale = self.weight.float() * (variance + self.eps).rsqrt()
-            shift = self.bias.float() - mean * scale
+            scale = self.weight.to(x.dtype) * (variance + self.eps).rsqrt()
+            shift = self.bias.to(x.dtype) - mean * scale
             normalised = torch.addcmul(shift[:, None, None], x, scale[:, None, None])
         self._count(mean.detach(), variance.detach())
         return normalised.to(input.dtype)

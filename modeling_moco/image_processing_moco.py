@@ -227,7 +227,7 @@ class MoCoDetectionImageProcessor(_Pixels, PilBackend):
         Raises:
             ValueError: the model has no masks, or not as many sizes as images.
         """
-        if outputs["pred_masks"] is None:
+        if (probabilities := outputs.get("pred_masks")) is None:
             raise ValueError("pred_masks (None) are needed: load the model with masks=True, and train it")
         if target_sizes is None:
             raise ValueError("target_sizes (None) are needed for masks: pass height and width of each image")
@@ -235,7 +235,7 @@ class MoCoDetectionImageProcessor(_Pixels, PilBackend):
         for i, of_image in enumerate(found):
             kept = (outputs["labels"][i] >= 0) & (outputs["scores"][i] > threshold)
             height, width = (int(side) for side in target_sizes[i])
-            masks = paste_masks(outputs["pred_masks"][i][kept], of_image["boxes"], height, width)
+            masks = paste_masks(probabilities[i][kept], of_image["boxes"], height, width)
             of_image["masks"] = masks >= mask_threshold
         return found
 
@@ -300,6 +300,8 @@ def _objects(annotation: Any) -> list[dict[str, Any]]:
         category = next((one[name] for name in ("category_id", "category", "label") if name in one), None)
         if category is None or "bbox" not in one:
             raise ValueError(f"annotations ({', '.join(one)}) must have bbox and category_id: rename the columns")
+        if len(one["bbox"]) != 4:
+            raise ValueError(f"bbox ({one['bbox']}) must have four numbers: x, y, width, height in pixels")
         objects.append({**one, "category_id": category})
     return objects
 

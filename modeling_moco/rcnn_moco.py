@@ -30,6 +30,7 @@ STRIDE = 16  # of the map that boxes are pooled from
 FOREGROUND_IOU, FOREGROUND_SHARE = 0.5, 0.25  # of the sampled boxes
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the deltas x, y, width, height
 C5_CHANNELS, C5_HIDDEN, MASK_CHANNELS = 512, 1024, 256
+Detections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of an image: scores (B,), classes (B,), boxes (B, 4)
 
 
 @dataclass
@@ -89,7 +90,7 @@ class MoCoForObjectDetection(MoCoPreTrainedModel):
         self.num_labels = config.num_labels
         self.moco = build_backbone(config)
         layer3, layer4 = (stage["num_chs"] for stage in self.encoder_q.feature_info[-2:])
-        if config.variant == "c4":
+        if config.rcnn_variant == "c4":
             self.proposals = RegionProposals(config, layer3, STRIDE)
             self.norm = nn.BatchNorm2d(
                 layer4
@@ -188,6 +189,10 @@ class MoCoForObjectDetection(MoCoPreTrainedModel):
                     f"class_labels ({classes.tolist()}) must lie between 0 and {self.num_labels - 1}: number classes from 0, "
                     "or load the model with more num_labels"
                 )
+            if len(label["boxes"]) != len(classes):
+                raise ValueError(
+                    f"boxes ({len(label['boxes'])}) must be as many as class_labels ({len(classes)}): pass one for each object"
+                )
             if self.config.masks and len(classes) and (masks is None or len(masks) != len(classes)):
                 raise ValueError(
                     f"labels ({', '.join(label)}) must have masks, one for each object: pass them, or load with masks=False"
@@ -204,7 +209,7 @@ class MoCoForObjectDetection(MoCoPreTrainedModel):
         encoder = self.encoder_q
         x = encoder.maxpool(encoder.act1(encoder.bn1(encoder.conv1(images))))
         x = self._run([encoder.layer1, encoder.layer2, encoder.layer3], x)
-        return x if self.config.variant == "c4" else self.reduce(self._run([encoder.layer4], x))
+        return x if self.config.rcnn_variant == "c4" else self.reduce(self._run([encoder.layer4], x))
 
     def _run(self, stages: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
         if self.gradient_checkpointing and self.training:
@@ -218,11 +223,11 @@ class MoCoForObjectDetection(MoCoPreTrainedModel):
         side = self.config.roi_side
         # In float32: 16 bits have no kernel on CPUs, and few positions.
         pooled = roi_align(features.float(), boxes, side, 1 / STRIDE, sampling_ratio=0, aligned=True).to(features.dtype)
-        return self.norm(self._run([self.encoder_q.layer4], pooled)) if self.config.variant == "c4" else pooled
+        return self.norm(self._run([self.encoder_q.layer4], pooled)) if self.config.rcnn_variant == "c4" else pooled
 
     def _scores_and_deltas(self, pooled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores of the classes and of the background (R, L+1), and deltas for each class (R, L, 4), float32."""
-        x = pooled.mean(dim=(2, 3)) if self.config.variant == "c4" else self.hidden(pooled.flatten(1))
+        x = pooled.mean(dim=(2, 3)) if self.config.rcnn_variant == "c4" else self.hidden(pooled.flatten(1))
         return self.cls_score(x).float(), self.bbox_pred(x).unflatten(1, (-1, 4)).float()
 
     def _masks(self, pooled: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -285,18 +290,19 @@ class MoCoForObjectDetection(MoCoPreTrainedModel):
         boxes = decode_boxes(deltas, torch.cat(proposals), BOX_WEIGHTS).split(counts)
         found = [self._best(*of_image) for of_image in zip(probabilities, boxes, sizes, strict=True)]
         scores, labels, corners = _padded(found, sizes, self.config.max_detections)
-        output = MoCoDetectionOutput(scores=scores, labels=labels, pred_boxes=corners)
-        if self.config.masks:
-            classes = torch.cat([some[1] for some in found])
-            masks = self._masks(self._pool(features, [some[2] for some in found]), classes).sigmoid()
-            output.pred_masks = masks.new_zeros(*labels.shape, *masks.shape[1:])
-            output.pred_masks[labels >= 0] = masks
-        return output
+        masks = self._masks_of(features, found, labels) if self.config.masks else None
+        return MoCoDetectionOutput(scores=scores, labels=labels, pred_boxes=corners, pred_masks=masks)
 
-    def _best(
-        self, probabilities: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scores, classes and boxes of the detections of an image, from (B, L) and (B, L, 4)."""
+    def _masks_of(self, features: torch.Tensor, found: list[Detections], labels: torch.Tensor) -> torch.Tensor:
+        """Probabilities of the masks of all detections (N, M, S, S)."""
+        classes = torch.cat([label for _, label, _ in found])
+        masks = self._masks(self._pool(features, [boxes for _, _, boxes in found]), classes).sigmoid()
+        padded = masks.new_zeros(*labels.shape, *masks.shape[1:])
+        padded[labels >= 0] = masks
+        return padded
+
+    def _best(self, probabilities: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> Detections:
+        """The detections of an image, from probabilities (B, L) and boxes (B, L, 4)."""
         rows, classes = (probabilities > self.config.score_threshold).nonzero(as_tuple=True)
         scores, boxes = probabilities[rows, classes], clip_boxes_to_image(boxes[rows, classes], size)
         kept = batched_nms(boxes, scores, classes, self.config.nms_threshold)[: self.config.max_detections]
@@ -319,9 +325,9 @@ def build_backbone(config: MoCoRCNNConfig) -> MoCoModel:
         )
     if "output_stride" in (config.model_args or {}):
         raise ValueError(
-            f"model_args ({config.model_args}) may not have output_stride: choose the variant 'dilated_c5' instead"
+            f"model_args ({config.model_args}) may not have output_stride: choose rcnn_variant='dilated_c5' instead"
         )
-    if config.variant == "c4":
+    if config.rcnn_variant == "c4":
         return MoCoModel(config, momentum_encoder=False)
     dilated = copy.deepcopy(config)
     dilated.model_args = {**(config.model_args or {}), "output_stride": STRIDE}
@@ -358,7 +364,7 @@ def _mask_targets(sampled: _Sampled, objects: Objects, background: int, side: in
 
 
 def _padded(
-    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], sizes: list[tuple[int, int]], most: int
+    found: list[Detections], sizes: list[tuple[int, int]], most: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Detections of all images in tensors of one shape, which processes can gather."""
     n, like = len(found), found[0][0]
