@@ -1,5 +1,6 @@
 """The detector: its losses against plain loops, its limits, loading, and what it refuses."""
 
+import json
 import math
 import re
 
@@ -12,7 +13,15 @@ from tiny_detectors import CLASSES, absolute, batch, corners, deltas, detector, 
 from tiny_models import CHECKPOINTING, assert_equal, moco_config
 from torchvision.ops import box_iou
 
-from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoForObjectDetection, MoCoModel, MoCoRCNNConfig
+from modeling_moco import (
+    MoCoConfig,
+    MoCoForImageClassification,
+    MoCoForObjectDetection,
+    MoCoImageProcessor,
+    MoCoModel,
+    MoCoRCNNConfig,
+)
+from training.hub.publish import PublishArguments, load_published, publish
 
 SIZES = [(64, 96), (80, 64)]
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -127,7 +136,7 @@ def test_steps_learn_and_the_detections_follow():
     labels = [{"class_labels": torch.tensor([i]), "boxes": boxes[i : i + 1]} for i in range(2)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     losses = []
-    for _ in range(40):
+    for _ in range(25):
         loss = model.train()(pixels, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -375,6 +384,24 @@ def test_a_classifier_gives_its_encoder(encoder, tmp_path):
     assert_equal(dict(model.encoder_q.state_dict()), encoder[1])
     assert not info["unexpected_keys"]
     assert model.cls_score.out_features == CLASSES + 1
+
+
+def test_a_published_encoder_gives_itself_and_neither_its_code_nor_its_file_names(encoder, tmp_path):
+    MoCoImageProcessor().save_pretrained(encoder[0])
+    for training_state in (False, True):
+        folder = tmp_path / f"published {training_state}"
+        published, processor = load_published(str(encoder[0]), training_state)
+        args = PublishArguments(include_training_state=training_state)
+        publish(str(encoder[0]), published, processor, "org/name", args, folder)
+        model, info = MoCoForObjectDetection.from_pretrained(folder, num_labels=CLASSES, output_loading_info=True)
+        assert {name.rpartition(".")[0] for name in info["missing_keys"]} == HEADS["c4"]
+        assert not info["unexpected_keys"]
+        assert_equal(dict(model.encoder_q.state_dict()), encoder[1])
+        model.save_pretrained(folder / "detector")
+        config = json.loads((folder / "detector" / "config.json").read_text())
+        assert config["architectures"] == ["MoCoForObjectDetection"]
+        assert "auto_map" not in config
+        assert_equal(MoCoForObjectDetection.from_pretrained(folder / "detector").state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def rcnn_config(**kwargs) -> MoCoRCNNConfig:
         "rpn_post_nms_train": 60,
         "rpn_post_nms_test": 60,
         "roi_samples": 32,
-        "roi_size": 4,
+        "roi_size": 2 if kwargs.get("rcnn_variant") == "dilated_c5" else 4,
         "max_detections": 10,
     }
     return MoCoRCNNConfig(**{**defaults, **kwargs})
