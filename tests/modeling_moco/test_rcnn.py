@@ -126,8 +126,8 @@ def test_every_parameter_has_a_gradient_in_every_step(variant, objects):
         assert (outputs.loss_dict[name] > 0) == any(objects), name
 
 
-def test_steps_learn_and_the_detections_follow():
-    model = detector(score_threshold=0.3, anchor_sizes=(32,))
+def test_a_few_steps_lower_the_loss():
+    model = detector(anchor_sizes=(32,))
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(2, 3, 64, 64, generator=generator)
     boxes = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.4, 0.6, 0.5, 0.5]])
@@ -210,7 +210,9 @@ def biased(cls, **kwargs):
 
 def test_the_last_score_is_that_of_the_background():
     inputs = batch()
-    nothing = detections(biased(CLASSES), inputs)
+    nothing = detections(biased(CLASSES, masks=True), inputs)
+    assert nothing.pred_masks.shape == (2, 10, 4, 4)
+    assert not nothing.pred_masks.any()
     assert (nothing.labels == -1).all()
     assert not nothing.scores.any()
     assert not nothing.pred_boxes.any()
@@ -251,6 +253,17 @@ def test_detections_are_the_best_apart_from_each_other_and_inside_the_image(thre
     few = detections(model, inputs)
     assert torch.equal(few.scores, outputs.scores[:, :6])
     assert torch.equal(few.pred_boxes, outputs.pred_boxes[:, :6])
+
+
+@pytest.mark.parametrize("variant", ["c4", "dilated_c5"])
+def test_images_without_a_proposal_have_no_detections(variant):
+    model, inputs = detector(rcnn_variant=variant, masks=variant == "c4"), batch()
+    with torch.no_grad():  # all anchors move out of the image, to the left
+        model.proposals.deltas.weight.zero_()
+        model.proposals.deltas.bias.copy_(torch.tensor([-1e4, 0, 0, 0]).repeat(9))
+    found = detections(model, inputs)
+    assert (found.labels == -1).all()
+    assert found.scores.shape == (2, 10)
 
 
 def test_classes_do_not_suppress_each_other():
