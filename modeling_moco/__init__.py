@@ -6,12 +6,14 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForObjectDetection,
 )
 
-from .configuration_moco import MoCoConfig
+from .configuration_moco import MoCoConfig, MoCoRCNNConfig
 from .dictionary_moco import Dictionary, QueueDictionary, register_dictionary
-from .image_processing_moco import MoCoImageProcessor, MoCoImageProcessorPil
+from .image_processing_moco import MoCoDetectionImageProcessor, MoCoImageProcessor, MoCoImageProcessorPil
 from .modeling_moco import MoCoBackbone, MoCoForImageClassification, MoCoModel, MoCoOutput
+from .rcnn_moco import MoCoDetectionOutput, MoCoForObjectDetection
 
 __version__ = "0.1.0"
 
@@ -24,16 +26,27 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": MoCoImageProcessor, "pil": MoCoImageProcessorPil},
     exist_ok=True,
 )
+AutoConfig.register(MoCoRCNNConfig.model_type, MoCoRCNNConfig, exist_ok=True)
+AutoModelForObjectDetection.register(MoCoRCNNConfig, MoCoForObjectDetection, exist_ok=True)
+AutoImageProcessor.register(
+    MoCoRCNNConfig,  # the same for both: detectors of the papers have seen images resized by PIL
+    image_processor_classes={"torchvision": MoCoDetectionImageProcessor, "pil": MoCoDetectionImageProcessor},
+    exist_ok=True,
+)
 
 __all__ = [
     "Dictionary",
     "MoCoBackbone",
     "MoCoConfig",
+    "MoCoDetectionImageProcessor",
+    "MoCoDetectionOutput",
     "MoCoForImageClassification",
+    "MoCoForObjectDetection",
     "MoCoImageProcessor",
     "MoCoImageProcessorPil",
     "MoCoModel",
     "MoCoOutput",
+    "MoCoRCNNConfig",
     "QueueDictionary",
     "register_dictionary",
 ]

@@ -1,4 +1,4 @@
-"""MoCoConfig: all settings that change the weights or the loss."""
+"""MoCoConfig and MoCoRCNNConfig: all settings that change the weights or the loss."""
 
 from typing import Any
 
@@ -11,8 +11,13 @@ PROJECTION_HEADS = ("linear", "mlp", "mlp_bn", "simclr")
 PREDICTION_HEADS = ("none", "mlp", "mlp_bn")
 KEY_ENCODERS = ("momentum", "shared", "none")
 BATCH_NORMS = ("shuffle", "split", "sync", "plain")
+VARIANTS = ("c4", "dilated_c5")
+DETECTOR_NORMS = ("sync", "plain", "frozen")
+ROI_SIZES = {"c4": 14, "dilated_c5": 7}  # of the papers
 MOST = 2**40  # of what a setting counts
 MOST_LAYERS = 16  # of a head
+MOST_ROI_SIZE = 64  # pixels of a pooled map
+MOST_ANCHORS = 64  # sizes or ratios
 MOST_IN_ARGUMENT = 10_000  # layers, channels or pixels that an argument of a timm model asks for, all together
 
 
@@ -187,3 +192,101 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
         ):
             if meaningless:
                 raise ValueError(f"dictionary={kind!r} with key_encoder={keys!r}: {reason}")
+
+
+@strict
+class MoCoRCNNConfig(MoCoConfig):
+    """Configuration of [`MoCoForObjectDetection`]. The defaults are Faster R-CNN R50-C4 as in appendix A.1 of MoCo v1.
+
+    It has the settings of [`MoCoConfig`] too: those of the encoder and of its images count here. That of a pretrained encoder
+    may stand for it, as in `MoCoForObjectDetection.from_pretrained("runs/mine", num_labels=20)`.
+
+    Args:
+        rcnn_variant (`str`): `"c4"` finds and classifies objects on the maps of layer3, and layer4 is the head of each of them.
+            `"dilated_c5"` does so on the maps of layer4, dilated and reduced to 512 channels, with two hidden layers as head.
+        masks (`bool`): Predict a mask for each box too (Mask R-CNN), for `rcnn_variant="c4"`.
+        detector_norm (`str`): BatchNorm in training. `"sync"` shares statistics between the processes as the papers do,
+            `"plain"` uses those of each process, and `"frozen"` leaves the pretrained statistics, scales and shifts alone.
+        anchor_sizes (`list`): Square roots of the areas of anchors, in pixels.
+        anchor_ratios (`list`): Heights of anchors divided by their widths.
+        rpn_pre_nms_train, rpn_pre_nms_test (`int`): Proposals of an image before non-maximum suppression, the best ones.
+        rpn_post_nms_train, rpn_post_nms_test (`int`): Proposals of an image after it.
+        rpn_samples (`int`): Anchors of an image that the losses of proposals are computed on.
+        roi_samples (`int`): Proposals of an image that the losses of boxes are computed on.
+        roi_size (`int`, *optional*): Side of the map that is pooled from a box; by default 14 for `"c4"`, 7 for `"dilated_c5"`.
+        score_threshold (`float`): Detections have a higher score, in [0, 1].
+        nms_threshold (`float`): Of two boxes of a class with a larger intersection over union, the better one is kept.
+        max_detections (`int`): Detections of an image at most.
+
+    Raises:
+        ValueError: a value is out of its range, or two mean nothing together.
+    """
+
+    model_type = "moco_rcnn"
+
+    rcnn_variant: str = "c4"
+    masks: bool = False
+    detector_norm: str = "sync"
+    anchor_sizes: list[float | int] | tuple[float | int, ...] = (32, 64, 128, 256, 512)
+    anchor_ratios: list[float | int] | tuple[float | int, ...] = (0.5, 1.0, 2.0)
+    rpn_pre_nms_train: int = 12000
+    rpn_pre_nms_test: int = 6000
+    rpn_post_nms_train: int = 2000
+    rpn_post_nms_test: int = 1000
+    rpn_samples: int = 256
+    roi_samples: int = 512
+    roi_size: int | None = None
+    score_threshold: float | int = 0.05
+    nms_threshold: float | int = 0.5
+    max_detections: int = 100
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if (
+            config.get("model_type") == MoCoConfig.model_type
+        ):  # an encoder: its code and class are not those of a detector
+            config = {name: value for name, value in config.items() if name not in ("auto_map", "architectures")}
+            config["model_type"] = cls.model_type
+        return config, kwargs
+
+    @property
+    def roi_side(self) -> int:
+        """Side of the map that is pooled from a box."""
+        return ROI_SIZES[self.rcnn_variant] if self.roi_size is None else self.roi_size
+
+    def validate_rcnn(self):
+        for name, value, choices in (
+            ("rcnn_variant", self.rcnn_variant, VARIANTS),
+            ("detector_norm", self.detector_norm, DETECTOR_NORMS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} ({value!r}) is unknown: choose one of {', '.join(choices)}")
+        for name in (
+            *("rpn_pre_nms_train", "rpn_pre_nms_test", "rpn_post_nms_train", "rpn_post_nms_test"),
+            *("rpn_samples", "roi_samples", "max_detections"),
+        ):
+            if not 1 <= getattr(self, name) < MOST:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1, and below {MOST:,}")
+        if not 2 <= self.roi_side <= MOST_ROI_SIZE:
+            raise ValueError(
+                f"roi_size ({self.roi_size}) must lie between 2 and {MOST_ROI_SIZE}: leave it out for the papers'"
+            )
+        for name in ("anchor_sizes", "anchor_ratios"):
+            values = getattr(self, name)
+            if not 1 <= len(values) <= MOST_ANCHORS or not all(0 < value < MOST for value in values):
+                raise ValueError(
+                    f"{name} ({values}) must have 1 to {MOST_ANCHORS} numbers above 0: leave it out for the papers'"
+                )
+        for name in ("score_threshold", "nms_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must lie in [0, 1]: leave it out for the papers'")
+        if self.masks and self.rcnn_variant != "c4":
+            raise ValueError(
+                f"masks (True) are for rcnn_variant='c4', not for {self.rcnn_variant!r}: change one of the two"
+            )
+        if self.stem != "default":
+            raise ValueError(
+                f"stem ({self.stem!r}) is for small images, and its maps have another stride than 16: pretrain with "
+                "stem='default' to detect objects"
+            )

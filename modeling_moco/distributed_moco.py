@@ -1,4 +1,4 @@
-"""What several processes share: gathered keys, and a BatchNorm that cannot tell keys apart by their batch.
+"""What several processes share: gathered keys, a BatchNorm that cannot tell keys apart by their batch, and that of detectors.
 
 Every collective is the identity in a single process. Shapes: `N` local batch (equal on all ranks), `R` ranks.
 """
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .configuration_moco import MoCoConfig
+from .configuration_moco import MoCoConfig, MoCoRCNNConfig
 from .split_norm_moco import SplitBatchNorm2d
 
 
@@ -98,3 +98,73 @@ def convert_batch_norm(encoder: nn.Module, config: MoCoConfig) -> nn.Module:
                     f"{type(module).__name__} at {name!r}: choose another batch_norm"
                 )
     return encoder
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over the batches of all processes, as detectron2's `NaiveSyncBatchNorm` and thus the papers' detectors have it.
+
+    Mean and mean square of every process count the same, however many values it has, and the running variance is the biased
+    one. torch's own counts values, keeps the unbiased variance, and has no version for CPUs. One process, and evaluation, are
+    torch's `BatchNorm2d`.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if world_size() == 1 or not self.training:
+            return super().forward(input)
+        with torch.autocast(
+            input.device.type, enabled=False
+        ):  # 16 bits cannot hold a variance as a difference of squares
+            x = input.to(torch.promote_types(input.dtype, torch.float32))
+            here = torch.stack([x.mean(dim=(0, 2, 3)), (x * x).mean(dim=(0, 2, 3))])  # (2, C)
+            mean, square = gather(here[None]).mean(dim=0)
+            variance = square - mean * mean
+            scale = self.weight.to(x.dtype) * (variance + self.eps).rsqrt()
+            shift = self.bias.to(x.dtype) - mean * scale
+            normalised = torch.addcmul(shift[:, None, None], x, scale[:, None, None])
+        self._count(mean.detach(), variance.detach())
+        return normalised.to(input.dtype)
+
+    @torch.no_grad()
+    def _count(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # a BatchNorm of an encoder keeps statistics
+        for kept, seen in ((self.running_mean, mean), (self.running_var, variance)):
+            kept.lerp_(seen.to(kept.dtype), self.momentum)  # type: ignore[union-attr, arg-type]
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that training leaves alone: its scale and shift are buffers, and its own statistics always normalise."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+
+
+def set_detector_norm(module: nn.Module, config: MoCoRCNNConfig) -> None:
+    """Give the BatchNorm layers of a detector the behaviour that `config.detector_norm` names, with the same state dict.
+
+    Raises:
+        ValueError: one is no `nn.BatchNorm2d`, and is to be more than plain.
+    """
+    if config.detector_norm == "plain":
+        return
+    for name, norm in module.named_modules():
+        if type(norm) is nn.BatchNorm2d:
+            norm.__class__ = SyncBatchNorm2d if config.detector_norm == "sync" else FrozenBatchNorm2d
+            if config.detector_norm == "frozen":
+                _freeze(norm)
+        elif isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"detector_norm ({config.detector_norm!r}) handles nn.BatchNorm2d only, but {config.architecture} has "
+                f"{type(norm).__name__} at {name!r}: choose 'plain'"
+            )
+
+
+def _freeze(norm: nn.Module) -> None:
+    # Buffers, because transformers lets all parameters require gradients after loading.
+    for name in ("weight", "bias"):
+        value = getattr(norm, name)
+        delattr(norm, name)
+        norm.register_buffer(name, value.detach())
+        if getattr(value, "_is_hf_initialized", False):
+            setattr(getattr(norm, name), "_is_hf_initialized", True)  # noqa: B010

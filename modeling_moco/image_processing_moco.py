@@ -1,17 +1,24 @@
-"""The ImageNet evaluation transform: resize the short side, cut the centre, normalise.
+"""The ImageNet evaluation transform, and that of detectors. Sizes are pixels.
 
-Equal to torchvision's `Resize(256)`, `CenterCrop(224)`, `ToTensor`, `Normalize`. Sizes are pixels.
+The first resizes the short side, cuts the centre and normalises, equal to torchvision's `Resize(256)`, `CenterCrop(224)`,
+`ToTensor`, `Normalize`. The second resizes, normalises and pads, equal to detectron2's.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, TiffImagePlugin
+from torch.nn import functional as F
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs
 
 MAX_SAMPLE_VALUE = 281  # TIFF 6.0, section 8
+SMALLEST_SIDE = 1e-5  # of a box after resizing: smaller ones are dropped
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -60,15 +67,12 @@ def _per_channel(values: Sequence[float], device: torch.device) -> torch.Tensor:
     return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])
 
 
-class _EvaluationTransform:
+class _Pixels:
     resample = PILImageResampling.BILINEAR
-    size = {"shortest_edge": 256}
     default_to_square = False
-    crop_size = {"height": 224, "width": 224}
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
     do_resize = True
-    do_center_crop = True
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
@@ -78,6 +82,12 @@ class _EvaluationTransform:
         if do_convert_rgb and isinstance(image, Image.Image):
             image = to_rgb(image)
         return super().process_image(image, do_convert_rgb, *args, **kwargs)  # type: ignore[misc]  # the backend's
+
+
+class _EvaluationTransform(_Pixels):
+    size = {"shortest_edge": 256}
+    crop_size = {"height": 224, "width": 224}
+    do_center_crop = True
 
     def center_crop(self, image, size, **kwargs):
         # transformers truncates an odd margin, torchvision rounds it: a fifth of all images would be shifted by one pixel.
@@ -94,3 +104,218 @@ class MoCoImageProcessor(_EvaluationTransform, TorchvisionBackend):
 
 class MoCoImageProcessorPil(_EvaluationTransform, PilBackend):
     """Evaluation transform on PIL: equal to the papers' transform."""
+
+
+def resized_size(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
+    """Height and width with a short side of `shortest_edge`, or less where the long one would exceed `longest_edge`.
+
+    Sides are rounded as detectron2's `ResizeShortestEdge` rounds them; transformers rounds them down.
+    """
+    scale = shortest_edge / min(height, width)
+    sides = [shortest_edge, scale * width] if height < width else [scale * height, shortest_edge]
+    if max(sides) > longest_edge:
+        shrink = longest_edge / max(sides)
+        sides = [side * shrink for side in sides]
+    return max(int(sides[0] + 0.5), 1), max(int(sides[1] + 0.5), 1)
+
+
+class DetectionKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # mypy does not see transformers
+    """
+    return_segmentation_masks (`bool`, *optional*, defaults to `False`):
+        Whether labels have masks too.
+    """
+
+    return_segmentation_masks: bool
+
+
+class MoCoDetectionImageProcessor(_Pixels, PilBackend):
+    """Images and annotations for [`MoCoForObjectDetection`], and its outputs in pixels.
+
+    Images are resized by PIL with detectron2's rounding, normalised, and padded with zeros to the largest of the batch.
+    `pixel_mask` is 1 where there is an image.
+    """
+
+    valid_kwargs = DetectionKwargs
+    model_input_names = ["pixel_values", "pixel_mask"]
+    size = {"shortest_edge": 800, "longest_edge": 1333}
+    do_pad = True
+    return_segmentation_masks = False
+
+    def preprocess(self, images, annotations=None, **kwargs):
+        """Prepare images, and with `annotations` labels for training.
+
+        Args:
+            annotations: of each image, or of the only one, either COCO's `{"image_id": 7, "annotations": [{"bbox": ...,
+                "category_id": ...}, ...]}` or `objects` of a dataset, `{"bbox": [...], "category": [...]}`, alone or as such
+                a key of a row. Boxes are `x y width height` in pixels of the given image; classes count from 0. Objects with
+                `iscrowd` and boxes outside the image are left out. A `segmentation` is a mask (height, width).
+
+        Returns:
+            `pixel_values` (N, 3, H, W), `pixel_mask` (N, H, W), and `labels` as the model takes them, with `orig_size` and
+            `size` (height, width) before and after resizing, and with `image_id` where it was given.
+
+        Raises:
+            ValueError: annotations that do not belong to the images, or lack what is needed.
+        """
+        return super().preprocess(images, annotations, **kwargs)
+
+    def _preprocess_image_like_inputs(self, images, annotations=None, *args, **kwargs):
+        return_tensors, do_pad = kwargs.pop("return_tensors", None), kwargs.pop("do_pad", None)
+        originals = self._prepare_image_like_inputs(images, **kwargs)
+        resized = self._preprocess(originals, do_pad=False, return_tensors=None, **kwargs)["pixel_values"]
+        data: dict[str, Any] = {"pixel_values": resized}
+        if do_pad:
+            data["pixel_values"], data["pixel_mask"] = self.pad(resized, kwargs.get("pad_size"), return_mask=True)
+        batch = BatchFeature(data, tensor_type=return_tensors)
+        if annotations is not None:
+            annotations = [annotations] if isinstance(annotations, Mapping) else annotations
+            if len(annotations) != len(resized):
+                raise ValueError(
+                    f"annotations (of {len(annotations)} images) must be of all {len(resized)} images: pass one for each"
+                )
+            with_masks = bool(kwargs.get("return_segmentation_masks"))
+            sizes = [(before.shape[1:], after.shape[1:]) for before, after in zip(originals, resized, strict=True)]
+            labels = [_label(*pair, with_masks) for pair in zip(annotations, sizes, strict=True)]
+            batch["labels"] = [BatchFeature(label, tensor_type=return_tensors) for label in labels]
+        return batch
+
+    def resize(self, image, size, *args, **kwargs):
+        if size.shortest_edge and size.longest_edge:
+            height, width = resized_size(image.shape[1], image.shape[2], size.shortest_edge, size.longest_edge)
+            size = SizeDict(height=height, width=width)
+        return super().resize(image, size, *args, **kwargs)
+
+    def post_process_object_detection(
+        self, outputs: Any, threshold: float = 0.5, target_sizes: Any = None
+    ) -> list[dict[str, torch.Tensor]]:
+        """Detections of each image: `scores`, `labels` and `boxes`, the best first.
+
+        Args:
+            outputs: those of [`MoCoForObjectDetection`].
+            threshold: detections have a higher score.
+            target_sizes: height and width of each image (N, 2), in whose pixels boxes are to be; by default they are shares.
+
+        Raises:
+            ValueError: not as many sizes as images.
+        """
+        n = len(outputs["scores"])
+        if target_sizes is not None and len(target_sizes) != n:
+            raise ValueError(
+                f"target_sizes (of {len(target_sizes)} images) must be of all {n} images: pass one for each"
+            )
+        found = []
+        for i, (scores, labels, boxes) in enumerate(
+            zip(outputs["scores"], outputs["labels"], outputs["pred_boxes"], strict=True)
+        ):
+            kept = (labels >= 0) & (scores > threshold)
+            boxes = boxes[kept]
+            if target_sizes is not None:
+                height, width = (int(side) for side in target_sizes[i])
+                boxes = boxes * boxes.new_tensor([width, height, width, height])
+            found.append({"scores": scores[kept], "labels": labels[kept], "boxes": boxes})
+        return found
+
+    def post_process_instance_segmentation(
+        self, outputs: Any, threshold: float = 0.5, target_sizes: Any = None, mask_threshold: float = 0.5
+    ) -> list[dict[str, torch.Tensor]]:
+        """As `post_process_object_detection`, with `masks` (objects, height, width), booleans, of each image.
+
+        Args:
+            target_sizes: height and width of each image (N, 2), which masks are to have.
+            mask_threshold: probability that a pixel of a mask has at least.
+
+        Raises:
+            ValueError: the model has no masks, or not as many sizes as images.
+        """
+        if (probabilities := outputs.get("pred_masks")) is None:
+            raise ValueError("pred_masks (None) are needed: load the model with masks=True, and train it")
+        if target_sizes is None:
+            raise ValueError("target_sizes (None) are needed for masks: pass height and width of each image")
+        found = self.post_process_object_detection(outputs, threshold, target_sizes)
+        for i, of_image in enumerate(found):
+            kept = (outputs["labels"][i] >= 0) & (outputs["scores"][i] > threshold)
+            height, width = (int(side) for side in target_sizes[i])
+            masks = paste_masks(probabilities[i][kept], of_image["boxes"], height, width)
+            of_image["masks"] = masks >= mask_threshold
+        return found
+
+
+def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Probabilities (B, S, S) in boxes (B, 4) as those of all pixels of the image (B, height, width), float32.
+
+    They are interpolated at the centres of pixels, without rounding the boxes, and 0 outside.
+    """
+    pasted = masks.new_zeros(len(masks), height, width, dtype=torch.float32)
+    for mask, box, target in zip(masks.float(), boxes.tolist(), pasted, strict=True):
+        places, ranges = [], []
+        for low, high, most in ((box[0], box[2], width), (box[1], box[3], height)):
+            # Only around the box: the probabilities are of few pixels, and images have many.
+            start, end = max(math.floor(low) - 1, 0), min(math.ceil(high) + 1, most)
+            centres = torch.arange(start, max(end, start), device=masks.device, dtype=torch.float32) + 0.5
+            places.append((centres - low) / (high - low) * 2 - 1)
+            ranges.append(slice(start, max(end, start)))
+        y, x = torch.meshgrid(places[1], places[0], indexing="ij")
+        grid = torch.stack([x, y], dim=-1)[None]
+        target[ranges[1], ranges[0]] = F.grid_sample(mask[None, None], grid, align_corners=False)[0, 0]
+    return pasted
+
+
+def _label(annotation: Any, sizes: tuple[tuple[int, int], tuple[int, int]], with_masks: bool) -> dict[str, Any]:
+    """The labels of an image from its annotations, with its sizes before and after resizing."""
+    (height, width), resized = sizes
+    objects = [one for one in _objects(annotation) if not one.get("iscrowd")]
+    boxes = np.array([one["bbox"] for one in objects], dtype=np.float64).reshape(-1, 4)
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1) / [width, height, width, height]
+    corners = corners.clip(0, 1)
+    sides = corners[:, 2:] - corners[:, :2]
+    kept = np.all(sides * [resized[1], resized[0]] > SMALLEST_SIDE, axis=1)
+    label = {
+        "class_labels": np.array([one["category_id"] for one in objects], dtype=np.int64)[kept],
+        "boxes": np.concatenate([corners[:, :2] + sides / 2, sides], axis=1)[kept].astype(np.float32),
+        "orig_size": np.array([height, width], dtype=np.int64),
+        "size": np.array(resized, dtype=np.int64),
+    }
+    if with_masks:
+        masks = [_resized_mask(objects[i].get("segmentation"), *sizes) for i in kept.nonzero()[0]]
+        label["masks"] = np.stack(masks) if masks else np.zeros((0, *resized), dtype=np.uint8)
+    if "image_id" in annotation:
+        label["image_id"] = np.array([annotation["image_id"]], dtype=np.int64)
+    return label
+
+
+def _objects(annotation: Any) -> list[dict[str, Any]]:
+    """The objects of an image, each with `bbox` and `category_id`.
+
+    Raises:
+        ValueError: they are in another form, or lack one of these.
+    """
+    found = annotation.get("annotations", annotation.get("objects", annotation))
+    if isinstance(found, Mapping):
+        lengths = {name: len(column) for name, column in found.items() if isinstance(column, list | tuple | np.ndarray)}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"annotations ({lengths}) must have lists of one length, one entry for each object")
+        found = [dict(zip(lengths, row, strict=True)) for row in zip(*(found[name] for name in lengths), strict=True)]
+    objects = []
+    for one in found:
+        category = next((one[name] for name in ("category_id", "category", "label") if name in one), None)
+        if category is None or "bbox" not in one:
+            raise ValueError(f"annotations ({', '.join(one)}) must have bbox and category_id: rename the columns")
+        if len(one["bbox"]) != 4:
+            raise ValueError(f"bbox ({one['bbox']}) must have four numbers: x, y, width, height in pixels")
+        objects.append({**one, "category_id": category})
+    return objects
+
+
+def _resized_mask(segmentation: Any, size: tuple[int, int], resized: tuple[int, int]) -> np.ndarray:
+    """
+    Raises:
+        ValueError: it is no mask of the image.
+    """
+    mask = np.asarray(segmentation) if isinstance(segmentation, np.ndarray | Image.Image) else None
+    if mask is None or mask.shape != tuple(size):
+        kind = type(segmentation).__name__ if mask is None else mask.shape
+        raise ValueError(
+            f"segmentation ({kind}) must be a mask of {size[0]} x {size[1]} pixels: decode polygons and RLE first"
+        )
+    image = Image.fromarray((mask != 0).astype(np.uint8))
+    return np.asarray(image.resize((resized[1], resized[0]), Image.Resampling.NEAREST))

@@ -26,11 +26,19 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .checkpointing_moco import spare_statistics
 from .configuration_moco import MoCoConfig
 from .dictionary_moco import build_dictionary
 from .distributed_moco import convert_batch_norm, exchange, gather, to_device, world_size
-from .encoder_moco import TimmEncoder, build_encoder, freeze_stem, is_new, mark_initialised, named_tensors, tensors
+from .encoder_moco import (
+    TimmEncoder,
+    build_encoder,
+    freeze_stem,
+    is_new,
+    mark_initialised,
+    named_tensors,
+    spare_statistics,
+    tensors,
+)
 from .heads_moco import build_predictor, build_projector
 from .image_processing_moco import MoCoImageProcessor, normalize  # noqa: F401  (remote code must import the processor)
 

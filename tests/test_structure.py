@@ -34,6 +34,8 @@ PRIVATE_OVERRIDES = {
     "training.cli._Help._format_action_invocation",
     # The hook that transformers documents for new models.
     "modeling_moco.modeling_moco.MoCoPreTrainedModel._init_weights",
+    # The hook that transformers documents for image processors that take annotations too.
+    "modeling_moco.image_processing_moco.MoCoDetectionImageProcessor._preprocess_image_like_inputs",
 }
 
 
