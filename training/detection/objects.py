@@ -1,0 +1,107 @@
+"""The annotated objects of images: one image's, those of a split, and what is no box.
+
+Boxes (n, 4) are (left, top, right, bottom) in pixels of the whole image, from its top left corner (0, 0), so that a box that
+covers the image is (0, 0, width, height). They stay as they are annotated, also where they reach over the border: views clip
+them.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+LEAST_SIDE = 1e-5  # pixels; narrower boxes are empty, as for detectron2
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects of one image.
+
+    Args:
+        boxes: (n, 4), float64.
+        labels: class numbers from 0 (n,).
+        area: square pixels (n,), by which COCO tells small objects from large ones.
+        iscrowd: whether a box stands for many objects that nobody counted (n,). No detector learns from them; for COCO's
+            metric what is found there is neither right nor wrong.
+        difficult: whether VOC's annotators found an object hard to recognise (n,). Training uses them; VOC's metric does not
+            ask for them.
+        segmentations: a checked RLE, or checked polygons, for each object; None where the dataset has no masks.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    area: np.ndarray
+    iscrowd: np.ndarray
+    difficult: np.ndarray
+    segmentations: list[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def select(self, kept: np.ndarray) -> "Objects":
+        """The objects whose place in `kept` (n,) is true."""
+        segmentations = self.segmentations
+        if segmentations is not None:
+            segmentations = [one for one, keep in zip(segmentations, kept, strict=True) if keep]
+        columns = (self.boxes, self.labels, self.area, self.iscrowd, self.difficult)
+        boxes, labels, area, iscrowd, difficult = (column[kept] for column in columns)
+        return Objects(boxes, labels, area, iscrowd, difficult, segmentations)
+
+    def trainable(self) -> np.ndarray:
+        """Which objects a detector learns from (n,): those that are no crowd and have a box that is not empty."""
+        return ~self.iscrowd & ~is_empty(self.boxes)
+
+
+def is_empty(boxes: np.ndarray) -> np.ndarray:
+    """Which boxes (n, 4) have no area (n,)."""
+    return ((boxes[:, 2:] - boxes[:, :2]) <= LEAST_SIDE).any(1)
+
+
+class PackedObjects(Sequence[Objects]):
+    """The objects of many images in a few arrays, which worker processes share without copies.
+
+    Args:
+        images: the objects of each image; either all or none have segmentations.
+    """
+
+    def __init__(self, images: Iterable[Objects]):
+        images = list(images)
+        self._ends = np.cumsum([0, *map(len, images)])
+        self._columns = {
+            name: np.concatenate([getattr(one, name) for one in images]) if images else empty
+            for name, empty in vars(no_objects()).items()
+            if name != "segmentations"
+        }
+        self._segmentations = None
+        if images and images[0].segmentations is not None:
+            texts = (json.dumps(mask) for one in images for mask in one.segmentations or ())
+            self._segmentations = pa.array(texts, pa.large_string())
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:  # also of slices, as any Sequence
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        part = slice(*self._ends[index % len(self) :][:2])
+        columns: dict[str, Any] = {name: column[part] for name, column in self._columns.items()}
+        if self._segmentations is None:
+            return Objects(**columns)
+        return Objects(**columns, segmentations=[json.loads(one.as_py()) for one in self._segmentations[part]])
+
+
+def no_objects(masks: bool = False) -> Objects:
+    """Of an image without any."""
+    return Objects(
+        np.zeros((0, 4)),
+        np.zeros(0, np.int64),
+        np.zeros(0),
+        np.zeros(0, bool),
+        np.zeros(0, bool),
+        [] if masks else None,
+    )
