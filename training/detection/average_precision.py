@@ -1,8 +1,8 @@
 """Average precision (AP) of detectors: VOC's metric as detectron2 computes it, and COCO's by its official method.
 
-Boxes are as in `objects.py`: in pixels from the top left corner, so that two pixels side by side are 2 wide. VOC's files count
-pixels from 1 and name the last one inside a box, and its metric adds 1 to a width. These overlaps equal ours, because the reader
-of such files subtracts that 1 on the left. APs lie in [0, 1].
+Boxes are as in `objects.py`: in pixels from the top left corner, so that two pixels side by side are 2 wide. The files of VOC
+count pixels from 1 and name the last one inside a box, and its metric adds 1 to a width. These overlaps equal ours, because the
+reader of such files subtracts that 1 on the left. APs lie in [0, 1].
 """
 
 from collections.abc import Sequence

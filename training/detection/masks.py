@@ -40,7 +40,7 @@ def check_segmentation(mask: Any, width: int, height: int) -> Any:
     Raises:
         ValueError: it is neither, or an RLE of another size; the message begins with what is wrong.
     """
-    if isinstance(mask, dict) and "size" in mask:
+    if isinstance(mask, dict) and isinstance(mask.get("size"), list | tuple):
         return _check_rle(mask, width, height)
     if isinstance(mask, list) and mask:
         return [_check_polygon(polygon) for polygon in mask]

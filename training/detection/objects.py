@@ -6,13 +6,14 @@ them.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+COLUMNS = ("boxes", "labels", "area", "iscrowd", "difficult")
 LEAST_SIDE = 1e-5  # pixels; narrower boxes are empty, as for detectron2
 
 
@@ -46,9 +47,7 @@ class Objects:
         segmentations = self.segmentations
         if segmentations is not None:
             segmentations = [one for one, keep in zip(segmentations, kept, strict=True) if keep]
-        columns = (self.boxes, self.labels, self.area, self.iscrowd, self.difficult)
-        boxes, labels, area, iscrowd, difficult = (column[kept] for column in columns)
-        return Objects(boxes, labels, area, iscrowd, difficult, segmentations)
+        return _of((getattr(self, name)[kept] for name in COLUMNS), segmentations)
 
     def trainable(self) -> np.ndarray:
         """Which objects a detector learns from (n,): those that are no crowd and have a box that is not empty."""
@@ -60,7 +59,7 @@ def is_empty(boxes: np.ndarray) -> np.ndarray:
     return ((boxes[:, 2:] - boxes[:, :2]) <= LEAST_SIDE).any(1)
 
 
-class PackedObjects(Sequence[Objects]):
+class PackedObjects:
     """The objects of many images in a few arrays, which worker processes share without copies.
 
     Args:
@@ -69,39 +68,39 @@ class PackedObjects(Sequence[Objects]):
 
     def __init__(self, images: Iterable[Objects]):
         images = list(images)
-        self._ends = np.cumsum([0, *map(len, images)])
-        self._columns = {
-            name: np.concatenate([getattr(one, name) for one in images]) if images else empty
-            for name, empty in vars(no_objects()).items()
-            if name != "segmentations"
-        }
-        self._segmentations = None
-        if images and images[0].segmentations is not None:
-            texts = (json.dumps(mask) for one in images for mask in one.segmentations or ())
-            self._segmentations = pa.array(texts, pa.large_string())
+        self.ends = np.cumsum([0, *map(len, images)])  # objects of image i are those from ends[i] to ends[i + 1]
+        masks = bool(images) and images[0].segmentations is not None
+        # All in one, whose segmentations are texts: as Python's numbers they would take ten times the memory.
+        self.every = _of(np.concatenate([getattr(one, name) for one in (no_objects(), *images)]) for name in COLUMNS)
+        texts = (json.dumps(mask) for one in images for mask in one.segmentations or ())
+        self._segmentations = pa.array(texts, pa.large_string()) if masks else None
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self.ends) - 1
 
-    def __getitem__(self, index: Any) -> Any:  # also of slices, as any Sequence
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
+    def __getitem__(self, index: int) -> Objects:
+        if not 0 <= index < len(self):
             raise IndexError(index)
-        part = slice(*self._ends[index % len(self) :][:2])
-        columns: dict[str, Any] = {name: column[part] for name, column in self._columns.items()}
-        if self._segmentations is None:
-            return Objects(**columns)
-        return Objects(**columns, segmentations=[json.loads(one.as_py()) for one in self._segmentations[part]])
+        part = slice(self.ends[index], self.ends[index + 1])
+        texts = self._segmentations
+        segmentations = None if texts is None else [json.loads(one.as_py()) for one in texts[part]]
+        return _of((getattr(self.every, name)[part] for name in COLUMNS), segmentations)
+
+    def count(self, flags: np.ndarray) -> np.ndarray:
+        """How many objects of each image (n,) have a true flag, of all objects."""
+        before = np.concatenate([[0], np.cumsum(flags)])
+        return np.asarray(before[self.ends[1:]] - before[self.ends[:-1]])
+
+    def image_of(self, number: int) -> int:
+        """The image to which an object of all belongs."""
+        return int(np.searchsorted(self.ends, number, side="right")) - 1
 
 
-def no_objects(masks: bool = False) -> Objects:
+def _of(columns: Iterable[np.ndarray], segmentations: list[Any] | None = None) -> Objects:
+    boxes, labels, area, iscrowd, difficult = columns
+    return Objects(boxes, labels, area, iscrowd, difficult, segmentations)
+
+
+def no_objects() -> Objects:
     """Of an image without any."""
-    return Objects(
-        np.zeros((0, 4)),
-        np.zeros(0, np.int64),
-        np.zeros(0),
-        np.zeros(0, bool),
-        np.zeros(0, bool),
-        [] if masks else None,
-    )
+    return Objects(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool), np.zeros(0, bool))
