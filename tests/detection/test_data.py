@@ -68,6 +68,24 @@ def test_several_splits_are_one(tmp_path):
         load(folder, train_split="2007_train+2007_train")
 
 
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "detection.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", page, re.S)[1]
+    for year in ("2007", "2012"):
+        write_voc(tmp_path / year, {"train": year, "test": year})
+        (tmp_path / "VOCdevkit").mkdir(exist_ok=True)
+        (tmp_path / year / f"VOC{year}").rename(tmp_path / "VOCdevkit" / f"VOC{year}")
+        lists = tmp_path / "VOCdevkit" / f"VOC{year}" / "ImageSets" / "Main"
+        (lists / "train.txt").rename(lists / "trainval.txt")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(example, "docs/detection.md", "exec"), names)
+    assert len(names["splits"].train) == 2 * 4  # one image of each year has no object
+    assert len(names["splits"].eval) == 3
+    assert [len(batch) for batch in names["batches"]] == [2] * 4
+    assert min(names["images"][0]["pixel_values"].shape[1:]) in range(480, 801, 32)
+
+
 def test_splits_that_share_images_are_refused(tmp_path):
     folder = write_voc(tmp_path / "VOCdevkit")
     lists = folder / "VOC2007" / "ImageSets" / "Main"
@@ -332,6 +350,13 @@ def test_a_wrong_voc_file_is_one_line(old, new, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         load(folder)
     assert "\n" not in str(error.value)
+
+
+def test_an_image_that_is_listed_twice_is_refused(tmp_path):
+    folder = write_voc(tmp_path / "data")
+    (folder / "VOC2007/ImageSets/Main/train.txt").write_text("000000\n000001\n000000\n")
+    with pytest.raises(ValueError, match=r"split '2007_train' of .* lists an image twice: remove one of its lines"):
+        load(folder)
 
 
 def test_a_voc_list_leads_out_of_no_folder(tmp_path):

@@ -33,7 +33,7 @@ def test_polygons_are_drawn_and_measured_as_coco_does(record):
     sizes = {image["id"]: (image["width"], image["height"]) for image in record["instances"]["images"]}
     plain = [one for one in record["instances"]["annotations"] if not one["iscrowd"]]
     single = 0
-    for one in plain:
+    for one in plain[::3]:
         width, height = sizes[one["image_id"]]
         mask = check_segmentation(one["segmentation"], width, height)
         drawn = rasterize(mask, width, height)
@@ -43,7 +43,7 @@ def test_polygons_are_drawn_and_measured_as_coco_does(record):
         assert np.array_equal(drawn, union)
         # COCO's areas are of polygons without rounding; where a line crosses itself they are not of these.
         single += abs(area(mask) - one["area"]) < 1e-3 * one["area"]
-    assert single > 0.95 * len(plain)
+    assert single > 0.95 * len(plain[::3])
 
 
 def test_masks_come_back_from_their_run_lengths():

@@ -11,6 +11,7 @@ from ..errors import one_line, shown
 from . import masks
 from .objects import Objects, is_empty
 
+LARGEST = 2.0**31  # number of a box; no image has as many pixels
 OVER_THE_BORDER = 1.0  # pixels that a rounded box may reach over it, where the format of the boxes is found out
 FORMATS = ("xywh", "xyxy")
 Box = Sequence[float]
@@ -198,7 +199,7 @@ def _numbers(image: AnnotatedImage) -> np.ndarray:
         boxes = np.array(image.boxes, np.float64).reshape(len(image.boxes), -1)
     except (TypeError, ValueError):
         boxes = np.full((len(image.boxes), 4), np.nan)
-    if len(boxes) and (boxes.shape[1] != 4 or not np.isfinite(boxes).all()):
+    if len(boxes) and (boxes.shape[1] != 4 or not (np.abs(boxes) < LARGEST).all()):
         wrong = next((one for one in image.boxes if not _is_box(one)), image.boxes)
         raise ValueError(f"box ({shown(wrong)}) of {image.name} is not four finite numbers: correct or remove it")
     return boxes.reshape(-1, 4)
@@ -209,7 +210,7 @@ def _is_box(box: Any) -> bool:
         numbers = np.array(box, np.float64)
     except (TypeError, ValueError):
         return False
-    return numbers.shape == (4,) and bool(np.isfinite(numbers).all())
+    return numbers.shape == (4,) and bool((np.abs(numbers) < LARGEST).all())
 
 
 def check_objects(
@@ -230,10 +231,9 @@ def check_objects(
     _refuse_wrong_boxes(image, boxes, size)
     for name in ("categories", "area", "iscrowd", "difficult", "segmentations"):
         column = getattr(image, name)
-        if column is not None and len(column) != len(boxes):
-            raise ValueError(
-                f"{image.name} has {len(boxes)} boxes and {len(column)} of {name}: give one to each object"
-            )
+        if column is not None and (not isinstance(column, list) or len(column) != len(boxes)):
+            count = len(column) if isinstance(column, list) else shown(column)
+            raise ValueError(f"{image.name} has {len(boxes)} boxes and {count} of {name}: give one to each object")
     segmentations = None if image.segmentations is None else [_mask(one, image, size) for one in image.segmentations]
     return Objects(
         boxes,
