@@ -89,5 +89,9 @@ def test_objects_of_many_images_come_back():
             assert np.array_equal(value, getattr(packed[number], name)) or value == getattr(packed[number], name)
     assert packed.count(packed.every.iscrowd).tolist() == [int(image.iscrowd.sum()) for image in images]
     assert [packed.image_of(k) for k in range(6)] == [0, 0, 2, 2, 2, 4]
+    chosen = packed.select([4, 1, 0])
+    for number, place in enumerate([4, 1, 0]):
+        for name, value in vars(images[place]).items():
+            assert np.array_equal(value, getattr(chosen[number], name)) or value == getattr(chosen[number], name)
     with pytest.raises(IndexError):
         packed[5]

@@ -284,15 +284,14 @@ def _class_numbers(image: AnnotatedImage, class_names: Sequence[str]) -> np.ndar
 
 
 def _areas(image: AnnotatedImage, boxes: np.ndarray, segmentations: list[Any] | None) -> np.ndarray:
-    if segmentations is not None:
-        own = [masks.area(mask) for mask in segmentations]
-    else:
-        own = (boxes[:, 2:] - boxes[:, :2]).prod(1).tolist()
-    stated = image.area or [None] * len(own)
-    return np.array(
-        [a if b is None else parse_number(b, f"area of {image.name}") for a, b in zip(own, stated, strict=True)],
-        np.float64,
-    )
+    of_boxes = (boxes[:, 2:] - boxes[:, :2]).prod(1).tolist()
+    found = []
+    for place, stated in enumerate(image.area or [None] * len(boxes)):
+        if stated is not None:
+            found.append(parse_number(stated, f"area of {image.name}"))
+        else:
+            found.append(of_boxes[place] if segmentations is None else masks.area(segmentations[place]))
+    return np.array(found, np.float64)
 
 
 def _flags(image: AnnotatedImage, name: str) -> np.ndarray:

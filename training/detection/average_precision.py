@@ -120,10 +120,13 @@ def voc_class(
     overlaps: Sequence[float] = OVERLAPS,
 ) -> list[float]:
     """AP of one class by VOC's metric at each of these overlaps; the arguments are those of [`voc_average_precision`]."""
-    objects, scores, best, difficult = [], [], [], []
+    objects, scores, best = [np.zeros(0, np.int64)], [np.zeros(0)], [np.zeros(0)]
+    difficult = [np.zeros(0, bool)]
     before = 0  # objects of other images
     for image, detections in zip(truth, found, strict=True):
         mine, theirs = image.labels == number, detections.labels == number
+        if not mine.any() and not theirs.any():
+            continue
         overlap, place = _best(detections.boxes[theirs], image.boxes[mine])
         best.append(overlap)
         objects.append(place + before)

@@ -94,7 +94,7 @@ class DetectionSplit:
 
     def select(self, indices: Sequence[int]) -> "DetectionSplit":
         """The split with these images alone."""
-        objects = PackedObjects(self.objects[i] for i in indices)
+        objects = self.objects.select(indices)
         names = [self.names[i] for i in indices]
         broken = Unreadable(len(indices), self.broken.split)
         sizes = self.sizes[np.asarray(indices, np.int64)]

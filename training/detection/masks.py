@@ -100,7 +100,8 @@ def _check_polygon(polygon: Any) -> list[float]:
         or abs(points).max() > 1e6
     ):
         raise ValueError(f"a polygon ({shown(polygon)}) is no list of at least three points x, y in pixels")
-    return [float(value) for value in points]
+    found: list[float] = points.tolist()
+    return found
 
 
 def area(mask: Any) -> float:
@@ -110,7 +111,7 @@ def area(mask: Any) -> float:
     total = 0.0
     for polygon in mask:
         x, y = np.asarray(polygon).reshape(-1, 2).T
-        total += abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+        total += abs(float(x[:-1] @ y[1:] - y[:-1] @ x[1:] + x[-1] * y[0] - y[-1] * x[0])) / 2
     return total
 
 

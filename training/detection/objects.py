@@ -6,7 +6,7 @@ them.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Objects:
         return len(self.boxes)
 
     def select(self, kept: np.ndarray) -> "Objects":
-        """The objects whose place in `kept` (n,) is true."""
+        """The objects whose flag in `kept` (n,) is true."""
         segmentations = self.segmentations
         if segmentations is not None:
             segmentations = [one for one, keep in zip(segmentations, kept, strict=True) if keep]
@@ -67,12 +67,17 @@ class PackedObjects:
     """
 
     def __init__(self, images: Iterable[Objects]):
-        images = list(images)
-        self.ends = np.cumsum([0, *map(len, images)])  # objects of image i are those from ends[i] to ends[i + 1]
-        masks = bool(images) and images[0].segmentations is not None
-        # All in one, whose segmentations are texts: as Python's numbers they would take ten times the memory.
-        self.every = _of(np.concatenate([getattr(one, name) for one in (no_objects(), *images)]) for name in COLUMNS)
-        texts = (json.dumps(mask) for one in images for mask in one.segmentations or ())
+        parts, texts, masks = [no_objects()], [], False
+        for one in images:
+            parts.append(_of(getattr(one, name) for name in COLUMNS))
+            masks = masks or one.segmentations is not None
+            texts += [
+                json.dumps(mask) for mask in one.segmentations or ()
+            ]  # as numbers of Python they take much memory
+        self.ends = np.cumsum([0, *map(len, parts[1:])])  # objects of image i are those from ends[i] to ends[i + 1]
+        self.every = _of(
+            np.concatenate([getattr(one, name) for one in parts]) for name in COLUMNS
+        )  # without segmentations
         self._segmentations = pa.array(texts, pa.large_string()) if masks else None
 
     def __len__(self) -> int:
@@ -85,6 +90,16 @@ class PackedObjects:
         texts = self._segmentations
         segmentations = None if texts is None else [json.loads(one.as_py()) for one in texts[part]]
         return _of((getattr(self.every, name)[part] for name in COLUMNS), segmentations)
+
+    def select(self, indices: Sequence[int]) -> "PackedObjects":
+        """The objects of these images alone."""
+        chosen = PackedObjects([])
+        spans = [np.arange(self.ends[i], self.ends[i + 1]) for i in indices]
+        rows = np.concatenate([np.zeros(0, np.int64), *spans])
+        chosen.ends = np.cumsum([0, *map(len, spans)])
+        chosen.every = _of(getattr(self.every, name)[rows] for name in COLUMNS)
+        chosen._segmentations = None if self._segmentations is None else self._segmentations.take(pa.array(rows))
+        return chosen
 
     def count(self, flags: np.ndarray) -> np.ndarray:
         """How many objects of each image (n,) have a true flag, of all objects."""
