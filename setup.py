@@ -64,6 +64,7 @@ setup(
     extras_require={
         "trackio": ["trackio>=0.40"],
         "onnx": ["onnx>=1.19", "onnxscript>=0.6", "onnxruntime>=1.23"],  # scripts/push_to_hub.py --onnx
+        "detect": ["faster-coco-eval>=1.8"],  # COCO's metric of detectors, and masks that are polygons
         "benchmark": ["lightly>=1.5"],  # a baseline of scripts/benchmark.py data
         "dev": [
             "pytest>=9",
@@ -75,6 +76,7 @@ setup(
             "mypy>=1.18",
             "types-PyYAML>=6.0.12",
             "markdown-it-py>=3",
+            "faster-coco-eval>=1.8",
             "trackio>=0.40",
             "tensorboard>=2.20",
             "onnx>=1.19",

@@ -82,6 +82,17 @@ class Decoder:
         with unreadable_as_oserror(), self._file(row) as file:
             return self._from_pil(file)
 
+    def size(self, row: dict[str, Any] | None) -> tuple[int, int]:
+        """Width and height in pixels that `image` would have, from the header alone.
+
+        Raises:
+            OSError: as `image`.
+        """
+        with unreadable_as_oserror(), self._file(row) as file, self._opened(file) as header:
+            turn = find_turn(header)
+            width, height = header.size
+            return (height, width) if turn is not None and turn[1] != (0, 1, 2) else (width, height)
+
     def tensor(self, row: dict[str, Any] | None) -> torch.Tensor:
         """The same pixels, uint8 (3, H, W). torchvision decodes JPEG files, PIL decodes the others.
 

@@ -1,0 +1,368 @@
+"""From the name of a dataset to splits of images with their objects.
+
+No other module knows which form a dataset has. A dataset may be a stranger's: paths lead to files of its own folder alone,
+images are decoded by the rules of `data/decode.py`, and what cannot be right is refused in one line.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+
+from modeling_moco.distributed_moco import rank
+
+from ..data.decode import Decoder, Unreadable
+from ..data.formats import open_dataset
+from ..data.sources import EVAL_SPLITS, LOOKED_AT, SourceArguments
+from ..errors import shown
+from .annotations import AnnotatedSplit, check_objects, find_bbox_format, find_classes, join, refuse_shared_images
+from .columns import has_metadata, read_columns, read_folder
+from .layouts import Files, coco_splits, read_coco, read_voc, voc_splits
+from .objects import PackedObjects, is_empty
+
+VOC_EVAL_SPLITS = ("2007_test",)
+
+
+@dataclass
+class DetectionDataArguments(SourceArguments):
+    """Flags of a command that reads images with boxes."""
+
+    NOT_OFFERED = ("label_column",)
+
+    train_split: str = field(
+        default="train", metadata={"help": "Split to train on; several with +, as in 2007_trainval+2012_trainval."}
+    )
+    objects_column: str = field(default="objects", metadata={"help": "Column of the boxes and categories."})
+    category_column: str | None = field(
+        default=None,
+        metadata={"help": "Name of the categories in that column. By default category, or a similar name."},
+    )
+    bbox_format: Literal["auto", "xywh", "xyxy"] = field(
+        default="auto",
+        metadata={
+            "help": "Numbers of a box in that column: left, top, width, height (xywh), or left, top, right, bottom (xyxy). By "
+            "default what all boxes allow."
+        },
+    )
+    masks: bool = field(default=False, metadata={"help": "Read masks too: RLE or polygons, as COCO has them."})
+
+
+@dataclass(frozen=True)
+class DetectionSplit:
+    """Images of a split with their objects.
+
+    Args:
+        name: of the split.
+        rows: a column `image` with bytes or paths.
+        sizes: width and height of each image (n, 2).
+        names: of the images in messages.
+        objects: of each image.
+        decoder: of the images.
+        broken: keeps the images that cannot be read.
+    """
+
+    name: str
+    rows: datasets.Dataset
+    sizes: np.ndarray
+    names: list[str]
+    objects: PackedObjects
+    decoder: Decoder
+    broken: Unreadable
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, index: int) -> Any:
+        """The decoded image, RGB.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it has another size than its annotations say, so that its boxes would be elsewhere.
+        """
+        image = self.decoder.image(self.rows[index]["image"])
+        if image.size != tuple(self.sizes[index].tolist()):
+            width, height = self.sizes[index]
+            raise ValueError(
+                f"{self.names[index]} has {image.width} x {image.height} pixels (upright, as its EXIF tag turns it), and its "
+                f"annotations are of {width} x {height}: correct them"
+            )
+        return image
+
+    def select(self, indices: Sequence[int]) -> "DetectionSplit":
+        """The split with these images alone."""
+        objects = self.objects.select(indices)
+        names = [self.names[i] for i in indices]
+        broken = Unreadable(len(indices), self.broken.split)
+        sizes = self.sizes[np.asarray(indices, np.int64)]
+        return DetectionSplit(self.name, self.rows.select(indices), sizes, names, objects, self.decoder, broken)
+
+    def content(self) -> str:
+        """Number of images and a digest of them and their objects: whether a run goes on with what it was begun with."""
+        digest = hashlib.sha256("\n".join(self.names).encode(errors="replace"))
+        every = self.objects.every
+        for numbers in (self.sizes, self.objects.ends, every.boxes, every.labels):
+            digest.update(np.ascontiguousarray(numbers, "<f8").tobytes())  # the same on every machine
+        return f"{len(self):,} images {digest.hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class DetectionSplits:
+    """What a detector is trained on and evaluated on.
+
+    Args:
+        train: images with at least one object to learn from; None where only an evaluation was asked for.
+        eval: all images of the split to evaluate on; None without such a split.
+        class_names: by class number.
+        difficult: whether any object is marked difficult, for which VOC's metric is made.
+        place: "dataset", its name or absolute path, and "content", which identifies both splits.
+    """
+
+    train: DetectionSplit | None
+    eval: DetectionSplit | None
+    class_names: list[str]
+    difficult: bool
+    place: dict[str, Any]
+
+
+def load_detection(
+    args: DetectionDataArguments, class_names: Sequence[str] | None = None, training: bool = True
+) -> DetectionSplits:
+    """Open a dataset with boxes.
+
+    Args:
+        args: where it is.
+        class_names: of a detector that is evaluated; by default those of the train split.
+        training: whether the train split is used. Without, and with `class_names`, it is not read.
+
+    Raises:
+        ValueError: the dataset, a split, a column or an image does not exist; a split has no objects; an object is not what it
+            should be; or the two splits share images.
+    """
+    source = _Source(args)
+    eval_split = _find_eval_split(source.names, args)
+    needed = [args.train_split] if training or class_names is None else []
+    opened = [source.read(name) for name in (*needed, *([eval_split] if eval_split else []))]
+    if not opened:
+        raise ValueError(
+            f"{args.dataset_name} has no split to evaluate on, only {', '.join(source.names)}: see --eval_split"
+        )
+    train, evaluation = (opened[0] if needed else None), (opened[-1] if eval_split else None)
+    if train is not None and evaluation is not None:
+        refuse_shared_images(train, evaluation)
+    names = find_classes(opened[0], opened[1:], class_names)
+    limits = [*([args.max_train_samples] if needed else []), *([args.max_eval_samples] if eval_split else [])]
+    readable = [_measure(split, limit, args) for split, limit in zip(opened, limits, strict=True)]
+    bbox_format = opened[0].bbox_format or (args.bbox_format if args.bbox_format != "auto" else None)
+    if bbox_format is None:
+        bbox_format = find_bbox_format([part for part, _, _ in readable], [sizes for _, sizes, _ in readable])
+    checked = [_check(*part, names, bbox_format, args) for part in readable]
+    content = {split.name: split.content() for split in checked}
+    _refuse_other_content(content, args)
+    for split in checked:
+        _say(split, args)
+    splits = DetectionSplits(
+        _for_training(checked[0], args) if training else None,
+        checked[-1] if eval_split else None,
+        names,
+        any(bool(split.objects.every.difficult.any()) for split in checked),
+        {"dataset": args.dataset_name, "content": content},
+    )
+    for used in (splits.train, splits.eval):
+        if used is not None:
+            _look_at_images(used)
+    return splits
+
+
+class _Source:
+    """A dataset whose form is found out, and whose splits are read one by one."""
+
+    def __init__(self, args: DetectionDataArguments):
+        self.args = args
+        self._files: dict[Path, Files] = {}
+        root = Path(args.dataset_name)
+        local = root.is_dir() and args.dataset_config_name is None
+        self.voc = voc_splits(root) if local else {}
+        self.coco = coco_splits(root) if local and not self.voc else {}
+        self.folder: dict[str, AnnotatedSplit] = {}
+        self.columns: dict[str, datasets.Dataset] = {}
+        if not self.voc and not self.coco:
+            self._open_rows(root, local)
+        self.names = list(self.voc or self.coco or self.folder or self.columns)
+
+    def _open_rows(self, root: Path, local: bool) -> None:
+        args = self.args
+        asked = {part for split in (args.train_split, args.eval_split) if split for part in split.split("+")} - {
+            "train"
+        }
+        if local and has_metadata(root):
+            found = read_folder(self._files_of(root), args.objects_column, args.category_column, args.masks, asked)
+            self.folder = found or {}
+        if not self.folder:
+            opened = open_dataset(
+                args.dataset_name,
+                args.dataset_config_name,
+                streaming=False,
+                train_split=args.train_split,
+                asked=asked,
+                label_column="label",
+            )
+            self.columns, self.places = opened.splits, opened.places
+
+    def _files_of(self, root: Path) -> Files:
+        if root not in self._files:
+            self._files[root] = Files(root)
+        return self._files[root]
+
+    def read(self, name: str) -> AnnotatedSplit:
+        """A split, or several with +."""
+        parts = name.split("+")
+        for part in parts:
+            if part not in self.names:
+                raise ValueError(
+                    f"split {part!r} is not in {self.args.dataset_name}: it has {', '.join(self.names)}; name them with "
+                    "--train_split and --eval_split"
+                )
+        if len(set(parts)) < len(parts):
+            raise ValueError(f"split {name!r} names one split twice: name each once")
+        return join([self._read(part) for part in parts])
+
+    def _read(self, name: str) -> AnnotatedSplit:
+        args = self.args
+        if self.voc:
+            if args.masks:
+                raise ValueError(
+                    f"masks are not read from the VOCdevkit {args.dataset_name}: use COCO's JSON, or leave --masks out"
+                )
+            return read_voc(name, self._files_of(self.voc[name]))
+        if self.coco:
+            return read_coco(name, self._files_of(Path(args.dataset_name)), self.coco[name], args.masks)
+        if self.folder:
+            return self.folder[name]
+        split = read_columns(
+            name,
+            self.columns[name],
+            image_column=args.image_column,
+            objects_column=args.objects_column,
+            category_column=args.category_column,
+            masks=args.masks,
+        )
+        split.places = self.places
+        return split
+
+
+def _find_eval_split(names: list[str], args: DetectionDataArguments) -> str | None:
+    found = args.eval_split or next((name for name in (*EVAL_SPLITS, *VOC_EVAL_SPLITS) if name in names), None)
+    return None if found == args.train_split else found
+
+
+def _measure(
+    split: AnnotatedSplit, limit: int | None, args: DetectionDataArguments
+) -> tuple[AnnotatedSplit, list[tuple[int, int]], Decoder]:
+    """The images whose size is known, or can be read, and their sizes; the others are named and left out."""
+    decoder = Decoder(args.max_image_pixels, split.places)
+    broken = Unreadable(len(split.annotations), split.name)
+    kept, sizes = [], []
+    for index, image in enumerate(split.annotations[:limit]):
+        try:
+            sizes.append(image.size or decoder.size(split.images[index]["image"]))
+            kept.append(index)
+        except OSError as error:
+            broken.add(split.images[index], index, error)
+    if not kept:
+        raise ValueError(f"no image of split {split.name!r} of {args.dataset_name} can be read: check the files")
+    if len(kept) < len(split.annotations):
+        inodes = [split.inodes[i] for i in kept] if split.inodes else []
+        annotations = [split.annotations[i] for i in kept]
+        split = AnnotatedSplit(
+            split.name,
+            split.images.select(kept),
+            annotations,
+            split.class_names,
+            split.bbox_format,
+            split.places,
+            inodes,
+        )
+    return split, sizes, decoder
+
+
+def _check(
+    split: AnnotatedSplit,
+    sizes: list[tuple[int, int]],
+    decoder: Decoder,
+    names: list[str],
+    bbox_format: str,
+    args: DetectionDataArguments,
+) -> DetectionSplit:
+    images = zip(split.annotations, sizes, strict=True)
+    objects = PackedObjects(check_objects(image, size, names, bbox_format) for image, size in images)
+    if not len(objects.every):
+        raise ValueError(f"split {split.name!r} of {args.dataset_name} has no objects: choose another")
+    image_names = [image.name for image in split.annotations]
+    broken = Unreadable(len(image_names), split.name)
+    return DetectionSplit(split.name, split.images, np.array(sizes), image_names, objects, decoder, broken)
+
+
+def _look_at_images(split: DetectionSplit) -> None:
+    """Decode some images before anything is trained.
+
+    Raises:
+        ValueError: none can be read, or one has another size than its annotations say.
+    """
+    looked_at = sorted({i * len(split) // LOOKED_AT for i in range(LOOKED_AT)})
+    errors = []
+    for index in looked_at:
+        try:
+            split.image(index)
+        except OSError as error:
+            errors.append(error)
+            split.broken.add(split.rows[index], index, error)
+    if len(errors) == len(looked_at):
+        raise ValueError(
+            f"none of the {len(errors)} images looked at in split {split.name!r} can be read ({errors[0]}): check the files"
+        )
+
+
+def _say(split: DetectionSplit, args: DetectionDataArguments) -> None:
+    if rank() > 0:
+        return
+    every = split.objects.every
+    text = f"{args.dataset_name}: {split.name} has {len(every):,} objects in {len(split):,} images"
+    for what, flags in (("crowds", every.iscrowd), ("difficult", every.difficult)):
+        if flags.any():
+            text += f", {int(flags.sum()):,} {what}"
+    print(text)
+    empty = np.flatnonzero(is_empty(every.boxes))
+    if len(empty):
+        name = split.names[split.objects.image_of(int(empty[0]))]
+        print(
+            f"warning: {len(empty):,} boxes of {split.name} are empty, for example {every.boxes[empty[0]].tolist()} of {name}: "
+            "no detector learns from them"
+        )
+
+
+def _refuse_other_content(content: dict[str, str], args: DetectionDataArguments) -> None:
+    for name, now in content.items():
+        then = (args.content or {}).get(name)
+        if then is not None and then != now:
+            raise ValueError(
+                f"{args.dataset_name} is not what the run was begun with: split {name!r} was {shown(then)} and is {now}. Bring "
+                "its files back, or name other data with --dataset_name"
+            )
+
+
+def _for_training(split: DetectionSplit, args: DetectionDataArguments) -> DetectionSplit:
+    """The images with objects to learn from. detectron2 leaves the others out too."""
+    kept = np.flatnonzero(split.objects.count(split.objects.every.trainable())).tolist()
+    if not kept:
+        raise ValueError(f"split {split.name!r} of {args.dataset_name} has no objects to learn from: choose another")
+    if len(kept) == len(split):
+        return split
+    if rank() == 0:
+        print(
+            f"{args.dataset_name}: {len(split) - len(kept):,} images of {split.name} without objects are left out of training"
+        )
+    return split.select(kept)
