@@ -38,7 +38,10 @@ setup(
     python_requires=">=3.11",
     packages=["modeling_moco", *installed, *(checkout if "editable_wheel" in sys.argv else [])],
     package_dir={"moco_hf": "training"},
-    package_data={"modeling_moco": ["py.typed"], "moco_hf": ["recipes/*.yaml", "tables/*.yaml", "py.typed"]},
+    package_data={
+        "modeling_moco": ["py.typed"],
+        "moco_hf": ["recipes/*.yaml", "recipes/detection/*.yaml", "tables/*.yaml", "py.typed"],
+    },
     cmdclass={"build_py": BuildWithCard},
     entry_points={"console_scripts": ["moco = moco_hf.commands:main"]},
     # Every lower bound, those of "dev" included, is the version that `make test-oldest` installs and runs the tests with.

@@ -69,9 +69,7 @@ class MoCoForObjectDetection(MoCoPreTrainedModel):
 
     ```python
     model = MoCoForObjectDetection.from_pretrained("runs/mine", num_labels=20)
-    loss = model.train()(**processor(images, annotations, return_tensors="pt")).loss
-    outputs = model.eval()(**processor(images, return_tensors="pt"))
-    found = processor.post_process_object_detection(outputs, target_sizes=[image.size[::-1] for image in images])
+    outputs = model(**processor(images, annotations, return_tensors="pt"))  # the loss; detections after model.eval()
     ```
 
     It trains in training mode, and detects in evaluation mode. Of an encoder's folder it takes all the encoder has;
@@ -94,10 +92,11 @@ class MoCoForObjectDetection(MoCoPreTrainedModel):
         layer3, layer4 = (stage["num_chs"] for stage in self.encoder_q.feature_info[-2:])
         if config.rcnn_variant == "c4":
             self.proposals = RegionProposals(config, layer3, STRIDE)
-            self.norm = nn.BatchNorm2d(layer4)  # of the papers' detectors, over all boxes; no ReLU follows
+            self.norm = nn.BatchNorm2d(
+                layer4
+            )  # the papers': the pretrained features end in one that fine-tuning may change
             width = layer4
         else:
-            # The appendix has a 3x3 convolution with BatchNorm; that a ReLU follows is our assumption.
             self.reduce = nn.Sequential(
                 nn.Conv2d(layer4, C5_CHANNELS, kernel_size=3, padding=1, bias=False),
                 nn.BatchNorm2d(C5_CHANNELS),

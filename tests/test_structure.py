@@ -20,8 +20,8 @@ FLOORS = {
     **{"cli": 1, "views": 1, "health": 1},
     **{"optimization": 2, "engine": 3},
     **{"data": 4, "plots": 4, "model_folder": 4},
-    **{"evaluation": 5, "hub": 5, "convert": 5, "detection": 5},
-    **{"monitor": 6, "reports": 6, "process": 6, "embedding": 6},
+    **{"evaluation": 5, "hub": 5, "convert": 5},
+    **{"monitor": 6, "reports": 6, "process": 6, "embedding": 6, "detection": 6},
     **{"trainer": 7, "recipe": 8, "pretrain": 9, "benchmarks": 10, "commands": 11},
 }
 # Calls of huggingface_hub and of transformers that send something to the Hub or make something there.

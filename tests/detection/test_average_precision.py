@@ -21,8 +21,8 @@ from training.detection.average_precision import (
     voc_average_precision,
     voc_class,
 )
-from training.detection.masks import check_segmentation, encode
-from training.detection.objects import Objects
+from training.detection.dataset.masks import check_segmentation, encode
+from training.detection.dataset.objects import Objects
 
 RECORDS = Path(__file__).parents[1] / "records"
 

@@ -10,8 +10,8 @@ import pytest
 from boxed_images import CLASSES, SPLITS, TEST, TRAIN, write_coco, write_metadata, write_parquet, write_voc
 from PIL import Image
 
-from training.detection.annotations import AnnotatedImage, check_objects
-from training.detection.data import DetectionDataArguments, load_detection
+from training.detection.dataset.annotations import AnnotatedImage, check_objects
+from training.detection.dataset.opening import DetectionDataArguments, load_detection
 
 FORMS = {
     "struct of lists": write_parquet,
@@ -100,7 +100,7 @@ def test_splits_that_share_images_are_refused(tmp_path):
 def test_masks_are_those_of_the_annotations(form, tmp_path):
     folder = write_coco(tmp_path / "data") if form == "COCO" else write_parquet(tmp_path / "data", masks=True)
     split = load(folder, masks=True).eval
-    from training.detection.masks import rasterize
+    from training.detection.dataset.masks import rasterize
 
     for number, (size, boxes, *_) in enumerate(TEST):
         for box, mask in zip(boxes, split.objects[number].segmentations, strict=True):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from faster_coco_eval import mask as official
 
-from training.detection.masks import area, check_segmentation, encode, rasterize
-from training.detection.objects import Objects, PackedObjects
+from training.detection.dataset.masks import area, check_segmentation, encode, rasterize
+from training.detection.dataset.objects import Objects, PackedObjects
 
 RECORD = Path(__file__).parents[1] / "records" / "coco_fake100.json.gz"
 

@@ -13,10 +13,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from modeling_moco import MoCoConfig
-from training.detection.batches import DetectionCollator, OrientationBatches
-from training.detection.data import DetectionDataArguments, load_detection
-from training.detection.objects import Objects
-from training.detection.views import (
+from training.detection.dataset.batches import DetectionCollator, OrientationBatches
+from training.detection.dataset.objects import Objects
+from training.detection.dataset.opening import DetectionDataArguments, load_detection
+from training.detection.dataset.views import (
     DetectionEvaluationImages,
     DetectionImages,
     DetectionView,

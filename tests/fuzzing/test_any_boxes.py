@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import few, refusal
 
-from training.detection.annotations import check_objects
-from training.detection.columns import read_objects
-from training.detection.data import DetectionDataArguments, load_detection
-from training.detection.masks import check_segmentation, rasterize
+from training.detection.dataset.annotations import check_objects
+from training.detection.dataset.columns import read_objects
+from training.detection.dataset.masks import check_segmentation, rasterize
+from training.detection.dataset.opening import DetectionDataArguments, load_detection
 
 SIZE = (40, 30)
 ANYTHING = st.recursive(

@@ -72,6 +72,7 @@ def _run_rank(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_the_whole_batch_but_for_the_biased_variance(tmp_path):
     run_ranks(_run_rank, (str(tmp_path),), RANKS)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]

@@ -14,6 +14,7 @@ COMMANDS = {
     "knn": ("knn", "classify by nearest neighbours on frozen features"),
     "probe": ("linear_probe", "train a linear classifier on a frozen encoder"),
     "finetune": ("finetune", "train a whole encoder with few labels or all"),
+    "detect": ("detect", "train a detector around an encoder and measure it"),
     "embed": ("embed", "embed a dataset, search it and find near-duplicates"),
     "report": ("report", "draw the figures of a run and write its report.html"),
     "compare": ("compare", "compare runs in a table and a figure"),

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .masks import coco_library
-from .objects import Objects
+from .dataset.masks import coco_library
+from .dataset.objects import Objects
 
 OVERLAPS = tuple(number / 100 for number in range(50, 100, 5))  # IoUs at which AP is measured
 # These of floating-point numbers are what detectron2 and py-faster-rcnn compare with: the fourth is a little above 0.3.

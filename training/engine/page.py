@@ -20,7 +20,7 @@ from ..errors import visible
 from ..optimization.schedules import recorded_rate
 from .checkpoints import newest_complete
 from .files import leads_out, read_object, write_whole
-from .results import PACKAGES, read_results
+from .results import PACKAGES, read_results, spread
 from .run_folder import CURVES, METRICS, OF_FEATURES, REPORT, SAVED_RECIPE, read_metrics, read_sections
 
 STREAMED = "the images were streamed, and these figures need them by index"
@@ -194,10 +194,9 @@ def _results(results: list[dict[str, Any]]) -> Iterator[str]:
         return
     rows = []
     for entry in _once(results):
-        low, high = entry["interval"]
         data = ", ".join(str(entry["data"][key]) for key in ("dataset", "split") if entry["data"].get(key))
         measured = " · ".join((_metric(entry), entry["feature"], data, entry["date"][:10]))
-        numbers = (f"{entry['value']:.2f} %", f"{low:.2f} to {high:.2f}", f"{entry['n']:,}")
+        numbers = (f"{entry['value']:.2f} %", spread(entry), f"{entry['n']:,}")
         protocol = f"<td>{escape(str(entry['protocol']))}<small>{escape(measured)}</small></td>"
         rows.append(f"<tr>{protocol}" + "".join(f"<td>{escape(number)}</td>" for number in numbers) + "</tr>")
     head = "".join(f"<th>{column}</th>" for column in ("protocol", "value", "95 % interval", "n"))

@@ -50,8 +50,8 @@ class Result:
 
     Args:
         protocol: what was done, so that two results with the same words can be compared.
-        metric: "top1" or "top5".
-        value: per cent of the images.
+        metric: "top1" or "top5"; of detectors an AP, such as "box AP50".
+        value: per cent.
         n: images it was measured on.
         feature: of the encoder, "backbone" or "head".
         settings: what the protocol leaves open.
@@ -75,14 +75,18 @@ def interval(value: float, n: int) -> tuple[float, float]:
     return max(0.0, low), min(100.0, high)
 
 
+def has_interval(metric: str) -> bool:
+    """Whether a metric is a share of images. An AP is none, and several trainings show how it varies."""
+    return not metric.split()[-1].startswith("AP")
+
+
 def table(results: list[Result]) -> str:
-    """Results as lines of text: protocol, feature, metric, value, 95 % interval, images."""
+    """Results as lines of text: protocol, feature, metric, value, 95 % interval where there is one, images."""
     rows = []
     for r in results:
         low, high = interval(r.value, r.n)
-        rows.append(
-            (r.protocol, r.feature, r.metric, f"{r.value:.2f} %", f"95 %: {low:.2f} to {high:.2f}", f"n {r.n:,}")
-        )
+        spread = f"95 %: {low:.2f} to {high:.2f}" if has_interval(r.metric) else ""
+        rows.append((r.protocol, r.feature, r.metric, f"{r.value:.2f} %", spread, f"n {r.n:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -103,7 +107,8 @@ def append_results(folder: Path, results: list[Result], *, model: str, data: dic
         known = read_results(folder)
         seen = [_without_date(entry) for entry in known]
         for result in results:
-            entry = json.loads(json.dumps(asdict(result) | {"interval": interval(result.value, result.n)} | here))
+            ends = interval(result.value, result.n) if has_interval(result.metric) else ()
+            entry = json.loads(json.dumps(asdict(result) | {"interval": ends} | here))
             if entry not in seen:
                 known.append(entry | {"date": datetime.now(UTC).isoformat(timespec="seconds")})
         write_json(folder / RESULTS, known)
@@ -136,9 +141,14 @@ def _defect(entry: Any) -> str | None:
         return f"has no {missing[0]}"
     wrong = [name for name, kind in KINDS.items() if not isinstance(entry[name], kind)]
     ends = entry["interval"]
-    if isinstance(ends, list) and (len(ends) != 2 or not all(isinstance(end, int | float) for end in ends)):
+    if isinstance(ends, list) and (len(ends) not in (0, 2) or not all(isinstance(end, int | float) for end in ends)):
         wrong.append("interval")
     return f"has a {wrong[0]} of another kind" if wrong else None
+
+
+def spread(entry: dict[str, Any]) -> str:
+    """The interval of an entry in words; a dash where it has none."""
+    return "{:.2f} to {:.2f}".format(*entry["interval"]) if entry["interval"] else "–"
 
 
 def _without_date(entry: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The learning rate: how high for a batch, and what it is in every step of a run.
 
 v1 and v2 change it at the start of every epoch (facebookresearch/moco main_moco.py), SimCLR and v3 in every step, after a
-warm-up (facebookresearch/moco-v3 main_moco.py).
+warm-up (facebookresearch/moco-v3 main_moco.py). Detectors drop it at steps, after a warm-up (detectron2).
 """
 
 import math
@@ -96,3 +96,19 @@ def warmup_schedule(
     """
     epochs = steps / steps_per_epoch
     return LambdaLR(optimizer, lambda step: warmup_factor(step / steps_per_epoch, warmup, epochs, milestones))
+
+
+def step_factor(step: int, warmup: int, milestones: list[int]) -> float:
+    """Factor of the learning rate in `step` (from 0): x0.1 at every milestone passed, after a linear rise from 0.001.
+
+    Args:
+        warmup: steps of the rise, as `WarmupMultiStepLR` of detectron2 makes it; 0 for none.
+        milestones: steps.
+    """
+    passed = min(1.0, step / warmup) if warmup else 1.0
+    return (0.001 * (1 - passed) + passed) * math.prod(0.1 for milestone in milestones if step >= milestone)
+
+
+def step_schedule(optimizer: Optimizer, warmup: int, milestones: list[int]) -> LambdaLR:
+    """A scheduler that changes the learning rate in every step, as `step_factor` says."""
+    return LambdaLR(optimizer, lambda step: step_factor(step, warmup, milestones))

@@ -8,7 +8,7 @@ import torch
 
 from modeling_moco.image_processing_moco import normalize
 
-from ..views.policy import seeded_generator
+from ...views.policy import seeded_generator
 from .views import DetectionImages
 
 ORDER = 2**32  # keeps the order of images apart from their views, whose third number is an index

@@ -15,10 +15,10 @@ import numpy as np
 
 from modeling_moco.distributed_moco import rank
 
-from ..data.decode import Decoder, Unreadable
-from ..data.formats import open_dataset
-from ..data.sources import EVAL_SPLITS, LOOKED_AT, SourceArguments
-from ..errors import shown
+from ...data.decode import Decoder, Unreadable
+from ...data.formats import open_dataset
+from ...data.sources import EVAL_SPLITS, LOOKED_AT, SourceArguments
+from ...errors import shown
 from .annotations import AnnotatedSplit, check_objects, find_bbox_format, find_classes, join, refuse_shared_images
 from .columns import has_metadata, read_columns, read_folder
 from .layouts import Files, coco_splits, read_coco, read_voc, voc_splits

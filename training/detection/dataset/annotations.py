@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ..errors import one_line, shown
+from ...errors import one_line, shown
 from . import masks
 from .objects import Objects, is_empty
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import shown
+from ...errors import shown
 
 INSTALL = "pip install faster-coco-eval, or the extra 'detect'"
 

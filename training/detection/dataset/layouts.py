@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 
 import datasets
 
-from ..data.decode import EXTENSIONS
-from ..data.folders import NO_FILE, FoundFile, list_files
-from ..errors import one_line, shown
+from ...data.decode import EXTENSIONS
+from ...data.folders import NO_FILE, FoundFile, list_files
+from ...errors import one_line, shown
 from .annotations import AnnotatedImage, AnnotatedSplit, parse_number
 
 MOST_XML = 2**24  # bytes of the annotations of one image

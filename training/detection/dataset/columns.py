@@ -9,9 +9,9 @@ from typing import Any
 
 import datasets
 
-from ..data.folders import METADATA, arrange
-from ..data.metadata import use_metadata
-from ..errors import shown
+from ...data.folders import METADATA, arrange
+from ...data.metadata import use_metadata
+from ...errors import shown
 from .annotations import AnnotatedImage, AnnotatedSplit
 from .layouts import Files, split_of_files
 

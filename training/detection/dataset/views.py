@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..views.policy import seeded_generator
-from .data import DetectionSplit
+from ...views.policy import seeded_generator
 from .masks import rasterize
 from .objects import Objects, is_empty
+from .opening import DetectionSplit
 
 LONGEST = 1333  # of the long side, in all published runs
 GREY = (124, 116, 104)  # the mean of ImageNet, which becomes about zero

@@ -1,0 +1,133 @@
+"""Detectors are trained in steps by detectron2's schedule, go on where they were stopped, and find what they have learned."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from drawn_boxes import CLASSES, draw_boxes
+from tiny_trainer import StopAt
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from modeling_moco import MoCoConfig, MoCoForObjectDetection, MoCoImageProcessor, MoCoModel
+from training.detection.dataset.opening import load_detection
+from training.detection.run import build_trainer, load_recipe, parse_detect, recipe_names
+from training.optimization.schedules import step_factor
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    *("--recipe", "bccd_quickstart", "--train_sizes", "64", "72", "--test_size", "64", "--anchor_sizes", "16", "32"),
+    *("--roi_samples", "16", "--rpn_post_nms_train", "40", "--rpn_post_nms_test", "20", "--global_batch_size", "2"),
+    *("--precise_bn_steps", "2", "--use_cpu", "--disable_tqdm", "True", "--logging_steps", "1", "--warmup_steps", "2"),
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=16, batch_norm="plain")).save_pretrained(folder)
+    MoCoImageProcessor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory):
+    return draw_boxes(tmp_path_factory.mktemp("boxes"))
+
+
+def build(encoder, boxes, folder, *flags):
+    run = parse_detect([str(encoder), *TINY, "--dataset_name", str(boxes), "--output_dir", str(folder), *flags])
+    return build_trainer(run, load_detection(run.data))
+
+
+def test_the_learning_rate_is_detectron2s():
+    """WarmupMultiStepLR of detectron2 02b5c4e: 100 steps from a thousandth, drops at 18,000 and 22,000 (MoCo's VOC configs)."""
+    for step, factor in [(0, 0.001), (50, 0.5005), (99, 0.99001), (100, 1), (17_999, 1), (18_000, 0.1), (22_000, 0.01)]:
+        assert step_factor(step, 100, [18_000, 22_000]) == pytest.approx(factor, rel=1e-12)
+    assert step_factor(0, 0, []) == 1
+
+
+def test_batch_norm_has_no_decay_and_all_else_has(encoder, boxes, tmp_path):
+    trainer = build(encoder, boxes, tmp_path / "run", "--max_steps", "2")
+    trainer.train()
+    norms = {id(p) for m in trainer.model.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
+    groups = trainer.optimizer.param_groups
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays == {id(p): 0 if id(p) in norms else 1e-4 for p in trainer.model.parameters()}
+    assert {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"} <= trainer.state.log_history[0].keys()
+
+
+@pytest.mark.slow
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(encoder, boxes, tmp_path):
+    flags = ["--max_steps", "7", "--save_steps", "1"]
+    whole = build(encoder, boxes, tmp_path / "whole", *flags)
+    whole.train()
+    first = build(encoder, boxes, tmp_path / "parts", *flags)
+    first.add_callback(StopAt(4))
+    first.train()
+    assert first.state.global_step == 4
+    second = build(encoder, boxes, tmp_path / "parts", *flags)
+    second.train(resume_from_checkpoint=True)
+    for name, x in whole.model.state_dict().items():
+        assert torch.equal(x, second.model.state_dict()[name]), name
+    losses = [[e["loss"] for e in one.state.log_history if "loss" in e] for one in (whole, second)]
+    assert losses[0][4:] == losses[1][-3:]
+
+
+def test_the_script_leaves_a_detector_with_its_results_and_measures_it_again(encoder, boxes, tmp_path, script, capsys):
+    folder = tmp_path / "detector"
+    command = [str(encoder), *TINY, "--dataset_name", str(boxes), "--output_dir", str(folder), "--max_steps", "3"]
+    script("detect").main(command)
+    shown = capsys.readouterr().out
+    assert "Based on recipe bccd_quickstart, changed: dataset_name" in shown
+    results = json.loads((folder / "results.json").read_text())
+    assert [entry["metric"] for entry in results][:1] == ["box AP"]
+    assert all(entry["interval"] == [] and entry["n"] == 6 for entry in results)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics["box_per_class"]) == sorted(CLASSES)
+    model = MoCoForObjectDetection.from_pretrained(folder)
+    assert sorted(model.config.id2label.values()) == sorted(CLASSES)
+    script("detect").main(command)
+    assert "nothing to do" in capsys.readouterr().out
+    assert {"detections.png", "ap_by_class.png"} <= {path.name for path in folder.iterdir()}
+    script("detect").main([str(folder), *TINY, "--dataset_name", str(boxes), "--eval_only"])
+    again = re.findall(r"box AP +\| +([\d.]+) %", capsys.readouterr().out)
+    assert again == re.findall(r"box AP +\| +([\d.]+) %", shown)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_read(name):
+    recipe = load_recipe(name)
+    assert {"title", "source", "command", "hardware", "expected"} == recipe.about.keys()
+    assert name in recipe.about["command"]
+
+
+@pytest.mark.slow
+def test_it_finds_what_it_has_learned_from_random_weights(encoder, tmp_path, script):
+    boxes = draw_boxes(tmp_path / "boxes", train=64, test=24)
+    folder = tmp_path / "detector"
+    flags = ["--max_steps", "240", "--global_batch_size", "4", "--step_milestones", "200", "--logging_steps", "40"]
+    script("detect").main([str(encoder), *TINY, "--dataset_name", str(boxes), "--output_dir", str(folder), *flags])
+    assert json.loads((folder / "metrics.json").read_text())["box"]["AP50"] > 60
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_training_and_the_evaluation_and_end(encoder, tmp_path):
+    boxes, folder = draw_boxes(tmp_path / "boxes", train=12, test=7), tmp_path / "detector"
+    flags = ["--detector_norm", "sync", "--global_batch_size", "4", "--max_steps", "4", "--save_steps", "2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    command += ["--config_file", str(ROOT / "configs/accelerate/two_cpus.yaml"), str(ROOT / "scripts/detect.py")]
+    command += [str(encoder), *TINY, *flags, "--dataset_name", str(boxes), "--output_dir", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["n"] == 7
+    assert metrics["ended"]
+    model = MoCoForObjectDetection.from_pretrained(folder)
+    assert all(x.isfinite().all() for x in model.state_dict().values())
