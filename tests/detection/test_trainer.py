@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modeling_moco import MoCoConfig, MoCoForObjectDetection, MoCoImageProcessor, MoCoModel
 from training.detection.dataset.opening import load_detection
-from training.detection.run import build_trainer, load_recipe, parse_detect, recipe_names
+from training.detection.run import (
+    DetectorArguments,
+    build_model,
+    build_trainer,
+    load_recipe,
+    parse_detect,
+    recipe_names,
+)
 from training.optimization.schedules import step_factor
 
 ROOT = Path(__file__).parents[2]
@@ -101,10 +109,18 @@ def test_the_script_leaves_a_detector_with_its_results_and_measures_it_again(enc
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_is_read(name):
+def test_every_recipe_builds_the_detector_that_it_names(name, encoder):
     recipe = load_recipe(name)
     assert {"title", "source", "command", "hardware", "expected"} == recipe.about.keys()
     assert name in recipe.about["command"]
+    run = parse_detect([str(encoder), "--recipe", name, "--use_cpu", "--global_batch_size", "2"])
+    model = build_model(run, CLASSES)
+    of_model = {field.name for field in fields(DetectorArguments)} - {"train_sizes", "test_size", "longest_side"}
+    named = {key: value for key, value in recipe.values.items() if key in of_model | {"masks"}}
+    assert named
+    assert {key: getattr(model.config, key) for key in named} == named
+    assert hasattr(model, "hidden") == (recipe.values["rcnn_variant"] == "dilated_c5")
+    assert hasattr(model, "mask_predictor") == recipe.values.get("masks", False)
 
 
 @pytest.mark.slow

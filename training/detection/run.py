@@ -42,7 +42,7 @@ class DetectorArguments:
 
     _argument_group_name = "model (MoCoRCNNConfig)"
 
-    variant: str = field(default="c4", metadata={"help": "Detector: c4, or dilated_c5 (v1, appendix A.1)."})
+    rcnn_variant: str = field(default="c4", metadata={"help": "Detector: c4, or dilated_c5 (v1, appendix A.1)."})
     detector_norm: str = field(
         default="sync", metadata={"help": "BatchNorm in training: sync over the processes, plain, or frozen."}
     )
@@ -141,9 +141,9 @@ class DetectRun:
     def protocol(self, metric: Metric) -> str:
         """The words that stand for this evaluation in results."""
         masks = "Mask R-CNN" if self.data.masks else "Faster R-CNN"
-        args = self.training
+        args, variant = self.training, self.model.rcnn_variant.upper().replace("_", "-")
         return (
-            f"{masks} {self.model.variant.upper().replace('_', '-')}, {args.max_steps:,} steps of {args.global_batch_size}, "
+            f"{masks} {variant}, {args.max_steps:,} steps of {args.global_batch_size}, "
             f"learning rate {args.learning_rate:g}, short side {self.model.test_size} px, {METRIC_NAMES[metric]}"
         )
 
@@ -310,7 +310,7 @@ def announce(run: DetectRun, splits: DetectionSplits, trainer: DetectionTrainer)
     if run.about.get("title"):
         print(f"    title: {run.about['title']}")
     print(
-        f"      run: {kind} {run.model.variant} around {run.encoder}; {len(splits.train):,} images of "
+        f"      run: {kind} {run.model.rcnn_variant} around {run.encoder}; {len(splits.train):,} images of "
         f"{len(splits.class_names)} classes, short side {min(sizes)} to {max(sizes)} px, {args.max_steps:,} steps of "
         f"{args.global_batch_size}, learning rate {args.learning_rate:g}, BatchNorm {run.model.detector_norm}, to "
         f"{args.output_dir}"
