@@ -50,7 +50,7 @@ TINY = [
 
 
 # One for each kind of step.
-UNLIKE = ("quickstart", "cifar10_small", "photos_small", "moco_v2_r50_in1k_200ep")
+UNLIKE = ("quickstart", "cifar10_small", "photos_small")
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,10 @@ def quickstart(tmp_path_factory):
     return folder, short, result
 
 
-@pytest.mark.parametrize("view_backend", [pytest.param("cv2", marks=pytest.mark.slow), "device"])
+@pytest.mark.slow
+@pytest.mark.parametrize("view_backend", ["cv2", "device"])
 @pytest.mark.parametrize(
-    "size", [32, pytest.param(80, marks=pytest.mark.slow)], ids=["small", "large"]
+    "size", [32, 80], ids=["small", "large"]
 )  # of the files: those of up to 64 px are kept in memory
 def test_views_can_be_made_by_every_backend(script, tmp_path, view_backend, size):
     for part, count in (("train", 24), ("test", 8)):
@@ -187,6 +188,7 @@ def test_a_run_that_has_ended_says_so_and_is_not_touched_and_another_is_refused(
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_before_its_report_continues_and_ends(quickstart, script, tmp_path, capsys):
     folder, short, _ = quickstart
     run = tmp_path / "run"

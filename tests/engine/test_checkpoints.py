@@ -95,7 +95,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(rows, tmp_path, stre
         assert not any(p.requires_grad for p in resumed.model.encoder_k.parameters())
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_on_images_in_memory_is_the_uninterrupted_one(rows, tmp_path, workers):
     options = SAVING | {"memory": True, "dataloader_num_workers": workers}
     whole = build(rows, tmp_path / "whole", **options)

@@ -221,6 +221,7 @@ def test_a_last_batch_of_one_image_is_left_out_as_batch_norm_could_not_normalise
 # What is left behind
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(encoder, tmp_path):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -205,7 +205,8 @@ def parse_detect(argv: list[str]) -> DetectRun:
     known = parser.parse_args(argv)
     if known.model is None:
         raise ValueError("no model given: pass the folder that a run saved to, e.g. runs/quickstart")
-    check_exists(known.model) if not known.eval_only else None
+    if not known.eval_only:
+        check_exists(known.model)
     encoder = Encoder(known.model, known.random_encoder)
     recipe = load_recipe(known.recipe)
     if "dataset_name" not in recipe.values and "dataset_name" not in parser.given(argv):
