@@ -17,7 +17,16 @@ from ..cli import build_parser, check_names, default_values, how_to_run, nearest
 from ..engine.files import below, check_model_files, write_json
 from ..engine.record import record
 from ..engine.results import Result, read_results, table
-from ..engine.run_folder import CLASS_AP, DETECTIONS, FREE_TO_CHANGE, METRICS, mark_ended, read_metrics, read_sections
+from ..engine.run_folder import (
+    CLASS_AP,
+    DETECTIONS,
+    FREE_TO_CHANGE,
+    METRICS,
+    SAVED_RECIPE,
+    mark_ended,
+    read_metrics,
+    read_sections,
+)
 from ..errors import shown
 from ..evaluation.encoder import Encoder, check_exists
 from ..model_folder import load_model, read_config
@@ -208,7 +217,9 @@ def parse_detect(argv: list[str]) -> DetectRun:
     if not known.eval_only:
         check_exists(known.model)
     encoder = Encoder(known.model, known.random_encoder)
-    recipe = load_recipe(known.recipe)
+    own = Path(known.model) / SAVED_RECIPE  # of a trained detector: what it is called is what it was trained by
+    of_detector = known.eval_only and "recipe" not in parser.given(argv) and own.is_file()
+    recipe = load_recipe(str(own) if of_detector else known.recipe)
     if "dataset_name" not in recipe.values and "dataset_name" not in parser.given(argv):
         raise ValueError(f"recipe {recipe.name} names no dataset: pass --dataset_name")
     folder = known.model if known.eval_only else str(below(encoder.results_dir, recipe.name))
