@@ -5,6 +5,7 @@ much more memory than the weights that are there.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,8 +36,11 @@ DAMAGED = (
 )
 
 
-def read_config(source: str) -> MoCoConfig:
+def read_config(source: str, kinds: Sequence[type[MoCoConfig]] = (MoCoConfig,)) -> MoCoConfig:
     """The configuration of a MoCo model.
+
+    Args:
+        kinds: what it may be; by default that of an encoder or its classifier.
 
     Raises:
         OSError: there is none.
@@ -49,9 +53,10 @@ def read_config(source: str) -> MoCoConfig:
                 raise ValueError(f"{name} ({shown(content[name])}) would load something else: remove it")
         if isinstance(classes := content.get("num_labels"), int) and classes > MOST_CLASSES:
             raise ValueError(f"num_labels ({classes:,}) must be at most {MOST_CLASSES:,}: lower it")
-        if content.get("model_type") != MoCoConfig.model_type:
+        kind = next((kind for kind in kinds if kind.model_type == content.get("model_type")), None)
+        if kind is None:
             raise OSError(f"model_type {shown(content.get('model_type'))} in {CONFIG_NAME}")
-        config: MoCoConfig = MoCoConfig.from_pretrained(source)
+        config: MoCoConfig = kind.from_pretrained(source)
         if not isinstance(config.dtype, torch.dtype | None):
             raise ValueError(f"dtype ({shown(config.dtype)}) is none of torch's: use float32")
     except StrictDataclassError as error:

@@ -4,7 +4,7 @@ Every function takes data and a path without suffix.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import wrap
@@ -114,7 +114,7 @@ PANELS = (
 
 
 def training_curves(history: list[dict[str, Any]], chance: float, path: Path, knn_k: list[int] | None = None) -> None:
-    """What a run has logged, by epoch: a panel for every kind of number that is there.
+    """What a pretraining run has logged, by epoch: a panel for every kind of number that is there.
 
     Args:
         history: of the trainer, entries with an "epoch".
@@ -123,8 +123,23 @@ def training_curves(history: list[dict[str, Any]], chance: float, path: Path, kn
     """
     ks = {f"eval_knn_top1_k{k}": f"k {k}" for k in (knn_k or [])[1:]}
     knn = {"eval_knn_top1": f"k {knn_k[0]}" if knn_k else "top-1"} | ks
+    curves([panel if panel.series else panel._replace(series=knn) for panel in PANELS], history, path, chance=chance)
+
+
+def curves(
+    panels: Sequence[Panel],
+    history: list[dict[str, Any]],
+    path: Path,
+    by: str = "epoch",
+    chance: float | None = None,
+) -> None:
+    """Those of the panels for which something has been logged.
+
+    Args:
+        by: what stands on the axis, "epoch" or "step".
+        chance: a line across the panel of the loss.
+    """
     logged = {key for entry in history for key in entry}
-    panels = [panel if panel.series else panel._replace(series=knn) for panel in PANELS]
     panels = [panel for panel in panels if logged & panel.series.keys()]
     columns, height = (2, 2.35) if len(panels) <= 4 else (3, 1.9)
     width, rows = WIDTH / columns, [panels[i : i + columns] for i in range(0, len(panels), columns)]
@@ -139,14 +154,14 @@ def training_curves(history: list[dict[str, Any]], chance: float, path: Path, kn
             tall = height - 0.7 + LEGEND_LINE * (legends[row] - own)
             place = (column * width + 0.5, below + 0.42, width - 0.62, tall)
             axis = fig.add_axes(np.divide(place, page * 2).tolist())
-            if "loss" in panel.series:
+            if chance is not None and "loss" in panel.series:
                 axis.axhline(chance, color=GRAY, linestyle=(0, (4, 2)), linewidth=1, gid="chance")
                 beside: Any = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
                 axis.annotate(f"all keys alike {chance:.2f}", (1, chance), (0, 3), color=GRAY, fontsize=8, **beside)
-            _draw_panel(axis, panel, history, own)
-            axis.set_xlim(0, 1.02 * max(entry["epoch"] for entry in history))
+            _draw_panel(axis, panel, history, own, by)
+            axis.set_xlim(0, 1.02 * max(entry[by] for entry in history))
             if i >= len(panels) - columns:
-                axis.set_xlabel("epoch", labelpad=2)
+                axis.set_xlabel(by, labelpad=2)
 
 
 def _legend_lines(panel: Panel, logged: set[str]) -> int:
@@ -158,13 +173,13 @@ def _legend_columns(names: list[str]) -> int:
     return 2 if max(map(len, names)) <= 8 else 1  # with its number a longer one takes the width of a panel
 
 
-def _draw_panel(axis: Axes, panel: Panel, history: list[dict[str, Any]], lines: int) -> None:
+def _draw_panel(axis: Axes, panel: Panel, history: list[dict[str, Any]], lines: int, by: str) -> None:
     shown = [(key, name) for key, name in panel.series.items() if any(key in entry for entry in history)]
     for (key, name), colour in zip(shown, (BLUE, VERMILION, GREEN, *COLOURS), strict=False):
-        epochs, values = zip(*((entry["epoch"], entry[key]) for entry in history if key in entry), strict=True)
+        places, values = zip(*((entry[by], entry[key]) for entry in history if key in entry), strict=True)
         marker = "o" if len(values) < 30 else None
         last = f"{values[-1]:,.0f}" if abs(values[-1]) >= 1000 else f"{values[-1]:.3g}"
-        axis.plot(epochs, values, color=colour, marker=marker, markersize=3, label=f"{name}: {last}", gid=key)
+        axis.plot(places, values, color=colour, marker=marker, markersize=3, label=f"{name}: {last}", gid=key)
     pad = 4 + POINTS * LEGEND_LINE * lines
     axis.set_title(panel.title, pad=pad)
     if len(shown) > 1:

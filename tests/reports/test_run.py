@@ -1,19 +1,18 @@
 """The report is one file that tells all of a run, whatever state the run is in."""
 
-import base64
 import html
 import json
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
 import yaml
+from html_page import Page
 
 from modeling_moco import MoCoConfig, MoCoModel
 from training.data.formats import load_digits
@@ -53,35 +52,6 @@ def killed(run) -> Path:
             path.unlink()
     (run / "checkpoint-8" / "manifest.json").unlink()  # killed while it was written
     return run
-
-
-class Page(HTMLParser):
-    """Tags, their attributes and all text of a report."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.tags: list[tuple[str, dict]] = []
-        self.text, self.open = "", []
-        self.feed(self.source)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
-            self.text += data + "\n"
-
-    @property
-    def images(self) -> dict[str, bytes]:
-        found = [attrs for tag, attrs in self.tags if tag == "img"]
-        return {attrs["alt"]: base64.b64decode(attrs["src"].partition("svg+xml;base64,")[2]) for attrs in found}
 
 
 def test_a_run_leaves_its_history_its_last_knn_and_its_figures(ended):

@@ -20,7 +20,7 @@ import yaml
 TOKEN = "hf_loopback"
 LARGE = (".safetensors", ".data", ".onnx", ".pt2", ".png", ".parquet")
 LICENSES = {"mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "openrail", "other", "unknown"}
-TASKS = {"image-classification", "image-feature-extraction"}
+TASKS = {"image-classification", "image-feature-extraction", "image-segmentation", "object-detection"}
 
 
 def git_hash(data: bytes) -> str:

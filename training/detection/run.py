@@ -1,12 +1,10 @@
 """A detector from its command line: parse, build, train, evaluate, leave results behind."""
 
-import hashlib
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
@@ -15,14 +13,18 @@ from modeling_moco import MoCoDetectionImageProcessor, MoCoForObjectDetection, M
 
 from ..cli import build_parser, check_names, default_values, how_to_run, nearest_name, parse_flags, section_of_file
 from ..engine.files import below, check_model_files, write_json
+from ..engine.page import read_run, refresh_report, write_report
 from ..engine.record import record
-from ..engine.results import Result, read_results, table
+from ..engine.results import Result, model_digest, read_results, table
 from ..engine.run_folder import (
     CLASS_AP,
     DETECTIONS,
     FREE_TO_CHANGE,
     METRICS,
+    OF_DETECTOR,
     SAVED_RECIPE,
+    TRAINING,
+    drawn,
     mark_ended,
     read_metrics,
     read_sections,
@@ -36,7 +38,7 @@ from .dataset.opening import DetectionDataArguments, DetectionSplits
 from .dataset.views import DetectionImages, DetectionView
 from .evaluate import METRICS as METRIC_NAMES
 from .evaluate import Metric, detect, measure
-from .figures import draw_classes, draw_detections
+from .figures import draw_classes, draw_detections, draw_training
 from .trainer import DetectionTrainer, DetectionTrainingArguments, rate_rule
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "detection"
@@ -272,8 +274,8 @@ def load_detector(run: DetectRun) -> tuple[MoCoForObjectDetection, MoCoDetection
     source = run.encoder.source
     try:
         check_model_files(Path(source))
-        config = MoCoRCNNConfig.from_pretrained(source)
-        model, report = MoCoForObjectDetection.from_pretrained(source, config=config, output_loading_info=True)
+        config = read_config(source, [MoCoRCNNConfig])
+        model, report = load_model(source, config, MoCoForObjectDetection, {})
         if report["missing_keys"]:
             raise OSError(f"it lacks {min(report['missing_keys'])}")
         return model.eval(), MoCoDetectionImageProcessor.from_pretrained(source)
@@ -355,8 +357,11 @@ def finish(run: DetectRun, splits: DetectionSplits, trainer: DetectionTrainer) -
     trainer.save_state()
     measured = {} if splits.eval is None else results_of(run, splits, trainer.model, trainer.processing_class)
     if trainer.is_world_process_zero():
+        draw_training(trainer.state.log_history, folder / TRAINING)
         leave_results(run, splits, trainer.model, measured, trainer.state.global_step)
         mark_ended(folder)
+        write_report(read_run(folder))
+        refresh_report(run.encoder.results_dir)
 
 
 def show_recorded(run: DetectRun) -> None:
@@ -369,15 +374,6 @@ def show_recorded(run: DetectRun) -> None:
         shown_values = ", ".join(f"{name} {values[name]:.2f} %" for name in ("AP", "AP50", "AP75") if name in values)
         if shown_values:
             print(f"{metrics['protocol']}: {kind} {shown_values}, n {metrics['n']:,}")
-
-
-def detector_digest(model: MoCoForObjectDetection) -> str:
-    """Sixteen hexadecimal digits that stand for all weights and statistics of a detector."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def leave_results(
@@ -394,18 +390,18 @@ def leave_results(
         if ap.values[name] == ap.values[name]  # not NaN
     ]
     print(table(results) if results else "Nothing was measured.")
-    content: dict[str, Any] = {"protocol": protocol, "n": n, "metric": metric}
+    data = splits.place | {"split": splits.eval.name if splits.eval is not None else None, "local": run.data.local}
+    content: dict[str, Any] = {"protocol": protocol, "n": n, "metric": metric, "data": data}
     for kind, ap in measured.items():
         content[kind] = {name: 100 * value for name, value in ap.values.items()}
         content[f"{kind}_per_class"] = {name: 100 * value for name, value in ap.per_class.items()}
     if not run.eval_only:
         write_json(folder / METRICS, content)
-    figures = [folder / f"{name}.png" for name in (DETECTIONS, CLASS_AP) if measured]
-    data = splits.place | {"split": splits.eval.name if splits.eval is not None else None, "local": run.data.local}
+    figures = drawn(folder, OF_DETECTOR)
     record(
         folder,
         results,
-        model=detector_digest(model),
+        model=model_digest(model),
         data=data,
         trackers=run.training.trackers,
         figures=figures,

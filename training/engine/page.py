@@ -1,4 +1,4 @@
-"""`report.html` of a run, a page that needs no other file: its numbers first, then its figures and settings.
+"""`report.html` of a run or of a detector, a page that needs no other file: numbers first, then figures and settings.
 
 It shows what lies in the folder of the run, and is written anew whenever a result is recorded there.
 """
@@ -21,11 +21,23 @@ from ..optimization.schedules import recorded_rate
 from .checkpoints import newest_complete
 from .files import leads_out, read_object, write_whole
 from .results import PACKAGES, read_results, spread
-from .run_folder import CURVES, METRICS, OF_FEATURES, REPORT, SAVED_RECIPE, read_metrics, read_sections
+from .run_folder import (
+    CLASS_AP,
+    CURVES,
+    DETECTIONS,
+    METRICS,
+    OF_DETECTOR,
+    OF_FEATURES,
+    REPORT,
+    SAVED_RECIPE,
+    read_metrics,
+    read_sections,
+)
 
 STREAMED = "the images were streamed, and these figures need them by index"
 # The figure of a classifier's mistakes, by the name of the probe. That of a fine-tuning is called as the first.
 CONFUSIONS = {"official": "confusion", "cached SGD": "confusion_sgd", "cached L-BFGS": "confusion_lbfgs"}
+PER_CLASS = "_per_class"  # end of the names of numbers of a detector, by class
 # Numbers of `metrics.json` that are shown, and in which words.
 NUMBERS = {
     "knn_top1_before": ("kNN top-1 before training", "{:.2f} %"),
@@ -76,7 +88,7 @@ details { margin: .4rem 0; font-size: .9rem; }
 
 @dataclass(frozen=True)
 class Run:
-    """A pretraining run on disk.
+    """A pretraining run on disk, or the training of a detector.
 
     Args:
         folder: its output directory.
@@ -92,12 +104,17 @@ class Run:
     state: dict[str, Any]
     results: list[dict[str, Any]]
 
+    @property
+    def of_detector(self) -> bool:
+        """Whether it trained a detector around an encoder."""
+        return "encoder" in self.recipe
+
 
 def read_run(folder: Path) -> Run:
     """The run that wrote to a folder, which may have ended or not.
 
     Raises:
-        ValueError: there is no pretraining run, it has no complete checkpoint yet, or its results cannot be read.
+        ValueError: there is no run, it has no complete checkpoint yet, or its results cannot be read.
     """
     saved = folder / SAVED_RECIPE
     recipe = read_sections(saved, "correct it, or pass another run") if saved.is_file() else {}
@@ -151,7 +168,7 @@ def _page(run: Run, missing: str | None) -> str:
         f"<p>{escape(ended)}. Step {step:,} of {steps:,}, epoch {run.state['epoch'] or 0:.4g} of "
         f"{run.state['num_train_epochs']:,}. Folder: {escape(str(run.folder))}</p>",
         "<h2>Results</h2>",
-        *_results(run.results),
+        *_results(run.results, ("detect",) if run.of_detector else ("knn", "linear_probe")),
         *_numbers(run.folder / METRICS),
         *_figures(run, missing),
         "<h2>Settings</h2>",
@@ -188,9 +205,9 @@ def escape(text: str) -> str:
 # Numbers
 
 
-def _results(results: list[dict[str, Any]]) -> Iterator[str]:
+def _results(results: list[dict[str, Any]], measured_by: tuple[str, ...]) -> Iterator[str]:
     if not results:
-        yield "<p>None yet: <code>scripts/knn.py</code> and <code>scripts/linear_probe.py</code> measure some.</p>"
+        yield f"<p>None yet: {' and '.join(f'<code>scripts/{name}.py</code>' for name in measured_by)} measure some.</p>"
         return
     rows = []
     for entry in _once(results):
@@ -226,6 +243,8 @@ def _numbers(path: Path) -> Iterator[str]:
         return
     shown = {}
     for key, value in metrics.items():
+        if key.endswith(PER_CLASS):
+            continue  # a figure shows them
         name, form = NUMBERS.get(key, (key, None))
         shown[name] = value if form is None else "not measured" if value is None else form.format(value)
     yield "<h2>Numbers of the run</h2>"
@@ -236,6 +255,19 @@ def _numbers(path: Path) -> Iterator[str]:
 
 
 def _figures(run: Run, missing: str | None) -> Iterator[str]:
+    if run.of_detector:
+        yield from _figures_of_detector(run.folder)
+    else:
+        yield from _figures_of_pretraining(run, missing)
+
+
+def _figures_of_detector(folder: Path) -> Iterator[str]:
+    by = dict.fromkeys((DETECTIONS, CLASS_AP), f"{how_to_run('detect')} {folder} --eval_only")
+    for name, (title, reading) in OF_DETECTOR.items():
+        yield f"<h2>{title}</h2>\n" + _figure(folder / f"{name}.svg", title, reading, None, by.get(name))
+
+
+def _figures_of_pretraining(run: Run, missing: str | None) -> Iterator[str]:
     if missing is None and run.recipe["data"].get("streaming"):
         missing = STREAMED
     unlogged = None if run.state["log_history"] else "nothing has been logged yet"
@@ -245,13 +277,33 @@ def _figures(run: Run, missing: str | None) -> Iterator[str]:
     if confusions:
         yield "<h2>Which classes are confused</h2>"
         yield from confusions
+    detectors = list(_detectors(run.folder))
+    if detectors:
+        yield "<h2>Objects that are found</h2>"
+        yield from detectors
     for name, (title, reading) in OF_FEATURES.items():
         yield f"<h2>{title}</h2>\n" + _figure(run.folder / f"{name}.svg", title, reading, missing)
 
 
+def _folders(run: Path) -> list[Path]:
+    """Folders of a run, in which later commands have trained something on its model."""
+    return sorted(path for path in run.iterdir() if path.is_dir() and not path.is_symlink())
+
+
+def _detectors(run: Path) -> Iterator[str]:
+    """What every detector finds that was trained on the run's model, with its numbers."""
+    for folder in (folder for folder in _folders(run) if (folder / f"{DETECTIONS}.svg").is_file()):
+        measured = read_metrics(folder / METRICS, "correct it, or move it away")
+        values = [f"{kind} {words(measured[kind])}" for kind in ("box", "mask") if kind in measured]
+        reading = f"{folder.name}: {'; '.join([measured.get('protocol', 'not ended'), *values])}."
+        for name in (DETECTIONS, CLASS_AP):
+            title = f"{OF_DETECTOR[name][0]}, {folder.name}"
+            yield _figure(folder / f"{name}.svg", title, reading if name == DETECTIONS else f"{title}.", None)
+
+
 def _confusions(run: Path) -> Iterator[str]:
     """The mistakes of every classifier that was trained on the run's model, in folders of the run."""
-    for folder in sorted(path for path in run.iterdir() if path.is_dir() and not path.is_symlink()):
+    for folder in _folders(run):
         figures = {stem: folder / f"{stem}.svg" for stem in CONFUSIONS.values() if (folder / f"{stem}.svg").is_file()}
         measured = read_metrics(folder / METRICS, "correct it, or move it away") if figures else {}
         protocols = {CONFUSIONS.get(probe["name"]): probe["protocol"] for probe in measured.get("probes", [])}
@@ -261,9 +313,9 @@ def _confusions(run: Path) -> Iterator[str]:
             yield _figure(path, title, f"{folder.name}: {protocol}.", None)
 
 
-def _figure(path: Path, title: str, reading: str, missing: str | None) -> str:
+def _figure(path: Path, title: str, reading: str, missing: str | None, drawn_by: str | None = None) -> str:
     if not path.is_file() or leads_out(path):  # the report may be shown to anybody
-        why = missing or f"draw it by {how_to_run('report')} {path.parent}"
+        why = missing or f"draw it by {drawn_by or how_to_run('report') + f' {path.parent}'}"
         return f'<p class="missing">{path.stem} is missing: {escape(why)}</p>'
     note = f" Drawn earlier; not drawn again, because {missing}" if missing else ""
     return embedded(path, title, reading + note)

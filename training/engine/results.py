@@ -15,9 +15,11 @@ from typing import Any, Literal
 
 import torch
 from filelock import FileLock
+from torch import nn
 
-from modeling_moco import MoCoModel
+from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.distributed_moco import world_size
+from modeling_moco.modeling_moco import MoCoPreTrainedModel
 
 from ..errors import hide_secrets
 from .files import inside, read_json, write_json
@@ -28,8 +30,16 @@ Feature = Literal["backbone", "head"]  # the pooled output (D wide), or the unit
 
 def encoder_digest(model: MoCoModel, feature: Feature = "backbone") -> str:
     """Sixteen hexadecimal digits that stand for the weights and statistics behind a feature."""
-    digest = hashlib.sha256(json.dumps([model.config.image_mean, model.config.image_std]).encode())
-    modules = [model.encoder_q] + ([model.projector_q] if feature == "head" else [])
+    return _digest([model.encoder_q] + ([model.projector_q] if feature == "head" else []), model.config)
+
+
+def model_digest(model: MoCoPreTrainedModel) -> str:
+    """Sixteen hexadecimal digits that stand for all weights and statistics of a model, as a detector."""
+    return _digest([model], model.config)
+
+
+def _digest(modules: list[nn.Module], config: MoCoConfig) -> str:
+    digest = hashlib.sha256(json.dumps([config.image_mean, config.image_std]).encode())
     for module in modules:
         for name, tensor in module.state_dict().items():
             digest.update(name.encode())

@@ -3,6 +3,7 @@
 Only this module names these files, so that writers, evaluations, the report and the Hub agree on them.
 """
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
@@ -46,8 +47,23 @@ OF_FEATURES = {
         "between far groups mean nothing.",
     ),
 }
-FIGURES = (*CURVES, *OF_FEATURES)
-DETECTIONS, CLASS_AP = "detections", "ap_by_class"  # figures of a detector
+TRAINING, DETECTIONS, CLASS_AP = "training_curves", "detections", "ap_by_class"
+OF_DETECTOR = {
+    TRAINING: (
+        "Training",
+        "Where the learning rate drops, the losses fall once more. The loss of masks is there for a detector that has them.",
+    ),
+    DETECTIONS: (
+        "What it finds",
+        "Each row is an image of the evaluated split: on the left the annotated objects, on the right what is found with a "
+        "score above 0.5.",
+    ),
+    CLASS_AP: (
+        "AP by class",
+        "The average precision of each class, the best first; their mean is the AP of the results.",
+    ),
+}
+FIGURES = (*CURVES, *OF_FEATURES)  # of a pretraining run
 WITH_IMAGES = ("neighbours", DETECTIONS)  # figures that show images
 # What may differ between a run and its continuation, because it changes no weight: how fast images come, on what the run
 # computes, what is printed, sent, saved and measured meanwhile.
@@ -225,9 +241,9 @@ def _are_same(key: str, then: Any, now: Any) -> bool:
     return then == now or (paths and Path(then).resolve() == Path(now).resolve())
 
 
-def drawn(folder: Path) -> list[Path]:
+def drawn(folder: Path, names: Iterable[str] = FIGURES) -> list[Path]:
     """The figures of a run that are there, as PNG files. A link may show what lies elsewhere, and is none."""
-    paths = [folder / f"{name}.png" for name in FIGURES]
+    paths = [folder / f"{name}.png" for name in names]
     return [path for path in paths if path.is_file() and not leads_out(path)]
 
 

@@ -10,12 +10,20 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor
+from modeling_moco import (
+    MoCoConfig,
+    MoCoDetectionImageProcessor,
+    MoCoForImageClassification,
+    MoCoForObjectDetection,
+    MoCoImageProcessor,
+)
 
-from ..engine.run_folder import CURVES, OF_FEATURES
+from ..engine.results import has_interval, spread
+from ..engine.run_folder import CURVES, OF_DETECTOR, OF_FEATURES
 from ..optimization.schedules import recorded_rate
 from .exports import Model, encoder_and_classifier, output_name
-from .origin import Origin
+from .kinds import kind_of
+from .origin import Origin, Published
 
 # Beside this file in an installation, at the top of a checkout.
 PLACES = (Path(__file__).with_name("model_card.md"), Path(__file__).parents[2] / "model_card.md")
@@ -53,14 +61,21 @@ def public_name(dataset: str, local: bool | None = None) -> str:
 
 
 def _dataset(origin: Origin) -> str | None:
+    """What the encoder was pretrained on."""
     name = origin.recipe.get("data", {}).get("dataset_name")
+    local = None if origin.detection else origin.metrics.get("data", {}).get("local")
+    return None if name is None else public_name(name, local)
+
+
+def _detection_dataset(origin: Origin) -> str | None:
+    name = origin.detection.get("data", {}).get("dataset_name")
     return None if name is None else public_name(name, origin.metrics.get("data", {}).get("local"))
 
 
 def render_card(
     repo_id: str,
-    model: Model,
-    processor: MoCoImageProcessor,
+    model: Published,
+    processor: MoCoImageProcessor | MoCoDetectionImageProcessor,
     origin: Origin,
     files: list[str],
     *,
@@ -68,54 +83,87 @@ def render_card(
     training_state: bool,
 ) -> ModelCard:
     """The card of a model that is published as these files."""
-    classifies = isinstance(model, MoCoForImageClassification)
-    encoder, classifier = encoder_and_classifier(model)
-    results = _newest(origin.results)
+    kind, results = kind_of(model), _newest(origin.results)
     name = repo_id.split("/")[-1]
-    task = "image-classification" if classifies else "image-feature-extraction"
     data = ModelCardData(
         license=license,
         library_name="transformers",
-        pipeline_tag=task,
+        pipeline_tag=kind.task,
         tags=["moco", "contrastive-learning", "self-supervised-learning", model.config.architecture],
         datasets=_hub_datasets(origin),
         base_model=_base_model(origin),
-        metrics=["accuracy"] if results else None,
+        metrics=sorted({_metric_type(entry) for entry in results}) or None,
         model_name=name,
         eval_results=[_eval_result(entry) for entry in results] or None,
     )
-    titles = CURVES | OF_FEATURES
+    detects = isinstance(model, MoCoForObjectDetection)
+    own = (
+        _of_detector(model, origin) if isinstance(model, MoCoForObjectDetection) else _of_encoder(model, origin, files)
+    )
+    titles = OF_DETECTOR if detects else CURVES | OF_FEATURES
     card: ModelCard = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         repo_id=repo_id,
         name=name,
-        summary=_summary(model, origin),
-        task=task,
-        everywhere="moco.safetensors" in files,
-        resnet=("ResNetForImageClassification" if classifies else "ResNetModel")
-        if "resnet/config.json" in files
-        else None,
-        classes=classifier.out_features if classifier is not None else None,
-        width=encoder.head_hidden_size,
-        auto_class="AutoModelForImageClassification" if classifies else "AutoModel",
+        task=kind.task,
+        auto_class=kind.auto_class,
         moco_class=type(model).__name__,
-        outputs="logits" if classifies else f"pooler_output (1, {encoder.head_hidden_size}), last_hidden_state",
         training_state=_state_of_training(model.config) if training_state else None,
         fine_tuned=origin.fine_tuned,
-        onnx="onnx/model.onnx" in files,
-        torch_export="torch_export/model.pt2" in files,
-        output=output_name(model),
-        size=processor.crop_size["height"],
-        resize=processor.size["shortest_edge"],
-        mean=_listed(processor.image_mean),
-        std=_listed(processor.image_std),
+        detects=detects,
+        size=None if isinstance(processor, MoCoDetectionImageProcessor) else processor.crop_size["height"],
+        preparation=_preparation(processor),
         training=_training(origin),
         settings=yaml.safe_dump(settings, sort_keys=False) if (settings := _settings(origin)) else "",
         figures=[(path.name, *titles[path.stem]) for path in origin.figures],
         results=[list(map(escape, _row(entry))) for entry in results],
+        **own,
     )
     return card
+
+
+def _of_encoder(model: Model, origin: Origin, files: list[str]) -> dict[str, Any]:
+    """What the card of an encoder or a classifier says."""
+    encoder, classifier = encoder_and_classifier(model)
+    resnet = "ResNetModel" if classifier is None else "ResNetForImageClassification"
+    features = f"pooler_output (1, {encoder.head_hidden_size}), last_hidden_state"
+    return {
+        "summary": _summary(model, origin),
+        "everywhere": "moco.safetensors" in files,
+        "resnet": resnet if "resnet/config.json" in files else None,
+        "classes": None if classifier is None else classifier.out_features,
+        "width": encoder.head_hidden_size,
+        "outputs": features if classifier is None else "logits",
+        "onnx": "onnx/model.onnx" in files,
+        "torch_export": "torch_export/model.pt2" in files,
+        "output": output_name(model),
+    }
+
+
+def _of_detector(model: MoCoForObjectDetection, origin: Origin) -> dict[str, Any]:
+    """What the card of a detector says."""
+    return {
+        "summary": _summary_of_detector(model, origin),
+        "classes": model.config.num_labels,
+        "masks": model.config.masks,
+        "outputs": "scores, labels, pred_boxes" + ", pred_masks" * model.config.masks,
+    }
+
+
+def _preparation(processor: MoCoImageProcessor | MoCoDetectionImageProcessor) -> str:
+    """How images are made for the model."""
+    if isinstance(processor, MoCoDetectionImageProcessor):
+        short, long = processor.size["shortest_edge"], processor.size["longest_edge"]
+        how = f", but their long side to no more than {long} px (bilinear, antialiased)"
+    else:
+        short, size = processor.size["shortest_edge"], processor.crop_size["height"]
+        how = f" (bilinear, antialiased), the central {size} x {size} px are cut out"
+    mean, std = _listed(processor.image_mean), _listed(processor.image_std)
+    return (
+        f"Images are RGB, their short side is resized to {short} px{how}, scaled to [0, 1] and standardised with mean {mean} "
+        f"and standard deviation {std}."
+    )
 
 
 def _method(config: MoCoConfig, told: bool) -> tuple[str, str]:
@@ -142,6 +190,37 @@ def _summary(model: Model, origin: Origin) -> str:
     return f"{sentence}: it turns an image into features for kNN, linear classifiers, fine-tuning and detection."
 
 
+def _summary_of_detector(model: MoCoForObjectDetection, origin: Origin) -> str:
+    config, dataset = model.config, _detection_dataset(origin)
+    kind = "Mask R-CNN" if config.masks else "Faster R-CNN"
+    variant = "C4" if config.rcnn_variant == "c4" else "dilated C5"
+    images = f" of {escape(dataset)}" if dataset else ""
+    return (
+        f"A {kind} ({variant}) that finds objects of {config.num_labels} classes, trained with the boxes"
+        f"{' and masks' * config.masks}{images}. {_began(model, origin)}"
+    )
+
+
+def _began(model: MoCoForObjectDetection, origin: Origin) -> str:
+    """What the encoder of a detector had seen before it was trained as a part of it."""
+    encoder, architecture = origin.detection.get("encoder", {}), model.config.architecture
+    if encoder.get("random_encoder"):
+        return f"Its {architecture} began with random weights: it is a baseline, and nothing was pretrained."
+    if not encoder:
+        return f"Around a {architecture}; nothing is recorded of what that was pretrained on."
+    if not origin.recipe:
+        return f"Its {architecture} began with the weights of {escape(public_name(str(encoder.get('model'))))}."
+    method, paper = _method(MoCoConfig(**_known(origin.recipe.get("model", {}))), told=True)
+    source, dataset = f"[arXiv:{paper}](https://arxiv.org/abs/{paper})", _dataset(origin)
+    images = f" on {escape(dataset)}" if dataset else ""
+    return f"Its {architecture} was trained by {method}{source}){images} without labels before."
+
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    # What tells the method of a run.
+    return {name: settings[name] for name in ("dictionary", "key_encoder", "projection_head") if name in settings}
+
+
 def _state_of_training(config: MoCoConfig) -> str:
     parts = ["Key encoder"] * (config.key_encoder == "momentum") + ["projector"]
     parts += ["predictor"] * (config.prediction_head != "none") + ["queue"] * (config.dictionary == "queue")
@@ -151,7 +230,7 @@ def _state_of_training(config: MoCoConfig) -> str:
 
 
 def _training(origin: Origin) -> str:
-    about, metrics = origin.recipe.get("about", {}), origin.metrics
+    about, metrics = (origin.detection or origin.recipe).get("about", {}), origin.metrics
     source = f" (source: {escape(about['source'])})" if "source" in about else ""
     sentences = [f"Recipe: {escape(about['title'])}{source}." if "title" in about else "", *_ran(metrics)]
     if (began := _start(origin)) is not None:
@@ -159,9 +238,9 @@ def _training(origin: Origin) -> str:
     if converted := origin.conversion:
         epoch = f", epoch {converted['epoch']:g}" if "epoch" in converted else ""
         sentences.append(f"Converted from {escape(converted['file'])} ({escape(converted['format'])}{epoch}).")
-    if (rate := recorded_rate(origin.recipe.get("training", {}))) is not None:
+    if (rate := recorded_rate((origin.detection or origin.recipe).get("training", {}))) is not None:
         sentences.append(f"Learning rate: {rate}.")
-    if origin.recipe:
+    if origin.recipe or origin.detection:
         sentences.append("These are the settings that were given; all else has its default.")
     return " ".join(filter(None, sentences)) or "Nothing is recorded of how these weights were trained."
 
@@ -178,6 +257,17 @@ def _ran(metrics: dict[str, Any]) -> list[str]:
 
 
 def _settings(origin: Origin) -> dict[str, dict[str, Any]]:
+    pretraining = _settings_of_encoder(origin)
+    if not origin.detection:
+        return pretraining
+    sections = {name: dict(origin.detection.get(name, {})) for name in SHOWN_SECTIONS}
+    if dataset := _detection_dataset(origin):
+        sections["data"]["dataset_name"] = dataset
+    sections["training"] = _public(sections["training"])
+    return {name: values for name, values in (sections | {"pretraining": pretraining}).items() if values}
+
+
+def _settings_of_encoder(origin: Origin) -> dict[str, dict[str, Any]]:
     sections = {name: dict(origin.recipe.get(name, {})) for name in SHOWN_SECTIONS}
     if dataset := _dataset(origin):
         sections["data"]["dataset_name"] = dataset
@@ -200,8 +290,11 @@ def _public(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hub_datasets(origin: Origin) -> list[str] | None:
-    given, name = origin.recipe.get("data", {}).get("dataset_name"), _dataset(origin)
-    return [given] if given is not None and name == given and "/" in given else None
+    named = (
+        (origin.recipe.get("data", {}).get("dataset_name"), _dataset(origin)),
+        (origin.detection.get("data", {}).get("dataset_name"), _detection_dataset(origin)),
+    )
+    return sorted({given for given, name in named if given is not None and name == given and "/" in given}) or None
 
 
 def _start(origin: Origin) -> str | None:
@@ -212,6 +305,9 @@ def _start(origin: Origin) -> str | None:
 
 def _base_model(origin: Origin) -> str | None:
     source, name = origin.recipe.get("model", {}).get("init_from"), _start(origin)
+    if origin.detection and not origin.recipe and not origin.detection.get("encoder", {}).get("random_encoder"):
+        source = str(origin.detection.get("encoder", {}).get("model", ""))
+        name = public_name(source)
     return name if name is not None and name == source and "/" in name else None
 
 
@@ -224,24 +320,29 @@ def _newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(kept.values())
 
 
+def _metric_type(entry: dict[str, Any]) -> str:
+    return "accuracy" if has_interval(entry["metric"]) else "mAP"
+
+
 def _eval_result(entry: dict[str, Any]) -> EvalResult:
-    data, (low, high) = entry["data"], entry["interval"]
+    data, classifies = entry["data"], has_interval(entry["metric"])
+    spread_of_it = {"interval_95": [round(end, 2) for end in entry["interval"]]} if entry["interval"] else {}
     dataset = public_name(data["dataset"], data.get("local"))
     revision = str(data.get("split_revision") or "")
     return EvalResult(
-        task_type="image-classification",
-        task_name="Image classification",
+        task_type="image-classification" if classifies else "object-detection",
+        task_name="Image classification" if classifies else "Object detection",
         dataset_type=dataset,
         dataset_name=dataset,
         dataset_config=data.get("config"),
         dataset_split=data["split"],
         dataset_revision=revision if revision and " " not in revision else None,  # a commit, and no fingerprint
-        metric_type="accuracy",
+        metric_type=_metric_type(entry),
         metric_name=f"{entry['metric']} in per cent: {entry['protocol']} ({entry['feature']})",
         metric_value=round(entry["value"], 2),
         metric_args={
             "images": entry["n"],
-            "interval_95": [round(low, 2), round(high, 2)],
+            **spread_of_it,
             "seed": entry["seed"],
             **entry["settings"],
         },
@@ -249,15 +350,13 @@ def _eval_result(entry: dict[str, Any]) -> EvalResult:
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
-    low, high = entry["interval"]
     data = f"{public_name(entry['data']['dataset'], entry['data'].get('local'))}, {entry['data']['split']}"
-    value, spread = f"{entry['value']:.2f} %", f"{low:.2f} to {high:.2f}"
     return (
         entry["protocol"],
         entry["feature"],
         entry["metric"],
-        value,
-        spread,
+        f"{entry['value']:.2f} %",
+        spread(entry),
         f"{entry['n']:,}",
         data,
         entry["hardware"],

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_moco import MoCoForImageClassification
+from modeling_moco import MoCoForImageClassification, MoCoForObjectDetection
 
 from ..engine.files import read_object
-from ..engine.results import encoder_digest, read_results
+from ..engine.results import encoder_digest, model_digest, read_results
 from ..engine.run_folder import (
     CONVERSION,
     MANIFEST,
     METRICS,
+    OF_DETECTOR,
     SAVED_RECIPE,
     drawn,
     may_leave,
@@ -21,6 +22,7 @@ from ..engine.run_folder import (
 from ..errors import visible
 from .exports import Model
 
+Published = Model | MoCoForObjectDetection
 REMEDY = "correct it, or move it away"
 
 
@@ -31,8 +33,10 @@ class Origin:
     Args:
         recipe: sections of the settings of the pretraining.
         evaluation: settings of the probe or the fine-tuning that followed.
+        detection: sections of the settings of a detector that was trained around the encoder.
         fine_tuned: whether the encoder has been trained with labels since.
-        metrics: of the pretraining's `metrics.json`, if the weights are the run's final ones or were trained from them.
+        metrics: of the pretraining's `metrics.json`, if the weights are the run's final ones or were trained from them; of a
+            detector its own.
         conversion: of the `conversion.json` of a converted checkpoint.
         results: entries of `results.json` that were measured on these weights, oldest first.
         figures: PNG files.
@@ -40,6 +44,7 @@ class Origin:
 
     recipe: dict[str, dict[str, Any]]
     evaluation: dict[str, Any]
+    detection: dict[str, dict[str, Any]]
     fine_tuned: bool
     metrics: dict[str, Any]
     conversion: dict[str, Any]
@@ -52,6 +57,8 @@ SHOWN = {
     "neighbours": "images of the train split and of the evaluated one, and names of their classes",
     "tsne": "a point for each image and the names of the classes, no image",
     "training_curves": "numbers of the training, nothing of the data",
+    "detections": "images of the evaluated split with their objects, and names of classes",
+    "ap_by_class": "names of the classes, no image",
 }
 
 
@@ -60,9 +67,9 @@ def published_figures(origin: Origin, include_pictures: bool) -> list[Path]:
     return [path for path in origin.figures if may_leave(path, origin.metrics.get("data", {}), include_pictures)]
 
 
-def describe_shown(origin: Origin, model: Model, include_pictures: bool) -> list[str]:
-    """What is shown of the data, in lines: a classifier's classes, and what each figure shows, or why it is left out."""
-    classes = model.config.num_labels if isinstance(model, MoCoForImageClassification) else 0
+def describe_shown(origin: Origin, model: Published, include_pictures: bool) -> list[str]:
+    """What is shown of the data, in lines: names of classes, and what each figure shows, or why it is left out."""
+    classes = model.config.num_labels if isinstance(model, MoCoForImageClassification | MoCoForObjectDetection) else 0
     named = [f"config.json has the names of the {classes} classes"] if classes else []
     published = published_figures(origin, include_pictures)
     remedy = ", and is left out, for the dataset is local: --include_pictures publishes it"
@@ -71,12 +78,14 @@ def describe_shown(origin: Origin, model: Model, include_pictures: bool) -> list
     ]
 
 
-def read_origin(source: Path, model: Model) -> Origin:
+def read_origin(source: Path, model: Published) -> Origin:
     """What a run left beside a model: in its folder or, for a checkpoint, a probe or a fine-tuned model, in those above.
 
     Raises:
         ValueError: a file there is damaged.
     """
+    if isinstance(model, MoCoForObjectDetection):
+        return _read_origin_of_detector(source, model)
     home = source.parent if _is_checkpoint(source) else source
     settings = _read_yaml(home / SAVED_RECIPE)
     evaluated = settings.get("encoder", {})  # of a probe or a fine-tuning, which began with that model
@@ -89,11 +98,29 @@ def read_origin(source: Path, model: Model) -> Origin:
     return Origin(
         recipe={key: value for key, value in recipe.items() if key != "probe"},  # what a probe would begin with
         evaluation=_plain(settings.get("training", {})) if evaluated else {},
+        detection={},
         fine_tuned=bool(evaluated.get("fine_tuned")),
         metrics=metrics,
         conversion=_read_conversion((run or source) / CONVERSION),
         results=_plain(_read_own_results(home, run, encoder_digest(encoder), about_encoder=not evaluated)),
         figures=drawn(run) if run and final and not evaluated.get("fine_tuned") else [],
+    )
+
+
+def _read_origin_of_detector(source: Path, model: MoCoForObjectDetection) -> Origin:
+    home = source.parent if _is_checkpoint(source) else source
+    run, _ = _find_run(home)
+    digest = model_digest(model)
+    results = [entry for entry in read_results(home) if entry.get("model") == digest] if home.is_dir() else []
+    return Origin(
+        recipe={} if run is None else _plain(_read_yaml(run / SAVED_RECIPE)),
+        evaluation={},
+        detection=_plain(_read_yaml(home / SAVED_RECIPE)),
+        fine_tuned=True,
+        metrics=_plain(_read_metrics(home)),
+        conversion=_read_conversion(home / CONVERSION),
+        results=_plain(results),
+        figures=drawn(source, OF_DETECTOR) if home == source else [],
     )
 
 

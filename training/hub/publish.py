@@ -10,8 +10,8 @@ The folder of an encoder that timm knows:
     onnx/, torch_export/        by flag
     README.md, *.png            the model card and its figures
 
-One with a stem for small images, which timm does not know, has our format alone. Nothing in it is a pickle, and only files
-written here or figures of the run are in it.
+One with a stem for small images, which timm does not know, has our format alone, and so has a detector. Nothing in it is a
+pickle, and only files written here or figures of the run are in it.
 """
 
 import getpass
@@ -30,15 +30,16 @@ from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 import modeling_moco
-from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
+from modeling_moco import MoCoDetectionImageProcessor, MoCoForObjectDetection, MoCoImageProcessor, MoCoModel
 from modeling_moco.dictionary_moco import BUILT_IN, build_dictionary
 
 from ..cli import INCLUDE_PICTURES
 from ..engine.files import check_model_files, write_json
 from ..errors import SECRETS, first_line
-from ..model_folder import load_model, read_config
+from ..model_folder import load_model
 from . import exports
 from .exports import Model, read_written
+from .kinds import DETECTOR, ENCODER, kind_of, read_kind
 from .model_card import TEMPLATE, render_card
 from .origin import published_figures, read_origin
 
@@ -46,13 +47,8 @@ CARD = "README.md"
 TEXTS = (".md", ".json", ".py")
 PATH = r"(?<![\w.:/~<-])/(?:[\w.@+-]+/)+[\w.@+-]*[\w@+-]|\b[A-Za-z]:\\+\w"  # an absolute one, of two names at least
 PUBLIC_NAMES = ("root", "localhost")
-AUTO_MAP = {
-    "AutoConfig": "configuration_moco.MoCoConfig",
-    "AutoModel": "modeling_moco.MoCoModel",
-    "AutoModelForImageClassification": "modeling_moco.MoCoForImageClassification",
-    "AutoBackbone": "modeling_moco.MoCoBackbone",
-    "AutoImageProcessor": "image_processing_moco.MoCoImageProcessorPil",  # the exact one
-}
+Published = Model | MoCoForObjectDetection
+Processor = MoCoImageProcessor | MoCoDetectionImageProcessor
 
 
 @dataclass
@@ -72,7 +68,7 @@ class PublishArguments:
     dry_run: bool = field(default=False, metadata={"help": "Show the files and the card, without a network."})
 
 
-def load_published(source: str, training_state: bool) -> tuple[Model, MoCoImageProcessor]:
+def load_published(source: str, training_state: bool) -> tuple[Published, Processor]:
     """The model of a folder or Hub repository, in evaluation mode, and its image processor.
 
     Raises:
@@ -83,18 +79,15 @@ def load_published(source: str, training_state: bool) -> tuple[Model, MoCoImageP
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        config = read_config(source)
-        classifies = config.architectures == [MoCoForImageClassification.__name__]
-        if classifies and training_state:
+        kind, config = read_kind(source)
+        if training_state and kind is not ENCODER:
             raise ValueError(
-                f"include_training_state (True) is for encoders, and {source} is a classifier: leave it out, or publish the "
+                f"include_training_state (True) is for encoders, and {source} is a {kind.name}: leave it out, or publish the "
                 "run that it was trained on"
             )
-        if classifies:
-            model, report = load_model(source, config, MoCoForImageClassification, {})
-        else:
-            model, report = load_model(source, config, MoCoModel, {}, momentum_encoder=training_state)
-        processor = MoCoImageProcessor.from_pretrained(source)
+        options = {"momentum_encoder": training_state} if kind is ENCODER else {}
+        model, report = load_model(source, config, kind.model, {}, **options)
+        processor = kind.processor.from_pretrained(source)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last for weights of another shape
         raise ValueError(
             f"{source} holds no MoCo model with its image processor ({first_line(error)}): pass the folder that a run saved "
@@ -105,10 +98,21 @@ def load_published(source: str, training_state: bool) -> tuple[Model, MoCoImageP
     absent = report["missing_keys"] | (model.absent_keys if isinstance(model, MoCoModel) else set())
     if absent:
         raise ValueError(f"{source} lacks {min(absent)}: pass the folder that a run saved to, e.g. runs/quickstart")
-    exports.check_processor(processor, source)
-    _forget_unknown(model.config, MoCoConfig())
-    _forget_unknown(processor, MoCoImageProcessor())
+    if kind is not DETECTOR:
+        exports.check_processor(processor, source)
+    _forget_unknown(model.config, kind.config())
+    _forget_unknown(processor, kind.processor())
     return model.eval(), processor
+
+
+def check_formats(model: Published, args: PublishArguments) -> None:
+    """
+    Raises:
+        ValueError: a format was asked for that this model does not have.
+    """
+    for name in ("onnx", "torch_export"):
+        if kind_of(model) is DETECTOR and getattr(args, name):
+            raise ValueError(f"{name} (True) is for encoders and classifiers, and this is a detector: leave it out")
 
 
 def _forget_unknown(settings: Any, known: Any) -> None:
@@ -118,9 +122,7 @@ def _forget_unknown(settings: Any, known: Any) -> None:
             delattr(settings, name)
 
 
-def publish(
-    source: str, model: Model, processor: MoCoImageProcessor, repo_id: str, args: PublishArguments, folder: Path
-):
+def publish(source: str, model: Published, processor: Processor, repo_id: str, args: PublishArguments, folder: Path):
     """Write everything that is to be uploaded to an empty folder, the card last.
 
     Args:
@@ -138,14 +140,19 @@ def publish(
         ) from error
 
 
-def _publish(
-    source: str, model: Model, processor: MoCoImageProcessor, repo_id: str, args: PublishArguments, folder: Path
-):
+def _publish(source: str, model: Published, processor: Processor, repo_id: str, args: PublishArguments, folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
-    _save_weights(model, processor, repo_id, args.license, folder)
+    model.config.name_or_path = repo_id  # or it would be a path of this machine
+    model.config.auto_map = kind_of(model).auto_map
+    model.config.architectures = [type(model).__name__]
+    if isinstance(model, MoCoForObjectDetection):
+        model.save_pretrained(folder)
+    else:
+        _save_weights(model, processor, args.license, folder)
+    _save_processor(processor, folder)
     for path in Path(modeling_moco.__file__).parent.glob("*_moco.py"):
         shutil.copyfile(path, folder / path.name)
-    if args.onnx or args.torch_export:
+    if not isinstance(model, MoCoForObjectDetection) and (args.onnx or args.torch_export):
         size = processor.crop_size["height"]
         program = exports.export_program(model, size)
         if args.onnx:
@@ -169,9 +176,8 @@ def _publish(
     check_private(source, repo_id, folder)
 
 
-def _save_weights(model: Model, processor: MoCoImageProcessor, repo_id: str, license: str, folder: Path) -> None:
+def _save_weights(model: Model, processor: MoCoImageProcessor, license: str, folder: Path) -> None:
     config = model.config
-    config.name_or_path = repo_id  # or it would be a path of this machine
     if not (isinstance(model, MoCoModel) and model.momentum_encoder) and config.dictionary not in BUILT_IN:
         # Whoever loads an encoder alone need not have registered one's own.
         config.dictionary, config.key_encoder = "queue", "momentum"
@@ -179,16 +185,17 @@ def _save_weights(model: Model, processor: MoCoImageProcessor, repo_id: str, lic
         config.bank_size = 1
         if isinstance(model, MoCoModel) and model.momentum_encoder:
             model.dictionary = build_dictionary(config)
-    config.auto_map = AUTO_MAP
-    config.architectures = [type(model).__name__]
     if exports.save_timm(model, processor, folder, license):
         section = config.to_dict() | {"transformers_weights": "moco.safetensors"}
-        whole = read_written(folder / "config.json") | {"auto_map": AUTO_MAP, "moco": section}
+        whole = read_written(folder / "config.json") | {"auto_map": config.auto_map, "moco": section}
         write_json(folder / "config.json", whole)
         save_file(model.state_dict(), folder / "moco.safetensors", metadata={"format": "pt"})
         exports.save_resnet(model, folder / "resnet", whole)
     else:
         model.save_pretrained(folder)
+
+
+def _save_processor(processor: Processor, folder: Path) -> None:
     # The processor's class is in config.json: TimmWrapper's, or ours where the code is trusted. Named here, ours would make
     # pipelines ask whether to trust the code of a video processor.
     settings = processor.to_dict()

@@ -188,6 +188,10 @@ def read_measured(folder: Path, defaults: Defaults) -> Measured:
         ValueError: there is no pretraining run, it has no complete checkpoint, or something of it is damaged.
     """
     run = read_run(folder)
+    if run.of_detector:
+        raise ValueError(
+            f"{folder} is of a detector, and pretraining runs are compared: pass what --output_dir of one was"
+        )
     processes = read_metrics(folder / METRICS, "correct it, or move it away").get(PROCESSES)
     settings, seed = settings_of(run.recipe, defaults, processes)
     state = "ended" if run.source == folder else f"step {run.state.get('global_step')} of {run.state.get('max_steps')}"

@@ -15,7 +15,12 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from modeling_moco import MoCoForImageClassification, MoCoImageProcessor
+from modeling_moco import (
+    MoCoDetectionImageProcessor,
+    MoCoForImageClassification,
+    MoCoForObjectDetection,
+    MoCoImageProcessor,
+)
 
 from ...cli import build_parser, how_to_run, parse_flags
 from ...engine.files import whole_files
@@ -167,7 +172,10 @@ def main(argv: list[str]) -> None:
             return
         check_free(names.folder)
         check_exists(names.source)
-        job = Job(*load_published(names.source, training_state=False))
+        model, processor = load_published(names.source, training_state=False)
+        if isinstance(model, MoCoForObjectDetection) or isinstance(processor, MoCoDetectionImageProcessor):
+            raise ValueError(f"{names.source} is a detector, which no other library has: publish it, or convert it")
+        job = Job(model, processor)
         check_formats(names.source, job.model, args)
         export(job, names.folder, args)
     show(job, names.folder, args)

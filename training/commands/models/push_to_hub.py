@@ -9,7 +9,7 @@ from ...cli import build_parser, how_to_run, parse_flags
 from ...errors import one_line_errors
 from ...evaluation.encoder import check_exists
 from ...hub.origin import describe_shown, read_origin
-from ...hub.publish import CARD, PublishArguments, list_files, load_published, make_folder, publish
+from ...hub.publish import CARD, PublishArguments, check_formats, list_files, load_published, make_folder, publish
 from ...hub.repository import Repository
 from ...process import command
 
@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
         repository = Repository(names.repository, args.private, revision=args.revision)
         check_exists(names.source)
         model, processor = load_published(names.source, args.include_training_state)
+        check_formats(model, args)
         if not args.dry_run:
             repository = repository.prepare()
         with make_folder() as name:

@@ -1,0 +1,178 @@
+"""A detector is published with its AP, and strangers find with it what we find."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from drawn_boxes import draw_boxes
+from html_page import Page
+from hub_server import environment, metadata_errors
+from huggingface_hub import ModelCard
+from PIL import Image
+from tiny_trainer import TINY
+
+from modeling_moco import MoCoDetectionImageProcessor, MoCoForObjectDetection
+
+DETECTOR = [
+    *("--recipe", "bccd_quickstart", "--train_sizes", "64", "72", "--test_size", "64", "--anchor_sizes", "16", "32"),
+    *("--roi_samples", "16", "--rpn_post_nms_train", "40", "--rpn_post_nms_test", "20", "--global_batch_size", "2"),
+    *("--precise_bn_steps", "2", "--use_cpu", "--disable_tqdm", "True", "--logging_steps", "1", "--warmup_steps", "2"),
+    *("--max_steps", "2", "--save_strategy", "no"),
+]
+STRANGER = """
+import json, sys
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
+
+image = Image.open(sys.argv[1])
+processor = AutoImageProcessor.from_pretrained("org/detector", trust_remote_code=True)
+model = AutoModelForObjectDetection.from_pretrained("org/detector", trust_remote_code=True).eval()
+outputs = model(**processor(image, return_tensors="pt"))
+size = [(image.height, image.width)]
+found = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=size)[0]
+pipe = pipeline("object-detection", model="org/detector", trust_remote_code=True, device="cpu")
+from modeling_moco import MoCoForObjectDetection
+
+ours = MoCoForObjectDetection.from_pretrained("org/detector").eval()
+print(json.dumps({
+    "class": type(model).__module__,
+    "scores": found["scores"].tolist(),
+    "boxes": found["boxes"].tolist(),
+    "package": ours(**processor(image, return_tensors="pt")).scores[0, : len(found["scores"])].tolist(),
+    "pipeline": [one["score"] for one in pipe(image, threshold=0.0)],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def detector(script, tmp_path_factory):
+    """A detector in the folder of the pretraining run whose encoder it began with, and its images."""
+    folder = tmp_path_factory.mktemp("runs")
+    images = draw_boxes(folder / "drawn")
+    script("pretrain").main([*TINY, "--output_dir", str(folder / "run")])
+    script("detect").main([str(folder / "run"), *DETECTOR, "--dataset_name", str(images)])
+    return folder / "run" / "bccd_quickstart"
+
+
+def push(script, *words: str) -> None:
+    script("push_to_hub").main(list(words))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx")
+@pytest.mark.slow
+def test_a_stranger_finds_with_it_what_we_find(hub, detector, script, tmp_path):
+    push(script, str(detector), "org/detector")
+    assert not [name for name in hub.files("org/detector") if name.endswith((".bin", ".pt", ".pkl"))]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 61, 3), dtype=np.uint8))
+    image.save(tmp_path / "image.png")
+    command = [sys.executable, "-c", STRANGER, str(tmp_path / "image.png")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(hub, tmp_path / "home"), cwd="/")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["class"].startswith("transformers_modules.")
+
+    model = MoCoForObjectDetection.from_pretrained(detector).eval()
+    processor = MoCoDetectionImageProcessor.from_pretrained(detector)
+    with torch.no_grad():
+        outputs = model(**processor(image, return_tensors="pt"))
+    ours = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[(50, 61)])[0]
+    assert len(ours["scores"])
+    for way in ("scores", "package", "pipeline"):
+        assert found[way] == pytest.approx(ours["scores"].tolist(), rel=1e-5), way
+    assert np.array(found["boxes"]) == pytest.approx(ours["boxes"].numpy(), abs=1e-3)
+
+
+def test_its_card_has_its_ap_and_says_what_the_encoder_was(detector, script, capsys):
+    push(script, str(detector), "org/detector", "--dry_run")
+    shown = capsys.readouterr().out
+    text = shown[shown.index("---\n") : shown.index("Nothing was uploaded")]
+    assert metadata_errors(text) == []
+    data = ModelCard(text).data
+    assert (data.pipeline_tag, data.metrics) == ("object-detection", ["mAP"])
+    measured = [(r["metric"], round(r["value"], 2)) for r in json.loads((detector / "results.json").read_text())]
+    assert measured[0][0] == "box AP"
+    told = [(result.metric_name.partition(" in per cent")[0], result.metric_value) for result in data.eval_results]
+    assert told == measured
+    assert {(result.task_type, result.dataset_name, result.dataset_split) for result in data.eval_results} == {
+        ("object-detection", "drawn", "test")
+    }
+    assert "Faster R-CNN (C4) that finds objects of 2 classes, trained with the boxes of drawn." in text
+    assert "was trained by Momentum Contrast (MoCo v2" in text
+    settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert settings["training"]["max_steps"] == 2
+    assert settings["pretraining"]["data"]["dataset_name"] == "digits"
+    assert str(detector.parent.parent) not in text
+
+
+def test_pictures_of_a_local_dataset_stay_here(detector, script, capsys):
+    push(script, str(detector), "org/detector", "--dry_run")
+    shown = capsys.readouterr().out
+    assert "detections.png shows images of the evaluated split" in shown
+    assert "(detections.png)" not in shown
+    assert "(ap_by_class.png)" in shown
+    push(script, str(detector), "org/detector", "--dry_run", "--include_pictures")
+    assert "(detections.png)" in capsys.readouterr().out
+
+
+def test_the_card_of_a_baseline_does_not_claim_a_pretraining(detector, script, tmp_path, capsys):
+    folder = tmp_path / "run" / "detector"
+    folder.parent.mkdir()
+    folder.symlink_to(detector)
+    recipe = yaml.safe_load((detector / "recipe.yaml").read_text())
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in detector.iterdir():
+        if path.is_file():
+            (copy / path.name).write_bytes(path.read_bytes())
+    recipe["encoder"]["random_encoder"] = True
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    push(script, str(copy), "org/detector", "--dry_run")
+    shown = capsys.readouterr().out
+    assert "began with random weights" in shown
+    assert "Momentum Contrast" not in shown.partition("## Use")[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["push_to_hub", "org/detector", "--onnx"], "onnx (True) is for encoders and classifiers"),
+        (["push_to_hub", "org/detector", "--include_training_state"], "is for encoders, and"),
+        (["export", "exported", "--timm"], "is a detector, which no other library has"),
+        (["compare", "RUN", "--output_dir", "compared"], "is of a detector, and pretraining runs are compared"),
+    ],
+)
+def test_what_a_detector_does_not_have_is_refused_in_one_line(
+    command, says, detector, script, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        script(command[0]).main([str(detector), *(word.replace("RUN", str(detector.parent)) for word in command[1:])])
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_its_report_and_that_of_its_encoder_show_what_it_finds(detector, script, capsys):
+    page = Page(detector / "report.html")
+    figures = [(detector / f"{name}.svg").read_bytes() for name in ("training_curves", "detections", "ap_by_class")]
+    assert list(page.images.values()) == figures
+    results = json.loads((detector / "results.json").read_text())
+    assert f"{results[0]['value']:.2f} %" in page.text
+    assert page.text.index("box AP") < page.text.index("What it finds")
+
+    of_encoder = Page(detector.parent / "report.html")
+    assert figures[1] in of_encoder.images.values()
+    assert f"box AP {json.loads((detector / 'metrics.json').read_text())['box']['AP']:.6g}" in of_encoder.text
+
+    (detector / "detections.svg").rename(detector / "kept.svg")
+    try:
+        script("report").main([str(detector)])
+        assert "draw it by" in Page(detector / "report.html").text
+        assert "--eval_only" in Page(detector / "report.html").text
+    finally:
+        (detector / "kept.svg").rename(detector / "detections.svg")
+    script("report").main([str(detector)])
+    assert list(Page(detector / "report.html").images.values()) == figures
