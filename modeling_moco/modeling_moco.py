@@ -32,6 +32,8 @@ from .distributed_moco import convert_batch_norm, exchange, gather, to_device, w
 from .encoder_moco import (
     TimmEncoder,
     build_encoder,
+    build_predictor,
+    build_projector,
     freeze_stem,
     is_new,
     mark_initialised,
@@ -39,7 +41,6 @@ from .encoder_moco import (
     spare_statistics,
     tensors,
 )
-from .heads_moco import build_predictor, build_projector
 from .image_processing_moco import MoCoImageProcessor, normalize  # noqa: F401  (remote code must import the processor)
 
 logger = logging.get_logger(__name__)
