@@ -74,14 +74,14 @@ def test_the_maps_are_those_of_the_dilated_detector_and_the_heads_those_of_the_p
         MoCoRCNNConfig(architecture="test_resnet", num_labels=2, rcnn_variant="dilated_c5", roi_size=2)
     ).eval()
     detector.moco.load_state_dict(model.moco.state_dict())
-    images, _ = batch()
+    images, _ = batch(113, 150)
     seen = []
     handle = detector.reduce.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         detector._features(images)
         handle.remove()
         x = seen[0].double()
-        assert x.shape[2:] == (math.ceil(41 / 16), math.ceil(70 / 16))
+        assert x.shape[2:] == (math.ceil(113 / 16), math.ceil(150 / 16))
         state = {name: tensor.double() for name, tensor in model.state_dict().items()}
         for conv, norm in (("context.0", "context.1"), ("context.3", "context.4")):
             assert state[f"{conv}.weight"].shape[0] == 256
@@ -94,7 +94,7 @@ def test_the_maps_are_those_of_the_dilated_detector_and_the_heads_those_of_the_p
         logits = model(images).logits
     assert logits.std(dim=(2, 3)).min() > 0.05
     assert logits.std() > 0.1
-    assert logits.shape == (2, CLASSES, 3, 5)
+    assert logits.shape == (2, CLASSES, 8, 10)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
 
 
