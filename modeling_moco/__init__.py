@@ -7,11 +7,18 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForObjectDetection,
+    AutoModelForSemanticSegmentation,
 )
 
-from .configuration_moco import MoCoConfig, MoCoRCNNConfig
+from .configuration_moco import MoCoConfig, MoCoFCNConfig, MoCoRCNNConfig
 from .dictionary_moco import Dictionary, QueueDictionary, register_dictionary
-from .image_processing_moco import MoCoDetectionImageProcessor, MoCoImageProcessor, MoCoImageProcessorPil
+from .fcn_moco import MoCoForSemanticSegmentation
+from .image_processing_moco import (
+    MoCoDetectionImageProcessor,
+    MoCoImageProcessor,
+    MoCoImageProcessorPil,
+    MoCoSegmentationImageProcessor,
+)
 from .modeling_moco import MoCoBackbone, MoCoForImageClassification, MoCoModel, MoCoOutput
 from .rcnn_moco import MoCoDetectionOutput, MoCoForObjectDetection
 
@@ -33,6 +40,13 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": MoCoDetectionImageProcessor, "pil": MoCoDetectionImageProcessor},
     exist_ok=True,
 )
+AutoConfig.register(MoCoFCNConfig.model_type, MoCoFCNConfig, exist_ok=True)
+AutoModelForSemanticSegmentation.register(MoCoFCNConfig, MoCoForSemanticSegmentation, exist_ok=True)
+AutoImageProcessor.register(
+    MoCoFCNConfig,  # the same for both: images keep their size, so that nothing depends on what resizes
+    image_processor_classes={"torchvision": MoCoSegmentationImageProcessor, "pil": MoCoSegmentationImageProcessor},
+    exist_ok=True,
+)
 
 __all__ = [
     "Dictionary",
@@ -40,13 +54,16 @@ __all__ = [
     "MoCoConfig",
     "MoCoDetectionImageProcessor",
     "MoCoDetectionOutput",
+    "MoCoFCNConfig",
     "MoCoForImageClassification",
     "MoCoForObjectDetection",
+    "MoCoForSemanticSegmentation",
     "MoCoImageProcessor",
     "MoCoImageProcessorPil",
     "MoCoModel",
     "MoCoOutput",
     "MoCoRCNNConfig",
+    "MoCoSegmentationImageProcessor",
     "QueueDictionary",
     "register_dictionary",
 ]

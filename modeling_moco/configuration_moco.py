@@ -1,4 +1,4 @@
-"""MoCoConfig and MoCoRCNNConfig: all settings that change the weights or the loss."""
+"""MoCoConfig, MoCoRCNNConfig and MoCoFCNConfig: all settings that change the weights or the loss."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ PREDICTION_HEADS = ("none", "mlp", "mlp_bn")
 KEY_ENCODERS = ("momentum", "shared", "none")
 BATCH_NORMS = ("shuffle", "split", "sync", "plain")
 VARIANTS = ("c4", "dilated_c5")
-DETECTOR_NORMS = ("sync", "plain", "frozen")
+FINE_TUNED_NORMS = ("sync", "plain", "frozen")  # BatchNorm of detectors and of segmentation models
 ROI_SIZES = {"c4": 14, "dilated_c5": 7}  # of the papers
 MOST = 2**40  # of what a setting counts
 MOST_LAYERS = 16  # of a head
@@ -194,8 +194,22 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"dictionary={kind!r} with key_encoder={keys!r}: {reason}")
 
 
+class _AroundEncoder:
+    """Of a model around an encoder, whose configuration may stand for the model's."""
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]  # MoCoConfig's
+        if (
+            config.get("model_type") == MoCoConfig.model_type
+        ):  # an encoder: its code and class are not those of a model around it
+            config = {name: value for name, value in config.items() if name not in ("auto_map", "architectures")}
+            config["model_type"] = cls.model_type  # type: ignore[attr-defined]
+        return config, kwargs
+
+
 @strict
-class MoCoRCNNConfig(MoCoConfig):
+class MoCoRCNNConfig(_AroundEncoder, MoCoConfig):
     """Configuration of [`MoCoForObjectDetection`]. The defaults are Faster R-CNN R50-C4 as in appendix A.1 of MoCo v1.
 
     It has the settings of [`MoCoConfig`] too: those of the encoder and of its images count here. That of a pretrained encoder
@@ -240,16 +254,6 @@ class MoCoRCNNConfig(MoCoConfig):
     nms_threshold: float | int = 0.5
     max_detections: int = 100
 
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if (
-            config.get("model_type") == MoCoConfig.model_type
-        ):  # an encoder: its code and class are not those of a detector
-            config = {name: value for name, value in config.items() if name not in ("auto_map", "architectures")}
-            config["model_type"] = cls.model_type
-        return config, kwargs
-
     @property
     def roi_side(self) -> int:
         """Side of the map that is pooled from a box."""
@@ -258,7 +262,7 @@ class MoCoRCNNConfig(MoCoConfig):
     def validate_rcnn(self):
         for name, value, choices in (
             ("rcnn_variant", self.rcnn_variant, VARIANTS),
-            ("detector_norm", self.detector_norm, DETECTOR_NORMS),
+            ("detector_norm", self.detector_norm, FINE_TUNED_NORMS),
         ):
             if value not in choices:
                 raise ValueError(f"{name} ({value!r}) is unknown: choose one of {', '.join(choices)}")
@@ -289,4 +293,40 @@ class MoCoRCNNConfig(MoCoConfig):
             raise ValueError(
                 f"stem ({self.stem!r}) is for small images, and its maps have another stride than 16: pretrain with "
                 "stem='default' to detect objects"
+            )
+
+
+@strict
+class MoCoFCNConfig(_AroundEncoder, MoCoConfig):
+    """Configuration of [`MoCoForSemanticSegmentation`]: the FCN-16s of appendix A.5 of MoCo v1.
+
+    It has the settings of [`MoCoConfig`] too: those of the encoder and of its images count here. That of a pretrained encoder
+    may stand for it, as in `MoCoForSemanticSegmentation.from_pretrained("runs/mine", num_labels=21)`.
+
+    Args:
+        fcn_norm (`str`): BatchNorm in training. `"sync"` shares statistics between the processes as the papers do when they
+            fine-tune, `"plain"` uses those of each process, and `"frozen"` leaves statistics, scales and shifts alone.
+        semantic_loss_ignore_index (`int`): Label of the pixels that no loss and no measure count.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    model_type = "moco_fcn"
+
+    fcn_norm: str = "sync"
+    semantic_loss_ignore_index: int = 255
+
+    def validate_fcn(self):
+        if self.fcn_norm not in FINE_TUNED_NORMS:
+            raise ValueError(f"fcn_norm ({self.fcn_norm!r}) is unknown: choose one of {', '.join(FINE_TUNED_NORMS)}")
+        if 0 <= self.semantic_loss_ignore_index < self.num_labels:
+            raise ValueError(
+                f"semantic_loss_ignore_index ({self.semantic_loss_ignore_index}) must not be one of the {self.num_labels} "
+                "classes: leave it at 255, which allows 255 classes"
+            )
+        if self.stem != "default":
+            raise ValueError(
+                f"stem ({self.stem!r}) is for small images, and its maps have another stride than 16: pretrain with "
+                "stem='default' to segment images"
             )

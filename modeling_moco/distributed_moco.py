@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .configuration_moco import MoCoConfig, MoCoRCNNConfig
+from .configuration_moco import MoCoConfig
 from .split_norm_moco import SplitBatchNorm2d
 
 
@@ -140,22 +140,26 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         )
 
 
-def set_detector_norm(module: nn.Module, config: MoCoRCNNConfig) -> None:
-    """Give the BatchNorm layers of a detector the behaviour that `config.detector_norm` names, with the same state dict.
+def set_fine_tuned_norm(module: nn.Module, config: MoCoConfig, setting: str) -> None:
+    """Give the BatchNorm layers of a detector or segmentation model another behaviour, with the same state dict.
+
+    Args:
+        setting: of `config`, `detector_norm` or `fcn_norm`, which names the behaviour.
 
     Raises:
         ValueError: one is no `nn.BatchNorm2d`, and is to be more than plain.
     """
-    if config.detector_norm == "plain":
+    mode = getattr(config, setting)
+    if mode == "plain":
         return
     for name, norm in module.named_modules():
         if type(norm) is nn.BatchNorm2d:
-            norm.__class__ = SyncBatchNorm2d if config.detector_norm == "sync" else FrozenBatchNorm2d
-            if config.detector_norm == "frozen":
+            norm.__class__ = SyncBatchNorm2d if mode == "sync" else FrozenBatchNorm2d
+            if mode == "frozen":
                 _freeze(norm)
         elif isinstance(norm, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
-                f"detector_norm ({config.detector_norm!r}) handles nn.BatchNorm2d only, but {config.architecture} has "
+                f"{setting} ({mode!r}) handles nn.BatchNorm2d only, but {config.architecture} has "
                 f"{type(norm).__name__} at {name!r}: choose 'plain'"
             )
 

@@ -1,7 +1,8 @@
-"""The ImageNet evaluation transform, and that of detectors. Sizes are pixels.
+"""The ImageNet evaluation transform, and those of detectors and of segmentation models. Sizes are pixels.
 
 The first resizes the short side, cuts the centre and normalises, equal to torchvision's `Resize(256)`, `CenterCrop(224)`,
-`ToTensor`, `Normalize`. The second resizes, normalises and pads, equal to detectron2's.
+`ToTensor`, `Normalize`. The second resizes, normalises and pads, equal to detectron2's. The third normalises images of any
+size.
 """
 
 import math
@@ -18,6 +19,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.processing_utils import ImagesKwargs
 
 MAX_SAMPLE_VALUE = 281  # TIFF 6.0, section 8
+SEGMENTATION_STRIDE = 16  # pixels from one place of a segmentation model's map to the next
 SMALLEST_SIDE = 1e-5  # of a box after resizing: smaller ones are dropped
 
 
@@ -104,6 +106,56 @@ class MoCoImageProcessor(_EvaluationTransform, TorchvisionBackend):
 
 class MoCoImageProcessorPil(_EvaluationTransform, PilBackend):
     """Evaluation transform on PIL: equal to the papers' transform."""
+
+
+class MoCoSegmentationImageProcessor(_Pixels, PilBackend):
+    """Images for [`MoCoForSemanticSegmentation`] at their own size, and its outputs as classes of their pixels.
+
+    Images of different sizes make no batch: pass them one by one, as `pipeline("image-segmentation")` does.
+    """
+
+    do_resize = False
+
+    def post_process_semantic_segmentation(self, outputs: Any, target_sizes: Any = None) -> list[torch.Tensor]:
+        """The class of each pixel of each image (height, width), int64.
+
+        Args:
+            outputs: those of [`MoCoForSemanticSegmentation`].
+            target_sizes: height and width of each image (N, 2), which its map is to have; by default that is the size of the
+                logits, a sixteenth of the image's.
+
+        Raises:
+            ValueError: not as many sizes as images, or not those that the model saw.
+        """
+        logits = outputs["logits"]
+        if target_sizes is None:
+            return [*logits.argmax(dim=1)]
+        if len(target_sizes) != len(logits):
+            raise ValueError(
+                f"target_sizes (of {len(target_sizes)} images) must be of all {len(logits)} images: pass one for each"
+            )
+        sizes = [(int(height), int(width)) for height, width in target_sizes]
+        of_map = tuple(logits.shape[2:])
+        for height, width in sizes:
+            if (math.ceil(height / SEGMENTATION_STRIDE), math.ceil(width / SEGMENTATION_STRIDE)) != of_map:
+                raise ValueError(
+                    f"target_sizes ({height}, {width}) must be of the image that the model saw, whose logits are {of_map}: "
+                    "resize the map of classes afterwards, by the nearest pixel"
+                )
+        sizes = [(int(height), int(width)) for height, width in target_sizes]
+        return [enlarge(one[None], size)[0].argmax(dim=0) for one, size in zip(logits, sizes, strict=True)]
+
+
+def enlarge(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Logits (N, L, h, w) at the size of their image, bilinear in float32: (N, L, height, width).
+
+    The convolutions of a ResNet put place j of a map on pixel 16 j, which neither setting of `align_corners` keeps at every
+    size. At 513 and 769 pixels, the sizes of the paper, this is `align_corners=True`. Pixels beyond the last place have its
+    scores.
+    """
+    height, width = ((side - 1) * SEGMENTATION_STRIDE + 1 for side in logits.shape[2:])
+    enlarged = F.interpolate(logits.float(), size=(height, width), mode="bilinear", align_corners=True)
+    return F.pad(enlarged, (0, size[1] - width, 0, size[0] - height), mode="replicate")
 
 
 def resized_size(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:

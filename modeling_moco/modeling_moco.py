@@ -4,6 +4,7 @@ Shapes: `N` local batch, `R` processes, `V` views that are queries (1, or 2 with
 `K` negatives of a query, `D` feature width, `H`, `W` pixels.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from .distributed_moco import convert_batch_norm, exchange, gather, to_device, w
 from .encoder_moco import (
     TimmEncoder,
     build_encoder,
+    build_predictor,
+    build_projector,
     freeze_stem,
     is_new,
     mark_initialised,
@@ -39,7 +42,6 @@ from .encoder_moco import (
     spare_statistics,
     tensors,
 )
-from .heads_moco import build_predictor, build_projector
 from .image_processing_moco import MoCoImageProcessor, normalize  # noqa: F401  (remote code must import the processor)
 
 logger = logging.get_logger(__name__)
@@ -402,6 +404,38 @@ class MoCoModel(MoCoPreTrainedModel):
         if (self.config.dictionary == "bank") != (key_view is None):
             takes = "index, of one view" if self.config.dictionary == "bank" else "key_pixel_values, the second view"
             raise ValueError(f"dictionary ({self.config.dictionary!r}) takes {takes}: pass that and not the other")
+
+
+def build_resnet(config: MoCoConfig, dilated: bool) -> MoCoModel:
+    """The encoder of a detector or a segmentation model, on whose maps it works.
+
+    Args:
+        dilated: whether layer4 has stride 1 and dilation 2, all its 3x3 convolutions, so that its maps have stride 16.
+
+    Raises:
+        ValueError: it is no ResNet, or `model_args` change its strides.
+    """
+    with torch.device("meta"):
+        encoder = build_encoder(config)
+    if not isinstance(encoder, timm.models.ResNet):
+        raise ValueError(
+            f"architecture ({config.architecture!r}) must be a ResNet, whose layers detection and segmentation work on: e.g. "
+            "'resnet50'"
+        )
+    if "output_stride" in (config.model_args or {}):
+        raise ValueError(
+            f"model_args ({config.model_args}) may not have output_stride: leave it out; rcnn_variant='dilated_c5' and "
+            "segmentation dilate layer4 by themselves"
+        )
+    if not dilated:
+        return MoCoModel(config, momentum_encoder=False)
+    changed = copy.deepcopy(config)
+    changed.model_args = {**(config.model_args or {}), "output_stride": 16}
+    backbone = MoCoModel(changed, momentum_encoder=False)
+    for module in backbone.encoder_q.layer4[0].modules():  # timm dilates from the second block on
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.dilation = module.padding = (2, 2)
+    return backbone
 
 
 class MoCoForImageClassification(MoCoPreTrainedModel):

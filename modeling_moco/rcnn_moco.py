@@ -6,7 +6,6 @@ Shapes: `N` images, `H`, `W` pixels of the padded batch, `G` objects of an image
 `D` width of the head, `M` max_detections, `S` side of a predicted mask.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,10 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_moco import MoCoRCNNConfig
-from .distributed_moco import set_detector_norm
-from .encoder_moco import TimmEncoder, build_encoder
+from .distributed_moco import set_fine_tuned_norm
+from .encoder_moco import TimmEncoder
 from .image_processing_moco import MoCoDetectionImageProcessor  # noqa: F401  (remote code must import the processor)
-from .modeling_moco import STATE_OF_TRAINING, MoCoModel, MoCoPreTrainedModel
+from .modeling_moco import STATE_OF_TRAINING, MoCoModel, MoCoPreTrainedModel, build_resnet
 from .rpn_moco import Objects, RegionProposals, decode_boxes, encode_boxes, has_area, sample
 
 STRIDE = 16  # of the map that boxes are pooled from
@@ -88,7 +87,7 @@ class MoCoForObjectDetection(MoCoPreTrainedModel):
     def __init__(self, config: MoCoRCNNConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.moco = build_backbone(config)
+        self.moco = build_resnet(config, dilated=config.rcnn_variant == "dilated_c5")
         layer3, layer4 = (stage["num_chs"] for stage in self.encoder_q.feature_info[-2:])
         if config.rcnn_variant == "c4":
             self.proposals = RegionProposals(config, layer3, STRIDE)
@@ -115,7 +114,7 @@ class MoCoForObjectDetection(MoCoPreTrainedModel):
         if config.masks:
             self.mask_deconv = nn.ConvTranspose2d(layer4, MASK_CHANNELS, kernel_size=2, stride=2)
             self.mask_predictor = nn.Conv2d(MASK_CHANNELS, config.num_labels, kernel_size=1)
-        set_detector_norm(self, config)
+        set_fine_tuned_norm(self, config, "detector_norm")
         self._finish_encoder()
         self.post_init()
 
@@ -309,33 +308,6 @@ class MoCoForObjectDetection(MoCoPreTrainedModel):
         # Empty boxes last, as detectron2: until then they take the places of others.
         kept = kept[has_area(boxes[kept])]
         return scores[kept], classes[kept], boxes[kept]
-
-
-def build_backbone(config: MoCoRCNNConfig) -> MoCoModel:
-    """The encoder of a detector; for `"dilated_c5"` layer4 has stride 1 and dilation 2.
-
-    Raises:
-        ValueError: it is no ResNet, or `model_args` change its strides.
-    """
-    with torch.device("meta"):
-        encoder = build_encoder(config)
-    if not isinstance(encoder, timm.models.ResNet):
-        raise ValueError(
-            f"architecture ({config.architecture!r}) must be a ResNet, for its layers are backbone and head: e.g. 'resnet50'"
-        )
-    if "output_stride" in (config.model_args or {}):
-        raise ValueError(
-            f"model_args ({config.model_args}) may not have output_stride: choose rcnn_variant='dilated_c5' instead"
-        )
-    if config.rcnn_variant == "c4":
-        return MoCoModel(config, momentum_encoder=False)
-    dilated = copy.deepcopy(config)
-    dilated.model_args = {**(config.model_args or {}), "output_stride": STRIDE}
-    backbone = MoCoModel(dilated, momentum_encoder=False)
-    for module in backbone.encoder_q.layer4[0].modules():  # timm dilates from the second block on
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-            module.dilation = module.padding = (2, 2)
-    return backbone
 
 
 def _sizes(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import yaml
 
 from training.commands import COMMANDS
 from training.commands.embed import parse_embed
-from training.commands.knn import parse_knn
+from training.commands.evaluations.knn import parse_knn
 from training.commands.table import parse_table
 from training.evaluation.finetune import parse_finetune
 from training.evaluation.linear_probe import parse_linear_probe

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
-from training.commands.linear_probe import print_table
+from training.commands.evaluations.linear_probe import print_table
 from training.commands.pretrain import next_command
 from training.data.decode import decode_image
 from training.data.formats import load_digits

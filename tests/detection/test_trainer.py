@@ -17,12 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from modeling_moco import MoCoConfig, MoCoForObjectDetection, MoCoImageProcessor, MoCoModel
 from training.detection.dataset.opening import load_detection
 from training.detection.run import (
+    TASK,
     DetectorArguments,
     build_model,
     build_trainer,
-    load_recipe,
     parse_detect,
-    recipe_names,
 )
 from training.optimization.schedules import step_factor
 
@@ -110,9 +109,9 @@ def test_the_script_leaves_a_detector_with_its_results_and_measures_it_again(enc
     assert again == re.findall(r"box AP +\| +([\d.]+) %", shown)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", TASK.recipe_names())
 def test_every_recipe_builds_the_detector_that_it_names(name, encoder):
-    recipe = load_recipe(name)
+    recipe = TASK.load_recipe(name)
     assert {"title", "source", "command", "hardware", "expected"} == recipe.about.keys()
     assert name in recipe.about["command"]
     run = parse_detect([str(encoder), "--recipe", name, "--use_cpu", "--global_batch_size", "2"])

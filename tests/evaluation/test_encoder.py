@@ -13,7 +13,7 @@ import yaml
 from numbered_images import write_folders
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
-from training.commands.knn import parse_knn
+from training.commands.evaluations.knn import parse_knn
 from training.data.sources import CropDataArguments, DataArguments, EvaluationDataArguments, load_images
 from training.engine.files import write_json
 from training.engine.results import encoder_digest

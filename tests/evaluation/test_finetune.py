@@ -15,7 +15,7 @@ from tiny_models import save_encoder
 from transformers import TrainerCallback, pipeline
 
 from modeling_moco import MoCoForImageClassification, MoCoModel
-from training.commands import finetune
+from training.commands.evaluations import finetune
 from training.data.formats import load_digits
 from training.data.sources import ImageSplits, load_images
 from training.engine.results import encoder_digest

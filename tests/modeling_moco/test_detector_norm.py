@@ -9,7 +9,7 @@ from tiny_models import assert_equal
 from torch import nn
 
 from modeling_moco import MoCoForObjectDetection
-from modeling_moco.distributed_moco import FrozenBatchNorm2d, SyncBatchNorm2d, set_detector_norm
+from modeling_moco.distributed_moco import FrozenBatchNorm2d, SyncBatchNorm2d, set_fine_tuned_norm
 
 RANKS = 2
 
@@ -163,5 +163,5 @@ def test_a_norm_of_another_kind_is_refused_unless_plain():
         with pytest.raises(
             ValueError, match=r"handles nn.BatchNorm2d only, but test_resnet has BatchNorm1d at '1': choose"
         ):
-            set_detector_norm(other, rcnn_config(detector_norm=mode))
-    set_detector_norm(other, rcnn_config(detector_norm="plain"))
+            set_fine_tuned_norm(other, rcnn_config(detector_norm=mode), "detector_norm")
+    set_fine_tuned_norm(other, rcnn_config(detector_norm="plain"), "detector_norm")

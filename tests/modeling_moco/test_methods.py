@@ -17,8 +17,7 @@ from modeling_moco.dictionary_moco import (
     QueueDictionary,
     negatives,
 )
-from modeling_moco.encoder_moco import fixed_positions
-from modeling_moco.heads_moco import build_predictor, build_projector
+from modeling_moco.encoder_moco import build_predictor, build_projector, fixed_positions
 
 N, C, T = 6, 5, 0.2
 

@@ -478,7 +478,7 @@ def test_a_setting_out_of_its_range_is_refused_in_one_line(kwargs, words):
             {"architecture": "test_convnext", "rcnn_variant": "dilated_c5"},
             "architecture ('test_convnext') must be a ResNet",
         ),
-        ({"model_args": {"output_stride": 8}}, "may not have output_stride: choose rcnn_variant"),
+        ({"model_args": {"output_stride": 8}}, "may not have output_stride: leave it out; rcnn_variant='dilated_c5'"),
         ({"architecture": "resnet51"}, "architecture ('resnet51') is not a timm model"),
     ],
 )

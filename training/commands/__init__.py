@@ -11,10 +11,10 @@ from importlib import import_module
 # Name for `moco`: the module, whose last word is the script's name too, and what it does.
 COMMANDS = {
     "pretrain": ("pretrain", "pretrain an encoder without labels"),
-    "knn": ("knn", "classify by nearest neighbours on frozen features"),
-    "probe": ("linear_probe", "train a linear classifier on a frozen encoder"),
-    "finetune": ("finetune", "train a whole encoder with few labels or all"),
-    "detect": ("detect", "train a detector around an encoder and measure it"),
+    "knn": ("evaluations.knn", "classify by nearest neighbours on frozen features"),
+    "probe": ("evaluations.linear_probe", "train a linear classifier on a frozen encoder"),
+    "finetune": ("evaluations.finetune", "train a whole encoder with few labels or all"),
+    "detect": ("evaluations.detect", "train a detector around an encoder and measure it"),
     "embed": ("embed", "embed a dataset, search it and find near-duplicates"),
     "report": ("report", "draw the figures of a run and write its report.html"),
     "compare": ("compare", "compare runs in a table and a figure"),

@@ -141,7 +141,12 @@ class Plan:
         pretrain = [*self.rows[cell.row.folder].words, "--seed", str(cell.seed), "--output_dir", str(cell.folder)]
         steps = {"pretrain": [*self.launcher, *program("pretrain"), *pretrain]}
         if self.table.measure == LINEAR_PROBE:
-            steps["linear_probe"] = [*self.launcher, *program("linear_probe"), str(cell.folder), *self.evaluation]
+            steps["linear_probe"] = [
+                *self.launcher,
+                *program("evaluations.linear_probe"),
+                str(cell.folder),
+                *self.evaluation,
+            ]
         return steps
 
     def check(self) -> None:

@@ -9,8 +9,7 @@ import torch
 
 from modeling_moco import MoCoConfig
 from modeling_moco.configuration_moco import MOST, MOST_IN_ARGUMENT, MOST_LAYERS
-from modeling_moco.encoder_moco import build_encoder
-from modeling_moco.heads_moco import build_predictor, build_projector
+from modeling_moco.encoder_moco import build_encoder, build_predictor, build_projector
 
 from .key_maps import HEADS_OF_V3, OFFICIAL_ARCH, RESNETS, VITS, State
 

@@ -7,14 +7,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from ..plots import BLUE, GRAY, GREEN, HALO, INK, VERMILION, Panel, curves, figure
+from ..plots import BLUE, GREEN, HALO, INK, VERMILION, Panel, curves, figure
+from ..transfer.figures import draw_bars
 from .average_precision import AveragePrecision, Found
 from .dataset.opening import DetectionSplit
 
 SHOWN = 6  # images
 LEAST_SCORE = 0.5  # of a detection that is drawn
 ROW = 2.9  # inches
-MOST_BARS = 40
 PANELS = (
     Panel("Loss", {"loss": "loss"}),
     Panel("Losses of the proposals", {"loss_rpn_cls": "objects", "loss_rpn_loc": "boxes"}),
@@ -65,21 +65,5 @@ def _draw(axis: Axes, image: np.ndarray, boxes: Any, labels: Any, words: list[st
 
 def draw_classes(measured: dict[str, AveragePrecision], path: Path) -> None:
     """The AP of each class in per cent, of boxes and of masks, the best first. Of many classes the best and the worst."""
-    kinds = list(measured)
-    values = {kind: {name: 100 * ap for name, ap in measured[kind].per_class.items() if ap == ap} for kind in kinds}
-    names = sorted(values[kinds[0]], key=lambda name: -values[kinds[0]][name])
-    if len(names) > MOST_BARS:
-        names = names[: MOST_BARS // 2] + names[-MOST_BARS // 2 :]
-    width = 0.8 / len(kinds)
-    with figure(path, 0.7 + 0.22 * max(1, len(names)), layout="constrained") as fig:
-        axis = fig.add_subplot()
-        for number, (kind, colour) in enumerate(zip(kinds, (BLUE, VERMILION), strict=False)):
-            places = np.arange(len(names)) + (number - (len(kinds) - 1) / 2) * width
-            axis.barh(places, [values[kind].get(name, 0) for name in names], width, color=colour, label=f"{kind} AP")
-        axis.set_yticks(range(len(names)), [name[:24] for name in names])
-        axis.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, 100), xlabel="AP, %")
-        axis.grid(False, axis="y")
-        axis.set_axisbelow(True)
-        axis.tick_params(colors=GRAY)
-        if len(kinds) > 1:
-            axis.legend(loc="lower right")
+    values = {kind: {name: 100 * ap for name, ap in found.per_class.items()} for kind, found in measured.items()}
+    draw_bars(values, "AP", path)

@@ -5,33 +5,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from transformers import set_seed
-from transformers.utils import logging as transformers_logging
-
 from modeling_moco import MoCoDetectionImageProcessor, MoCoForObjectDetection, MoCoRCNNConfig
 
-from ..cli import build_parser, check_names, default_values, how_to_run, nearest_name, parse_flags, section_of_file
-from ..engine.files import below, check_model_files, write_json
+from ..engine.files import write_json
 from ..engine.page import read_run, refresh_report, write_report
 from ..engine.record import record
-from ..engine.results import Result, model_digest, read_results, table
+from ..engine.results import Result, model_digest, table
 from ..engine.run_folder import (
     CLASS_AP,
     DETECTIONS,
-    FREE_TO_CHANGE,
     METRICS,
     OF_DETECTOR,
-    SAVED_RECIPE,
     TRAINING,
     drawn,
     mark_ended,
     read_metrics,
-    read_sections,
 )
-from ..errors import shown
-from ..evaluation.encoder import Encoder, check_exists
-from ..model_folder import load_model, read_config
+from ..transfer.models import build_around, load_trained
+from ..transfer.recipe import RECIPES, Task, TransferRun
 from .average_precision import AveragePrecision
 from .dataset.masks import coco_library
 from .dataset.opening import DetectionDataArguments, DetectionSplits
@@ -41,9 +32,6 @@ from .evaluate import Metric, detect, measure
 from .figures import draw_classes, draw_detections, draw_training
 from .trainer import DetectionTrainer, DetectionTrainingArguments, rate_rule
 
-RECIPES = Path(__file__).parent.parent / "recipes" / "detection"
-DEFAULT_RECIPE = "voc_r50_c4_24k"
-ABOUT = ("title", "source", "command", "hardware", "expected")
 NEW = re.compile(r"^(moco\.)?(proposals|norm|reduce|hidden|cls_score|bbox_pred|mask_)")  # parts that no encoder has
 
 
@@ -93,57 +81,23 @@ class DetectorArguments:
         return {name: value for name, value in asdict(self).items() if name not in sizes}
 
 
-PARTS: dict[str, Any] = {
-    "data": DetectionDataArguments,
-    "model": DetectorArguments,
-    "training": DetectionTrainingArguments,
-}
-
-
-@dataclass(frozen=True)
-class DetectRecipe:
-    """One YAML file: what it reproduces, and values for the flags of `scripts/detect.py`."""
-
-    name: str
-    about: dict[str, str]
-    values: dict[str, Any]
+TASK = Task(
+    command="detect",
+    noun="detector",
+    recipes=RECIPES / "detection",
+    default_recipe="voc_r50_c4_24k",
+    parts={"data": DetectionDataArguments, "model": DetectorArguments, "training": DetectionTrainingArguments},
+)
 
 
 @dataclass
-class DetectRun:
+class DetectRun(TransferRun):
     """A recipe with the command line applied."""
 
-    encoder: Encoder
-    recipe: DetectRecipe
     data: DetectionDataArguments
     model: DetectorArguments
     training: DetectionTrainingArguments
     metric: Metric | None
-    eval_only: bool
-    settings: dict[str, dict[str, Any]]
-
-    @property
-    def changed(self) -> list[str]:
-        """Settings of this run that are not the recipe's and change what comes out of it."""
-        given = {name: value for section in PARTS for name, value in self.settings[section].items()}
-        given["dataset_name"] = Path(self.data.dataset_name).name
-        there = {
-            name: value for section in self.defaults.values() for name, value in section.items()
-        } | self.recipe.values
-        return [name for name, value in given.items() if name not in FREE_TO_CHANGE and value != there[name]]
-
-    @property
-    def about(self) -> dict[str, str]:
-        """Title, source and expected result of the recipe if this run is its; else what it is based on and what differs."""
-        if not self.changed and not self.encoder.random:
-            return self.recipe.about
-        changed = self.changed + ["random_encoder"] * self.encoder.random
-        return {"title": f"Based on recipe {self.recipe.name}, changed: {', '.join(changed)}"}
-
-    @property
-    def defaults(self) -> dict[str, dict[str, Any]]:
-        """Values of the flags that neither gave."""
-        return default_values(PARTS)
 
     def metric_of(self, splits: DetectionSplits) -> Metric:
         """The metric that was asked for; by default VOC's where objects are marked difficult, as VOC's are, else COCO's."""
@@ -159,77 +113,18 @@ class DetectRun:
         )
 
 
-def recipe_names() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def load_recipe(name_or_path: str) -> DetectRecipe:
-    """Read a recipe of a detector by its name or from a file.
-
-    Raises:
-        ValueError: no such recipe, a key that no flag has, or a value of another kind than its flag's.
-    """
-    path = RECIPES / f"{name_or_path}.yaml" if name_or_path in recipe_names() else Path(name_or_path)
-    if not path.is_file():
-        raise ValueError(
-            f"recipe ({name_or_path!r}) is neither a file nor one of {', '.join(recipe_names())}"
-            + nearest_name(name_or_path, recipe_names())
-        )
-    known = ["about", *PARTS, "encoder"]  # the last is in the recipe.yaml of a run
-    content = read_sections(path, f"write the sections about, {', '.join(PARTS)}")
-    for section in content:
-        if section not in known:
-            raise ValueError(f"section {shown(section)!r} in {path} is unknown{nearest_name(section, known)}")
-    check_names(path, "about", content.get("about", {}), ABOUT)
-    values: dict[str, Any] = {}
-    for section, kind in PARTS.items():
-        values |= section_of_file(path, section, content.get(section, {}), kind)
-    return DetectRecipe(path.stem, {key: str(value) for key, value in content.get("about", {}).items()}, values)
-
-
 def parse_detect(argv: list[str]) -> DetectRun:
     """The recipe named in `argv`, overridden by the other flags in it.
 
     Raises:
         ValueError: no model or dataset named, an unknown recipe or flag, or a value out of its range.
     """
-    parser = build_parser(
-        PARTS.values(),
-        usage=f"{how_to_run('detect')} MODEL [--recipe NAME_OR_PATH] [--flag value ...]",
-        description="Train a detector around a pretrained encoder, and measure its average precision.",
-    )
-    parser.add_argument(
-        "model", nargs="?", help="Folder or Hub repository of a MoCo model; with --eval_only of a detector."
-    )
-    parser.add_argument(
-        "--recipe", default=DEFAULT_RECIPE, help=f"A YAML file, or one of: {', '.join(recipe_names())}."
-    )
+    parser = TASK.build_parser("Train a detector around a pretrained encoder, and measure its average precision.")
     parser.add_argument(
         "--metric", choices=list(METRIC_NAMES), help="By default voc07 where objects are difficult, else coco."
     )
-    parser.add_argument("--eval_only", action="store_true", help="Measure a trained detector, and train nothing.")
-    parser.add_argument(
-        "--random_encoder",
-        action="store_true",
-        help="Begin with random weights instead: the baseline of any evaluation.",
-    )
-    known = parser.parse_args(argv)
-    if known.model is None:
-        raise ValueError("no model given: pass the folder that a run saved to, e.g. runs/quickstart")
-    if not known.eval_only:
-        check_exists(known.model)
-    encoder = Encoder(known.model, known.random_encoder)
-    own = Path(known.model) / SAVED_RECIPE  # of a trained detector: what it is called is what it was trained by
-    of_detector = known.eval_only and "recipe" not in parser.given(argv) and own.is_file()
-    recipe = load_recipe(str(own) if of_detector else known.recipe)
-    if "dataset_name" not in recipe.values and "dataset_name" not in parser.given(argv):
-        raise ValueError(f"recipe {recipe.name} names no dataset: pass --dataset_name")
-    folder = known.model if known.eval_only else str(below(encoder.results_dir, recipe.name))
-    _, (data, model, training), settings = parse_flags(parser, PARTS, argv, {"output_dir": folder} | recipe.values)
-    settings["data"]["dataset_name"] = data.dataset_name
-    settings["encoder"] = {"model": encoder.source, "random_encoder": encoder.random}
-    read_results(Path(str(training.output_dir)))
-    return DetectRun(encoder, recipe, data, model, training, known.metric, known.eval_only, settings)
+    known, fields = TASK.parse(parser, argv)
+    return DetectRun(**fields, metric=known.metric)
 
 
 def build_model(run: DetectRun, class_names: list[str]) -> MoCoForObjectDetection:
@@ -238,31 +133,8 @@ def build_model(run: DetectRun, class_names: list[str]) -> MoCoForObjectDetectio
     Raises:
         ValueError: there is no such encoder, or it cannot be in a detector.
     """
-    source = run.encoder.source
-    id2label = dict(enumerate(class_names))
-    names = {"id2label": id2label, "label2id": {name: number for number, name in id2label.items()}}
-    set_seed(run.training.seed)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # transformers warns that the detector is new, which is the point
-    try:
-        check_model_files(Path(source))
-        read_config(source)
-        config = MoCoRCNNConfig.from_pretrained(source, **names, **run.model.config, masks=run.data.masks)
-        if run.encoder.random:
-            return MoCoForObjectDetection(config)
-        model, report = load_model(source, config, MoCoForObjectDetection, {})
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{source} holds no MoCo model ({error}): pass the folder that a run saved to, e.g. runs/quickstart"
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    missing = sorted(key for key in report["missing_keys"] if not NEW.match(key))
-    if missing:
-        raise ValueError(
-            f"{source} holds a model without {missing[0]}: pass the folder that a pretraining run saved to"
-        )
-    return model
+    settings = run.model.config | {"masks": run.data.masks}
+    return build_around(run.encoder, MoCoForObjectDetection, class_names, settings, NEW, run.training.seed)
 
 
 def load_detector(run: DetectRun) -> tuple[MoCoForObjectDetection, MoCoDetectionImageProcessor]:
@@ -271,18 +143,7 @@ def load_detector(run: DetectRun) -> tuple[MoCoForObjectDetection, MoCoDetection
     Raises:
         ValueError: there is none.
     """
-    source = run.encoder.source
-    try:
-        check_model_files(Path(source))
-        config = read_config(source, [MoCoRCNNConfig])
-        model, report = load_model(source, config, MoCoForObjectDetection, {})
-        if report["missing_keys"]:
-            raise OSError(f"it lacks {min(report['missing_keys'])}")
-        return model.eval(), MoCoDetectionImageProcessor.from_pretrained(source)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{source} holds no detector ({error}): pass the folder that scripts/detect.py saved to"
-        ) from error
+    return load_trained(run.encoder.source, TASK, MoCoForObjectDetection, MoCoDetectionImageProcessor)
 
 
 def check_metric(run: DetectRun, splits: DetectionSplits) -> None:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +16,7 @@ from modeling_moco import MoCoDetectionImageProcessor, MoCoForObjectDetection
 from modeling_moco.distributed_moco import gather, rank
 
 from ..engine.preemption import outlive_signals
-from ..engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
-from ..optimization.schedules import step_schedule
+from ..transfer.step_trainer import StepTrainer, StepTrainingArguments
 from .dataset.batches import DetectionCollator, OrientationBatches
 from .dataset.views import DetectionImages
 from .precise_bn import set_precise_statistics
@@ -28,24 +27,12 @@ PUBLISHED_BATCH = 16  # images per step that the published learning rate is for
 
 
 @dataclass
-class DetectionTrainingArguments(SGDTrainingArguments):
+class DetectionTrainingArguments(StepTrainingArguments):
     """The training of the papers on VOC: 24,000 steps of 16 images (arXiv:1911.05722, table 2, and detectron2's defaults)."""
 
-    NOT_OFFERED: ClassVar[frozenset[str]] = SGDTrainingArguments.NOT_OFFERED | {
-        *("lr_milestones", "lr_scheduler_type", "warmup_epochs", "learning_rate_scaling", "num_train_epochs"),
-        *(
-            "eval_strategy",
-            "per_device_eval_batch_size",
-            "torch_compile",
-            "torch_compile_mode",
-            "torch_compile_backend",
-        ),
-    }
+    TRAINED = "detectors"
 
     max_steps: int = field(default=24_000, metadata={"help": "Optimizer steps."})
-    global_batch_size: int = field(
-        default=PUBLISHED_BATCH, metadata={"help": "Images per optimizer step over all devices."}
-    )
     learning_rate: float = field(default=0.02, metadata={"help": "Learning rate; 0.02 is for a global batch of 16."})
     step_milestones: list[int] = field(
         default_factory=lambda: [18_000, 22_000],
@@ -54,27 +41,16 @@ class DetectionTrainingArguments(SGDTrainingArguments):
     warmup_steps: float = field(
         default=100, metadata={"help": "Steps in which the learning rate rises from a thousandth of it."}
     )
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay, not of BatchNorm."})
     precise_bn_steps: int = field(
         default=200,
         metadata={
             "help": "Batches whose statistics BatchNorm gets before an evaluation; 0 keeps the running averages."
         },
     )
-    save_strategy: str = field(default="steps", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
-    save_steps: float = field(default=1000, metadata={"help": "Steps between two checkpoints."})
-    logging_steps: float = field(default=20, metadata={"help": "Optimizer steps between two log entries."})
-    dataloader_drop_last: bool = field(default=True)
 
     def __post_init__(self):
-        if self.max_steps < 1:
-            raise ValueError(
-                f"max_steps ({self.max_steps}) must be at least 1: detectors are trained for a number of steps"
-            )
         if self.precise_bn_steps < 0:
             raise ValueError(f"precise_bn_steps ({self.precise_bn_steps}) must be at least 0")
-        if self.warmup_steps != int(self.warmup_steps) or self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps ({self.warmup_steps:g}) must be a whole number of steps, at least 0")
         super().__post_init__()
 
 
@@ -82,7 +58,7 @@ class _Batches(OrientationBatches):
     drop_last = True  # accelerate asks for it, where several processes take turns
 
 
-class DetectionTrainer(SGDTrainer):
+class DetectionTrainer(StepTrainer):
     """Trains a [`MoCoForObjectDetection`].
 
     Args:
@@ -100,30 +76,16 @@ class DetectionTrainer(SGDTrainer):
         train_dataset: DetectionImages,
         processing_class: MoCoDetectionImageProcessor,
     ):
-        micro_batch = args.per_device_train_batch_size * args.world_size
-        if len(train_dataset) < micro_batch:
-            raise ValueError(
-                f"the train split ({len(train_dataset)} images with objects) is smaller than the global batch ({micro_batch}): "
-                "lower the batch or use more images"
-            )
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
+            images="images with objects",
             processing_class=processing_class,
             data_collator=DetectionCollator(processing_class.image_mean, processing_class.image_std),
         )
         self._losses: list[torch.Tensor] = []
         self._names: list[str] = []
-
-    def get_decay_parameter_names(self, model) -> list[str]:
-        norms = {id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)}
-        return [name for name, p in model.named_parameters() if id(p) not in norms]
-
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        args = self.args
-        self.lr_scheduler = step_schedule(optimizer or self.optimizer, int(args.warmup_steps), args.step_milestones)
-        return self.lr_scheduler
 
     def build_train_dataloader(self) -> DataLoader:
         args = self.args

@@ -21,9 +21,9 @@ def program(module: str) -> list[str]:
     """What python or a launcher of processes is given to start a command.
 
     Args:
-        module: of `commands`, whose script has the same name.
+        module: of `commands`, whose last word is the name of its script.
     """
-    script = ROOT / "scripts" / f"{module}.py"
+    script = ROOT / "scripts" / f"{module.rpartition('.')[2]}.py"
     if PACKAGE == "training" and script.is_file():
         return [os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)]
     return ["-m", f"{PACKAGE}.commands.{module}"]

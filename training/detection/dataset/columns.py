@@ -12,8 +12,9 @@ import datasets
 from ...data.folders import METADATA, arrange
 from ...data.metadata import use_metadata
 from ...errors import shown
+from ...transfer.source import Files, find_image_column
 from .annotations import AnnotatedImage, AnnotatedSplit
-from .layouts import Files, split_of_files
+from .layouts import split_of_files
 
 CATEGORIES = ("category", "categories", "category_id", "label", "labels")
 BOXES = ("bbox", "boxes", "bboxes")
@@ -49,7 +50,7 @@ def read_columns(
             f"objects_column ({objects_column!r}) is not in split {name!r}: it has {', '.join(rows.features)}; boxes are read "
             "from such a column, a VOCdevkit, or COCO's instances_SPLIT.json"
         )
-    image = _image_column(name, rows.features, image_column)
+    image = find_image_column(name, rows.features, image_column)
     sides = [side for side in SIDES if _holds_numbers(rows.features.get(side))]
     sides = sides if len(sides) == len(SIDES) else []
     annotations: list[AnnotatedImage] = []
@@ -67,23 +68,6 @@ def read_columns(
     return AnnotatedSplit(
         name, images.rename_column(image, "image") if image != "image" else images, annotations, names, None
     )
-
-
-def _image_column(name: str, features: datasets.Features, asked: str | None) -> str:
-    found = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
-    if asked is not None:
-        if asked not in found:
-            raise ValueError(
-                f"image_column ({asked!r}) is no column of images of split {name!r}: there are {', '.join(found) or 'none'}"
-            )
-        return asked
-    if "image" in found:  # others may hold masks
-        return "image"
-    if len(found) != 1:
-        raise ValueError(
-            f"split {name!r} has {len(found)} image columns ({', '.join(found) or 'none'}): name one with --image_column"
-        )
-    return found[0]
 
 
 def _holds_numbers(feature: Any) -> bool:

@@ -2,16 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import datasets
-
 from ...data.decode import EXTENSIONS
-from ...data.folders import NO_FILE, FoundFile, list_files
+from ...data.folders import FoundFile
 from ...errors import one_line, shown
+from ...transfer.source import Files, image_rows
 from .annotations import AnnotatedImage, AnnotatedSplit, parse_number
 
 MOST_XML = 2**24  # bytes of the annotations of one image
@@ -19,54 +17,6 @@ MOST_JSON = 2**32  # bytes of those of a split: COCO's largest file has 2**29
 VOC_YEAR = re.compile(r"VOC(\d{4})")
 COCO_FILE = re.compile(r"instances_(.+)\.json")
 COCO_BESIDE = "_annotations.coco.json"  # lies in the folder of each split
-IMAGES = datasets.Features({"image": datasets.Image(decode=False)})
-
-
-class Files:
-    """The files below a folder, by their paths. Nothing is read that the walk has not found."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.found = {file.path: file for file in list_files(root)}
-
-    def places(self) -> tuple[str, ...]:
-        """See `Decoder`."""
-        return (f"{self.root}/".replace("//", "/"),)
-
-    def read(self, path: str, most: int) -> str:
-        """The text of a file.
-
-        Raises:
-            ValueError: it is not there, is no regular file, has more than `most` bytes, or is not UTF-8.
-        """
-        file = self.found.get(path)
-        if file is None:
-            raise ValueError(f"{self.root / path} does not exist: add it, or choose another split")
-        if file.size == NO_FILE or file.size > most:
-            raise ValueError(f"{self.root / path} is no file of at most {most:,} bytes: check what it is")
-        try:
-            return (self.root / path).read_text(encoding="utf-8-sig")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.root / path} cannot be read ({one_line(error)}): bring it back") from error
-
-    def image(self, candidates: Iterable[str], owner: str) -> FoundFile:
-        """The first of these paths that is a file.
-
-        Raises:
-            ValueError: none is.
-        """
-        paths = list(candidates)
-        for path in paths:
-            file = self.found.get(path)
-            if file is not None and file.size != NO_FILE:
-                return file
-        raise ValueError(f"image {shown(paths[0])} of {owner} is not in {self.root}: add it, or remove its annotations")
-
-
-def image_rows(root: Path, files: Sequence[FoundFile]) -> datasets.Dataset:
-    """Rows `{"image": {"bytes": None, "path"}}` of files."""
-    rows = [{"bytes": None, "path": f"{root}/{file.path}"} for file in files]
-    return datasets.Dataset.from_dict({"image": rows}, features=IMAGES)
 
 
 def split_of_files(

@@ -17,11 +17,11 @@ from modeling_moco.distributed_moco import rank
 
 from ...data.decode import Decoder, Unreadable
 from ...data.formats import open_dataset
-from ...data.sources import EVAL_SPLITS, LOOKED_AT, SourceArguments
-from ...errors import shown
+from ...data.sources import LOOKED_AT, SourceArguments
+from ...transfer.source import Files, find_eval_split, refuse_other_content
 from .annotations import AnnotatedSplit, check_objects, find_bbox_format, find_classes, join, refuse_shared_images
 from .columns import has_metadata, read_columns, read_folder
-from .layouts import Files, coco_splits, read_coco, read_voc, voc_splits
+from .layouts import coco_splits, read_coco, read_voc, voc_splits
 from .objects import PackedObjects, is_empty
 
 VOC_EVAL_SPLITS = ("2007_test",)
@@ -143,7 +143,7 @@ def load_detection(
             should be; or the two splits share images.
     """
     source = _Source(args)
-    eval_split = _find_eval_split(source.names, args)
+    eval_split = find_eval_split(source.names, args, VOC_EVAL_SPLITS)
     needed = [args.train_split] if training or class_names is None else []
     opened = [source.read(name) for name in (*needed, *([eval_split] if eval_split else []))]
     if not opened:
@@ -161,7 +161,7 @@ def load_detection(
         bbox_format = find_bbox_format([part for part, _, _ in readable], [sizes for _, sizes, _ in readable])
     checked = [_check(*part, names, bbox_format, args) for part in readable]
     content = {split.name: split.content() for split in checked}
-    _refuse_other_content(content, args)
+    refuse_other_content(content, args)
     for split in checked:
         _say(split, args)
     splits = DetectionSplits(
@@ -254,11 +254,6 @@ class _Source:
         return split
 
 
-def _find_eval_split(names: list[str], args: DetectionDataArguments) -> str | None:
-    found = args.eval_split or next((name for name in (*EVAL_SPLITS, *VOC_EVAL_SPLITS) if name in names), None)
-    return None if found == args.train_split else found
-
-
 def _measure(
     split: AnnotatedSplit, limit: int | None, args: DetectionDataArguments
 ) -> tuple[AnnotatedSplit, list[tuple[int, int]], Decoder]:
@@ -342,16 +337,6 @@ def _say(split: DetectionSplit, args: DetectionDataArguments) -> None:
             f"warning: {len(empty):,} boxes of {split.name} are empty, for example {every.boxes[empty[0]].tolist()} of {name}: "
             "no detector learns from them"
         )
-
-
-def _refuse_other_content(content: dict[str, str], args: DetectionDataArguments) -> None:
-    for name, now in content.items():
-        then = (args.content or {}).get(name)
-        if then is not None and then != now:
-            raise ValueError(
-                f"{args.dataset_name} is not what the run was begun with: split {name!r} was {shown(then)} and is {now}. Bring "
-                "its files back, or name other data with --dataset_name"
-            )
 
 
 def _for_training(split: DetectionSplit, args: DetectionDataArguments) -> DetectionSplit:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ...views.policy import seeded_generator
+from ...transfer.images import TransferImages
 from .masks import rasterize
 from .objects import Objects, is_empty
 from .opening import DetectionSplit
@@ -136,69 +136,30 @@ def _view_of_mask(mask: Any, size: tuple[int, int], view: tuple[int, int], flip:
     return rasterize(list(moved), *view)
 
 
-class DetectionImages(torch.utils.data.Dataset):
+class DetectionImages(TransferImages):
     """Views of the images of a split to train on, by index.
-
-    An image that cannot be read is logged once and counted, and the next readable one takes its place, so that batches keep
-    their size.
 
     Args:
         split: the images and their objects.
         view: the distribution of views.
         seed: of the views, and of the order in which batches are made.
-
-    Raises:
-        ValueError: no image can be read; raised where one is asked for.
     """
 
+    split: DetectionSplit
+
     def __init__(self, split: DetectionSplit, view: DetectionView, seed: int = 0):
-        self.split = split
+        super().__init__(split, seed)
         self.view = view
-        self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes read it
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    @property
-    def images_per_epoch(self) -> int:
-        """Number of images that all processes see in one epoch, but for less than a batch."""
-        return len(self)
-
-    @property
-    def epoch(self) -> int:
-        """That of the views, from 0."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
-        """Select the views and the order of an epoch, also in workers that are already running.
-
-        Args:
-            epoch: from 0.
-            skip_batches: the sampler skips, not the images.
-        """
-        self._epoch.fill_(epoch)
-
-    def unreadable(self) -> list[str]:
-        """Names of the images that this process has met and could not read; each once."""
-        return [self.split.names[number] for number in self.split.broken.numbers]
 
     def view_params(self, index: int) -> DetectionViewParams:
         """What is drawn for an image in this epoch."""
-        return self.view.sample(seeded_generator(self.seed, self.epoch, index))
+        return self.view.sample(self.generator(index))
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def view_of(self, index: int, image: Image.Image) -> dict[str, Any]:
         """ "pixel_values", uint8 (3, H, W); "labels", as of `DetectionView.labels`; and "image_id", the number of the image."""
-        for number in (*range(index, len(self)), *range(index)):
-            try:
-                image = self.split.image(number)
-            except OSError as error:
-                self.split.broken.add(self.split.rows[number], number, error)
-                continue
-            params = self.view_params(number)
-            labels = self.view.labels(self.split.objects[number], image.size, params)
-            return {"pixel_values": self.view.pixels(image, params), "labels": labels, "image_id": number}
-        raise ValueError(f"no image of split {self.split.name!r} can be read: check the files")
+        params = self.view_params(index)
+        labels = self.view.labels(self.split.objects[index], image.size, params)
+        return {"pixel_values": self.view.pixels(image, params), "labels": labels, "image_id": index}
 
 
 class DetectionEvaluationImages(torch.utils.data.Dataset):

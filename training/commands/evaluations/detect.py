@@ -4,8 +4,8 @@ import sys
 
 from transformers.utils.logging import disable_progress_bar
 
-from ..detection.dataset.opening import load_detection
-from ..detection.run import (
+from ...detection.dataset.opening import load_detection
+from ...detection.run import (
     DetectRun,
     announce,
     build_trainer,
@@ -17,12 +17,12 @@ from ..detection.run import (
     results_of,
     show_recorded,
 )
-from ..engine.checkpoints import claim_output_dir, has_ended
-from ..engine.results import encoder_digest
-from ..engine.run_folder import WEIGHTS
-from ..engine.sgd_trainer import train
-from ..errors import one_line_errors
-from ..process import command, keep_freed_memory
+from ...engine.checkpoints import claim_output_dir, has_ended
+from ...engine.results import encoder_digest
+from ...engine.run_folder import WEIGHTS
+from ...engine.sgd_trainer import train
+from ...errors import one_line_errors
+from ...process import command, keep_freed_memory
 
 
 @command

@@ -9,16 +9,16 @@ from transformers.utils import logging
 
 from modeling_moco import MoCoModel
 
-from ..cli import names_in_files
-from ..data.images import MapImages
-from ..data.sources import EvaluationDataArguments, load_images
-from ..engine.record import Trackers, record, run_name
-from ..engine.results import encoder_digest, table
-from ..engine.run_folder import FEATURES
-from ..errors import one_line_errors
-from ..evaluation.encoder import Encoder, parse_evaluation
-from ..evaluation.knn import KNNArguments, evaluate_knn
-from ..process import command, keep_freed_memory
+from ...cli import names_in_files
+from ...data.images import MapImages
+from ...data.sources import EvaluationDataArguments, load_images
+from ...engine.record import Trackers, record, run_name
+from ...engine.results import encoder_digest, table
+from ...engine.run_folder import FEATURES
+from ...errors import one_line_errors
+from ...evaluation.encoder import Encoder, parse_evaluation
+from ...evaluation.knn import KNNArguments, evaluate_knn
+from ...process import command, keep_freed_memory
 
 
 @command

@@ -8,18 +8,18 @@ from typing import Any
 from transformers import pipeline
 from transformers.utils import logging
 
-from ..cli import how_to_classify, how_to_run
-from ..data.sources import ImageSplits
-from ..engine.checkpoints import claim_output_dir, has_ended
-from ..engine.results import encoder_digest, read_results
-from ..engine.run_folder import FEATURES, METRICS, WEIGHTS, mark_ended, read_metrics, unused
-from ..engine.sgd_trainer import train
-from ..errors import one_line_errors
-from ..evaluation import linear_probe as lp
-from ..evaluation.cached_probe import build_cached
-from ..evaluation.encoder import open_images, show_recorded
-from ..evaluation.probe_results import Probe
-from ..process import command, keep_freed_memory
+from ...cli import how_to_classify, how_to_run
+from ...data.sources import ImageSplits
+from ...engine.checkpoints import claim_output_dir, has_ended
+from ...engine.results import encoder_digest, read_results
+from ...engine.run_folder import FEATURES, METRICS, WEIGHTS, mark_ended, read_metrics, unused
+from ...engine.sgd_trainer import train
+from ...errors import one_line_errors
+from ...evaluation import linear_probe as lp
+from ...evaluation.cached_probe import build_cached
+from ...evaluation.encoder import open_images, show_recorded
+from ...evaluation.probe_results import Probe
+from ...process import command, keep_freed_memory
 
 SHOWN_IMAGES = 4
 NEXT = """Next, with your IMAGE and your FOLDER of images:

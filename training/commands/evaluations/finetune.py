@@ -4,14 +4,14 @@ import sys
 
 from transformers.utils.logging import disable_progress_bar
 
-from ..cli import how_to_classify
-from ..engine.checkpoints import claim_output_dir, has_ended
-from ..engine.run_folder import RESULTS, WEIGHTS
-from ..engine.sgd_trainer import train
-from ..errors import one_line_errors
-from ..evaluation.encoder import open_images, show_recorded
-from ..evaluation.finetune import announce, build_trainer, choose_labelled, finish, parse_finetune, save_split
-from ..process import command, keep_freed_memory
+from ...cli import how_to_classify
+from ...engine.checkpoints import claim_output_dir, has_ended
+from ...engine.run_folder import RESULTS, WEIGHTS
+from ...engine.sgd_trainer import train
+from ...errors import one_line_errors
+from ...evaluation.encoder import open_images, show_recorded
+from ...evaluation.finetune import announce, build_trainer, choose_labelled, finish, parse_finetune, save_split
+from ...process import command, keep_freed_memory
 
 
 @command

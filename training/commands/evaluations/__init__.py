@@ -1,0 +1,1 @@
+"""Commands that measure an encoder, frozen or fine-tuned."""

@@ -1,0 +1,1 @@
+"""Training an encoder further for another task, in steps: what detection and segmentation share."""
