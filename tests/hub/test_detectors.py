@@ -1,6 +1,7 @@
 """A detector is published with its AP, and strangers find with it what we find."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from PIL import Image
 from tiny_trainer import TINY
 
 from modeling_moco import MoCoDetectionImageProcessor, MoCoForObjectDetection
+from training.hub.origin import published_figures, read_origin
 
 DETECTOR = [
     *("--recipe", "bccd_quickstart", "--train_sizes", "64", "72", "--test_size", "64", "--anchor_sizes", "16", "32"),
@@ -56,6 +58,15 @@ def detector(script, tmp_path_factory):
     script("pretrain").main([*TINY, "--output_dir", str(folder / "run")])
     script("detect").main([str(folder / "run"), *DETECTOR, "--dataset_name", str(images)])
     return folder / "run" / "bccd_quickstart"
+
+
+@pytest.fixture(scope="module")
+def stranger(detector, tmp_path_factory):
+    """The detector as it comes from elsewhere: without what its training left beside it."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        shutil.copyfile(detector / name, folder / name)
+    return folder
 
 
 def push(script, *words: str) -> None:
@@ -176,3 +187,36 @@ def test_its_report_and_that_of_its_encoder_show_what_it_finds(detector, script,
         (detector / "kept.svg").rename(detector / "detections.svg")
     script("report").main([str(detector)])
     assert list(Page(detector / "report.html").images.values()) == figures
+
+
+def test_of_an_unknown_training_nothing_is_said(detector, stranger, script, capsys):
+    images = yaml.safe_load((detector / "recipe.yaml").read_text())["data"]["dataset_name"]
+    script("detect").main([str(stranger), "--eval_only", "--dataset_name", images, "--use_cpu"])
+    entries = json.loads((stranger / "results.json").read_text())
+    protocol = "Faster R-CNN C4, training not recorded, short side 64 px, COCO AP"
+    assert {(entry["protocol"], entry["seed"]) for entry in entries} == {(protocol, None)}
+    assert entries[0]["value"] == json.loads((detector / "results.json").read_text())[0]["value"]
+    script("detect").main([str(stranger), "--eval_only", "--dataset_name", images, "--use_cpu", "--test_size", "96"])
+    assert "short side 96 px" in json.loads((stranger / "results.json").read_text())[-1]["protocol"]
+    push(script, str(stranger), "org/detector", "--dry_run")
+    shown = capsys.readouterr().out
+    assert "nothing is recorded of what that was pretrained on" in shown
+    assert "Nothing is recorded of how these weights were trained." in shown
+
+
+@pytest.mark.parametrize("flag", ["--max_steps", "--roi_samples", "--seed"])
+def test_an_evaluation_refuses_what_only_a_training_uses(flag, detector, script, capsys):
+    with pytest.raises(SystemExit):
+        script("detect").main([str(detector), "--eval_only", flag, "3"])
+    assert f"{flag} is for training, and --eval_only trains nothing" in capsys.readouterr().err
+
+
+def test_no_evaluation_of_public_images_publishes_pictures_of_private_ones(detector, tmp_path):
+    copy = shutil.copytree(detector, tmp_path / "copy")
+    model = MoCoForObjectDetection.from_pretrained(copy)
+    entries = json.loads((copy / "results.json").read_text())
+    public = [entry | {"data": entry["data"] | {"dataset": "org/public", "local": False}} for entry in entries]
+    (copy / "results.json").write_text(json.dumps(public))
+    assert "detections" in {path.stem for path in published_figures(read_origin(copy, model), False)}
+    (copy / "results.json").write_text(json.dumps(entries + public))
+    assert "detections" not in {path.stem for path in published_figures(read_origin(copy, model), False)}

@@ -87,6 +87,7 @@ TASK = Task(
     recipes=RECIPES / "detection",
     default_recipe="voc_r50_c4_24k",
     parts={"data": DetectionDataArguments, "model": DetectorArguments, "training": DetectionTrainingArguments},
+    of_evaluation=frozenset({"test_size", "longest_side"}),
 )
 
 
@@ -103,14 +104,11 @@ class DetectRun(TransferRun):
         """The metric that was asked for; by default VOC's where objects are marked difficult, as VOC's are, else COCO's."""
         return self.metric or ("voc07" if splits.difficult else "coco")
 
-    def protocol(self, metric: Metric) -> str:
+    def protocol(self, metric: Metric, config: MoCoRCNNConfig, short_side: int) -> str:
         """The words that stand for this evaluation in results."""
-        masks = "Mask R-CNN" if self.data.masks else "Faster R-CNN"
-        args, variant = self.training, self.model.rcnn_variant.upper().replace("_", "-")
-        return (
-            f"{masks} {variant}, {args.max_steps:,} steps of {args.global_batch_size}, "
-            f"learning rate {args.learning_rate:g}, short side {self.model.test_size} px, {METRIC_NAMES[metric]}"
-        )
+        kind = "Mask R-CNN" if config.masks else "Faster R-CNN"
+        variant = config.rcnn_variant.upper().replace("_", "-")
+        return f"{kind} {variant}, {self.training_in_words}, short side {short_side} px, {METRIC_NAMES[metric]}"
 
 
 def parse_detect(argv: list[str]) -> DetectRun:
@@ -143,7 +141,12 @@ def load_detector(run: DetectRun) -> tuple[MoCoForObjectDetection, MoCoDetection
     Raises:
         ValueError: there is none.
     """
-    return load_trained(run.encoder.source, TASK, MoCoForObjectDetection, MoCoDetectionImageProcessor)
+    model, processor = load_trained(run.encoder.source, TASK, MoCoForObjectDetection, MoCoDetectionImageProcessor)
+    sides = {"test_size": "shortest_edge", "longest_side": "longest_edge"}
+    given = {side: getattr(run.model, flag) for flag, side in sides.items() if flag in run.given}
+    processor.size = dict(processor.size) | given
+    run.data.masks = model.config.masks
+    return model, processor
 
 
 def check_metric(run: DetectRun, splits: DetectionSplits) -> None:
@@ -219,7 +222,7 @@ def finish(run: DetectRun, splits: DetectionSplits, trainer: DetectionTrainer) -
     measured = {} if splits.eval is None else results_of(run, splits, trainer.model, trainer.processing_class)
     if trainer.is_world_process_zero():
         draw_training(trainer.state.log_history, folder / TRAINING)
-        leave_results(run, splits, trainer.model, measured, trainer.state.global_step)
+        leave_results(run, splits, trainer.model, trainer.processing_class, measured, step=trainer.state.global_step)
         mark_ended(folder)
         write_report(read_run(folder))
         refresh_report(run.encoder.results_dir)
@@ -238,14 +241,19 @@ def show_recorded(run: DetectRun) -> None:
 
 
 def leave_results(
-    run: DetectRun, splits: DetectionSplits, model: Any, measured: dict[str, AveragePrecision], step: int | None
+    run: DetectRun,
+    splits: DetectionSplits,
+    model: Any,
+    processor: Any,
+    measured: dict[str, AveragePrecision],
+    step: int | None = None,
 ) -> None:
     """Print the APs, and write them to `results.json` in the folder of the detector; after training to `metrics.json` too."""
     folder, metric = Path(str(run.training.output_dir)), run.metric_of(splits)
-    n = 0 if splits.eval is None else len(splits.eval)
-    protocol = run.protocol(metric)
+    n, seed = 0 if splits.eval is None else len(splits.eval), (run.trained or {}).get("seed")
+    protocol = run.protocol(metric, model.config, processor.size["shortest_edge"])
     results = [
-        Result(protocol, f"{kind} {name}", 100 * ap.values[name], n, "detector", {}, run.training.seed)
+        Result(protocol, f"{kind} {name}", 100 * ap.values[name], n, "detector", {}, seed)
         for kind, ap in measured.items()
         for name in ("AP", "AP50", "AP75")
         if ap.values[name] == ap.values[name]  # not NaN

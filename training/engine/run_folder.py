@@ -55,8 +55,8 @@ OF_DETECTOR = {
     ),
     DETECTIONS: (
         "What it finds",
-        "Each row is an image of the evaluated split: on the left the annotated objects, on the right what is found with a "
-        "score above 0.5.",
+        "Each row is an image of the split that was evaluated last: on the left the annotated objects, on the right what "
+        "is found with a score above 0.5.",
     ),
     CLASS_AP: (
         "AP by class",

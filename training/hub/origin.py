@@ -40,6 +40,7 @@ class Origin:
         conversion: of the `conversion.json` of a converted checkpoint.
         results: entries of `results.json` that were measured on these weights, oldest first.
         figures: PNG files.
+        pictured: `ImageSplits.about` of the images that figures may show.
     """
 
     recipe: dict[str, dict[str, Any]]
@@ -50,6 +51,7 @@ class Origin:
     conversion: dict[str, Any]
     results: list[dict[str, Any]]
     figures: list[Path]
+    pictured: dict[str, Any]
 
 
 # What a figure shows of the data.
@@ -64,7 +66,7 @@ SHOWN = {
 
 def published_figures(origin: Origin, include_pictures: bool) -> list[Path]:
     """The figures to publish: those that show images of a local dataset only if asked for."""
-    return [path for path in origin.figures if may_leave(path, origin.metrics.get("data", {}), include_pictures)]
+    return [path for path in origin.figures if may_leave(path, origin.pictured, include_pictures)]
 
 
 def describe_shown(origin: Origin, model: Published, include_pictures: bool) -> list[str]:
@@ -104,6 +106,7 @@ def read_origin(source: Path, model: Published) -> Origin:
         conversion=_read_conversion((run or source) / CONVERSION),
         results=_plain(_read_own_results(home, run, encoder_digest(encoder), about_encoder=not evaluated)),
         figures=drawn(run) if run and final and not evaluated.get("fine_tuned") else [],
+        pictured=metrics.get("data", {}),
     )
 
 
@@ -111,7 +114,10 @@ def _read_origin_of_detector(source: Path, model: MoCoForObjectDetection) -> Ori
     home = source.parent if _is_checkpoint(source) else source
     run, _ = _find_run(home)
     digest = model_digest(model)
-    results = [entry for entry in read_results(home) if entry.get("model") == digest] if home.is_dir() else []
+    measured = read_results(home) if home.is_dir() else []
+    results = [entry for entry in measured if entry.get("model") == digest]
+    # Any of the evaluations may have drawn the figures.
+    public = bool(measured) and all(entry["data"].get("local") is False for entry in measured)
     return Origin(
         recipe={} if run is None else _plain(_read_yaml(run / SAVED_RECIPE)),
         evaluation={},
@@ -121,6 +127,7 @@ def _read_origin_of_detector(source: Path, model: MoCoForObjectDetection) -> Ori
         conversion=_read_conversion(home / CONVERSION),
         results=_plain(results),
         figures=drawn(source, OF_DETECTOR) if home == source else [],
+        pictured={"local": not public},
     )
 
 

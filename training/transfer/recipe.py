@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..cli import build_parser, check_names, default_values, how_to_run, nearest_name, parse_flags, section_of_file
+from ..cli import (
+    DESTINATIONS,
+    build_parser,
+    check_names,
+    default_values,
+    how_to_run,
+    nearest_name,
+    offered,
+    parse_flags,
+    section_of_file,
+)
 from ..engine.files import below
 from ..engine.results import read_results
 from ..engine.run_folder import FREE_TO_CHANGE, SAVED_RECIPE, read_sections
@@ -35,6 +45,7 @@ class Task:
         recipes: folder of its recipes.
         default_recipe: the name of one.
         parts: dataclasses of its flags, by section of a recipe: data, model, training.
+        of_evaluation: names of the flags of the model that an evaluation of a trained one takes.
     """
 
     command: str
@@ -42,6 +53,7 @@ class Task:
     recipes: Path
     default_recipe: str
     parts: dict[str, Any]
+    of_evaluation: frozenset[str] = frozenset()
 
     def recipe_names(self) -> list[str]:
         return sorted(path.stem for path in self.recipes.glob("*.yaml"))
@@ -106,13 +118,15 @@ class Task:
             raise ValueError("no model given: pass the folder that a run saved to, e.g. runs/quickstart")
         if not known.eval_only:
             check_exists(known.model)
+        given = parser.given(argv)
+        if known.eval_only:
+            self._check_evaluation(given)
         encoder = Encoder(known.model, known.random_encoder)
-        own = Path(known.model) / SAVED_RECIPE  # of a trained model: what it is called is what it was trained by
-        of_trained = known.eval_only and "recipe" not in parser.given(argv) and own.is_file()
-        recipe = self.load_recipe(str(own) if of_trained else known.recipe)
-        if "dataset_name" not in recipe.values and "dataset_name" not in parser.given(argv):
-            raise ValueError(f"recipe {recipe.name} names no dataset: pass --dataset_name")
-        folder = known.model if known.eval_only else str(below(encoder.results_dir, recipe.name))
+        of_model = known.eval_only and "recipe" not in given
+        recipe = self._recipe_of(known.model) if of_model else self.load_recipe(known.recipe)
+        if "dataset_name" not in recipe.values and "dataset_name" not in given:
+            raise ValueError(f"{recipe.name} names no dataset: pass --dataset_name")
+        folder = str(encoder.results_dir if known.eval_only else below(encoder.results_dir, recipe.name))
         _, (data, model, training), settings = parse_flags(
             parser, self.parts, argv, {"output_dir": folder} | recipe.values
         )
@@ -121,8 +135,23 @@ class Task:
         read_results(Path(str(training.output_dir)))
         return known, {
             **{"task": self, "encoder": encoder, "recipe": recipe, "settings": settings},
-            **{"data": data, "model": model, "training": training, "eval_only": known.eval_only},
+            **{"data": data, "model": model, "training": training, "eval_only": known.eval_only, "given": given},
         }
+
+    def _recipe_of(self, model: str) -> TransferRecipe:
+        """The settings that a trained model has beside it; none of a model without, whose training nobody knows."""
+        own = Path(model) / SAVED_RECIPE
+        return self.load_recipe(str(own)) if own.is_file() else TransferRecipe(model, {}, {})
+
+    def _check_evaluation(self, given: set[str]) -> None:
+        """
+        Raises:
+            ValueError: a flag was given that an evaluation of a trained model does not use.
+        """
+        of_training = {field.name for part in ("model", "training") for field in offered(self.parts[part])}
+        spare = (of_training | {"random_encoder"}) & given - self.of_evaluation - FREE_TO_CHANGE
+        for name in sorted(name for name in spare if not DESTINATIONS.fullmatch(name)):
+            raise ValueError(f"--{name} is for training, and --eval_only trains nothing: leave one of them out")
 
 
 @dataclass
@@ -132,6 +161,7 @@ class TransferRun:
     Args:
         data, model, training: instances of the task's `parts`.
         settings: the values that either of them gave, by section.
+        given: names of the values that the command line gave.
     """
 
     task: Task
@@ -142,6 +172,23 @@ class TransferRun:
     training: Any
     eval_only: bool
     settings: dict[str, dict[str, Any]]
+    given: set[str]
+
+    @property
+    def trained(self) -> dict[str, Any] | None:
+        """Flags that the model was or will be trained with; None for one that is evaluated and has no record of it."""
+        if not self.eval_only:
+            return vars(self.training)
+        own = Path(self.encoder.source) / SAVED_RECIPE
+        return self.defaults["training"] | self.task.load_recipe(str(own)).values if own.is_file() else None
+
+    @property
+    def training_in_words(self) -> str:
+        """Steps, batch and learning rate of the training, for the words of a protocol."""
+        if (by := self.trained) is None:
+            return "training not recorded"
+        steps, batch = f"{by['max_steps']:,} steps", by["global_batch_size"]
+        return f"{steps} of {batch}, learning rate {by['learning_rate']:g}"
 
     @property
     def changed(self) -> list[str]:

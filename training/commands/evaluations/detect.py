@@ -59,9 +59,10 @@ def evaluate(run: DetectRun) -> None:
     model, processor = load_detector(run)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     splits = load_detection(run.data, names, training=False)
+    check_metric(run, splits)
     measured = results_of(run, splits, model.to(run.training.device), processor)
     if run.training.process_index == 0:
-        leave_results(run, splits, model, measured, None)
+        leave_results(run, splits, model, processor, measured)
 
 
 if __name__ == "__main__":
