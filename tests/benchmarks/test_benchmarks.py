@@ -29,6 +29,7 @@ TINY = {
     "stream": "--dataset_name digits --image_size 16 --shuffle_buffer 50 --batches 2 --rounds 1",
     "exchange": "--per_device_train_batch_size 2 --image_size 16 --rounds 2",
     "folder": "--images 30 --classes 3 --rounds 1",
+    "detect": "--architecture test_resnet --height 64 --width 96 --roi_samples 32 --rounds 1",
     "embed": "--images 8 --image_size 32 --architecture test_resnet --rows 200 --dim 16 --rounds 1",
     "knn": "--bank 2000 --queries 50 --dim 16 --knn_k 20 --rounds 1",
 }
@@ -41,6 +42,7 @@ SLOW = (
     "data",
     "folder",
     "embed",
+    "detect",
 )  # many seconds, most with processes of their own
 
 

@@ -4,8 +4,9 @@
 2. the step of a ResNet-50 at 224 px: against its encoders alone and the official style, in every precision, and its memory
 3. the views that the GPU renders
 4. the step of every method that MoCo is compared with: time, memory, hours for 200 epochs
-5. CIFAR-10 with a ResNet-18 by its recipe, as many epochs as two thirds of the time left allow
-6. the step and the views compiled, which can take minutes to compile
+5. the step of a detector
+6. CIFAR-10 with a ResNet-18 by its recipe, as many epochs as two thirds of the time left allow
+7. the step and the views compiled, which can take minutes to compile
 
 Every row is printed and written to `--output` as soon as it is measured: gpu.json, gpu.md and gpu.png. `--tiny` goes through
 all of it with small models, on a CPU too.
@@ -40,6 +41,7 @@ from ..engine.results import conditions
 from ..views.device import DeviceCrops, DeviceViews
 from ..views.pil import render_view
 from ..views.policy import build_policies, seeded_generator
+from . import detect
 from .measure import Benchmark, draw_timings, peak_memory, time_rounds, write_numbers
 from .step import methods as methods_of_step
 from .step.variants import VARIANTS, build_step, build_steps, this_project
@@ -293,6 +295,16 @@ def methods(args: argparse.Namespace) -> Iterator[Benchmark]:
             yield methods_of_step.compare(list(methods_of_step.RECIPES), row, measured)
 
 
+def detectors(args: argparse.Namespace) -> Iterator[Benchmark]:
+    tiny = {"architecture": "test_resnet", "height": 64, "width": 96, "roi_samples": 32}
+    sizes = tiny if args.tiny else {"architecture": "resnet50", "height": 800, "width": 1216, "roi_samples": 512}
+    for precision in ("fp32", "bf16"):
+        row = argparse.Namespace(
+            **sizes, rcnn_variant="c4", masks=False, num_labels=20, batch=2, precision=precision, rounds=args.rounds
+        )
+        yield detect.measure(row, partial(detect.memory, row, torch.get_num_threads()))
+
+
 # Views and a whole run
 
 
@@ -370,6 +382,7 @@ PARTS: dict[str, Any] = {
     "steps": steps,
     "views": views,
     "methods": methods,
+    "detectors": detectors,
     "cifar": cifar,
     "compiled": compiled,
 }

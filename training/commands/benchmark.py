@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..benchmarks import data, embed, exchange, folder, gpu, knn, step, stream, train
+from ..benchmarks import data, detect, embed, exchange, folder, gpu, knn, step, stream, train
 from ..benchmarks.measure import draw_timings, write_numbers
 from ..cli import refuse_secrets
 from ..errors import one_line_errors
@@ -15,7 +15,7 @@ from ..process import command, keep_freed_memory
 
 BENCHMARKS = {
     **{"data": data, "step": step, "train": train, "stream": stream},
-    **{"exchange": exchange, "knn": knn, "folder": folder, "embed": embed},
+    **{"exchange": exchange, "knn": knn, "folder": folder, "embed": embed, "detect": detect},
 }
 
 WRITE_AS_THEY_GO = {"gpu": gpu}  # to a folder of their own, row by row
