@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from modeling_moco import MoCoConfig
+from modeling_moco import MoCoConfig, MoCoRCNNConfig
 
 from .engine.files import inside
 from .errors import first_line, one_line, shown
@@ -35,8 +35,11 @@ DAMAGED = (
 )
 
 
-def read_config(source: str) -> MoCoConfig:
+def read_config(source: str, detector_too: bool = False) -> MoCoConfig:
     """The configuration of a MoCo model.
+
+    Args:
+        detector_too: whether it may be a detector's.
 
     Raises:
         OSError: there is none.
@@ -49,9 +52,11 @@ def read_config(source: str) -> MoCoConfig:
                 raise ValueError(f"{name} ({shown(content[name])}) would load something else: remove it")
         if isinstance(classes := content.get("num_labels"), int) and classes > MOST_CLASSES:
             raise ValueError(f"num_labels ({classes:,}) must be at most {MOST_CLASSES:,}: lower it")
-        if content.get("model_type") != MoCoConfig.model_type:
+        kinds = (MoCoConfig, MoCoRCNNConfig) if detector_too else (MoCoConfig,)
+        kind = next((kind for kind in kinds if kind.model_type == content.get("model_type")), None)
+        if kind is None:
             raise OSError(f"model_type {shown(content.get('model_type'))} in {CONFIG_NAME}")
-        config: MoCoConfig = MoCoConfig.from_pretrained(source)
+        config: MoCoConfig = kind.from_pretrained(source)
         if not isinstance(config.dtype, torch.dtype | None):
             raise ValueError(f"dtype ({shown(config.dtype)}) is none of torch's: use float32")
     except StrictDataclassError as error:
