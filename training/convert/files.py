@@ -1,7 +1,7 @@
 """The command line of the converter, and the formats that it writes.
 
 It reads what `detect.py` recognises, and model directories. It writes a model directory, the official file, detectron2's
-pickle or torchvision's state dict. An output is complete or absent. Optimizers are not converted.
+pickle or checkpoint, or torchvision's state dict. An output is complete or absent. Optimizers are not converted.
 """
 
 import io

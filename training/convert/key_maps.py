@@ -2,8 +2,8 @@
 
 Sources: facebookresearch/moco (main_moco.py, moco/builder.py, main_lincls.py, detection/convert-pretrain-to-detectron2.py),
 facebookresearch/moco-v3 (main_moco.py, moco/builder.py, vits.py, main_lincls.py),
-lightly (examples/pytorch*/moco.py, benchmarks/imagenet/resnet50/mocov2.py), solo-learn (solo/methods/mocov2plus.py). Each
-table is used in both directions.
+lightly (examples/pytorch*/moco.py, benchmarks/imagenet/resnet50/mocov2.py), solo-learn (solo/methods/mocov2plus.py),
+facebookresearch/detectron2 (modeling/). Each table is used in both directions.
 """
 
 from typing import NamedTuple
