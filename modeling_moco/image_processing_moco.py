@@ -21,6 +21,7 @@ from transformers.processing_utils import ImagesKwargs
 MAX_SAMPLE_VALUE = 281  # TIFF 6.0, section 8
 SEGMENTATION_STRIDE = 16  # pixels from one place of a segmentation model's map to the next
 SMALLEST_SIDE = 1e-5  # of a box after resizing: smaller ones are dropped
+MOST_PIXELS = 1e6  # from the corner of an image to a point of a polygon: the rasteriser walks along the lines
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -200,14 +201,15 @@ class MoCoDetectionImageProcessor(_Pixels, PilBackend):
             annotations: of each image, or of the only one, either COCO's `{"image_id": 7, "annotations": [{"bbox": ...,
                 "category_id": ...}, ...]}` or `objects` of a dataset, `{"bbox": [...], "category": [...]}`, alone or as such
                 a key of a row. Boxes are `x y width height` in pixels of the given image; classes count from 0. Objects with
-                `iscrowd` and boxes outside the image are left out. A `segmentation` is a mask (height, width).
+                `iscrowd` and boxes outside the image are left out. A `segmentation` is a mask (height, width), a list of
+                polygons or an RLE; the last two need faster-coco-eval. With masks, objects without a pixel are left out too.
 
         Returns:
             `pixel_values` (N, 3, H, W), `pixel_mask` (N, H, W), and `labels` as the model takes them, with `orig_size` and
             `size` (height, width) before and after resizing, and with `image_id` where it was given.
 
         Raises:
-            ValueError: annotations that do not belong to the images, or lack what is needed.
+            ValueError: annotations that do not belong to the images, or lack what is needed; or no faster-coco-eval.
         """
         return super().preprocess(images, annotations, **kwargs)
 
@@ -321,7 +323,7 @@ def _label(annotation: Any, sizes: tuple[tuple[int, int], tuple[int, int]], with
     corners = corners.clip(0, 1)
     sides = corners[:, 2:] - corners[:, :2]
     kept = np.all(sides * [resized[1], resized[0]] > SMALLEST_SIDE, axis=1)
-    label = {
+    label: dict[str, Any] = {
         "class_labels": np.array([one["category_id"] for one in objects], dtype=np.int64)[kept],
         "boxes": np.concatenate([corners[:, :2] + sides / 2, sides], axis=1)[kept].astype(np.float32),
         "orig_size": np.array([height, width], dtype=np.int64),
@@ -329,7 +331,9 @@ def _label(annotation: Any, sizes: tuple[tuple[int, int], tuple[int, int]], with
     }
     if with_masks:
         masks = [_resized_mask(objects[i].get("segmentation"), *sizes) for i in kept.nonzero()[0]]
-        label["masks"] = np.stack(masks) if masks else np.zeros((0, *resized), dtype=np.uint8)
+        seen = np.array([mask.any() for mask in masks], dtype=bool)
+        label["masks"] = np.stack(masks)[seen] if masks else np.zeros((0, *resized), dtype=np.uint8)
+        label |= {name: label[name][seen] for name in ("class_labels", "boxes")}
     if "image_id" in annotation:
         label["image_id"] = np.array([annotation["image_id"]], dtype=np.int64)
     return label
@@ -359,15 +363,66 @@ def _objects(annotation: Any) -> list[dict[str, Any]]:
 
 
 def _resized_mask(segmentation: Any, size: tuple[int, int], resized: tuple[int, int]) -> np.ndarray:
-    """
+    """The pixels of an object after resizing: polygons are drawn there, other masks are resized by the nearest pixel.
+
     Raises:
         ValueError: it is no mask of the image.
     """
+    if isinstance(segmentation, list | tuple) and len(segmentation):
+        return _drawn(segmentation, size, resized)
+    if isinstance(segmentation, Mapping):
+        segmentation = _decoded(segmentation, size)
     mask = np.asarray(segmentation) if isinstance(segmentation, np.ndarray | Image.Image) else None
     if mask is None or mask.shape != tuple(size):
         kind = type(segmentation).__name__ if mask is None else mask.shape
         raise ValueError(
-            f"segmentation ({kind}) must be a mask of {size[0]} x {size[1]} pixels: decode polygons and RLE first"
+            f"segmentation ({kind}) must be a mask of {size[0]} x {size[1]} pixels, a list of polygons or an RLE: pass one of "
+            "these"
         )
     image = Image.fromarray((mask != 0).astype(np.uint8))
     return np.asarray(image.resize((resized[1], resized[0]), Image.Resampling.NEAREST))
+
+
+def _drawn(polygons: Sequence[Any], size: tuple[int, int], resized: tuple[int, int]) -> np.ndarray:
+    scale = np.array([resized[1] / size[1], resized[0] / size[0]])
+    scaled = []
+    for polygon in polygons:
+        try:
+            points = np.asarray(polygon, dtype=np.float64)
+        except (TypeError, ValueError):
+            points = np.zeros(0)
+        if points.ndim != 1 or len(points) < 6 or len(points) % 2 or not np.all(np.abs(points) <= MOST_PIXELS):
+            raise ValueError(
+                f"a polygon ({str(polygon)[:60]}) must be a list x0, y0, x1, y1, ... of at least three points in pixels"
+            )
+        scaled.append((points.reshape(-1, 2) * scale).ravel().tolist())
+    coco = _coco_masks()
+    return np.asarray(coco.decode(coco.merge(coco.frPyObjects(scaled, *resized))))
+
+
+def _decoded(rle: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    counts, shape = rle.get("counts"), np.asarray(rle.get("size")).tolist()
+    if not isinstance(counts, str | bytes | list | tuple | np.ndarray) or shape != list(size):
+        raise ValueError(
+            f"an RLE (size {rle.get('size')}) must have counts, and the size [{size[0]}, {size[1]}] of its image: correct it"
+        )
+    coco = _coco_masks()
+    try:
+        if isinstance(counts, str | bytes):
+            return np.asarray(coco.decode({"size": list(size), "counts": counts}))
+        return np.asarray(coco.decode(coco.frPyObjects({"size": list(size), "counts": list(map(int, counts))}, *size)))
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"an RLE ({str(counts)[:60]}) has run lengths that do not fill its {size[0]} x {size[1]} pixels: correct it"
+        ) from error
+
+
+def _coco_masks() -> Any:
+    """COCO's rasteriser. It is imported where it is needed, because most users of the model have no masks."""
+    try:
+        from faster_coco_eval import mask
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "faster-coco-eval is not installed, which polygons and RLE need: pip install faster-coco-eval"
+        ) from error
+    return mask

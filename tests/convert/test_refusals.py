@@ -157,7 +157,7 @@ REFUSED = {
     ),
     "something else": (
         saved({"model": {"a": torch.ones(1)}}),
-        "contains unknown names (model): what can be read: official MoCo,",
+        "contains unknown names (a): what can be read: official MoCo,",
     ),
     "tensor": (saved(torch.ones(1)), "contains a Tensor, not a checkpoint"),
     "supervised, of pytorch/examples": (

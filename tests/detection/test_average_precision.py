@@ -1,6 +1,6 @@
 """AP of detectors against published numbers, and against a plain loop in float64.
 
-tests/records/voc_toy.json and coco_fake100.json.gz name their sources and licences.
+tests/records/voc_toy.json, voc_detectron2.json and coco_fake100.json.gz name their sources and licences.
 """
 
 import builtins
@@ -66,6 +66,32 @@ def test_the_published_toy_has_its_published_aps(kind):
     record, truth, detections = toy()
     ours = voc_class(truth, detections, 0, kind == "eleven_points", record["overlaps"])
     assert np.allclose(ours, record[kind], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["eleven_points", "area"])
+def test_detectron2s_own_code_has_the_same_aps(kind):
+    record = json.loads((RECORDS / "voc_detectron2.json").read_text())
+    for case in record["cases"]:
+        truth = [
+            objects([one[:4] for one in image], [one[4] for one in image], [one[5] for one in image])
+            for image in case["objects"]
+        ]
+        detections = [
+            found(
+                [[side / 10 for side in one[:4]] for one in image],
+                [one[5] / 1000 for one in image],
+                np.array([one[4] for one in image], np.int64),
+            )
+            for image in case["found"]
+        ]
+        theirs = np.array(case[kind], np.float64)  # null is NaN
+        without_truth = [not any(one[4] == number for image in case["objects"] for one in image) for number in range(4)]
+        assert without_truth == [False, False, False, True]
+        assert np.array_equal(np.isnan(theirs).all(1), [False, False, False, kind == "area"])
+        ours = np.array([voc_class(truth, detections, number, kind == "eleven_points") for number in range(4)])
+        assert np.allclose(ours, np.nan_to_num(theirs), rtol=0, atol=1e-12)
+        assert theirs[:3, 0].min() > 0.1
+    assert any(one[5] for case in record["cases"] for image in case["objects"] for one in image)
 
 
 def random_images(seed: int, images: int = 12):

@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from bombs import memory_for
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import anything, edited, edits, few, mutated_bytes, mutated_json, refusal, texts
+from safetensors.torch import load_file
 from tiny_models import moco_config
 
 from modeling_moco import MoCoModel
@@ -78,6 +80,35 @@ def test_a_checkpoint_of_other_code_is_read_or_refused(place, around, changes, e
             if refusal(lambda: checkpoint.append(read(str(path))), path) is None:
                 assert str(checkpoint[0]).isprintable()
                 assert all(note.isprintable() for note in checkpoint[0].notes)
+
+
+RECORD = Path(__file__).parents[1] / "records" / "detectron2_r50c4_tiny_step.safetensors"
+DETECTOR = {n.removeprefix("weights."): x for n, x in load_file(RECORD).items() if n.startswith("weights.")}
+of_detectron2 = [
+    *("backbone.stem.conv1.weight", "backbone.res2.0.conv3.weight", "roi_heads.res5.0.conv3.weight"),
+    *("roi_heads.res5.norm.weight", "roi_heads.box_predictor.cls_score.weight", "pixel_mean"),
+    *("roi_heads.box_predictor.cls_score.bias", "roi_heads.box_predictor.bbox_pred.weight"),
+    *("roi_heads.mask_head.predictor.weight", "proposal_generator.rpn_head.objectness_logits.weight"),
+    "proposal_generator.anchor_generator.cell_anchors.0",
+]
+
+
+@few
+@example(changes={}, edits=[])
+@example(changes={"roi_heads.box_predictor.cls_score.bias": torch.zeros(10**11, 0)}, edits=[])
+@example(changes={"roi_heads.res5.0.conv3.weight": torch.zeros(10**11, 0)}, edits=[])
+@given(
+    changes=st.dictionaries(st.sampled_from(of_detectron2), values | st.just("left out"), max_size=3),
+    edits=st.just([]) | edits,
+)
+def test_a_detector_of_detectron2_is_read_or_refused(place, changes, edits):
+    state = {name: tensor for name, tensor in (DETECTOR | changes).items() if not isinstance(tensor, str)}
+    with place() as folder:
+        path = folder / "model_final.pth"
+        torch.save({"model": state, "iteration": 3}, path)
+        path.write_bytes(edited(path.read_bytes(), edits))
+        with memory_for(2000 * 2**20):
+            refusal(lambda: read(str(path)), path)
 
 
 @pytest.fixture(scope="module")

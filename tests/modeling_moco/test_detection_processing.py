@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tiny_detectors import batch, detector
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, pipeline
+from transformers.dynamic_module_utils import get_imports
 
 import modeling_moco
 from modeling_moco import (
@@ -23,6 +24,7 @@ from modeling_moco import (
     MoCoRCNNConfig,
 )
 from modeling_moco.image_processing_moco import paste_masks, resized_size
+from training.detection.dataset.masks import check_segmentation, encode, rasterize
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -132,9 +134,10 @@ def test_masks_follow_their_objects_at_the_nearest_pixel():
         "segmentation": [~mask, mask, mask & False],
     }
     label = processor(noise(100, 80), columns, return_tensors="pt")["labels"][0]
-    assert label["masks"].shape == (2, 40, 50)
+    assert label["class_labels"].tolist() == [1]  # the third has no pixel
+    assert label["boxes"].shape == (1, 4)
+    assert label["masks"].shape == (1, 40, 50)
     assert torch.equal(label["masks"][0].bool(), torch.from_numpy(mask[::2, ::2]))
-    assert not label["masks"][1].any()
     none = processor(noise(100, 80), {"bbox": [], "category": []}, return_tensors="pt")["labels"][0]
     assert none["masks"].shape == (0, 40, 50)
 
@@ -166,14 +169,111 @@ def test_annotations_that_do_not_fit_are_refused_in_one_line(processor, annotati
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "segmentation", [[[1, 2, 3, 4, 5, 6]], {"size": [80, 100], "counts": "x"}, np.ones((8, 9)), None]
-)
-def test_what_is_no_mask_of_the_image_is_refused_in_one_line(segmentation):
-    processor = MoCoDetectionImageProcessor(return_segmentation_masks=True)
-    with pytest.raises(ValueError, match=r"must be a mask of 80 x 100 pixels: decode polygons and RLE first"):
-        processor(noise(100, 80), {"bbox": BOXES[:1], "category": [0], "segmentation": [segmentation]})
+POLYGONS = [[10.0, 20, 50, 20, 49.5, 50, 10, 50], [60, 60, 70, 60, 65, 75.5]]
+RUNS = {"size": [80, 100], "counts": [931, *[29, 51] * 19, 29, 5520]}  # the last 29 pixels of columns 11 to 30
+
+
+def labels_of(segmentations, size=None, **columns):
+    """The label of an image of 100 x 80 that is resized to 50 x 40, or to `size`."""
+    processor = MoCoDetectionImageProcessor(
+        size=size or {"shortest_edge": 40, "longest_edge": 60}, return_segmentation_masks=True
+    )
+    columns = {"bbox": BOXES[:1] * len(segmentations), "category": list(range(len(segmentations))), **columns}
+    return processor(noise(100, 80), columns | {"segmentation": segmentations}, return_tensors="pt")["labels"][0]
+
+
+@pytest.mark.parametrize("short", [40, 80, 111])
+def test_polygons_and_run_lengths_become_the_masks_that_the_trainer_sees(short):
+    size = {"shortest_edge": short, "longest_edge": 2 * short}
+    text = encode(rasterize(check_segmentation(RUNS, 100, 80), 100, 80)[None])[0]
+    forms = [POLYGONS, RUNS, text, {**text, "counts": text["counts"].encode()}]
+    label = labels_of([tuple(POLYGONS), *forms[1:]], size)
+    height, width = label["size"].tolist()
+    assert label["class_labels"].tolist() == [0, 1, 2, 3]
+    scaled = [[x * (width / 100, height / 80)[i % 2] for i, x in enumerate(polygon)] for polygon in POLYGONS]
+    checked = [check_segmentation(scaled, width, height), *(check_segmentation(form, 100, 80) for form in forms[1:])]
+    for mask, form in zip(label["masks"], checked, strict=True):
+        assert np.array_equal(mask.numpy(), rasterize(form, width, height))
+
+
+def test_the_pixels_of_a_polygon_are_those_inside_it():
+    square = [10, 20, 30, 20, 30, 50, 10, 50]  # corners on pixels, so that no rule of a border matters
+    label = labels_of(
+        [[square], [square, [60, 0, 70, 0, 70, 10, 60, 10]], RUNS], {"shortest_edge": 80, "longest_edge": 100}
+    )
+    expected = np.zeros((80, 100), bool)
+    expected[20:50, 10:30] = True
+    assert np.array_equal(label["masks"][0], expected)
+    expected[0:10, 60:70] = True
+    assert np.array_equal(label["masks"][1], expected)
+    columns = np.zeros((80, 100), bool)
+    columns[51:80, 11:31] = True
+    assert np.array_equal(label["masks"][2], columns)
+
+
+def test_objects_without_a_pixel_and_crowds_are_left_out_whatever_their_masks_are():
+    outside = [[200, 200, 300, 200, 300, 300]]
+    around = [[-50, -50, 200, -50, 200, 200, -50, 200]]
+    nothing = {"size": [80, 100], "counts": [8000]}
+    label = labels_of([outside, around, "not read", nothing, [[5, 5, 5, 5, 5, 5]]], iscrowd=[0, 0, 1, 0, 0])
+    assert label["class_labels"].tolist() == [1]
+    assert label["boxes"].shape == (1, 4)
+    assert label["masks"].all()  # it is around the image
+    assert label["masks"].shape == (1, 40, 50)
+    none = labels_of([outside])
+    assert none["masks"].shape == (0, 40, 50)
+    assert none["class_labels"].dtype == torch.long
+
+
+MASK_OF_THE_IMAGE = "must be a mask of 80 x 100 pixels, a list of polygons or an RLE"
+BAD_MASKS = [
+    (np.ones((8, 9)), MASK_OF_THE_IMAGE),
+    (None, MASK_OF_THE_IMAGE),
+    ([], MASK_OF_THE_IMAGE),
+    ("x", MASK_OF_THE_IMAGE),
+    *(
+        ([polygon], "must be a list x0, y0, x1, y1, ... of at least three points")
+        for polygon in (
+            [1, 2, 3, 4],
+            [1, 2, 3, 4, 5, 6, 7],
+            [[1, 2], [3, 4], [5, 6]],
+            ["a"] * 6,
+            [float("nan")] * 6,
+            [1e7] * 6,
+            3,
+            [[1], 2],
+        )
+    ),
+    *(({"size": size, "counts": [8000]}, "must have counts, and the size [80, 100]") for size in ([100, 80], 3, None)),
+    ({"size": [80, 100]}, "must have counts, and the size [80, 100]"),
+    *(
+        ({"size": [80, 100], "counts": counts}, "has run lengths that do not fill its 80 x 100 pixels")
+        for counts in ([10, 20], [10, -5, 7995], [0, 10**12], [], ["a"], "x", "P" * 5000, "o" * 5000, b"~" * 5000)
+    ),
+]
+
+
+@pytest.mark.parametrize(("segmentation", "words"), BAD_MASKS)
+def test_what_is_no_mask_of_the_image_is_refused_in_one_line(segmentation, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        labels_of([segmentation])
+    assert "\n" not in str(error.value)
     MoCoDetectionImageProcessor()(noise(100, 80), {"bbox": BOXES[:1], "category": [0], "segmentation": [segmentation]})
+
+
+def test_without_the_library_arrays_are_masks_and_others_name_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)  # as where it is not installed
+    assert labels_of([np.ones((80, 100))])["masks"].all()
+    for segmentation in (POLYGONS, RUNS):
+        with pytest.raises(ValueError, match=r"faster-coco-eval is not installed.*: pip install faster-coco-eval$"):
+            labels_of([segmentation])
+
+
+def test_remote_code_does_not_ask_for_the_library():
+    code = Path(modeling_moco.__file__).parent
+    needed = {name for file in code.glob("*.py") for name in get_imports(file)}
+    own = {"torch", "torchvision", "transformers", "huggingface_hub", "timm", "numpy", "PIL"}
+    assert needed - sys.stdlib_module_names == own
 
 
 # Outputs

@@ -12,11 +12,19 @@ from typing import Any
 
 import torch
 
-from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
+from modeling_moco import (
+    MoCoConfig,
+    MoCoForImageClassification,
+    MoCoForObjectDetection,
+    MoCoModel,
+    MoCoRCNNConfig,
+)
 
 from ..engine.files import UNREADABLE, check_archive
+from .detectors import recognise_detector
 from .key_maps import (
     CLASSIFIER_VIT,
+    DETECTOR,
     FOREIGN,
     LAYOUTS,
     OF_THE_OFFICIAL_CODE,
@@ -47,8 +55,8 @@ class Checkpoint:
         source: file, folder or Hub repository.
         title: name of its kind.
         config: of the model.
-        state: tensors under the names of [`MoCoModel`], or of [`MoCoForImageClassification`], and in its order. Projectors,
-            key encoder and queue may be absent.
+        state: tensors under the names of [`MoCoModel`], or of [`MoCoForImageClassification`] or [`MoCoForObjectDetection`],
+            and in its order. Projectors, key encoder and queue may be absent.
         about: other known values, see `KNOWN`; for official files also the `prefix` of their names, `module.` or empty.
         notes: sentences about what the conversion changed, assumed or left out.
     """
@@ -66,13 +74,20 @@ class Checkpoint:
         return "classifier.weight" in self.state
 
     @property
+    def is_detector(self) -> bool:
+        """Whether it is a detector around an encoder."""
+        return isinstance(self.config, MoCoRCNNConfig)
+
+    @property
     def parts(self) -> set[str]:
         """Names of its top-level modules."""
         return {name.split(".")[0] for name in self.state}
 
-    def empty_model(self) -> MoCoModel | MoCoForImageClassification:
+    def empty_model(self) -> MoCoModel | MoCoForImageClassification | MoCoForObjectDetection:
         """A model for this state, on the meta device."""
         with torch.device("meta"):
+            if isinstance(self.config, MoCoRCNNConfig):
+                return MoCoForObjectDetection(self.config)
             return MoCoForImageClassification(self.config) if self.is_classifier else MoCoModel(self.config)
 
     def checked(self) -> "Checkpoint":
@@ -84,7 +99,9 @@ class Checkpoint:
         parts = self.parts | ({"moco", "classifier"} if self.is_classifier else {"encoder_q"})
         if parts & {"encoder_k", "projector_k"}:
             parts |= {"encoder_k", "projector_k"}
-        expected = {k: x for k, x in self.empty_model().state_dict().items() if k.split(".")[0] in parts}
+        expected = self.empty_model().state_dict()
+        if not self.is_detector:
+            expected = {k: x for k, x in expected.items() if k.split(".")[0] in parts}
         wrong = differences(self.state, expected) or [
             f"{name} is {self.state[name].dtype}, not {_number(tensor)}"
             for name, tensor in expected.items()
@@ -101,7 +118,9 @@ class Checkpoint:
     def __str__(self) -> str:
         config = self.config
         words = [self.title, config.architecture]
-        if self.is_classifier:
+        if isinstance(config, MoCoRCNNConfig):
+            words += [config.rcnn_variant, f"{config.num_labels:,} classes", *(["masks"] if config.masks else [])]
+        elif self.is_classifier:
             words.append(f"{config.num_labels:,} classes")
         elif "projector_q" in self.parts:
             method = (config.dictionary, config.key_encoder, config.projection_head)
@@ -137,7 +156,10 @@ def read_file(path: Path) -> Checkpoint:
         notes += _check_linear(
             path, content, *(("ViT", "head") if layout.names == CLASSIFIER_VIT else ("ResNet", "fc"))
         )
-    config, state, remarks = recognise(path, layout, state, about.get("arch"))
+    if layout.names == DETECTOR:
+        config, state, remarks = recognise_detector(path, state, {name: there[name] for name in left_out})
+    else:
+        config, state, remarks = recognise(path, layout, state, about.get("arch"))
     notes += remarks
     if about.get("arch", config.architecture) not in (config.architecture, OFFICIAL_ARCH.get(config.architecture)):
         notes.append(f"its arch is {about['arch']}, but its tensors are those of {config.architecture}")
@@ -193,6 +215,11 @@ def _unpickled(path: Path) -> Any:
             warnings.simplefilter("ignore")  # torch warns of a TorchScript archive, which is refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
+        if path.suffix == ".pkl":  # of detectron2, which are of arrays: torch reads no newer pickles than its own
+            raise ValueError(
+                f"{path} is a pickle, which may run code, so that it is not loaded: if you trust it, save its arrays as "
+                'tensors by torch.save({"model": tensors}, "model.pth")'
+            ) from error
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if asked:
             raise ValueError(
@@ -206,9 +233,10 @@ def _unpickled(path: Path) -> Any:
 
 def _recognise(path: Path, content: dict[Any, Any]) -> tuple[Layout, State, str]:
     """The kind of a checkpoint, its tensors, and the prefix that was removed from their names."""
-    inner = content.get("state_dict", content)
+    key = next((key for key in ("state_dict", "model") if key in content), None)
+    inner = content if key is None else content[key]
     if not isinstance(inner, dict):
-        raise ValueError(f"{path} contains a {type(inner).__name__} as state_dict, not tensors: {_convertible()}")
+        raise ValueError(f"{path} contains a {type(inner).__name__} as {key}, not tensors: {_convertible()}")
     state = {str(name).removeprefix(WRAPPED): tensor for name, tensor in inner.items()}
     names = [*state, *map(str, content)]
 

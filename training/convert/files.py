@@ -1,7 +1,7 @@
 """The command line of the converter, and the formats that it writes.
 
 It reads what `detect.py` recognises, and model directories. It writes a model directory, the official file, detectron2's
-pickle or torchvision's state dict. An output is complete or absent. Optimizers are not converted.
+pickle or checkpoint, or torchvision's state dict. An output is complete or absent. Optimizers are not converted.
 """
 
 import io
@@ -17,7 +17,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
+from modeling_moco import (
+    MoCoConfig,
+    MoCoDetectionImageProcessor,
+    MoCoForObjectDetection,
+    MoCoImageProcessor,
+    MoCoModel,
+    MoCoRCNNConfig,
+)
 
 from ..cli import build_parser, how_to_run, nearest_name
 from ..engine.files import check_model_files, read_json, write_json
@@ -25,6 +32,7 @@ from ..engine.run_folder import CONVERSION
 from ..errors import first_line, one_line
 from ..model_folder import check_size, read_config, read_timm_config, weights_file
 from .detect import Checkpoint, known_values, read_file, recognise
+from .detectors import check_detector, detectron2_settings, detectron2_state
 from .key_maps import (
     CLASSIFIER,
     CLASSIFIER_VIT,
@@ -59,7 +67,8 @@ class ConvertArguments:
         default="moco",
         metadata={
             "help": "Format of the output. moco: a model directory; official: .pth.tar of the official code; detectron2: a "
-            "pickle of the backbone; torchvision: a state dict (.pth). The last three are pickles: publish only the first."
+            "pickle of the backbone (.pkl), or of a detector all weights (.pth); torchvision: a state dict (.pth). The last "
+            "three are pickles: publish only the first."
         },
     )
 
@@ -80,7 +89,9 @@ def parse_convert(argv: list[str]) -> tuple[str, Path, str]:
         description="Convert MoCo checkpoints of other code to a model directory, and back.",
     )
     parser.add_argument(
-        "checkpoint", nargs="?", help="File of the official code, lightly or solo-learn; or a folder or Hub repository."
+        "checkpoint",
+        nargs="?",
+        help="File of the official code, lightly, solo-learn or detectron2; or a folder or Hub repository.",
     )
     parser.add_argument("output", nargs="?", help="What to write; it must not exist yet.")
     args = parser.parse_args(argv)
@@ -121,8 +132,11 @@ def _read_model(source: str, timm_too: bool) -> Checkpoint:
     check_model_files(Path(source))
     try:
         of_timm = read_timm_config(source) if timm_too else None
-        config = of_timm or read_config(source)
-        check_size(source, config, MoCoModel, momentum_encoder=of_timm is None)
+        config = of_timm or read_config(source, (MoCoConfig, MoCoRCNNConfig))
+        if isinstance(config, MoCoRCNNConfig):
+            check_size(source, config, MoCoForObjectDetection)
+        else:
+            check_size(source, config, MoCoModel, momentum_encoder=of_timm is None)
         state = load_file(weights_file(source, config))
     except (OSError, SafetensorError) as error:
         what = (
@@ -135,8 +149,10 @@ def _read_model(source: str, timm_too: bool) -> Checkpoint:
         ) from error
     if of_timm is not None:
         return _encoder_alone(source, config, state).checked()
-    title = "MoCo classifier" if "classifier.weight" in state else "MoCo"
-    return Checkpoint(source, title, config, state, _read_about(Path(source) / CONVERSION)).checked()
+    checkpoint = Checkpoint(source, "MoCo", config, state, _read_about(Path(source) / CONVERSION))
+    if checkpoint.is_classifier or checkpoint.is_detector:
+        checkpoint.title = "MoCo detector" if checkpoint.is_detector else "MoCo classifier"
+    return checkpoint.checked()
 
 
 def _encoder_alone(source: str, config: MoCoConfig, state: State) -> Checkpoint:
@@ -162,13 +178,20 @@ def _read_about(path: Path) -> dict[str, Any]:
 # Writing
 
 
-def write(checkpoint: Checkpoint, out: Path, to: str) -> None:
+def write(checkpoint: Checkpoint, out: Path, to: str) -> list[str]:
     """Write a checkpoint in one of `FORMATS`, complete or not at all.
+
+    Returns:
+        sentences about what the output needs beside itself.
 
     Raises:
         ValueError: the format cannot store this model, or the output cannot be written.
     """
-    if to != "moco":
+    if checkpoint.is_detector and to != "moco":
+        if to != "detectron2":
+            raise ValueError(f"{checkpoint.source} is a detector, which --to {to} cannot hold: pass --to detectron2")
+        check_detector(checkpoint.source, checkpoint.config, out)
+    elif to != "moco":
         _check_encoder(checkpoint, to)
     if to == "official":
         _check_official(checkpoint)
@@ -180,6 +203,9 @@ def write(checkpoint: Checkpoint, out: Path, to: str) -> None:
             unfinished.rename(out)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{out} cannot be written ({error}): name another output, or make room") from error
+    if checkpoint.is_detector and to == "detectron2":
+        return [f"beside a *_moco.yaml of the official code, detectron2 needs {detectron2_settings(checkpoint.config)}"]
+    return []
 
 
 def _check_encoder(checkpoint: Checkpoint, to: str) -> None:
@@ -234,7 +260,8 @@ def _save_model(checkpoint: Checkpoint, path: Path) -> None:
     model.load_state_dict(checkpoint.state, strict=False, assign=True)
     model.save_pretrained(path, state_dict=dict(checkpoint.state))
     mean, std = list(checkpoint.config.image_mean), list(checkpoint.config.image_std)
-    MoCoImageProcessor(image_mean=mean, image_std=std).save_pretrained(path)
+    processor = MoCoDetectionImageProcessor if checkpoint.is_detector else MoCoImageProcessor
+    processor(image_mean=mean, image_std=std).save_pretrained(path)
     about = {"format": checkpoint.title, "file": Path(checkpoint.source).name} | checkpoint.about
     write_json(path / CONVERSION, about)
 
@@ -264,6 +291,10 @@ def _torch_save(content: dict[str, Any], path: Path) -> None:
 
 
 def _save_detectron2(checkpoint: Checkpoint, path: Path) -> None:
+    if checkpoint.is_detector:
+        # Its names are the whole names, which detectron2 loads without matching heuristics.
+        _torch_save({"model": detectron2_state(checkpoint.config, checkpoint.state)}, path)
+        return
     encoder = {name.removeprefix("moco."): tensor for name, tensor in checkpoint.state.items()}
     model = {}
     for name, tensor in rename_back(encoder, WITH_HEAD).items():

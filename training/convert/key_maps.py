@@ -2,8 +2,8 @@
 
 Sources: facebookresearch/moco (main_moco.py, moco/builder.py, main_lincls.py, detection/convert-pretrain-to-detectron2.py),
 facebookresearch/moco-v3 (main_moco.py, moco/builder.py, vits.py, main_lincls.py),
-lightly (examples/pytorch*/moco.py, benchmarks/imagenet/resnet50/mocov2.py), solo-learn (solo/methods/mocov2plus.py). Each
-table is used in both directions.
+lightly (examples/pytorch*/moco.py, benchmarks/imagenet/resnet50/mocov2.py), solo-learn (solo/methods/mocov2plus.py),
+facebookresearch/detectron2 (modeling/). Each table is used in both directions.
 """
 
 from typing import NamedTuple
@@ -57,12 +57,26 @@ OF_THE_OFFICIAL_CODE = (OFFICIAL, OFFICIAL_V3, OFFICIAL_V3_VIT, CLASSIFIER, CLAS
 WITHOUT_HEAD = {"": "encoder_q."}
 WITH_HEAD = {"fc.": "projector_q.", "": "encoder_q."}
 CHILDREN = {"0.": "conv1.", "1.": "bn1.", "4.": "layer1.", "5.": "layer2.", "6.": "layer3.", "7.": "layer4."}
-DETECTRON2 = {  # parts of torchvision's names; names outside `res` get the prefix `stem.`
-    **{f"layer{i}.": f"res{i + 1}." for i in (1, 2, 3, 4)},
+BLOCKS = {  # parts of torchvision's names, and of detectron2's
     **{f"bn{i}.": f"conv{i}.norm." for i in (1, 2, 3)},
     "downsample.0.": "shortcut.",
     "downsample.1.": "shortcut.norm.",
 }
+DETECTRON2 = {f"layer{i}.": f"res{i + 1}." for i in (1, 2, 3, 4)} | BLOCKS  # names outside `res` get the prefix `stem.`
+DETECTOR = {  # detectron2's C4 with MoCo's extra norm; in the blocks, `BLOCKS` too
+    **{f"backbone.res{i + 1}.": f"moco.encoder_q.layer{i}." for i in (1, 2, 3)},
+    "roi_heads.res5.norm.": "norm.",
+    "roi_heads.res5.": "moco.encoder_q.layer4.",
+    "backbone.stem.": "moco.encoder_q.",
+    "proposal_generator.rpn_head.conv.": "proposals.conv.",
+    "proposal_generator.rpn_head.objectness_logits.": "proposals.objectness.",
+    "proposal_generator.rpn_head.anchor_deltas.": "proposals.deltas.",
+    "roi_heads.box_predictor.cls_score.": "cls_score.",
+    "roi_heads.box_predictor.bbox_pred.": "bbox_pred.",
+    "roi_heads.mask_head.deconv.": "mask_deconv.",
+    "roi_heads.mask_head.predictor.": "mask_predictor.",
+}
+BUFFERS = ("pixel_mean", "pixel_std", "proposal_generator.anchor_generator.")  # in old checkpoints of detectron2
 
 
 def _children(there: str, here: str) -> Names:
@@ -126,9 +140,15 @@ LAYOUTS = (
         },
         ("classifier.", "momentum_classifier."),
     ),
+    Layout("detectron2 detector of MoCo", ("backbone.stem.", "roi_heads.res5.norm."), DETECTOR, BUFFERS),
 )
 FOREIGN = (
     (("student", "teacher"), "a DINO checkpoint (student and teacher)"),
+    (
+        ("proposal_generator.", "roi_heads.res5."),
+        "a detector of detectron2 without the norm behind res5 that MoCo's detection code adds (no BatchNorm stands for none)",
+    ),
+    (("proposal_generator.",), "a detector of detectron2 that is not R50-C4"),
     (("encoder_q.net.",), "a checkpoint of the official CIFAR-10 notebook"),
     (("momentum_backbone.",), "a checkpoint of another solo-learn method"),
     (

@@ -116,8 +116,15 @@ def recognise_encoder(path: Path, encoder: State, arch: str | None = None) -> Sh
     return Shape({"architecture": recognise_resnet(path, encoder)}, [])
 
 
-def recognise_resnet(path: Path, encoder: State) -> str:
+def recognise_resnet(
+    path: Path, encoder: State, names: tuple[str, ...] = RESNETS, channels: tuple[int, ...] | None = None
+) -> str:
     """The name of the ResNet whose tensors have these names and shapes.
+
+    Args:
+        path: for messages.
+        names: those that it may be.
+        channels: of its stages before they are multiplied, where they are not the usual ones.
 
     Raises:
         ValueError: torchvision has no such ResNet.
@@ -128,8 +135,8 @@ def recognise_resnet(path: Path, encoder: State) -> str:
             "convert a checkpoint of a ResNet with torchvision's stem"
         )
     wrong = {}
-    for name in RESNETS:
-        wrong[name] = differences(encoder, _resnet_state(name))
+    for name in names:
+        wrong[name] = differences(encoder, _resnet_state(name, channels))
         if not wrong[name]:
             return name
     nearest = min(wrong, key=lambda name: len(wrong[name]))
@@ -140,9 +147,10 @@ def recognise_resnet(path: Path, encoder: State) -> str:
 
 
 @cache
-def _resnet_state(architecture: str) -> State:
+def _resnet_state(architecture: str, channels: tuple[int, ...] | None) -> State:
     with torch.device("meta"):
-        return build_encoder(MoCoConfig(architecture=architecture)).state_dict()
+        arguments = None if channels is None else {"channels": list(channels)}
+        return build_encoder(MoCoConfig(architecture=architecture, model_args=arguments)).state_dict()
 
 
 def _recognise_vit(path: Path, encoder: State, arch: str | None) -> Shape:

@@ -60,9 +60,10 @@ def read_start(source: str, config: MoCoConfig) -> Start:
     for prefix in PREFIXES:
         source = source.removeprefix(prefix)
     checkpoint = read(source, timm_too=True)
-    if checkpoint.is_classifier:
+    if checkpoint.is_classifier or checkpoint.is_detector:
+        kind = "classifier" if checkpoint.is_classifier else "detector"
         raise ValueError(
-            f"init_from ({source}) is a classifier, whose encoder may have seen labels: pass the pretrained encoder that it "
+            f"init_from ({source}) is a {kind}, whose encoder may have seen labels: pass the pretrained encoder that it "
             "was made from"
         )
     there = checkpoint.config.architecture

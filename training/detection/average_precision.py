@@ -73,7 +73,7 @@ def voc_average_precision(
     A detection belongs to the object of its class and image with the largest overlap. It is right if the overlap is larger than
     the threshold (not equal to it) and no detection with a higher score has taken that object. A detection that belongs to a
     difficult object counts neither way. Equal scores keep the order in which they are given. A class without an object that
-    counts has AP 0.
+    counts has AP 0, where detectron2's area under the curve is NaN if something is found.
 
     detectron2 first rounds scores to 0.001 and boxes to 0.1 pixels, as VOC's text files do; here nothing is rounded.
 

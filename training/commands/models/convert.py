@@ -18,8 +18,10 @@ def main(argv: list[str]) -> None:
         print(f"{source}: {checkpoint}")
         for note in checkpoint.notes:
             print(f"  {note}")
-        write(checkpoint, out, to)
+        needs = write(checkpoint, out, to)
     print(f"Wrote {out}: {FORMATS[to].use}")
+    for need in needs:
+        print(f"  {need}")
 
 
 if __name__ == "__main__":
