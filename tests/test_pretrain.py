@@ -165,6 +165,7 @@ def test_a_run_leaves_checkpoint_model_numbers_and_figures(quickstart):
     assert metrics["knn_top1_before"] > 50
     assert metrics["knn_top1_after"] != metrics["knn_top1_before"]
     assert metrics["images_per_second"] > 0
+    assert 0.1 < metrics["peak_memory"] < 10  # GB
     for figure in ("training_curves.png", "neighbours.png", "tsne.png"):
         with Image.open(folder / figure) as image:
             assert min(image.size) > 300

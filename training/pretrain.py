@@ -1,5 +1,7 @@
 """A pretraining run from its arguments: preview its views, build it, run it, leave its results behind."""
 
+import resource
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -230,6 +232,14 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
         )
 
 
+def peak_memory() -> float:
+    """Most GB (10^9 bytes) that this process has had: for tensors on a GPU of CUDA, else resident."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
 def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -> dict[str, Any]:
     """Leave the model, its history, `metrics.json`, `results.json`, the figures and `report.html` in the output directory."""
     folder = Path(str(args.training.output_dir))
@@ -244,6 +254,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
         "contrast_top1": steps[-1]["contrast_top1"],
         "images_per_second": median(entry["images_per_second"] for entry in steps),
         "waiting_for_data": median(entry["waiting_for_data"] for entry in steps),
+        "peak_memory": peak_memory(),
         "steps": step,
         "skipped_images": trainer.unreadable.write(folder),
     }

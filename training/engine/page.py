@@ -45,6 +45,7 @@ NUMBERS = {
     "loss": ("loss, last logged", "{:.4g}"),
     "contrast_top1": ("contrast top-1, last logged", "{:.2f} %"),
     "images_per_second": ("images per second, median", "{:.4g}"),
+    "peak_memory": ("memory of the main process, greatest", "{:.3g} GB"),
     "waiting_for_data": ("time spent waiting for images, median", "{:.3g} %"),
     "steps": ("steps behind the saved weights", "{:,}"),
     "skipped_images": ("images skipped", "{:,}"),
