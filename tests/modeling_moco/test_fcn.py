@@ -156,6 +156,15 @@ def test_batch_norm_is_shared_or_frozen_as_asked():
     assert not any("norm" in name or "context.1." in name for name, _ in frozen.named_parameters())
 
 
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet26d", "seresnet50", "resnest26d"])
+def test_any_resnet_has_a_place_for_every_sixteenth_pixel_of_images_of_any_size(architecture):
+    model = MoCoForSemanticSegmentation(MoCoFCNConfig(architecture=architecture, num_labels=2)).eval()
+    for height, width in ((33, 50), (48, 65)):
+        with torch.no_grad():
+            maps = model(torch.randn(1, 3, height, width)).logits.shape[2:]
+        assert tuple(maps) == (math.ceil(height / 16), math.ceil(width / 16))
+
+
 # Loading
 
 
@@ -251,6 +260,7 @@ def test_a_setting_out_of_its_range_is_refused_in_one_line(kwargs, words):
     [
         ({"architecture": "test_vit"}, "architecture ('test_vit') must be a ResNet"),
         ({"architecture": "test_convnext"}, "architecture ('test_convnext') must be a ResNet"),
+        ({"architecture": "resnetaa50"}, "architecture ('resnetaa50') halves even sides alone"),
         ({"model_args": {"output_stride": 8}}, "may not have output_stride"),
     ],
 )
