@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from masked_images import (
 )
 from PIL import Image
 
+from modeling_moco import MoCoConfig, MoCoModel
 from training.segmentation.dataset.layouts import CITYSCAPES_CLASSES
 from training.segmentation.dataset.opening import SegmentationDataArguments, load_segmentation
 
@@ -104,6 +106,20 @@ def test_names_of_the_classes_come_from_the_flag_the_file_or_the_numbers(tmp_pat
         assert str(error.value).isprintable()
     with pytest.raises(ValueError, match=r"class_names \(x x\) must be 2 to 255 different names"):
         load(folder, class_names=["x", "x"])
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "segmentation.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", page, re.S)[1]
+    pairs = draw_splits()
+    write_voc(tmp_path / "VOCdevkit", {"trainaug": pairs["train"]}, "SegmentationClassAug")
+    write_voc(tmp_path / "VOCdevkit", {"val": pairs["test"]})
+    MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=16)).save_pretrained(tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(example.replace("513", "65"), "docs/segmentation.md", "exec"), names)
+    assert names["outputs"].logits.shape[1] == 21
+    assert names["outputs"].loss.isfinite()
 
 
 def test_the_classes_of_a_model_are_kept_and_the_train_split_is_not_read(tmp_path):

@@ -48,7 +48,8 @@ OF_FEATURES = {
 }
 FIGURES = (*CURVES, *OF_FEATURES)
 DETECTIONS, CLASS_AP = "detections", "ap_by_class"  # figures of a detector
-WITH_IMAGES = ("neighbours", DETECTIONS)  # figures that show images
+SEGMENTATIONS, CLASS_IOU = "segmentations", "iou_by_class"  # those of a segmentation model
+WITH_IMAGES = ("neighbours", DETECTIONS, SEGMENTATIONS)  # figures that show images
 # What may differ between a run and its continuation, because it changes no weight: how fast images come, on what the run
 # computes, what is printed, sent, saved and measured meanwhile.
 FREE_TO_CHANGE = {
