@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from tiny_models import assert_equal
+from tiny_models import CHECKPOINTING, assert_equal
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
 
@@ -143,6 +143,20 @@ def test_bytes_are_normalised_by_the_model():
     raw = torch.randint(256, (1, 3, 48, 32), dtype=torch.uint8)
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.image_mean, model.config.image_std))
     torch.testing.assert_close(model(raw).logits, model((raw / 255 - mean) / std).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_neither_gradients_nor_statistics():
+    plain, spared = (segmenter(fcn_norm="plain").train() for _ in range(2))
+    getattr(spared, f"{CHECKPOINTING}_enable")()
+    seen = []
+    spared.encoder_q.layer4[0].register_forward_pre_hook(lambda *_: seen.append(1))
+    images, labels = batch()
+    for model in (plain, spared):
+        model(images, labels=labels).loss.backward()
+    assert len(seen) == 2
+    torch.testing.assert_close(spared.state_dict(), plain.state_dict())
+    for (name, parameter), other in zip(spared.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_batch_norm_is_shared_or_frozen_as_asked():

@@ -13,6 +13,7 @@ from masked_images import (
     write_cityscapes,
     write_folder,
     write_parquet,
+    write_saved,
     write_voc,
 )
 from PIL import Image
@@ -30,6 +31,7 @@ FORMS = {
     ),
     "Cityscapes": write_cityscapes,
     "columns": write_parquet,
+    "saved": write_saved,
     "label column": lambda folder: write_parquet(folder, mask_column="label"),
 }
 SPLITS = {"VOC": "2012_{}", "VOC with SBD": "2012_{}aug"}
@@ -56,7 +58,14 @@ def test_every_form_gives_the_same_images_and_masks(form, tmp_path, capsys):
             assert tuple(split.sizes[number]) == mask.shape[::-1]
             counts = np.bincount(mask[mask != 255], minlength=len(splits.class_names))
             assert np.array_equal(split.pixels[number], counts)
-    first = {"folder": "ground", "palette": "ground", "Cityscapes": "road", "columns": "0", "label column": "0"}
+    first = {
+        "folder": "ground",
+        "palette": "ground",
+        "Cityscapes": "road",
+        "columns": "0",
+        "saved": "0",
+        "label column": "0",
+    }
     assert splits.class_names[0] == first.get(form, "background")
     count = {"Cityscapes": 19, "VOC": 21, "VOC with SBD": 21}.get(form, 3)
     assert len(splits.class_names) == count
@@ -228,6 +237,10 @@ WRONG = {
         "train/images/notes.txt is no image: remove it",
     ),
     "two of a name": (lambda f: shutil.copy(f / "train/images/01.png", f / "train/images/01.jpg"), "01.png in"),
+    "two folders of masks": (
+        lambda f: shutil.copytree(f / "test/masks", f / "test/labels"),
+        "test has labels, masks, of which one is to be read: move the others away",
+    ),
     "broken mask": (
         lambda f: (f / "test/masks/00.png").write_bytes(b"x"),
         "the mask of test/images/00.png cannot be read",

@@ -85,6 +85,16 @@ def write_cityscapes(folder: Path, splits: dict[str, list] | None = None) -> Pat
     return folder
 
 
+def write_saved(folder: Path) -> Path:
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    splits = datasets.DatasetDict()
+    for split, pairs in draw_splits().items():
+        columns = {name: [Image.fromarray(pair[i]) for pair in pairs] for i, name in enumerate(features)}
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+    splits.save_to_disk(folder)
+    return folder
+
+
 def write_parquet(folder: Path, mask_column: str = "annotation", image_column: str = "image") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for split, pairs in draw_splits().items():

@@ -209,12 +209,19 @@ def read_cityscapes(name: str, files: Files) -> MaskedSplit:
 
 
 def folder_splits(root: Path) -> dict[str, tuple[str, str]]:
-    """The folders of images and of masks of each split, SPLIT/images and SPLIT/masks; none for other folders."""
+    """The folders of images and of masks of each split, SPLIT/images and SPLIT/masks; none for other folders.
+
+    Raises:
+        ValueError: a split has two folders of either.
+    """
     found = {}
     for split in sorted(path for path in root.iterdir() if path.is_dir()):
         below = {path.name.lower(): path.name for path in sorted(split.iterdir()) if path.is_dir()}
         images, masks = (sorted(below.keys() & kind) for kind in (OF_IMAGES, OF_MASKS))
         if images and masks:
+            if len(images) + len(masks) > 2:
+                several = ", ".join(below[name] for name in (images if len(images) > 1 else masks))
+                raise ValueError(f"{split} has {several}, of which one is to be read: move the others away")
             found[split.name] = (f"{split.name}/{below[images[0]]}/", f"{split.name}/{below[masks[0]]}/")
     return found
 
