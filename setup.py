@@ -40,7 +40,13 @@ setup(
     package_dir={"moco_hf": "training"},
     package_data={
         "modeling_moco": ["py.typed"],
-        "moco_hf": ["recipes/*.yaml", "recipes/detection/*.yaml", "tables/*.yaml", "py.typed"],
+        "moco_hf": [
+            "recipes/*.yaml",
+            "recipes/detection/*.yaml",
+            "recipes/segmentation/*.yaml",
+            "tables/*.yaml",
+            "py.typed",
+        ],
     },
     cmdclass={"build_py": BuildWithCard},
     entry_points={"console_scripts": ["moco = moco_hf.commands:main"]},

@@ -34,7 +34,7 @@ class MoCoForSemanticSegmentation(MoCoPreTrainedModel):
     Of an encoder's folder it takes all the encoder has; transformers reports the heads as new.
 
     Raises:
-        ValueError: the encoder is no ResNet, or `model_args` change its strides.
+        ValueError: the encoder is no ResNet, is one for images with even sides, or `model_args` change its strides.
     """
 
     config: MoCoFCNConfig
@@ -47,6 +47,11 @@ class MoCoForSemanticSegmentation(MoCoPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.moco = build_resnet(config, dilated=True)
+        if any(map(_halves_even_sides_alone, self.encoder_q.modules())):
+            raise ValueError(
+                f"architecture ({config.architecture!r}) halves even sides alone, and images have any: choose another "
+                "ResNet, e.g. 'resnet50'"
+            )
         self.context = nn.Sequential(*_convolution(self.encoder_q.num_features), *_convolution(CHANNELS))
         self.pixel_classifier = nn.Conv2d(CHANNELS, config.num_labels, kernel_size=1)
         set_fine_tuned_norm(self, config, "fcn_norm")
@@ -108,6 +113,10 @@ class MoCoForSemanticSegmentation(MoCoPreTrainedModel):
                 f"labels ({low} to {high}) must lie between 0 and {self.num_labels - 1}, or be {ignored}: number classes from "
                 "0, or load the model with more num_labels"
             )
+
+
+def _halves_even_sides_alone(module: nn.Module) -> bool:
+    return isinstance(module, nn.AvgPool2d) and not module.ceil_mode and module.padding in (0, (0, 0))
 
 
 def _convolution(channels: int) -> list[nn.Module]:

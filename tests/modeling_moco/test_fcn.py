@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from tiny_models import assert_equal
+from tiny_models import CHECKPOINTING, assert_equal
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
 
@@ -145,6 +145,20 @@ def test_bytes_are_normalised_by_the_model():
     torch.testing.assert_close(model(raw).logits, model((raw / 255 - mean) / std).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_gradient_checkpointing_changes_neither_gradients_nor_statistics():
+    plain, spared = (segmenter(fcn_norm="plain").train() for _ in range(2))
+    getattr(spared, f"{CHECKPOINTING}_enable")()
+    seen = []
+    spared.encoder_q.layer4[0].register_forward_pre_hook(lambda *_: seen.append(1))
+    images, labels = batch()
+    for model in (plain, spared):
+        model(images, labels=labels).loss.backward()
+    assert len(seen) == 2
+    torch.testing.assert_close(spared.state_dict(), plain.state_dict())
+    for (name, parameter), other in zip(spared.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_batch_norm_is_shared_or_frozen_as_asked():
     shared, frozen, (images, labels) = segmenter(), segmenter(fcn_norm="frozen").train(), batch()
     norms = [module for module in shared.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -154,6 +168,15 @@ def test_batch_norm_is_shared_or_frozen_as_asked():
     frozen(images, labels=labels).loss.backward()
     assert_equal(dict(frozen.named_buffers()), before)
     assert not any("norm" in name or "context.1." in name for name, _ in frozen.named_parameters())
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet26d", "seresnet50", "resnest26d"])
+def test_any_resnet_has_a_place_for_every_sixteenth_pixel_of_images_of_any_size(architecture):
+    model = MoCoForSemanticSegmentation(MoCoFCNConfig(architecture=architecture, num_labels=2)).eval()
+    for height, width in ((33, 50), (48, 65)):
+        with torch.no_grad():
+            maps = model(torch.randn(1, 3, height, width)).logits.shape[2:]
+        assert tuple(maps) == (math.ceil(height / 16), math.ceil(width / 16))
 
 
 # Loading
@@ -251,6 +274,7 @@ def test_a_setting_out_of_its_range_is_refused_in_one_line(kwargs, words):
     [
         ({"architecture": "test_vit"}, "architecture ('test_vit') must be a ResNet"),
         ({"architecture": "test_convnext"}, "architecture ('test_convnext') must be a ResNet"),
+        ({"architecture": "resnetaa50"}, "architecture ('resnetaa50') halves even sides alone"),
         ({"model_args": {"output_stride": 8}}, "may not have output_stride"),
     ],
 )

@@ -54,6 +54,7 @@ TURNS: dict[Any, tuple[Image.Transpose, tuple[int, ...], tuple[int, ...]]] = {
 }
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # 179 million, PIL's own limit
 MAX_RATIO = 1000  # long side by short side: resizing the short side of a line of pixels would take gigabytes
+MASK_MODES = ("L", "P", "1")
 MAX_BYTES = 2**30  # of the file of one image: what MAX_PIXELS take without compression, and more
 
 
@@ -111,6 +112,22 @@ class Decoder:
                     return pixels if turn is None else pixels.permute(turn[1]).flip(turn[2])
                 # torchvision failed: the file is damaged, or only PIL reads its kind. PIL decides which.
             return torch.from_numpy(np.array(self._from_pil(file))).permute(2, 0, 1)
+
+    def mask(self, row: dict[str, Any] | None) -> np.ndarray:
+        """The class numbers that the image of a row has for pixels, uint8 (H, W): places in its palette, or its grey levels.
+
+        Raises:
+            OSError: as `image`; or its pixels are no numbers of at most 8 bits, or were stored with loss.
+        """
+        with unreadable_as_oserror(), self._file(row) as file, self._opened(file) as opened:
+            if opened.mode not in MASK_MODES:
+                raise UnidentifiedImageError(
+                    f"a mask has one number of 8 bits for each pixel, grey or in a palette, and this has {opened.mode}"
+                )
+            if opened.format in ("JPEG", "MPO"):
+                raise UnidentifiedImageError("JPEG changes the numbers of pixels: write masks as PNG")
+            turn = find_turn(opened)
+            return np.array(opened if turn is None else opened.transpose(turn[0])).astype(np.uint8)
 
     def _file(self, row: dict[str, Any] | None) -> IO[bytes]:
         if row is None or (row["bytes"] is None and row["path"] is None):

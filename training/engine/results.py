@@ -51,6 +51,7 @@ KINDS: dict[str, Any] = {  # of the values that every entry of the file has
     **dict.fromkeys(("protocol", "metric", "feature", "model", "date", "hardware"), str),
     **{"value": int | float, "n": int, "interval": list, "settings": dict, "seed": int | None, "data": dict},
 }
+OF_PIXELS = ("mIoU", "pixel accuracy")  # metrics of segmentation models
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "scikit-learn")
 
 
@@ -60,7 +61,7 @@ class Result:
 
     Args:
         protocol: what was done, so that two results with the same words can be compared.
-        metric: "top1" or "top5"; of detectors an AP, such as "box AP50".
+        metric: "top1" or "top5"; of detectors an AP, such as "box AP50"; one of `OF_PIXELS`.
         value: per cent.
         n: images it was measured on.
         feature: of the encoder, "backbone" or "head".
@@ -86,8 +87,8 @@ def interval(value: float, n: int) -> tuple[float, float]:
 
 
 def has_interval(metric: str) -> bool:
-    """Whether a metric is a share of images. An AP is none, and several trainings show how it varies."""
-    return not metric.split()[-1].startswith("AP")
+    """Whether a metric is a share of images. An AP is none, nor what counts pixels: several trainings show how they vary."""
+    return metric not in OF_PIXELS and not metric.split()[-1].startswith("AP")
 
 
 def table(results: list[Result]) -> str:

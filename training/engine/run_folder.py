@@ -63,8 +63,20 @@ OF_DETECTOR = {
         "The average precision of each class, the best first; their mean is the AP of the results.",
     ),
 }
+SEGMENTATIONS, CLASS_IOU = "segmentations", "iou_by_class"
+OF_SEGMENTATION = {
+    TRAINING: ("Training", "Where the learning rate drops, the loss falls once more."),
+    SEGMENTATIONS: (
+        "What it predicts",
+        "Each row is an image of the split that was evaluated last, the classes that are annotated, and those predicted.",
+    ),
+    CLASS_IOU: (
+        "IoU by class",
+        "The intersection over union of each class, the best first; their mean is the mIoU of the results.",
+    ),
+}
 FIGURES = (*CURVES, *OF_FEATURES)  # of a pretraining run
-WITH_IMAGES = ("neighbours", DETECTIONS)  # figures that show images
+WITH_IMAGES = ("neighbours", DETECTIONS, SEGMENTATIONS)  # figures that show images
 # What may differ between a run and its continuation, because it changes no weight: how fast images come, on what the run
 # computes, what is printed, sent, saved and measured meanwhile.
 FREE_TO_CHANGE = {

@@ -1,6 +1,6 @@
 """Images to train on by index, whose views depend on (seed, epoch, index) alone."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from PIL import Image
 from ..views.policy import seeded_generator
 
 
-class TransferImages(torch.utils.data.Dataset):
+class TransferImages(torch.utils.data.Dataset, ABC):
     """Views of the images of a split, by index.
 
     An image that cannot be read is logged once and counted, and the next readable one takes its place, so that batches keep

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets
 
-from ..data.folders import NO_FILE, FoundFile, list_files
+from ..data.folders import NO_FILE, FoundFile, list_files, visible
 from ..data.sources import EVAL_SPLITS, SourceArguments
 from ..errors import one_line, shown
 
@@ -22,6 +22,10 @@ class Files:
     def places(self) -> tuple[str, ...]:
         """See `Decoder`."""
         return (f"{self.root}/".replace("//", "/"),)
+
+    def below(self, folder: str) -> list[FoundFile]:
+        """The visible files whose path begins with `folder`, which ends in a slash."""
+        return [file for file in visible(self.found.values()) if file.path.startswith(folder)]
 
     def read(self, path: str, most: int) -> str:
         """The text of a file.

@@ -1,0 +1,315 @@
+"""Every form of a dataset gives the same images and masks, and what cannot be right is one line before anything is trained."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from masked_images import (
+    CLASSES,
+    as_png,
+    draw_splits,
+    write_cityscapes,
+    write_folder,
+    write_parquet,
+    write_saved,
+    write_voc,
+)
+from PIL import Image
+
+from modeling_moco import MoCoConfig, MoCoModel
+from training.segmentation.dataset.layouts import CITYSCAPES_CLASSES
+from training.segmentation.dataset.opening import SegmentationDataArguments, load_segmentation
+
+FORMS = {
+    "folder": write_folder,
+    "palette": lambda folder: write_folder(folder, palette=True),
+    "VOC": write_voc,
+    "VOC with SBD": lambda folder: write_voc(
+        folder, {f"{s}aug": p for s, p in draw_splits().items()}, "SegmentationClassAug"
+    ),
+    "Cityscapes": write_cityscapes,
+    "columns": write_parquet,
+    "saved": write_saved,
+    "label column": lambda folder: write_parquet(folder, mask_column="label"),
+}
+SPLITS = {"VOC": "2012_{}", "VOC with SBD": "2012_{}aug"}
+CITY = np.full(256, 255, np.uint8)
+CITY[:3] = (0, 13, 11)  # road, car, person
+
+
+def load(folder, train="train", test="test", **flags):
+    names = {"train_split": train, "eval_split": test}
+    return load_segmentation(SegmentationDataArguments(dataset_name=str(folder), **names | flags))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_images_and_masks(form, tmp_path, capsys):
+    name = SPLITS.get(form, "{}")
+    splits = load(FORMS[form](tmp_path / "data"), name.format("train"), name.format("test"))
+    expected = draw_splits()
+    for split, pairs in ((splits.train, expected["train"]), (splits.eval, expected["test"])):
+        assert len(split) == len(pairs)
+        for number, (image, mask) in enumerate(pairs):
+            assert np.array_equal(np.asarray(split.image(number)), image)
+            mask = CITY[mask] if form == "Cityscapes" else mask
+            assert np.array_equal(split.mask(number), mask)
+            assert tuple(split.sizes[number]) == mask.shape[::-1]
+            counts = np.bincount(mask[mask != 255], minlength=len(splits.class_names))
+            assert np.array_equal(split.pixels[number], counts)
+    first = {
+        "folder": "ground",
+        "palette": "ground",
+        "Cityscapes": "road",
+        "columns": "0",
+        "saved": "0",
+        "label column": "0",
+    }
+    assert splits.class_names[0] == first.get(form, "background")
+    count = {"Cityscapes": 19, "VOC": 21, "VOC with SBD": 21}.get(form, 3)
+    assert len(splits.class_names) == count
+    told = capsys.readouterr().out
+    assert f"{splits.train.name} has 6 images of {count} classes, 3.5 % ignored" in told
+
+
+def test_cityscapes_has_the_nineteen_classes_of_its_own_table():
+    """The trainId of each id, as cityscapesScripts has it: helpers/labels.py."""
+    ids = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    names = "road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,"
+    assert list(CITYSCAPES_CLASSES) == ids
+    assert list(CITYSCAPES_CLASSES.values()) == [*names.split(",")[:-1], "bus", "train", "motorcycle", "bicycle"]
+
+
+def test_lists_of_sbd_may_name_files(tmp_path):
+    folder = write_voc(tmp_path)
+    path = folder / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt"
+    names = path.read_text().split()
+    path.write_text("".join(f"/JPEGImages/{name}.jpg /SegmentationClass/{name}.png\n" for name in names))
+    assert len(load(folder, "2012_train", "2012_test").train) == 6
+
+
+def test_several_splits_are_one_and_splits_share_no_image(tmp_path):
+    pairs = draw_splits(test=5)
+    pairs["more"] = [pairs["test"].pop()]
+    folder = write_folder(tmp_path, pairs)
+    both = load(folder, "train+more").train
+    assert len(both) == 7
+    assert np.array_equal(both.mask(6), pairs["more"][0][1])
+    with pytest.raises(
+        ValueError, match=r"splits 'train\+test' and 'test' share 4 images, for example test/images/00.png"
+    ):
+        load(folder, "train+test", "test")
+
+
+def test_names_of_the_classes_come_from_the_flag_the_file_or_the_numbers(tmp_path):
+    folder = write_folder(tmp_path)
+    assert load(folder).class_names == CLASSES
+    assert load(folder, class_names=["x", "y", "z", "w"]).class_names == ["x", "y", "z", "w"]
+    (folder / "classes.txt").unlink()
+    assert load(folder).class_names == ["0", "1", "2"]
+    for wrong in ("one", "a\na", "a\n\x1b[2J"):
+        (folder / "classes.txt").write_text(wrong)
+        with pytest.raises(ValueError, match=r"classes.txt \(.*\) must be 2 to 255 different names") as error:
+            load(folder)
+        assert str(error.value).isprintable()
+    with pytest.raises(ValueError, match=r"class_names \(x x\) must be 2 to 255 different names"):
+        load(folder, class_names=["x", "x"])
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "segmentation.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", page, re.S)[1]
+    pairs = draw_splits()
+    write_voc(tmp_path / "VOCdevkit", {"trainaug": pairs["train"]}, "SegmentationClassAug")
+    write_voc(tmp_path / "VOCdevkit", {"val": pairs["test"]})
+    MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=16)).save_pretrained(tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(example.replace("513", "65"), "docs/segmentation.md", "exec"), names)
+    assert names["outputs"].logits.shape[1] == 21
+    assert names["outputs"].loss.isfinite()
+
+
+def test_the_classes_of_a_model_are_kept_and_the_train_split_is_not_read(tmp_path):
+    folder = write_folder(tmp_path)
+    shutil.rmtree(folder / "train" / "masks")
+    (folder / "train" / "masks").mkdir()
+    args = SegmentationDataArguments(dataset_name=str(folder))
+    splits = load_segmentation(args, ["a", "b", "c", "d"], training=False)
+    assert splits.train is None
+    assert splits.class_names == ["a", "b", "c", "d"]
+    with pytest.raises(ValueError, match="has class 2, and there are 2 classes, a to b"):
+        load_segmentation(args, ["a", "b"], training=False)
+
+
+def test_images_without_a_pixel_that_counts_are_left_out_of_training_alone(tmp_path, capsys):
+    pairs = draw_splits()
+    for split in ("train", "test"):
+        pairs[split][1][1][:] = 255
+    splits = load(write_folder(tmp_path, pairs))
+    assert (len(splits.train), len(splits.eval)) == (5, 4)
+    assert "1 images of train without a pixel that counts are left out of training" in capsys.readouterr().out
+    assert np.array_equal(np.asarray(splits.train.image(1)), pairs["train"][2][0])
+    assert splits.train.names[1] == "train/images/02.png"
+
+
+def _remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def _resize(folder):
+    path = folder / "train" / "masks" / "03.png"
+    Image.open(path).resize((40, 30), Image.Resampling.NEAREST).save(path)
+
+
+def _as_rgb(folder):
+    path = folder / "train" / "masks" / "03.png"
+    Image.open(path).convert("RGB").save(path)
+
+
+def _as_jpeg(folder):
+    path = folder / "train" / "masks" / "03.png"
+    Image.open(path).save(path, "JPEG")
+
+
+def _of_sixteen_bits(folder):
+    path = folder / "train" / "masks" / "03.png"
+    Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16)).save(path)
+
+
+def _change(split, number, value):
+    def change(folder):
+        path = folder / split / "masks" / f"{number:02}.png"
+        mask = np.array(Image.open(path))
+        mask[0, 0] = value
+        path.write_bytes(as_png(mask))
+
+    return change
+
+
+def _binary(folder):
+    (folder / "classes.txt").unlink()
+    for path in folder.glob("*/masks/*.png"):
+        path.write_bytes(as_png(np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8)))
+
+
+def _all(value):
+    def change(folder):
+        for path in folder.glob("train/masks/*.png"):
+            path.write_bytes(as_png(np.full_like(np.asarray(Image.open(path)), value)))
+
+    return change
+
+
+WRONG = {
+    "no mask": (
+        _remove("train/masks/03.png"),
+        "images of split 'train' have no mask, for example train/images/03.png",
+    ),
+    "no image": (
+        _remove("test/images/02.png"),
+        "masks of split 'test' have no image, for example test/masks/02.png",
+    ),
+    "another size": (
+        _resize,
+        "images/03.png has 48 x 72 pixels (upright, as its EXIF tag turns it), and its mask 40 x 30",
+    ),
+    "colours": (
+        _as_rgb,
+        "the mask of train/images/03.png cannot be read (a mask has one number of 8 bits for each pixel",
+    ),
+    "loss": (
+        _as_jpeg,
+        "the mask of train/images/03.png cannot be read (JPEG changes the numbers of pixels",
+    ),
+    "16 bits": (_of_sixteen_bits, "grey or in a palette, and this has I;16"),
+    "one more class": (_change("train", 4, 3), "the mask of train/images/04.png in split 'train'"),
+    "one more in the test": (_change("test", 1, 9), "has class 9, and there are 3 classes, ground to green"),
+    "foreground 255": (
+        _binary,
+        "have class 0 alone and 255, which counts nowhere: number the classes 0, 1, ...",
+    ),
+    "one class": (_all(1), "has pixels of class red alone: there is nothing to tell apart"),
+    "nothing counts": (_all(255), "split 'train' of"),
+    "another file": (
+        lambda f: (f / "train/images/notes.txt").write_text("x"),
+        "train/images/notes.txt is no image: remove it",
+    ),
+    "two of a name": (lambda f: shutil.copy(f / "train/images/01.png", f / "train/images/01.jpg"), "01.png in"),
+    "two folders of masks": (
+        lambda f: shutil.copytree(f / "test/masks", f / "test/labels"),
+        "test has labels, masks, of which one is to be read: move the others away",
+    ),
+    "broken mask": (
+        lambda f: (f / "test/masks/00.png").write_bytes(b"x"),
+        "the mask of test/images/00.png cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_cannot_be_right_is_refused_in_one_line_by_name(what, tmp_path):
+    change, words = WRONG[what]
+    folder = write_folder(tmp_path)
+    change(folder)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_missing_in_a_voc_or_in_cityscapes_is_named(tmp_path):
+    voc, city = write_voc(tmp_path / "voc"), write_cityscapes(tmp_path / "city")
+    (voc / "VOC2012/SegmentationClass/2012_train03.png").unlink()
+    with pytest.raises(ValueError, match=r"SegmentationClass/2012_train03[.]png of split '2012_train', the mask of"):
+        load(voc, "2012_train", "2012_test")
+    with pytest.raises(ValueError, match=r"split '2012_trainaug' is not in .*: it has 2012_test, 2012_train"):
+        load(voc, "2012_trainaug", "2012_test")
+    path = next((city / "gtFine/test/town").glob("*000002*labelIds.png"))
+    mask = np.array(Image.open(path))
+    mask[3, 3] = 34
+    path.write_bytes(as_png(mask))
+    with pytest.raises(ValueError, match=r"_000019_leftImg8bit.png has the number 34, which is none of this dataset's"):
+        load(city)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"000002_000019_gtFine_labelIds.png of split 'test', the mask of leftImg8bit"):
+        load(city)
+
+
+def test_a_column_that_is_no_image_is_no_mask(tmp_path):
+    folder = write_parquet(tmp_path, mask_column="other")
+    with pytest.raises(ValueError, match=r"mask_column \(None\) is no column of images of split 'train'"):
+        load(folder)
+    assert len(load(folder, mask_column="other").train) == 6
+    with pytest.raises(ValueError, match=r"mask_column \('depth'\) is no column of images"):
+        load(folder, mask_column="depth")
+
+
+def test_columns_may_have_each_others_names(tmp_path):
+    folder = write_parquet(tmp_path, mask_column="image", image_column="mask")
+    split = load(folder, mask_column="image", image_column="mask").train
+    image, mask = draw_splits()["train"][0]
+    assert np.array_equal(np.asarray(split.image(0)), image)
+    assert np.array_equal(split.mask(0), mask)
+
+
+def test_a_broken_image_is_left_out_and_named(tmp_path, caplog):
+    folder = write_folder(tmp_path)
+    (folder / "train/images/02.png").write_bytes(b"no image")
+    splits = load(folder)
+    assert len(splits.train) == 5
+    assert np.array_equal(splits.train.mask(2), draw_splits()["train"][3][1])
+    assert "train/images/02.png" in caplog.text
+
+
+def test_a_changed_mask_is_other_content_and_the_first_images_are_used(tmp_path):
+    folder = write_folder(tmp_path)
+    splits = load(folder, max_train_samples=3)
+    assert len(splits.train) == 3
+    args = SegmentationDataArguments(dataset_name=str(folder), max_train_samples=3)
+    args.content = splits.place["content"]
+    load_segmentation(args)
+    path = folder / "train/masks/01.png"
+    path.write_bytes(as_png(np.asarray(Image.open(path))[::-1].copy()))  # as many pixels of each class
+    with pytest.raises(ValueError, match="is not what the run was begun with: split 'train'"):
+        load_segmentation(args)

@@ -1,0 +1,1 @@
+"""Semantic segmentation as MoCo v1 measures it."""
