@@ -109,6 +109,15 @@ def test_the_script_leaves_a_detector_with_its_results_and_measures_it_again(enc
     assert again == re.findall(r"box AP +\| +([\d.]+) %", shown)
 
 
+def test_another_batch_is_told_the_rate_and_the_steps_in_proportion(encoder):
+    flags = [str(encoder), "--recipe", "voc_r50_c4_24k", "--use_cpu"]
+    told = parse_detect([*flags, "--global_batch_size", "2"]).rate_rule
+    assert "0.02 for 16 images a step" in told
+    assert "it would be 0.0025 for 2, with 192,000 steps instead of 24,000" in told
+    assert parse_detect(flags).rate_rule is None
+    assert parse_detect([*flags, "--global_batch_size", "2", "--learning_rate", "0.0025"]).rate_rule is None
+
+
 @pytest.mark.parametrize("name", TASK.recipe_names())
 def test_every_recipe_builds_the_detector_that_it_names(name, encoder):
     recipe = TASK.load_recipe(name)

@@ -153,7 +153,7 @@ def test_the_card_of_a_baseline_does_not_claim_a_pretraining(detector, script, t
         (["push_to_hub", "org/detector", "--onnx"], "onnx (True) is for encoders and classifiers"),
         (["push_to_hub", "org/detector", "--include_training_state"], "is for encoders, and"),
         (["export", "exported", "--timm"], "is a detector, which no other library has"),
-        (["compare", "RUN", "--output_dir", "compared"], "is of a detector, and pretraining runs are compared"),
+        (["compare", "RUN", "--output_dir", "compared"], "is of detect, and pretraining runs are compared"),
     ],
 )
 def test_what_a_detector_does_not_have_is_refused_in_one_line(

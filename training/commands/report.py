@@ -1,4 +1,4 @@
-"""Draw the figures of a run or a detector and write its report.html: `python scripts/report.py runs/quickstart`."""
+"""Draw the figures of a run and write its report.html: `python scripts/report.py runs/quickstart`."""
 
 import sys
 from pathlib import Path
@@ -11,13 +11,13 @@ from modeling_moco import MoCoModel
 
 from ..cli import build_parser, how_to_run, section_of_file
 from ..data.sources import DataArguments
-from ..detection.figures import draw_training
 from ..engine.page import read_run, write_report
 from ..engine.run_folder import SAVED_RECIPE, TRAINING, recorded_content
 from ..errors import one_line_errors
 from ..evaluation.encoder import Encoder, not_there
 from ..process import command, keep_freed_memory
 from ..reports.run import draw_curves, draw_features, open_images
+from ..transfer.figures import draw_training
 
 
 @command
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     logging.disable_progress_bar()
     parser = build_parser([], usage=f"{how_to_run('report')} RUN", description=str(__doc__))
     parser.add_argument(
-        "run_dir", type=Path, nargs="+", help="output directory of a run or of a detector, ended or not"
+        "run_dir", type=Path, nargs="+", help="output directory of pretraining, detect or segment, ended or not"
     )
     with one_line_errors():
         folder, *others = parser.parse_args(argv).run_dir
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
             raise not_there(str(folder))
         run = read_run(folder)
         state = PartialState(cpu=not torch.cuda.is_available())
-        if run.of_detector:
+        if run.task:
             if state.is_main_process:
                 draw_training(run.state["log_history"], folder / TRAINING)
                 print(f"Wrote {write_report(run)}")

@@ -1,4 +1,4 @@
-"""Figures of a detector: its training, what it finds beside what is there, and its AP by class."""
+"""Figures of a detector: what it finds beside what is there, and its AP by class."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from ..plots import BLUE, GREEN, HALO, INK, VERMILION, Panel, curves, figure
+from ..plots import BLUE, GREEN, HALO, INK, VERMILION, figure
 from ..transfer.figures import draw_bars
 from .average_precision import AveragePrecision, Found
 from .dataset.opening import DetectionSplit
@@ -15,18 +15,6 @@ from .dataset.opening import DetectionSplit
 SHOWN = 6  # images
 LEAST_SCORE = 0.5  # of a detection that is drawn
 ROW = 2.9  # inches
-PANELS = (
-    Panel("Loss", {"loss": "loss"}),
-    Panel("Losses of the proposals", {"loss_rpn_cls": "objects", "loss_rpn_loc": "boxes"}),
-    Panel("Losses of the detector", {"loss_cls": "classes", "loss_box_reg": "boxes", "loss_mask": "masks"}),
-    Panel("Learning rate", {"learning_rate": "rate"}),
-)
-
-
-def draw_training(history: list[dict[str, Any]], path: Path) -> None:
-    """What the training of a detector has logged, by step; nothing if that is nothing."""
-    if history := [entry for entry in history if "loss" in entry]:
-        curves(PANELS, history, path, by="step")
 
 
 def draw_detections(split: DetectionSplit, found: list[Found], class_names: list[str], path: Path) -> None:

@@ -21,6 +21,7 @@ from ..engine.run_folder import (
     mark_ended,
     read_metrics,
 )
+from ..transfer.figures import draw_training
 from ..transfer.models import build_around, load_trained
 from ..transfer.recipe import RECIPES, Task, TransferRun
 from .average_precision import AveragePrecision
@@ -29,8 +30,8 @@ from .dataset.opening import DetectionDataArguments, DetectionSplits
 from .dataset.views import DetectionImages, DetectionView
 from .evaluate import METRICS as METRIC_NAMES
 from .evaluate import Metric, detect, measure
-from .figures import draw_classes, draw_detections, draw_training
-from .trainer import DetectionTrainer, DetectionTrainingArguments, rate_rule
+from .figures import draw_classes, draw_detections
+from .trainer import DetectionTrainer, DetectionTrainingArguments
 
 NEW = re.compile(r"^(moco\.)?(proposals|norm|reduce|hidden|cls_score|bbox_pred|mask_)")  # parts that no encoder has
 
@@ -193,7 +194,7 @@ def announce(run: DetectRun, splits: DetectionSplits, trainer: DetectionTrainer)
         f"{args.global_batch_size}, learning rate {args.learning_rate:g}, BatchNorm {run.model.detector_norm}, to "
         f"{args.output_dir}"
     )
-    if (rule := rate_rule(args)) and "learning_rate" not in run.settings["training"]:
+    if rule := run.rate_rule:
         print(f"     rule: {rule}")
     if splits.eval is None:
         print("The evaluation is left out: the dataset has no split for it (see --eval_split).")

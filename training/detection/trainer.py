@@ -137,18 +137,6 @@ class DetectionTrainer(StepTrainer):
             yield from loader
 
 
-def rate_rule(args: DetectionTrainingArguments) -> str | None:
-    """What to say where the batch is another than the published one: the learning rate and the steps that go with it."""
-    batch = args.global_batch_size
-    if batch == PUBLISHED_BATCH:
-        return None
-    share = batch / PUBLISHED_BATCH
-    return (
-        f"the published learning rate is 0.02 for 16 images a step: in proportion it is {0.02 * share:g} for {batch}, with "
-        f"{24_000 / share:,.0f} steps instead of 24,000, as detectron2 scales them"
-    )
-
-
 def trained_norms(model: nn.Module) -> int:
     """Number of BatchNorm layers that training changes."""
     return sum(isinstance(m, _BatchNorm) and m.weight.requires_grad for m in model.modules())

@@ -1,4 +1,4 @@
-"""`report.html` of a run or of a detector, a page that needs no other file: numbers first, then figures and settings.
+"""`report.html` of a run, a page that needs no other file: numbers first, then figures and settings.
 
 It shows what lies in the folder of the run, and is written anew whenever a result is recorded there.
 """
@@ -22,14 +22,13 @@ from .checkpoints import newest_complete
 from .files import leads_out, read_object, write_whole
 from .results import PACKAGES, read_results, spread
 from .run_folder import (
-    CLASS_AP,
     CURVES,
-    DETECTIONS,
     METRICS,
-    OF_DETECTOR,
     OF_FEATURES,
+    OF_TASKS,
     REPORT,
     SAVED_RECIPE,
+    TRAINING,
     read_metrics,
     read_sections,
 )
@@ -42,6 +41,8 @@ PER_CLASS = "_per_class"  # end of the names of numbers of a detector, by class
 NUMBERS = {
     "knn_top1_before": ("kNN top-1 before training", "{:.2f} %"),
     "knn_top1_after": ("kNN top-1 of the saved weights", "{:.2f} %"),
+    "miou": ("mean IoU", "{:.2f} %"),
+    "pixel_accuracy": ("pixel accuracy", "{:.2f} %"),
     "loss": ("loss, last logged", "{:.4g}"),
     "contrast_top1": ("contrast top-1, last logged", "{:.2f} %"),
     "images_per_second": ("images per second, median", "{:.4g}"),
@@ -89,7 +90,7 @@ details { margin: .4rem 0; font-size: .9rem; }
 
 @dataclass(frozen=True)
 class Run:
-    """A pretraining run on disk, or the training of a detector.
+    """A run on disk: a pretraining, or the training of a detector or a segmentation model around an encoder.
 
     Args:
         folder: its output directory.
@@ -106,9 +107,10 @@ class Run:
     results: list[dict[str, Any]]
 
     @property
-    def of_detector(self) -> bool:
-        """Whether it trained a detector around an encoder."""
-        return "encoder" in self.recipe
+    def task(self) -> str | None:
+        """The command that transferred an encoder, of `OF_TASKS`; None for a pretraining run."""
+        task = self.recipe.get("encoder", {}).get("task")
+        return task if task in OF_TASKS else None
 
 
 def read_run(folder: Path) -> Run:
@@ -169,7 +171,7 @@ def _page(run: Run, missing: str | None) -> str:
         f"<p>{escape(ended)}. Step {step:,} of {steps:,}, epoch {run.state['epoch'] or 0:.4g} of "
         f"{run.state['num_train_epochs']:,}. Folder: {escape(str(run.folder))}</p>",
         "<h2>Results</h2>",
-        *_results(run.results, ("detect",) if run.of_detector else ("knn", "linear_probe")),
+        *_results(run.results, (run.task,) if run.task else ("knn", "linear_probe")),
         *_numbers(run.folder / METRICS),
         *_figures(run, missing),
         "<h2>Settings</h2>",
@@ -256,16 +258,17 @@ def _numbers(path: Path) -> Iterator[str]:
 
 
 def _figures(run: Run, missing: str | None) -> Iterator[str]:
-    if run.of_detector:
-        yield from _figures_of_detector(run.folder)
+    if run.task:
+        yield from _figures_of_task(run.folder, run.task)
     else:
         yield from _figures_of_pretraining(run, missing)
 
 
-def _figures_of_detector(folder: Path) -> Iterator[str]:
-    by = dict.fromkeys((DETECTIONS, CLASS_AP), f"{how_to_run('detect')} {folder} --eval_only")
-    for name, (title, reading) in OF_DETECTOR.items():
-        yield f"<h2>{title}</h2>\n" + _figure(folder / f"{name}.svg", title, reading, None, by.get(name))
+def _figures_of_task(folder: Path, task: str) -> Iterator[str]:
+    again = f"{how_to_run(task)} {folder} --eval_only"
+    for name, (title, reading) in OF_TASKS[task].items():
+        drawn_by = None if name == TRAINING else again
+        yield f"<h2>{title}</h2>\n" + _figure(folder / f"{name}.svg", title, reading, None, drawn_by)
 
 
 def _figures_of_pretraining(run: Run, missing: str | None) -> Iterator[str]:
@@ -278,10 +281,10 @@ def _figures_of_pretraining(run: Run, missing: str | None) -> Iterator[str]:
     if confusions:
         yield "<h2>Which classes are confused</h2>"
         yield from confusions
-    detectors = list(_detectors(run.folder))
-    if detectors:
-        yield "<h2>Objects that are found</h2>"
-        yield from detectors
+    transfers = list(_transfers(run.folder))
+    if transfers:
+        yield "<h2>What is built around its encoder</h2>"
+        yield from transfers
     for name, (title, reading) in OF_FEATURES.items():
         yield f"<h2>{title}</h2>\n" + _figure(run.folder / f"{name}.svg", title, reading, missing)
 
@@ -291,15 +294,19 @@ def _folders(run: Path) -> list[Path]:
     return sorted(path for path in run.iterdir() if path.is_dir() and not path.is_symlink())
 
 
-def _detectors(run: Path) -> Iterator[str]:
-    """What every detector finds that was trained on the run's model, with its numbers."""
-    for folder in (folder for folder in _folders(run) if (folder / f"{DETECTIONS}.svg").is_file()):
-        measured = read_metrics(folder / METRICS, "correct it, or move it away")
-        values = [f"{kind} {words(measured[kind])}" for kind in ("box", "mask") if kind in measured]
-        reading = f"{folder.name}: {'; '.join([measured.get('protocol', 'not ended'), *values])}."
-        for name in (DETECTIONS, CLASS_AP):
-            title = f"{OF_DETECTOR[name][0]}, {folder.name}"
-            yield _figure(folder / f"{name}.svg", title, reading if name == DETECTIONS else f"{title}.", None)
+def _transfers(run: Path) -> Iterator[str]:
+    """What every detector and segmentation model makes of images that was trained on the run's model, with its numbers."""
+    for folder in _folders(run):
+        figures = [
+            (name, title) for known in OF_TASKS.values() for name, (title, _) in known.items() if name != TRAINING
+        ]
+        there = [(name, f"{title}, {folder.name}") for name, title in figures if (folder / f"{name}.svg").is_file()]
+        measured = read_metrics(folder / METRICS, "correct it, or move it away") if there else {}
+        values = [f"{key} {words(measured[key])}" for key in ("box", "mask") if key in measured]
+        values += [f"mIoU {measured['miou']:.2f} %"] if "miou" in measured else []
+        numbers = "; ".join([measured.get("protocol", "not ended"), *values])
+        for name, title in there:
+            yield _figure(folder / f"{name}.svg", title, f"{title}: {numbers}.", None)
 
 
 def _confusions(run: Path) -> Iterator[str]:

@@ -76,6 +76,7 @@ OF_SEGMENTATION = {
     ),
 }
 FIGURES = (*CURVES, *OF_FEATURES)  # of a pretraining run
+OF_TASKS = {"detect": OF_DETECTOR, "segment": OF_SEGMENTATION}  # of what an encoder was transferred to, by its command
 WITH_IMAGES = ("neighbours", DETECTIONS, SEGMENTATIONS)  # figures that show images
 # What may differ between a run and its continuation, because it changes no weight: how fast images come, on what the run
 # computes, what is printed, sent, saved and measured meanwhile.

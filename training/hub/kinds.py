@@ -7,26 +7,40 @@ from transformers import PreTrainedModel
 from modeling_moco import (
     MoCoConfig,
     MoCoDetectionImageProcessor,
+    MoCoFCNConfig,
     MoCoForImageClassification,
     MoCoForObjectDetection,
+    MoCoForSemanticSegmentation,
     MoCoImageProcessor,
     MoCoModel,
     MoCoRCNNConfig,
+    MoCoSegmentationImageProcessor,
 )
 
+from ..engine.run_folder import CURVES, OF_DETECTOR, OF_FEATURES, OF_SEGMENTATION
 from ..model_folder import read_config
+from .exports import Model
 
-OF_ENCODER = {
+Transferred = MoCoForObjectDetection | MoCoForSemanticSegmentation  # models around an encoder that only our code has
+Published = Model | Transferred
+Processor = MoCoImageProcessor | MoCoDetectionImageProcessor | MoCoSegmentationImageProcessor
+
+MAP_OF_ENCODER = {
     "AutoConfig": "configuration_moco.MoCoConfig",
     "AutoModel": "modeling_moco.MoCoModel",
     "AutoModelForImageClassification": "modeling_moco.MoCoForImageClassification",
     "AutoBackbone": "modeling_moco.MoCoBackbone",
     "AutoImageProcessor": "image_processing_moco.MoCoImageProcessorPil",  # the exact one
 }
-OF_DETECTOR = {
+MAP_OF_DETECTOR = {
     "AutoConfig": "configuration_moco.MoCoRCNNConfig",
     "AutoModelForObjectDetection": "rcnn_moco.MoCoForObjectDetection",
     "AutoImageProcessor": "image_processing_moco.MoCoDetectionImageProcessor",
+}
+MAP_OF_SEGMENTATION = {
+    "AutoConfig": "configuration_moco.MoCoFCNConfig",
+    "AutoModelForSemanticSegmentation": "fcn_moco.MoCoForSemanticSegmentation",
+    "AutoImageProcessor": "image_processing_moco.MoCoSegmentationImageProcessor",
 }
 
 
@@ -37,6 +51,7 @@ class Kind(NamedTuple):
         task: what it is for, as pipelines and the Hub call it.
         auto_class: the class of transformers that loads it.
         auto_map: files and classes of our code, for `trust_remote_code=True`.
+        figures: titles, and how to read them, of the figures that its training leaves, by name.
     """
 
     name: str
@@ -46,10 +61,18 @@ class Kind(NamedTuple):
     task: str
     auto_class: str
     auto_map: dict[str, str]
+    figures: dict[str, tuple[str, str]]
 
 
 ENCODER = Kind(
-    "encoder", MoCoModel, MoCoConfig, MoCoImageProcessor, "image-feature-extraction", "AutoModel", OF_ENCODER
+    "encoder",
+    MoCoModel,
+    MoCoConfig,
+    MoCoImageProcessor,
+    "image-feature-extraction",
+    "AutoModel",
+    MAP_OF_ENCODER,
+    CURVES | OF_FEATURES,
 )
 CLASSIFIER = Kind(
     "classifier",
@@ -58,7 +81,8 @@ CLASSIFIER = Kind(
     MoCoImageProcessor,
     "image-classification",
     "AutoModelForImageClassification",
-    OF_ENCODER,
+    MAP_OF_ENCODER,
+    CURVES | OF_FEATURES,
 )
 DETECTOR = Kind(
     "detector",
@@ -67,9 +91,20 @@ DETECTOR = Kind(
     MoCoDetectionImageProcessor,
     "object-detection",
     "AutoModelForObjectDetection",
+    MAP_OF_DETECTOR,
     OF_DETECTOR,
 )
-KINDS = (ENCODER, CLASSIFIER, DETECTOR)
+SEGMENTATION = Kind(
+    "segmentation model",
+    MoCoForSemanticSegmentation,
+    MoCoFCNConfig,
+    MoCoSegmentationImageProcessor,
+    "image-segmentation",
+    "AutoModelForSemanticSegmentation",
+    MAP_OF_SEGMENTATION,
+    OF_SEGMENTATION,
+)
+KINDS = (ENCODER, CLASSIFIER, DETECTOR, SEGMENTATION)
 
 
 def read_kind(source: str) -> tuple[Kind, MoCoConfig]:
@@ -80,9 +115,9 @@ def read_kind(source: str) -> tuple[Kind, MoCoConfig]:
         ValueError: its configuration is damaged.
     """
     config = read_config(source, [kind.config for kind in KINDS])
-    if config.model_type == MoCoRCNNConfig.model_type:
-        return DETECTOR, config
-    return (CLASSIFIER if config.architectures == [CLASSIFIER.model.__name__] else ENCODER), config
+    if config.architectures == [CLASSIFIER.model.__name__]:
+        return CLASSIFIER, config
+    return next(kind for kind in KINDS if kind.config is type(config)), config
 
 
 def kind_of(model: PreTrainedModel) -> Kind:

@@ -16,14 +16,14 @@ from modeling_moco import (
     MoCoForImageClassification,
     MoCoForObjectDetection,
     MoCoImageProcessor,
+    MoCoSegmentationImageProcessor,
 )
 
-from ..engine.results import has_interval, spread
-from ..engine.run_folder import CURVES, OF_DETECTOR, OF_FEATURES
+from ..engine.results import OF_PIXELS, has_interval, spread
 from ..optimization.schedules import recorded_rate
 from .exports import Model, encoder_and_classifier, output_name
-from .kinds import kind_of
-from .origin import Origin, Published
+from .kinds import Processor, Published, Transferred, kind_of
+from .origin import Origin
 
 # Beside this file in an installation, at the top of a checkout.
 PLACES = (Path(__file__).with_name("model_card.md"), Path(__file__).parents[2] / "model_card.md")
@@ -63,19 +63,19 @@ def public_name(dataset: str, local: bool | None = None) -> str:
 def _dataset(origin: Origin) -> str | None:
     """What the encoder was pretrained on."""
     name = origin.recipe.get("data", {}).get("dataset_name")
-    local = None if origin.detection else origin.metrics.get("data", {}).get("local")
+    local = None if origin.transfer else origin.metrics.get("data", {}).get("local")
     return None if name is None else public_name(name, local)
 
 
-def _detection_dataset(origin: Origin) -> str | None:
-    name = origin.detection.get("data", {}).get("dataset_name")
+def _transfer_dataset(origin: Origin) -> str | None:
+    name = origin.transfer.get("data", {}).get("dataset_name")
     return None if name is None else public_name(name, origin.metrics.get("data", {}).get("local"))
 
 
 def render_card(
     repo_id: str,
     model: Published,
-    processor: MoCoImageProcessor | MoCoDetectionImageProcessor,
+    processor: Processor,
     origin: Origin,
     files: list[str],
     *,
@@ -92,15 +92,11 @@ def render_card(
         tags=["moco", "contrastive-learning", "self-supervised-learning", model.config.architecture],
         datasets=_hub_datasets(origin),
         base_model=_base_model(origin),
-        metrics=sorted({_metric_type(entry) for entry in results}) or None,
+        metrics=sorted({_measured(entry)[1] for entry in results}) or None,
         model_name=name,
         eval_results=[_eval_result(entry) for entry in results] or None,
     )
-    detects = isinstance(model, MoCoForObjectDetection)
-    own = (
-        _of_detector(model, origin) if isinstance(model, MoCoForObjectDetection) else _of_encoder(model, origin, files)
-    )
-    titles = OF_DETECTOR if detects else CURVES | OF_FEATURES
+    own = _of_transfer(model, origin) if isinstance(model, Transferred) else _of_encoder(model, origin, files)
     card: ModelCard = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -111,12 +107,11 @@ def render_card(
         moco_class=type(model).__name__,
         training_state=_state_of_training(model.config) if training_state else None,
         fine_tuned=origin.fine_tuned,
-        detects=detects,
-        size=None if isinstance(processor, MoCoDetectionImageProcessor) else processor.crop_size["height"],
+        size=processor.crop_size["height"] if isinstance(processor, MoCoImageProcessor) else None,
         preparation=_preparation(processor),
         training=_training(origin),
         settings=yaml.safe_dump(settings, sort_keys=False) if (settings := _settings(origin)) else "",
-        figures=[(path.name, *titles[path.stem]) for path in origin.figures],
+        figures=[(path.name, *kind.figures[path.stem]) for path in origin.figures],
         results=[list(map(escape, _row(entry))) for entry in results],
         **own,
     )
@@ -141,29 +136,33 @@ def _of_encoder(model: Model, origin: Origin, files: list[str]) -> dict[str, Any
     }
 
 
-def _of_detector(model: MoCoForObjectDetection, origin: Origin) -> dict[str, Any]:
-    """What the card of a detector says."""
-    return {
-        "summary": _summary_of_detector(model, origin),
-        "classes": model.config.num_labels,
-        "masks": model.config.masks,
-        "outputs": "scores, labels, pred_boxes" + ", pred_masks" * model.config.masks,
+def _of_transfer(model: Transferred, origin: Origin) -> dict[str, Any]:
+    """What the card of a detector or a segmentation model says."""
+    summary = f"{_summary_of_transfer(model, origin)} {_began(model, origin)}"
+    of_both = {"summary": summary, "classes": model.config.num_labels}
+    if not isinstance(model, MoCoForObjectDetection):
+        return of_both | {"segments": True, "outputs": "logits"}
+    masks = model.config.masks
+    return of_both | {
+        "detects": True,
+        "masks": masks,
+        "outputs": "scores, labels, pred_boxes" + ", pred_masks" * masks,
     }
 
 
-def _preparation(processor: MoCoImageProcessor | MoCoDetectionImageProcessor) -> str:
+def _preparation(processor: Processor) -> str:
     """How images are made for the model."""
+    mean, std = _listed(processor.image_mean), _listed(processor.image_std)
+    standard = f"scaled to [0, 1] and standardised with mean {mean} and standard deviation {std}."
+    if isinstance(processor, MoCoSegmentationImageProcessor):
+        return f"Images are RGB of their own size, {standard}"
     if isinstance(processor, MoCoDetectionImageProcessor):
         short, long = processor.size["shortest_edge"], processor.size["longest_edge"]
         how = f", but their long side to no more than {long} px (bilinear, antialiased)"
     else:
         short, size = processor.size["shortest_edge"], processor.crop_size["height"]
         how = f" (bilinear, antialiased), the central {size} x {size} px are cut out"
-    mean, std = _listed(processor.image_mean), _listed(processor.image_std)
-    return (
-        f"Images are RGB, their short side is resized to {short} px{how}, scaled to [0, 1] and standardised with mean {mean} "
-        f"and standard deviation {std}."
-    )
+    return f"Images are RGB, their short side is resized to {short} px{how}, {standard}"
 
 
 def _method(config: MoCoConfig, told: bool) -> tuple[str, str]:
@@ -190,20 +189,22 @@ def _summary(model: Model, origin: Origin) -> str:
     return f"{sentence}: it turns an image into features for kNN, linear classifiers, fine-tuning and detection."
 
 
-def _summary_of_detector(model: MoCoForObjectDetection, origin: Origin) -> str:
-    config, dataset = model.config, _detection_dataset(origin)
+def _summary_of_transfer(model: Transferred, origin: Origin) -> str:
+    config, dataset = model.config, _transfer_dataset(origin)
+    of_dataset = f" of {escape(dataset)}" if dataset else ""
+    if not isinstance(model, MoCoForObjectDetection):
+        return f"An FCN-16s that names the class of every pixel, of {config.num_labels}, trained with the masks{of_dataset}."
     kind = "Mask R-CNN" if config.masks else "Faster R-CNN"
     variant = "C4" if config.rcnn_variant == "c4" else "dilated C5"
-    images = f" of {escape(dataset)}" if dataset else ""
     return (
         f"A {kind} ({variant}) that finds objects of {config.num_labels} classes, trained with the boxes"
-        f"{' and masks' * config.masks}{images}. {_began(model, origin)}"
+        f"{' and masks' * config.masks}{of_dataset}."
     )
 
 
-def _began(model: MoCoForObjectDetection, origin: Origin) -> str:
-    """What the encoder of a detector had seen before it was trained as a part of it."""
-    encoder, architecture = origin.detection.get("encoder", {}), model.config.architecture
+def _began(model: Transferred, origin: Origin) -> str:
+    """What the encoder had seen before it was trained as a part of the model."""
+    encoder, architecture = origin.transfer.get("encoder", {}), model.config.architecture
     if encoder.get("random_encoder"):
         return f"Its {architecture} began with random weights: it is a baseline, and nothing was pretrained."
     if not encoder:
@@ -230,7 +231,7 @@ def _state_of_training(config: MoCoConfig) -> str:
 
 
 def _training(origin: Origin) -> str:
-    about, metrics = (origin.detection or origin.recipe).get("about", {}), origin.metrics
+    about, metrics = (origin.transfer or origin.recipe).get("about", {}), origin.metrics
     source = f" (source: {escape(about['source'])})" if "source" in about else ""
     sentences = [f"Recipe: {escape(about['title'])}{source}." if "title" in about else "", *_ran(metrics)]
     if (began := _start(origin)) is not None:
@@ -238,9 +239,9 @@ def _training(origin: Origin) -> str:
     if converted := origin.conversion:
         epoch = f", epoch {converted['epoch']:g}" if "epoch" in converted else ""
         sentences.append(f"Converted from {escape(converted['file'])} ({escape(converted['format'])}{epoch}).")
-    if (rate := recorded_rate((origin.detection or origin.recipe).get("training", {}))) is not None:
+    if (rate := recorded_rate((origin.transfer or origin.recipe).get("training", {}))) is not None:
         sentences.append(f"Learning rate: {rate}.")
-    if origin.recipe or origin.detection:
+    if origin.recipe or origin.transfer:
         sentences.append("These are the settings that were given; all else has its default.")
     return " ".join(filter(None, sentences)) or "Nothing is recorded of how these weights were trained."
 
@@ -258,10 +259,10 @@ def _ran(metrics: dict[str, Any]) -> list[str]:
 
 def _settings(origin: Origin) -> dict[str, dict[str, Any]]:
     pretraining = _settings_of_encoder(origin)
-    if not origin.detection:
+    if not origin.transfer:
         return pretraining
-    sections = {name: dict(origin.detection.get(name, {})) for name in SHOWN_SECTIONS}
-    if dataset := _detection_dataset(origin):
+    sections = {name: dict(origin.transfer.get(name, {})) for name in SHOWN_SECTIONS}
+    if dataset := _transfer_dataset(origin):
         sections["data"]["dataset_name"] = dataset
     sections["training"] = _public(sections["training"])
     return {name: values for name, values in (sections | {"pretraining": pretraining}).items() if values}
@@ -292,7 +293,7 @@ def _public(settings: dict[str, Any]) -> dict[str, Any]:
 def _hub_datasets(origin: Origin) -> list[str] | None:
     named = (
         (origin.recipe.get("data", {}).get("dataset_name"), _dataset(origin)),
-        (origin.detection.get("data", {}).get("dataset_name"), _detection_dataset(origin)),
+        (origin.transfer.get("data", {}).get("dataset_name"), _transfer_dataset(origin)),
     )
     return sorted({given for given, name in named if given is not None and name == given and "/" in given}) or None
 
@@ -305,8 +306,8 @@ def _start(origin: Origin) -> str | None:
 
 def _base_model(origin: Origin) -> str | None:
     source, name = origin.recipe.get("model", {}).get("init_from"), _start(origin)
-    if origin.detection and not origin.recipe and not origin.detection.get("encoder", {}).get("random_encoder"):
-        source = str(origin.detection.get("encoder", {}).get("model", ""))
+    if origin.transfer and not origin.recipe and not origin.transfer.get("encoder", {}).get("random_encoder"):
+        source = str(origin.transfer.get("encoder", {}).get("model", ""))
         name = public_name(source)
     return name if name is not None and name == source and "/" in name else None
 
@@ -320,24 +321,28 @@ def _newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(kept.values())
 
 
-def _metric_type(entry: dict[str, Any]) -> str:
-    return "accuracy" if has_interval(entry["metric"]) else "mAP"
+def _measured(entry: dict[str, Any]) -> tuple[str, str]:
+    """The task that a result is of, and its kind of metric, as the Hub calls them."""
+    metric = entry["metric"]
+    if metric in OF_PIXELS:
+        return "image-segmentation", "mean_iou" if metric == "mIoU" else "accuracy"
+    return ("image-classification", "accuracy") if has_interval(metric) else ("object-detection", "mAP")
 
 
 def _eval_result(entry: dict[str, Any]) -> EvalResult:
-    data, classifies = entry["data"], has_interval(entry["metric"])
+    data, (task, metric) = entry["data"], _measured(entry)
     spread_of_it = {"interval_95": [round(end, 2) for end in entry["interval"]]} if entry["interval"] else {}
     dataset = public_name(data["dataset"], data.get("local"))
     revision = str(data.get("split_revision") or "")
     return EvalResult(
-        task_type="image-classification" if classifies else "object-detection",
-        task_name="Image classification" if classifies else "Object detection",
+        task_type=task,
+        task_name=task.replace("-", " ").capitalize(),
         dataset_type=dataset,
         dataset_name=dataset,
         dataset_config=data.get("config"),
         dataset_split=data["split"],
         dataset_revision=revision if revision and " " not in revision else None,  # a commit, and no fingerprint
-        metric_type=_metric_type(entry),
+        metric_type=metric,
         metric_name=f"{entry['metric']} in per cent: {entry['protocol']} ({entry['feature']})",
         metric_value=round(entry["value"], 2),
         metric_args={

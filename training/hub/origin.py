@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_moco import MoCoForImageClassification, MoCoForObjectDetection
+from modeling_moco import MoCoForImageClassification
 
 from ..engine.files import read_object
 from ..engine.results import encoder_digest, model_digest, read_results
@@ -12,7 +12,6 @@ from ..engine.run_folder import (
     CONVERSION,
     MANIFEST,
     METRICS,
-    OF_DETECTOR,
     SAVED_RECIPE,
     drawn,
     may_leave,
@@ -20,9 +19,8 @@ from ..engine.run_folder import (
     read_sections,
 )
 from ..errors import visible
-from .exports import Model
+from .kinds import Published, Transferred, kind_of
 
-Published = Model | MoCoForObjectDetection
 REMEDY = "correct it, or move it away"
 
 
@@ -33,7 +31,7 @@ class Origin:
     Args:
         recipe: sections of the settings of the pretraining.
         evaluation: settings of the probe or the fine-tuning that followed.
-        detection: sections of the settings of a detector that was trained around the encoder.
+        transfer: sections of the settings of a detector or segmentation model that was trained around the encoder.
         fine_tuned: whether the encoder has been trained with labels since.
         metrics: of the pretraining's `metrics.json`, if the weights are the run's final ones or were trained from them; of a
             detector its own.
@@ -45,7 +43,7 @@ class Origin:
 
     recipe: dict[str, dict[str, Any]]
     evaluation: dict[str, Any]
-    detection: dict[str, dict[str, Any]]
+    transfer: dict[str, dict[str, Any]]
     fine_tuned: bool
     metrics: dict[str, Any]
     conversion: dict[str, Any]
@@ -61,6 +59,8 @@ SHOWN = {
     "training_curves": "numbers of the training, nothing of the data",
     "detections": "images of the evaluated split with their objects, and names of classes",
     "ap_by_class": "names of the classes, no image",
+    "segmentations": "images of the evaluated split with their classes, and names of these",
+    "iou_by_class": "names of the classes, no image",
 }
 
 
@@ -71,7 +71,7 @@ def published_figures(origin: Origin, include_pictures: bool) -> list[Path]:
 
 def describe_shown(origin: Origin, model: Published, include_pictures: bool) -> list[str]:
     """What is shown of the data, in lines: names of classes, and what each figure shows, or why it is left out."""
-    classes = model.config.num_labels if isinstance(model, MoCoForImageClassification | MoCoForObjectDetection) else 0
+    classes = model.config.num_labels if isinstance(model, MoCoForImageClassification | Transferred) else 0
     named = [f"config.json has the names of the {classes} classes"] if classes else []
     published = published_figures(origin, include_pictures)
     remedy = ", and is left out, for the dataset is local: --include_pictures publishes it"
@@ -86,8 +86,8 @@ def read_origin(source: Path, model: Published) -> Origin:
     Raises:
         ValueError: a file there is damaged.
     """
-    if isinstance(model, MoCoForObjectDetection):
-        return _read_origin_of_detector(source, model)
+    if isinstance(model, Transferred):
+        return _read_origin_of_transfer(source, model)
     home = source.parent if _is_checkpoint(source) else source
     settings = _read_yaml(home / SAVED_RECIPE)
     evaluated = settings.get("encoder", {})  # of a probe or a fine-tuning, which began with that model
@@ -100,7 +100,7 @@ def read_origin(source: Path, model: Published) -> Origin:
     return Origin(
         recipe={key: value for key, value in recipe.items() if key != "probe"},  # what a probe would begin with
         evaluation=_plain(settings.get("training", {})) if evaluated else {},
-        detection={},
+        transfer={},
         fine_tuned=bool(evaluated.get("fine_tuned")),
         metrics=metrics,
         conversion=_read_conversion((run or source) / CONVERSION),
@@ -110,7 +110,7 @@ def read_origin(source: Path, model: Published) -> Origin:
     )
 
 
-def _read_origin_of_detector(source: Path, model: MoCoForObjectDetection) -> Origin:
+def _read_origin_of_transfer(source: Path, model: Transferred) -> Origin:
     home = source.parent if _is_checkpoint(source) else source
     run, _ = _find_run(home)
     digest = model_digest(model)
@@ -121,12 +121,12 @@ def _read_origin_of_detector(source: Path, model: MoCoForObjectDetection) -> Ori
     return Origin(
         recipe={} if run is None else _plain(_read_yaml(run / SAVED_RECIPE)),
         evaluation={},
-        detection=_plain(_read_yaml(home / SAVED_RECIPE)),
+        transfer=_plain(_read_yaml(home / SAVED_RECIPE)),
         fine_tuned=True,
         metrics=_plain(_read_metrics(home)),
         conversion=_read_conversion(home / CONVERSION),
         results=_plain(results),
-        figures=drawn(source, OF_DETECTOR) if home == source else [],
+        figures=drawn(source, kind_of(model).figures) if home == source else [],
         pictured={"local": not public},
     )
 

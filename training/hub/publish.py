@@ -10,8 +10,8 @@ The folder of an encoder that timm knows:
     onnx/, torch_export/        by flag
     README.md, *.png            the model card and its figures
 
-One with a stem for small images, which timm does not know, has our format alone, and so has a detector. Nothing in it is a
-pickle, and only files written here or figures of the run are in it.
+One with a stem for small images, which timm does not know, has our format alone, and so have detectors and segmentation models.
+Nothing in it is a pickle, and only files written here or figures of the run are in it.
 """
 
 import getpass
@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 import modeling_moco
-from modeling_moco import MoCoDetectionImageProcessor, MoCoForObjectDetection, MoCoImageProcessor, MoCoModel
+from modeling_moco import MoCoImageProcessor, MoCoModel
 from modeling_moco.dictionary_moco import BUILT_IN, build_dictionary
 
 from ..cli import INCLUDE_PICTURES
@@ -39,7 +39,7 @@ from ..errors import SECRETS, first_line
 from ..model_folder import load_model
 from . import exports
 from .exports import Model, read_written
-from .kinds import DETECTOR, ENCODER, kind_of, read_kind
+from .kinds import ENCODER, Processor, Published, Transferred, kind_of, read_kind
 from .model_card import TEMPLATE, render_card
 from .origin import published_figures, read_origin
 
@@ -47,8 +47,6 @@ CARD = "README.md"
 TEXTS = (".md", ".json", ".py")
 PATH = r"(?<![\w.:/~<-])/(?:[\w.@+-]+/)+[\w.@+-]*[\w@+-]|\b[A-Za-z]:\\+\w"  # an absolute one, of two names at least
 PUBLIC_NAMES = ("root", "localhost")
-Published = Model | MoCoForObjectDetection
-Processor = MoCoImageProcessor | MoCoDetectionImageProcessor
 
 
 @dataclass
@@ -98,7 +96,7 @@ def load_published(source: str, training_state: bool) -> tuple[Published, Proces
     absent = report["missing_keys"] | (model.absent_keys if isinstance(model, MoCoModel) else set())
     if absent:
         raise ValueError(f"{source} lacks {min(absent)}: pass the folder that a run saved to, e.g. runs/quickstart")
-    if kind is not DETECTOR:
+    if isinstance(processor, MoCoImageProcessor):
         exports.check_processor(processor, source)
     _forget_unknown(model.config, kind.config())
     _forget_unknown(processor, kind.processor())
@@ -111,8 +109,9 @@ def check_formats(model: Published, args: PublishArguments) -> None:
         ValueError: a format was asked for that this model does not have.
     """
     for name in ("onnx", "torch_export"):
-        if kind_of(model) is DETECTOR and getattr(args, name):
-            raise ValueError(f"{name} (True) is for encoders and classifiers, and this is a detector: leave it out")
+        if isinstance(model, Transferred) and getattr(args, name):
+            what = kind_of(model).name
+            raise ValueError(f"{name} (True) is for encoders and classifiers, and this is a {what}: leave it out")
 
 
 def _forget_unknown(settings: Any, known: Any) -> None:
@@ -145,14 +144,14 @@ def _publish(source: str, model: Published, processor: Processor, repo_id: str, 
     model.config.name_or_path = repo_id  # or it would be a path of this machine
     model.config.auto_map = kind_of(model).auto_map
     model.config.architectures = [type(model).__name__]
-    if isinstance(model, MoCoForObjectDetection):
+    if isinstance(model, Transferred):
         model.save_pretrained(folder)
     else:
         _save_weights(model, processor, args.license, folder)
     _save_processor(processor, folder)
     for path in Path(modeling_moco.__file__).parent.glob("*_moco.py"):
         shutil.copyfile(path, folder / path.name)
-    if not isinstance(model, MoCoForObjectDetection) and (args.onnx or args.torch_export):
+    if not isinstance(model, Transferred) and (args.onnx or args.torch_export):
         size = processor.crop_size["height"]
         program = exports.export_program(model, size)
         if args.onnx:

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from modeling_moco.distributed_moco import rank
 
-from ..engine.run_folder import EMBEDDED, FIGURES, OF_DETECTOR
+from ..engine.run_folder import EMBEDDED, FIGURES, OF_DETECTOR, OF_SEGMENTATION
 from ..errors import first_line
 from .publish import PublishArguments, load_published, make_folder, publish
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 WRITTEN_DATASET = ("data/*.parquet", "*.png")
 WRITTEN = (
     *("onnx/*", "torch_export/*", "resnet/*", "*.safetensors", "*_moco.py"),
-    *(f"{name}.png" for name in (*FIGURES, *OF_DETECTOR)),
+    *(f"{name}.png" for name in {*FIGURES, *OF_DETECTOR, *OF_SEGMENTATION}),
 )
 MADE_BY_HAND = {".gitattributes", "README.md", "LICENSE"}  # files of a repository that was created on the website
 OURS = {

@@ -188,9 +188,9 @@ def read_measured(folder: Path, defaults: Defaults) -> Measured:
         ValueError: there is no pretraining run, it has no complete checkpoint, or something of it is damaged.
     """
     run = read_run(folder)
-    if run.of_detector:
+    if run.task:
         raise ValueError(
-            f"{folder} is of a detector, and pretraining runs are compared: pass what --output_dir of one was"
+            f"{folder} is of {run.task}, and pretraining runs are compared: pass what --output_dir of one was"
         )
     processes = read_metrics(folder / METRICS, "correct it, or move it away").get(PROCESSES)
     settings, seed = settings_of(run.recipe, defaults, processes)

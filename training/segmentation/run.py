@@ -8,11 +8,21 @@ from typing import Any
 from modeling_moco import MoCoForSemanticSegmentation, MoCoSegmentationImageProcessor
 
 from ..engine.files import write_json
+from ..engine.page import read_run, refresh_report, write_report
 from ..engine.record import record
-from ..engine.results import Result, table
-from ..engine.run_folder import CLASS_IOU, METRICS, SEGMENTATIONS, mark_ended, read_metrics
-from ..transfer.figures import draw_bars
-from ..transfer.models import build_around, load_trained, model_digest
+from ..engine.results import Result, model_digest, table
+from ..engine.run_folder import (
+    CLASS_IOU,
+    METRICS,
+    OF_SEGMENTATION,
+    SEGMENTATIONS,
+    TRAINING,
+    drawn,
+    mark_ended,
+    read_metrics,
+)
+from ..transfer.figures import draw_bars, draw_training
+from ..transfer.models import build_around, load_trained
 from ..transfer.recipe import RECIPES, Task, TransferRun
 from .dataset.opening import SegmentationDataArguments, SegmentationSplits
 from .dataset.views import SegmentationImages, SegmentationView
@@ -70,11 +80,8 @@ class SegmentRun(TransferRun):
     @property
     def protocol(self) -> str:
         """The words that stand for this evaluation in results."""
-        args = self.training
-        return (
-            f"FCN-16s, {args.max_steps:,} steps of {args.global_batch_size}, learning rate {args.learning_rate:g}, "
-            f"crop {self.model.crop_size} px, whole images"
-        )
+        crop = f", crop {self.trained['crop_size']} px" if self.trained else ""
+        return f"FCN-16s, {self.training_in_words}{crop}, whole images"
 
 
 def parse_segment(argv: list[str]) -> SegmentRun:
@@ -132,6 +139,8 @@ def announce(run: SegmentRun, splits: SegmentationSplits) -> None:
         f"by {model.scales[0]:g} to {model.scales[1]:g}, crops of {model.crop_size} px, {args.max_steps:,} steps of "
         f"{args.global_batch_size}, learning rate {args.learning_rate:g}, BatchNorm {model.fcn_norm}, to {args.output_dir}"
     )
+    if rule := run.rate_rule:
+        print(f"     rule: {rule}")
     if splits.eval is None:
         print("The evaluation is left out: the dataset has no split for it (see --eval_split).")
 
@@ -156,8 +165,11 @@ def finish(run: SegmentRun, splits: SegmentationSplits, trainer: SegmentationTra
     trainer.save_state()
     measured = None if splits.eval is None else results_of(run, splits, trainer.model, trainer.processing_class)
     if trainer.is_world_process_zero():
+        draw_training(trainer.state.log_history, folder / TRAINING)
         leave_results(run, splits, trainer.model, measured, trainer.state.global_step)
         mark_ended(folder)
+        write_report(read_run(folder))
+        refresh_report(run.encoder.results_dir)
 
 
 def show_recorded(run: SegmentRun) -> None:
@@ -177,14 +189,14 @@ def leave_results(
 ) -> None:
     """Print the scores, and write them to `results.json` in the folder of the model; after training to `metrics.json` too."""
     folder = Path(str(run.training.output_dir))
-    n = 0 if splits.eval is None else len(splits.eval)
-    content: dict[str, Any] = {"protocol": run.protocol, "n": n}
+    n, seed = 0 if splits.eval is None else len(splits.eval), (run.trained or {}).get("seed")
+    data = splits.place | {"split": splits.eval.name if splits.eval else None, "local": run.data.local}
+    content: dict[str, Any] = {"protocol": run.protocol, "n": n, "data": data}
     results = []
     if measured is not None:
         percents = {"mIoU": 100 * measured.miou, "pixel accuracy": 100 * measured.pixel_accuracy}
         results = [
-            Result(run.protocol, metric, value, n, "segmentation model", {}, run.training.seed)
-            for metric, value in percents.items()
+            Result(run.protocol, metric, value, n, "segmentation model", {}, seed) for metric, value in percents.items()
         ]
         content |= {"miou": percents["mIoU"], "pixel_accuracy": percents["pixel accuracy"]}
         content["iou_per_class"] = {
@@ -199,8 +211,8 @@ def leave_results(
         folder,
         results,
         model=model_digest(model),
-        data=splits.place | {"split": splits.eval.name if splits.eval else None, "local": run.data.local},
+        data=data,
         trackers=run.training.trackers,
-        figures=[folder / f"{name}.png" for name in (SEGMENTATIONS, CLASS_IOU) if measured is not None],
+        figures=drawn(folder, OF_SEGMENTATION),
         step=step,
     )

@@ -1,12 +1,25 @@
-"""Figures of what models reach for each class."""
+"""Figures of models around an encoder: their training, and what they reach for each class."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..plots import BLUE, GRAY, VERMILION, figure
+from ..plots import BLUE, GRAY, VERMILION, Panel, curves, figure
 
 MOST_BARS = 40
+PANELS = (
+    Panel("Loss", {"loss": "loss"}),
+    Panel("Losses of the proposals", {"loss_rpn_cls": "objects", "loss_rpn_loc": "boxes"}),
+    Panel("Losses of the detector", {"loss_cls": "classes", "loss_box_reg": "boxes", "loss_mask": "masks"}),
+    Panel("Learning rate", {"learning_rate": "rate"}),
+)
+
+
+def draw_training(history: list[dict[str, Any]], path: Path) -> None:
+    """What a training has logged, by step; nothing if that is nothing."""
+    if history := [entry for entry in history if "loss" in entry]:
+        curves(PANELS, history, path, by="step")
 
 
 def draw_bars(measured: dict[str, dict[str, float]], measure: str, path: Path) -> None:

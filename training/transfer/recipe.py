@@ -131,7 +131,7 @@ class Task:
             parser, self.parts, argv, {"output_dir": folder} | recipe.values
         )
         settings["data"]["dataset_name"] = data.dataset_name
-        settings["encoder"] = {"model": encoder.source, "random_encoder": encoder.random}
+        settings["encoder"] = {"model": encoder.source, "random_encoder": encoder.random, "task": self.command}
         read_results(Path(str(training.output_dir)))
         return known, {
             **{"task": self, "encoder": encoder, "recipe": recipe, "settings": settings},
@@ -176,11 +176,27 @@ class TransferRun:
 
     @property
     def trained(self) -> dict[str, Any] | None:
-        """Flags that the model was or will be trained with; None for one that is evaluated and has no record of it."""
+        """Settings that the model was or will be trained with; None for one that is evaluated and has no record of them."""
         if not self.eval_only:
-            return vars(self.training)
+            return vars(self.model) | vars(self.training)
         own = Path(self.encoder.source) / SAVED_RECIPE
-        return self.defaults["training"] | self.task.load_recipe(str(own)).values if own.is_file() else None
+        usual = self.defaults["model"] | self.defaults["training"]
+        return usual | self.task.load_recipe(str(own)).values if own.is_file() else None
+
+    @property
+    def rate_rule(self) -> str | None:
+        """What to say where the batch is another than the recipe's: the learning rate and the steps in proportion to it."""
+        usual = self.defaults["training"] | self.recipe.values
+        batch, recipe_batch = self.training.global_batch_size, usual["global_batch_size"]
+        if batch == recipe_batch or "learning_rate" in self.given:
+            return None
+        share = batch / recipe_batch
+        rate, steps = usual["learning_rate"], usual["max_steps"]
+        return (
+            f"the recipe's learning rate is {rate:g} for {recipe_batch} images a step, and is kept: in proportion it would be "
+            f"{rate * share:g} for {batch}, with {steps / share:,.0f} steps instead of {steps:,} (--learning_rate, "
+            "--max_steps, --step_milestones)"
+        )
 
     @property
     def training_in_words(self) -> str:

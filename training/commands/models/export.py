@@ -15,12 +15,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from modeling_moco import (
-    MoCoDetectionImageProcessor,
-    MoCoForImageClassification,
-    MoCoForObjectDetection,
-    MoCoImageProcessor,
-)
+from modeling_moco import MoCoForImageClassification, MoCoImageProcessor
 
 from ...cli import build_parser, how_to_run, parse_flags
 from ...engine.files import whole_files
@@ -28,6 +23,7 @@ from ...errors import first_line, one_line_errors
 from ...evaluation.encoder import check_exists
 from ...hub import exports
 from ...hub.exports import Model
+from ...hub.kinds import Transferred, kind_of
 from ...hub.publish import load_published
 from ...process import command
 
@@ -173,8 +169,8 @@ def main(argv: list[str]) -> None:
         check_free(names.folder)
         check_exists(names.source)
         model, processor = load_published(names.source, training_state=False)
-        if isinstance(model, MoCoForObjectDetection) or isinstance(processor, MoCoDetectionImageProcessor):
-            raise ValueError(f"{names.source} is a detector, which no other library has: publish it, or convert it")
+        if isinstance(model, Transferred) or not isinstance(processor, MoCoImageProcessor):
+            raise ValueError(f"{names.source} is a {kind_of(model).name}, which no other library has: publish it")
         job = Job(model, processor)
         check_formats(names.source, job.model, args)
         export(job, names.folder, args)
