@@ -443,6 +443,7 @@ def build_resnet(config: MoCoConfig, dilated: bool) -> MoCoModel:
     for module in backbone.encoder_q.layer4[0].modules():  # timm dilates from the second block on
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             module.dilation = module.padding = (2, 2)
+    backbone.config = config  # saved alone it is the encoder that it is, which a model around it dilates again
     return backbone
 
 
