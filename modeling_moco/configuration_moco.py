@@ -1,6 +1,6 @@
 """MoCoConfig, MoCoRCNNConfig and MoCoFCNConfig: all settings that change the weights or the loss."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -19,6 +19,11 @@ MOST_LAYERS = 16  # of a head
 MOST_ROI_SIZE = 64  # pixels of a pooled map
 MOST_ANCHORS = 64  # sizes or ratios
 MOST_IN_ARGUMENT = 10_000  # layers, channels or pixels that an argument of a timm model asks for, all together
+
+if TYPE_CHECKING:
+    PerChannel = Any
+else:  # one number is stored as three: readers have a sequence, which a type checker could not tell
+    PerChannel = list[float] | tuple[float, ...] | float | int
 
 
 def _asked_for(value: Any) -> int:
@@ -65,8 +70,10 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
         batch_norm_splits (`int`): Groups per process for `"split"`. The official notebook uses 8.
         symmetric_loss (`bool`): Use each view once as query and once as key, and add both losses (official CIFAR-10
             notebook). A step then has twice the computation and twice the keys.
-        image_mean (`list`): Mean per channel, in [0, 1], with which the model normalises uint8 images.
-        image_std (`list`): Standard deviation per channel, in (0, 1], with which the model normalises uint8 images.
+        image_mean (`list`): Mean per channel, in [0, 1], with which the model normalises uint8 images. One number is that of
+            all three.
+        image_std (`list`): Standard deviation per channel, in (0, 1], with which the model normalises uint8 images. One number
+            is that of all three.
         out_features, out_indices (*optional*): Stages that [`MoCoBackbone`] returns, as in every transformers backbone.
 
     Raises:
@@ -95,8 +102,13 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
     batch_norm: str = "shuffle"
     batch_norm_splits: int = 8
     symmetric_loss: bool = False
-    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
-    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+    image_mean: PerChannel = (0.485, 0.456, 0.406)
+    image_std: PerChannel = (0.229, 0.224, 0.225)
+
+    def __setattr__(self, name, value):
+        if name in ("image_mean", "image_std") and isinstance(value, float | int):  # once the type has been checked
+            value = [float(value)] * 3
+        super().__setattr__(name, value)
 
     def __post_init__(self, **kwargs):
         self.stage_names = kwargs.pop("stage_names", None)
@@ -152,7 +164,7 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_method()
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
             raise ValueError(
-                f"image_mean ({self.image_mean}) and image_std ({self.image_std}) must have three numbers each, those of "
+                f"image_mean ({self.image_mean}) and image_std ({self.image_std}) must be one number or three each, those of "
                 "image_std above 0: leave both out for ImageNet's"
             )
         if self.temperature <= 0:

@@ -72,30 +72,39 @@ class MoCoForSemanticSegmentation(MoCoPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
     ) -> SemanticSegmenterOutput:
         """The scores of all classes, and with `labels` the loss.
 
         Args:
             pixel_values: images (N, 3, H, W), normalised or of dtype uint8.
             labels: the class of each pixel (N, H, W), int64; `semantic_loss_ignore_index` where it does not count.
+            output_hidden_states: return the maps of all stages of the encoder too.
 
         Returns:
             `logits` (N, L, H/16, W/16), rounded up; and `loss`, the mean cross-entropy of the pixels that count, of logits
             that `enlarge` brings to the size of the labels.
 
         Raises:
-            ValueError: labels that are not of these images or classes, or of which no pixel counts.
+            ValueError: labels that are not of these images or classes, or of which no pixel counts, or a request for attention
+                weights.
         """
         loss = None
+        hidden = self._wants_hidden_states(output_hidden_states, output_attentions)
         if labels is not None:
             self._check(labels, pixel_values)
-        logits = self.pixel_classifier(self.context(self.encoder_q.forward_features(self.normalize(pixel_values))))
+        encoded = self.moco.features(pixel_values, hidden)
+        logits = self.pixel_classifier(self.context(encoded.last_hidden_state))
         if labels is not None:
             height, width = labels.shape[1:]
             ignored = self.config.semantic_loss_ignore_index
             loss = F.cross_entropy(enlarge(logits, (height, width)), labels, ignore_index=ignored)
-        return SemanticSegmenterOutput(loss=loss, logits=logits)
+        return SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
 
     def _check(self, labels: torch.Tensor, pixel_values: torch.Tensor) -> None:
         n, _, height, width = pixel_values.shape

@@ -61,6 +61,8 @@ class MoCoOutput(ModelOutput):
         query_embeds: queries of this process, unit length, float32 (V·N, C).
         key_embeds: keys of all processes in rank order, unit length, float32, without gradient (V·R·N, C).
         key_index: numbers of the images of the keys, where a bank was told those of the queries (R·N,).
+        hidden_states: with `output_hidden_states` the maps (N, channels, H/stride, W/stride) of all stages of the query
+            encoder, those of the first view.
 
     With `symmetric_loss` the loss is the sum of the losses of both views. Logits and queries begin with the queries of the
     first view. Keys begin with the keys of the first view, which are the positives of the second view's queries.
@@ -71,6 +73,7 @@ class MoCoOutput(ModelOutput):
     query_embeds: torch.Tensor | None = None
     key_embeds: torch.Tensor | None = None
     key_index: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class MoCoPreTrainedModel(PreTrainedModel):
@@ -291,9 +294,10 @@ class MoCoModel(MoCoPreTrainedModel):
 
     def encode_queries(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Queries of images (N, 3, H, W): unit length, float32 (N, C)."""
-        return F.normalize(
-            self.predictor_q(self._project(self.encoder_q, self.projector_q, pixel_values)).float(), dim=1
-        )
+        return self._queries(self.features(pixel_values).pooler_output)
+
+    def _queries(self, pooled: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.predictor_q(self.projector_q(pooled)).float(), dim=1)  # (N, C)
 
     def encode_keys(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Keys of all processes in rank order, unit length, float32 (R·N, C), each encoded in another batch than its query.
@@ -362,29 +366,29 @@ class MoCoModel(MoCoPreTrainedModel):
             pixel_values: images (N, 3, H, W), normalised or of dtype uint8; in training the query view.
             key_pixel_values: the key view of the same images (N, 3, H, W).
             index: for a bank the numbers of the images (N,), int64; there is no key view.
-            output_hidden_states: return the maps of all stages too, for features.
+            output_hidden_states: return the maps of all stages too, those of `pixel_values`.
 
         Returns:
             the feature map and the pooled feature without `key_pixel_values` and `index`, a [`MoCoOutput`] with one of them.
 
         Raises:
-            ValueError: a key view or an index for a model without dictionary or with `output_hidden_states`, the one of both
-                that the dictionary does not take, or a request for attention weights.
+            ValueError: a key view or an index for a model without dictionary, the one of both that the dictionary does not
+                take, or a request for attention weights.
         """
         hidden = self._wants_hidden_states(output_hidden_states, output_attentions)
         if key_pixel_values is None and index is None:
             return self.features(pixel_values, hidden)
-        self._check_contrastive(key_pixel_values, index, output_hidden_states)
+        self._check_contrastive(key_pixel_values, index)
         views = 2 if self.config.symmetric_loss else 1
         both: list[Any] = [pixel_values, key_pixel_values]
         x_q, x_k = both[:views], both[::-1][:views]
-        if (
-            self.config.key_encoder == "none"
-        ):  # queries of one view are keys of the other; of one view they are keys to come
-            q = self.encode_queries(torch.cat(x_q)).unflatten(0, (views, -1))  # (V, N, C)
+        if self.config.key_encoder == "none":
+            x_q = [torch.cat(x_q)]  # queries of one view are keys of the other; of one view they are keys to come
+        encoded = [self.features(x, hidden) for x in x_q]
+        q = torch.cat([self._queries(some.pooler_output) for some in encoded]).unflatten(0, (views, -1))  # (V, N, C)
+        if self.config.key_encoder == "none":
             keys = torch.stack([gather(some) for some in q.flip(0)])  # (V, R·N, C)
         else:
-            q = torch.stack([self.encode_queries(x) for x in x_q])  # (V, N, C)
             keys = torch.stack([self.encode_keys(x) for x in x_k])  # (V, R·N, C)
         with torch.autocast(q.device.type, enabled=False):  # 16 bits would lose small differences
             loss, logits = self.dictionary(q, keys, self.config.temperature, index)
@@ -394,16 +398,20 @@ class MoCoModel(MoCoPreTrainedModel):
             query_embeds=q.flatten(0, 1),
             key_embeds=keys.detach().flip(0).flatten(0, 1),  # the notebook enqueues the keys of the first view first
             key_index=None if index is None else gather(index),
+            hidden_states=_of_first_view(encoded[0].hidden_states, len(pixel_values)),
         )
 
-    def _check_contrastive(self, key_view: Any, index: Any, output_hidden_states: bool | None) -> None:
+    def _check_contrastive(self, key_view: Any, index: Any) -> None:
         if not self.momentum_encoder:
             raise ValueError("key_pixel_values needs a key encoder: build or load the model with momentum_encoder=True")
-        if output_hidden_states:
-            raise ValueError("output_hidden_states (True) is for features: leave out key_pixel_values and index")
         if (self.config.dictionary == "bank") != (key_view is None):
             takes = "index, of one view" if self.config.dictionary == "bank" else "key_pixel_values, the second view"
             raise ValueError(f"dictionary ({self.config.dictionary!r}) takes {takes}: pass that and not the other")
+
+
+def _of_first_view(stages: tuple[torch.Tensor, ...] | None, n: int) -> tuple[torch.Tensor, ...] | None:
+    # A map of n images stays itself, so that `retain_grad` finds the gradient of the loss: a slice would have none.
+    return stages and tuple(maps if len(maps) == n else maps[:n] for maps in stages)
 
 
 def build_resnet(config: MoCoConfig, dilated: bool) -> MoCoModel:
@@ -435,6 +443,7 @@ def build_resnet(config: MoCoConfig, dilated: bool) -> MoCoModel:
     for module in backbone.encoder_q.layer4[0].modules():  # timm dilates from the second block on
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             module.dilation = module.padding = (2, 2)
+    backbone.config = config  # saved alone it is the encoder that it is, which a model around it dilates again
     return backbone
 
 

@@ -44,6 +44,8 @@ class MoCoDetectionOutput(ModelOutput):
         labels: classes of the detections, -1 where there is none (N, M).
         pred_boxes: corners `x0 y0 x1 y1` as shares of the width and height of the image without padding (N, M, 4).
         pred_masks: probabilities in the box, with `masks` in the configuration (N, M, S, S).
+        hidden_states: with `output_hidden_states` the maps (N, channels, H/stride, W/stride) of the stages that encode whole
+            images: those of layer4 are among them for `"dilated_c5"`; for `"c4"` it encodes boxes.
     """
 
     loss: torch.Tensor | None = None
@@ -52,6 +54,7 @@ class MoCoDetectionOutput(ModelOutput):
     labels: torch.Tensor | None = None
     pred_boxes: torch.Tensor | None = None
     pred_masks: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -150,6 +153,8 @@ class MoCoForObjectDetection(MoCoPreTrainedModel):
         pixel_values: torch.Tensor,
         pixel_mask: torch.Tensor | None = None,
         labels: list[dict[str, torch.Tensor]] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> MoCoDetectionOutput:
         """The losses of images in training mode, and what is detected on them in evaluation mode.
@@ -160,24 +165,27 @@ class MoCoForObjectDetection(MoCoPreTrainedModel):
             labels: of each image a dictionary with `class_labels` (G,) of dtype int64, `boxes` (G, 4), which are centre x,
                 centre y, width and height as shares of the image without padding, and for a model with masks `masks`
                 (G, H', W'), 0 and 1, where H' and W' are at least the image's. Evaluation mode does not look at them.
+            output_hidden_states: return the maps of the stages too.
 
         Raises:
-            ValueError: training mode without labels, or labels that are not of these images.
+            ValueError: training mode without labels, labels that are not of these images, or a request for attention weights.
         """
+        hidden = self._wants_hidden_states(output_hidden_states, output_attentions)
         sizes = _sizes(pixel_values, pixel_mask)
         images = self.normalize(pixel_values)
         if pixel_mask is not None and pixel_values.dtype == torch.uint8:
             images = images * pixel_mask[:, None].to(images.dtype)  # padding is 0 after the normalisation
-        features = self._features(images)
-        if not self.training:
-            return self._detect(features, sizes)
+        objects = self._objects(labels, sizes) if self.training else None
+        features, stages = self._features(images, hidden)
+        outputs = self._detect(features, sizes) if objects is None else self._train(features, sizes, objects)
+        outputs.hidden_states = stages
+        return outputs
+
+    def _objects(self, labels: list[dict[str, torch.Tensor]] | None, sizes: list[tuple[int, int]]) -> list[Objects]:
         if labels is None:
             raise ValueError(
                 "labels (None) are needed in training mode: pass them, or call model.eval() to detect objects"
             )
-        return self._train(features, sizes, self._objects(labels, sizes))
-
-    def _objects(self, labels: list[dict[str, torch.Tensor]], sizes: list[tuple[int, int]]) -> list[Objects]:
         if len(labels) != len(sizes):
             raise ValueError(f"labels (of {len(labels)} images) must be of all {len(sizes)} images: pass one for each")
         objects = []
@@ -203,26 +211,26 @@ class MoCoForObjectDetection(MoCoPreTrainedModel):
 
     # Features
 
-    def _features(self, images: torch.Tensor) -> torch.Tensor:
-        """The map (N, channels, H/16, W/16) that proposals come from and boxes are pooled from."""
-        encoder = self.encoder_q
-        x = encoder.maxpool(encoder.act1(encoder.bn1(encoder.conv1(images))))
-        x = self._run([encoder.layer1, encoder.layer2, encoder.layer3], x)
-        return x if self.config.rcnn_variant == "c4" else self.reduce(self._run([encoder.layer4], x))
+    def _features(self, images: torch.Tensor, hidden: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """The map (N, channels, H/16, W/16) that proposals come from and boxes are pooled from, and those of all stages."""
+        dilated = self.config.rcnn_variant == "dilated_c5"
+        last = 4 if dilated else 3  # layer4 or layer3: the stem is 0
+        stages = self.encoder_q.forward_intermediates(
+            images, indices=[*range(last + 1)] if hidden else [last], stop_early=True, intermediates_only=True
+        )
+        return self.reduce(stages[-1]) if dilated else stages[-1], tuple(stages) if hidden else None
 
-    def _run(self, stages: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    def _run(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if self.gradient_checkpointing and self.training:
-            return timm.models.checkpoint_seq(stages, x, flatten=True)
-        for stage in stages:
-            x = stage(x)
-        return x
+            return timm.models.checkpoint_seq(layer, x)
+        return layer(x)
 
     def _pool(self, features: torch.Tensor, boxes: list[torch.Tensor]) -> torch.Tensor:
         """The part of the map that each box covers: (R, D, h, w) after layer4, or (R, channels, h, w) of the map itself."""
         side = self.config.roi_side
         # In float32: 16 bits have no kernel on CPUs, and few positions.
         pooled = roi_align(features.float(), boxes, side, 1 / STRIDE, sampling_ratio=0, aligned=True).to(features.dtype)
-        return self.norm(self._run([self.encoder_q.layer4], pooled)) if self.config.rcnn_variant == "c4" else pooled
+        return self.norm(self._run(self.encoder_q.layer4, pooled)) if self.config.rcnn_variant == "c4" else pooled
 
     def _scores_and_deltas(self, pooled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores of the classes and of the background (R, L+1), and deltas for each class (R, L, 4), float32."""

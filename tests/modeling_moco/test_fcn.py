@@ -78,7 +78,7 @@ def test_the_maps_are_those_of_the_dilated_detector_and_the_heads_those_of_the_p
     seen = []
     handle = detector.reduce.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
-        detector._features(images)
+        detector._features(images, hidden=False)[0]
         handle.remove()
         x = seen[0].double()
         assert x.shape[2:] == (math.ceil(113 / 16), math.ceil(150 / 16))
@@ -177,6 +177,20 @@ def test_any_resnet_has_a_place_for_every_sixteenth_pixel_of_images_of_any_size(
         with torch.no_grad():
             maps = model(torch.randn(1, 3, height, width)).logits.shape[2:]
         assert tuple(maps) == (math.ceil(height / 16), math.ceil(width / 16))
+
+
+def test_hidden_states_are_the_maps_of_the_stages_and_attention_weights_are_refused():
+    model, (images, labels) = segmenter().eval(), batch()
+    plain, outputs = model(images, labels), model(images, labels, output_hidden_states=True)
+    assert plain.hidden_states is None
+    expected = model.encoder_q.forward_intermediates(images, intermediates_only=True)
+    torch.testing.assert_close(outputs.hidden_states, tuple(expected), atol=0, rtol=0)
+    assert torch.equal(outputs.logits, plain.logits)
+    outputs.hidden_states[0].retain_grad()
+    outputs.loss.backward()
+    assert outputs.hidden_states[0].grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(images, output_attentions=True)
 
 
 # Loading

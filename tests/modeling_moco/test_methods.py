@@ -1,5 +1,6 @@
 """The losses of the methods against loops over single numbers in float64, and what their settings mean together."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from methods import METHODS, method_config
+from tiny_models import assert_equal
 
 from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.dictionary_moco import (
@@ -131,7 +133,7 @@ def test_keys_that_are_all_alike_cost_the_logarithm_of_their_number(method):
     config = method_config(method)
     model = MoCoModel(config).train()
     same = F.normalize(torch.ones(16), dim=0)
-    model.encode_queries = lambda x: same.expand(len(x), -1)
+    model._queries = lambda pooled: same.expand(len(pooled), -1)
     model.encode_keys = lambda x: same.expand(len(x), -1)
     for name, buffer in model.dictionary.named_buffers():
         if name in ("queue", "bank"):
@@ -141,10 +143,60 @@ def test_keys_that_are_all_alike_cost_the_logarithm_of_their_number(method):
     assert loss == pytest.approx(config.loss_scale * views * math.log(1 + negatives(config, 4)), rel=1e-5)
 
 
-def step_of(model, x):
+def step_of(model, x, **kwargs):
     if model.config.dictionary == "bank":
-        return model(x[0], index=torch.arange(len(x[0])))
-    return model(x[0], x[1])
+        return model(x[0], index=torch.arange(len(x[0])), **kwargs)
+    return model(x[0], x[1], **kwargs)
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("method", METHODS)
+def test_hidden_states_of_a_step_are_the_maps_of_the_first_view(method, architecture):
+    config = method_config(
+        method, architecture=architecture, model_args={"img_size": 32} if architecture == "test_vit" else None
+    )
+    model, x = MoCoModel(config).eval(), torch.randn(2, 4, 3, 32, 32)
+    with torch.no_grad():
+        expected = tuple(model.encoder_q.forward_intermediates(x[0], intermediates_only=True))
+        assert step_of(model, x).hidden_states is None
+        outputs = step_of(model, x, output_hidden_states=True)
+        torch.testing.assert_close(outputs.hidden_states, expected)
+        assert step_of(model, x, output_hidden_states=True, return_dict=False)[-1] is not None
+        model.config.output_hidden_states = True
+        torch.testing.assert_close(step_of(model, x).hidden_states, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hidden_states_change_nothing_else_of_a_step(method):
+    torch.manual_seed(1)
+    plain = MoCoModel(method_config(method)).train()
+    asked, x = copy.deepcopy(plain), torch.randn(2, 4, 3, 32, 32)
+    found = []
+    for model, hidden in ((plain, False), (asked, True)):
+        model.dictionary.generator = torch.Generator().manual_seed(5)  # a bank draws its negatives
+        outputs = step_of(model, x, output_hidden_states=hidden)
+        outputs.loss.backward()
+        found.append(outputs)
+    for name in found[0]:
+        assert torch.equal(found[0][name], found[1][name]), name
+    assert_equal(asked.state_dict(), plain.state_dict())  # each image is counted once in the statistics of BatchNorm
+    for parameter, other in zip(asked.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, atol=0, rtol=0)
+
+
+def test_the_gradient_of_the_loss_reaches_the_hidden_states():
+    model, x = MoCoModel(method_config("queue")).train(), torch.randn(2, 4, 3, 32, 32)
+    outputs = model(*x, output_hidden_states=True)
+    for maps in outputs.hidden_states:
+        maps.retain_grad()
+    outputs.loss.backward()
+    # By hand: the head on the last map, as a leaf.
+    last = outputs.hidden_states[-1].detach().requires_grad_()
+    q = F.normalize(model.projector_q(last.mean(dim=(2, 3))), dim=1)
+    logits = torch.cat([(q * outputs.key_embeds).sum(dim=1, keepdim=True), q @ model.dictionary.queue], dim=1)
+    F.cross_entropy(logits / model.config.temperature, torch.zeros(4, dtype=torch.long)).backward()
+    torch.testing.assert_close(outputs.hidden_states[-1].grad, last.grad)
+    assert all(maps.grad.abs().sum() > 0 for maps in outputs.hidden_states)
 
 
 @pytest.mark.parametrize("method", METHODS)

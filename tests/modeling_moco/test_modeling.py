@@ -12,7 +12,16 @@ from tiny_models import BACKBONES, C, K, assert_equal, key_parts, moco_config, q
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from modeling_moco import MoCoBackbone, MoCoConfig, MoCoForImageClassification, MoCoModel
+from modeling_moco import (
+    MoCoBackbone,
+    MoCoConfig,
+    MoCoFCNConfig,
+    MoCoForImageClassification,
+    MoCoImageProcessor,
+    MoCoImageProcessorPil,
+    MoCoModel,
+    MoCoRCNNConfig,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +107,9 @@ def test_unknown_architecture_is_rejected_with_close_names(unknown, meant):
         ("batch_norm", "ghost"),
         ("image_mean", [0.5, 0.5]),
         ("image_std", [0.2, 0.2, 0]),
+        ("image_std", 0),
+        ("image_std", True),
+        ("image_mean", "0.5"),
     ],
 )
 def test_config_rejects_a_value_out_of_range_by_name(name, value):
@@ -251,6 +263,29 @@ def test_an_exported_model_has_the_loss_and_the_logits_of_the_model(trained):
     ours, expected = program.module()(*images), trained(*images)
     torch.testing.assert_close(ours.loss, expected.loss)
     torch.testing.assert_close(ours.logits, expected.logits)
+
+
+@pytest.mark.parametrize("kind", [MoCoConfig, MoCoRCNNConfig, MoCoFCNConfig])
+def test_one_number_normalises_all_channels(kind, tmp_path):
+    kind(image_mean=0.5, image_std=1).save_pretrained(tmp_path)
+    config = kind.from_pretrained(tmp_path)
+    assert (config.image_mean, config.image_std) == ([0.5, 0.5, 0.5], [1.0, 1.0, 1.0])
+    assert [type(value) for value in config.image_std] == [float] * 3
+    config.image_std = 0.25
+    assert config.image_std == [0.25, 0.25, 0.25]
+    assert config.image_mean == [0.5, 0.5, 0.5]
+
+
+def test_images_of_a_model_with_one_number_are_those_of_its_processor():
+    model = MoCoModel(moco_config(image_mean=0.5, image_std=0.25), momentum_encoder=False)
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    by_hand = torch.tensor([[(level / 255 - 0.5) / 0.25 for level in image.flatten().tolist()] for image in images])
+    torch.testing.assert_close(model.normalize(images), by_hand.view_as(images), atol=1e-6, rtol=1e-6)
+    settings = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+    for kind in (MoCoImageProcessor, MoCoImageProcessorPil):
+        for mean, std in ((0.5, 0.25), (model.config.image_mean, model.config.image_std)):
+            processed = kind(image_mean=mean, image_std=std)([*images], **settings).pixel_values
+            torch.testing.assert_close(processed, model.normalize(images), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["features", "keys", "backbone", "classifier"])

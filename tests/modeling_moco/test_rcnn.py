@@ -167,7 +167,7 @@ def test_layer4_of_dilated_c5_is_dilated_in_all_its_blocks():
     for block in encoder.layer4:
         expected = dilated_block(block, expected)
     torch.testing.assert_close(encoder.layer4(maps), expected)
-    assert model._features(torch.randn(1, 3, 100, 130)).shape == (1, 512, 7, 9)
+    assert model._features(torch.randn(1, 3, 100, 130), hidden=False)[0].shape == (1, 512, 7, 9)
     assert model.state_dict().keys() >= {
         f"moco.encoder_q.{n}" for n in MoCoModel(moco_config(**small)).encoder_q.state_dict()
     }
@@ -180,11 +180,11 @@ def test_the_map_of_the_variant_is_the_one_of_timm(variant):
     oracle.load_state_dict(model.encoder_q.state_dict())
     images = torch.randn(1, 3, 64, 96)
     if variant == "c4":
-        torch.testing.assert_close(model._features(images), oracle(images)[3])
+        torch.testing.assert_close(model._features(images, hidden=False)[0], oracle(images)[3])
         assert model.proposals.conv.in_channels == 192
     else:
-        assert model._features(images).shape == (1, 512, 4, 6)
-        assert (model._features(images) >= 0).all()
+        assert model._features(images, hidden=False)[0].shape == (1, 512, 4, 6)
+        assert (model._features(images, hidden=False)[0] >= 0).all()
 
 
 def test_bytes_are_normalised_and_their_padding_is_zero():
@@ -293,6 +293,51 @@ def test_an_image_does_not_change_the_detections_of_another():
     alone = [detections(model, {k: v[i : i + 1] for k, v in inputs.items()}) for i in range(2)]
     torch.testing.assert_close(both.scores, torch.cat([one.scores for one in alone]), atol=1e-5, rtol=0)
     torch.testing.assert_close(both.pred_boxes, torch.cat([one.pred_boxes for one in alone]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("variant", "stages"), [("c4", 4), ("dilated_c5", 5)])
+def test_hidden_states_are_the_maps_of_the_stages_and_change_nothing_else(variant, stages):
+    inputs = batch()
+    model = detector(rcnn_variant=variant).eval()
+    with torch.no_grad():
+        expected = model.encoder_q.forward_intermediates(inputs["pixel_values"], intermediates_only=True)[:stages]
+        plain, outputs = model(**inputs), model(**inputs, output_hidden_states=True)
+        assert plain.hidden_states is None
+        torch.testing.assert_close(outputs.hidden_states, tuple(expected), atol=0, rtol=0)
+        for name in plain:
+            assert torch.equal(plain[name], outputs[name]), name
+    model, asked = (detector(rcnn_variant=variant) for _ in range(2))
+    asked.config.output_hidden_states = True
+    plain = training_step(model, inputs)
+    torch.manual_seed(2)
+    outputs = asked.train()(**inputs)
+    for maps in outputs.hidden_states:
+        maps.retain_grad()
+    outputs.loss.backward()
+    assert torch.equal(outputs.loss, plain.loss)
+    assert_equal(asked.state_dict(), model.state_dict())
+    for parameter, other in zip(asked.parameters(), model.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad)
+    assert all(maps.grad.abs().sum() > 0 for maps in outputs.hidden_states)
+
+
+def test_attention_weights_are_refused():
+    with pytest.raises(ValueError, match="output_attentions"):
+        detector().eval()(batch()["pixel_values"], output_attentions=True)
+
+
+@pytest.mark.parametrize("variant", ["c4", "dilated_c5"])
+def test_the_encoder_of_a_detector_is_saved_alone_as_any_encoder(variant, tmp_path):
+    model = detector(rcnn_variant=variant)
+    model.moco.save_pretrained(tmp_path)
+    again, report = MoCoForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
+    assert_equal(again.encoder_q.state_dict(), model.encoder_q.state_dict())
+    assert report["missing_keys"] == {name for name in model.state_dict() if not name.startswith("moco.")}
+    assert (again.config.rcnn_variant, again.config.model_args) == (variant, None)
+    images = batch()["pixel_values"]
+    torch.testing.assert_close(
+        again.eval().encoder_q.forward_features(images), model.eval().encoder_q.forward_features(images)
+    )
 
 
 # Memory and precision

@@ -98,7 +98,8 @@ def _convolutions(model: MoCoForObjectDetection, images: torch.Tensor, args: arg
 
     def step() -> None:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            total = model._features(model.normalize(images)).float().mean()
+            features, _ = model._features(model.normalize(images), hidden=False)
+            total = features.float().mean()
             if config.rcnn_variant == "c4":
                 total = total + encoder.layer4(pooled).float().mean()
         total.backward()
