@@ -1,6 +1,8 @@
 """Health metrics against their definitions; a collapsed and a leaking run, made on purpose, are recognised."""
 
+import logging
 import math
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,7 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from ranks import run_ranks
+from ranks import join_trainers, run_ranks
+from tiny_trainer import build as build_trainer
+from tiny_trainer import image_rows
 from torch import nn
 
 from modeling_moco import MoCoConfig, MoCoModel
@@ -19,7 +23,7 @@ from training.data.images import MapImages
 from training.data.sources import DataArguments, load_images
 from training.errors import TrainingError
 from training.evaluation.knn import KNNArguments
-from training.health import diagnose, key_drift, leak, queue_age, rankme, uniformity_kernel
+from training.health import diagnose, key_drift, leak, queue_age, rankme, slow_process, uniformity_kernel
 from training.monitor import Monitor
 from training.trainer import MoCoTrainer, MoCoTrainingArguments
 from training.views.pil import EvaluationView
@@ -231,3 +235,41 @@ def test_healthy_numbers_get_no_sentence():
     for batch_norm in ("plain", "shuffle", "split", "sync"):
         (sentence,) = diagnose(healthy | {"leaks": 1.0}, MoCoConfig(batch_norm=batch_norm)).values()
         assert "--batch_norm" in sentence
+
+
+@pytest.mark.parametrize(
+    ("waited", "names"),
+    [
+        ([0.1, 6.0, 0.3, 0.2], "process 1 has waited 60 % of the time for its images, the others 2 %"),
+        ([5.0, 6.0], None),
+        ([9.0], None),
+        ([0.0, 0.0, 1.9], None),
+    ],
+)
+def test_the_process_that_all_wait_for_is_named(waited, names):
+    problem = slow_process(waited, seconds=10.0)
+    assert problem is None if names is None else names in problem
+
+
+def _train_with_a_slow_process(rank: int, folder: str) -> None:
+    join_trainers(rank, folder, 2)
+    trainer = build_trainer(image_rows(), Path(folder) / "run")
+    waited = 1000.0 * rank
+    inner = trainer._training_metrics
+
+    def late() -> dict[str, float]:
+        trainer._waited += waited
+        return inner()
+
+    trainer._training_metrics = late
+    with open(f"{folder}/{rank}.log", "w") as file:
+        logging.getLogger("training.trainer").addHandler(logging.StreamHandler(file))
+        trainer.train()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_slow_process_is_named_once_by_the_main_one(tmp_path):
+    run_ranks(_train_with_a_slow_process, (str(tmp_path),), 2)
+    assert (tmp_path / "0.log").read_text().count("process 1 has waited") == 1
+    assert (tmp_path / "1.log").read_text() == ""

@@ -4,6 +4,7 @@ Shapes: `N` queries, `C` their width, `n` images, `D` feature width, `K` keys in
 """
 
 import math
+from statistics import median
 
 import torch
 
@@ -11,6 +12,7 @@ from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.distributed_moco import gather, local_slice
 
 Views = list[tuple[torch.Tensor, torch.Tensor]]  # batches of query views and key views of the same images
+MUCH_LONGER = 0.2  # of the time that one process waits for images more than the others
 COLLAPSED_RANKME, COLLAPSED_UNIFORMITY = 1.5, -1e-4  # a random encoder has 5 or more, and -0.02 or less
 
 
@@ -114,6 +116,24 @@ def leak(model: MoCoModel, views: Views) -> tuple[float, float, bool]:
 def _share_found(model: MoCoModel, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     _, logits = model.dictionary(q[None], gather(k)[None], model.config.temperature)
     return (logits[:, 1:] < logits[:, :1]).all(dim=1).float().mean()
+
+
+def slow_process(waited: list[float], seconds: float) -> str | None:
+    """A sentence about the process that keeps all others waiting, if there is one.
+
+    Args:
+        waited: seconds that each process has waited for its images.
+        seconds: in which they did.
+    """
+    slowest = max(range(len(waited)), key=waited.__getitem__)
+    others = waited[:slowest] + waited[slowest + 1 :]
+    if not others or waited[slowest] - median(others) < MUCH_LONGER * seconds:
+        return None
+    shares = 100 * waited[slowest] / seconds, 100 * median(others) / seconds
+    return (
+        f"process {slowest} has waited {shares[0]:.0f} % of the time for its images, the others {shares[1]:.0f} %, and all "
+        "wait for it: look at its disk, its network, and --dataloader_num_workers"
+    )
 
 
 def diagnose(metrics: dict[str, float], config: MoCoConfig) -> dict[str, str]:

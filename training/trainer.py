@@ -32,7 +32,7 @@ from .engine.record import Trackers
 from .engine.results import Feature
 from .engine.sgd_trainer import PUBLISHING, SGDTrainer, SGDTrainingArguments
 from .evaluation.knn import KNNArguments
-from .health import Views, key_drift, queue_age, uniformity_kernel
+from .health import Views, key_drift, queue_age, slow_process, uniformity_kernel
 from .monitor import Monitor
 from .optimization.cuda_graph import Step, StepGraph
 from .views.policy import seeded_generator
@@ -219,6 +219,7 @@ class MoCoTrainer(SGDTrainer):
         self._images = 0
         self._logged_at = time.perf_counter()
         self._waited = 0.0  # seconds for images, since the last log
+        self._told_of_slow_process = False
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if not resume_from_checkpoint:
@@ -407,10 +408,11 @@ class MoCoTrainer(SGDTrainer):
         images = self._images * world_size()
         self._statistics, self._images = [], 0
         seconds, self._logged_at = time.perf_counter() - self._logged_at, time.perf_counter()
-        waited, self._waited = torch.tensor(self._waited), 0.0
-        if world_size() > 1:  # one that waits for images keeps all others waiting
-            waited = waited.to(self.args.device)
-            dist.all_reduce(waited, dist.ReduceOp.MAX)
+        waited = gather(torch.tensor([self._waited], device=self.args.device)).tolist()
+        self._waited = 0.0
+        if not self._told_of_slow_process and (problem := slow_process(waited, seconds)) and rank() == 0:
+            self._told_of_slow_process = True
+            logger.warning(problem)
         metrics = dict(zip(STATISTICS, means, strict=True))
         config, steps = self.model.config, self.state.global_step
         if config.dictionary == "queue":
@@ -425,7 +427,7 @@ class MoCoTrainer(SGDTrainer):
             # |q - k|² of unit vectors: Wang and Isola, equation 3
             "alignment": 2 - 2 * metrics["positive_similarity"],
             "images_per_second": images / seconds,
-            "waiting_for_data": 100 * waited.item() / seconds,
+            "waiting_for_data": 100 * max(waited) / seconds,  # one that waits for images keeps all others waiting
         }
 
 
