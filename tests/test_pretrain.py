@@ -205,6 +205,7 @@ def test_a_run_that_was_stopped_before_its_report_continues_and_ends(quickstart,
     assert (run / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_pipeline_loads_the_probe_and_reaches_its_accuracy(quickstart, script, capsys):
     folder, _, _ = quickstart
     script("linear_probe").main([str(folder), "--num_train_epochs", "1", "--use_cpu", "--disable_tqdm", "True"])

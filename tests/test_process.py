@@ -138,6 +138,7 @@ def test_an_evaluation_on_a_full_disk_leaves_what_was_there(encoder, tmp_path, s
     assert [entry["protocol"] for entry in read_results(model)] == [f"weighted kNN, k {k}, T 0.07" for k in (3, 5)]
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_a_full_disk_is_one_line_and_goes_on_when_there_is_room(encoder, tmp_path, script, capsys):
     folder = tmp_path / "run"
     argv = [str(encoder), *SMALL, *TRAINING, "--output_dir", str(folder)]

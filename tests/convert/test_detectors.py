@@ -208,7 +208,10 @@ def test_the_settings_that_detectron2_needs_are_named(name, tmp_path):
     assert settings == {"MODEL.ROI_HEADS.NUM_CLASSES 3", line} | widths
 
 
-@pytest.mark.parametrize("architecture", ["wide_resnet50_2", "resnext50_32x4d", "resnet101"])
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("wide_resnet50_2", "resnet101")]
+
+
+@pytest.mark.parametrize("architecture", [*LARGE, "resnext50_32x4d"])
 def test_wider_and_deeper_encoders_are_recognised(convert, tmp_path, architecture):
     with torch.device("meta"):
         model = MoCoForObjectDetection(MoCoRCNNConfig(architecture=architecture, num_labels=2))

@@ -183,7 +183,9 @@ def test_an_image_that_has_become_something_without_an_end_is_an_unreadable_one(
 # Data files
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    "streaming", [pytest.param(False, marks=pytest.mark.slow, id="map"), pytest.param(True, id="stream")]
+)
 @pytest.mark.parametrize("message", DATASETS)
 def test_a_data_file_that_unpacks_to_gigabytes_is_refused(message, streaming, tmp_path):
     source = DATASETS[message](tmp_path / "data")

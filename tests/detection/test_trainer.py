@@ -86,6 +86,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(encoder, boxes,
     assert losses[0][4:] == losses[1][-3:]
 
 
+@pytest.mark.slow
 def test_the_script_leaves_a_detector_with_its_results_and_measures_it_again(encoder, boxes, tmp_path, script, capsys):
     folder = tmp_path / "detector"
     command = [str(encoder), *TINY, "--dataset_name", str(boxes), "--output_dir", str(folder), "--max_steps", "3"]

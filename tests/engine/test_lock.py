@@ -115,6 +115,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_processes_of_a_run_get_the_refusal_of_the_main_one(tmp_path):
     run_ranks(_rank, (str(tmp_path),), 2)
     first, second = (json.loads((tmp_path / f"refusals{rank}").read_text()) for rank in range(2))

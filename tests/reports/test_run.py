@@ -173,6 +173,7 @@ def test_what_was_not_measured_is_said_in_words(run):
     assert "None" not in lines
 
 
+@pytest.mark.slow
 def test_an_evaluation_refreshes_the_report_and_shows_which_classes_it_confuses(run, script):
     seen = [(run / "report.html").read_text()]
     script("knn").main([str(run), "--use_cpu", "--knn_k", "2"])

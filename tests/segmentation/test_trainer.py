@@ -79,6 +79,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(encoder, masks,
     assert losses[0][3:] == losses[1][-2:]
 
 
+@pytest.mark.slow
 def test_the_script_leaves_a_model_that_a_pipeline_runs_with_its_results_and_measures_it_again(
     encoder, masks, tmp_path, script, capsys
 ):

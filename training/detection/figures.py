@@ -48,7 +48,8 @@ def _draw(axis: Axes, image: np.ndarray, boxes: Any, labels: Any, words: list[st
         colour = colours[label % len(colours)]
         axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.1))
         name = f"{class_names[label][:14]} {word}".strip()
-        axis.text(left, top, name, color=colour, fontsize=6, va="bottom", path_effects=[HALO], clip_on=True)
+        place = "bottom" if top > 0.05 * len(image) else "top"  # into the box where there is no room above it
+        axis.text(left, top, name, color=colour, fontsize=6, va=place, path_effects=[HALO], clip_on=True)
 
 
 def draw_classes(measured: dict[str, AveragePrecision], path: Path) -> None:
