@@ -8,9 +8,10 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,7 @@ from torchvision.io import decode_image as tv_decode
 from modeling_moco.image_processing_moco import to_rgb
 
 from ..errors import first_line, one_line
+from ..views.scaled import Encoded, Scaled
 
 try:
     from pillow_heif import register_heif_opener
@@ -89,9 +91,7 @@ class Decoder:
             OSError: as `image`.
         """
         with unreadable_as_oserror(), self._file(row) as file, self._opened(file) as header:
-            turn = find_turn(header)
-            width, height = header.size
-            return (height, width) if turn is not None and turn[1] != (0, 1, 2) else (width, height)
+            return _upright_size(header)
 
     def tensor(self, row: dict[str, Any] | None) -> torch.Tensor:
         """The same pixels, uint8 (3, H, W). torchvision decodes JPEG files, PIL decodes the others.
@@ -111,6 +111,34 @@ class Decoder:
                     return pixels if turn is None else pixels.permute(turn[1]).flip(turn[2])
                 # torchvision failed: the file is damaged, or only PIL reads its kind. PIL decides which.
             return torch.from_numpy(np.array(self._from_pil(file))).permute(2, 0, 1)
+
+    def encoded(self, row: dict[str, Any] | None, whole: Callable[[Any], Any]) -> Any:
+        """The header of a JPEG file, whose pixels are decoded when it is known how many are needed; other files decoded.
+
+        Args:
+            whole: `image` or `tensor`.
+
+        Raises:
+            OSError: as `image`; where only the pixels are damaged, when they are decoded.
+        """
+        with unreadable_as_oserror(), self._file(row) as file:
+            with self._opened(file) as header:
+                is_jpeg, size = header.format in ("JPEG", "MPO"), _upright_size(header)
+            file.seek(0)
+            read = {"bytes": file.read(), "path": None}  # so that the file is not opened again
+        return Encoded(size, partial(whole, read), partial(self._scaled, read)) if is_jpeg else whole(read)
+
+    def _scaled(self, row: dict[str, Any], scale: int) -> Scaled:
+        with unreadable_as_oserror(), self._file(row) as file, self._opened(file) as opened:
+            (width, height), upright, turn = opened.size, _upright_size(opened), find_turn(opened)
+            opened.draft(None, (width // scale, height // scale))
+            opened.load()
+            rgb = opened if opened.mode == "RGB" else to_rgb(opened)  # without a copy
+        if turn is None:
+            return Scaled(rgb, scale)
+        # The last column and row have less than a whole pixel each. A turn may bring them to the beginning.
+        x, y = (-side % scale / scale if axis in turn[2] else 0.0 for side, axis in zip(upright, (2, 1), strict=True))
+        return Scaled(rgb.transpose(turn[0]), scale, (x, y))
 
     def _file(self, row: dict[str, Any] | None) -> IO[bytes]:
         if row is None or (row["bytes"] is None and row["path"] is None):
@@ -160,6 +188,11 @@ decode_image, decode_tensor = Decoder().image, Decoder().tensor
 def find_turn(image: Image.Image) -> tuple[Image.Transpose, tuple[int, ...], tuple[int, ...]] | None:
     """How an image is to be turned upright; None where it is. PIL reads the orientation, for both decoders."""
     return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    turn, (width, height) = find_turn(image), image.size
+    return (height, width) if turn is not None and turn[1] != (0, 1, 2) else (width, height)
 
 
 @contextmanager

@@ -172,6 +172,13 @@ class DataArguments(CropDataArguments):
             f"makes them in batches on the GPU, and keeps images of up to {MAX_IN_MEMORY_PX} px in memory."
         },
     )
+    decode: Literal["exact", "scaled"] = field(
+        default="exact",
+        metadata={
+            "help": "scaled: JPEG files are decoded at 1/2, 1/4 or 1/8 of their sides where the crops are larger than the "
+            "views; large photographs take half the time, and views differ by about a grey level on average."
+        },
+    )
     crop_min_scale: float | None = field(
         default=None,
         metadata={"help": "Smallest area of a crop, as a fraction of the image. By default that of the augmentation."},
