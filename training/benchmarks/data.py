@@ -1,8 +1,8 @@
 """Views: milliseconds of one core per image and its two views, and images per second of a DataLoader.
 
-The limit is decoding alone, of all pixels; with `--decode scaled` ours decode fewer. The baselines are the transforms of the
-official loader (torchvision on PIL images, which end in normalised float tensors), and those of lightly if it is installed. Our
-transforms end in uint8 tensors, which the model normalises on its device.
+The limit is decoding alone, of all pixels; with `--decode scaled` ours decode fewer, and a prepared dataset has fewer. The
+baselines are the transforms of the official loader (torchvision on PIL images, which end in normalised float tensors), and
+those of lightly if it is installed. Our transforms end in uint8 tensors, which the model normalises on its device.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from ..data.decode import Decoder
 from ..data.images import MapImages, collate
 from ..data.memory_images import MemoryImages
 from ..data.sources import EvaluationDataArguments, load_images
+from ..preparation.prepare import PrepareArguments
+from ..preparation.resize import Resizer
 from ..views.device import DeviceCrops, DeviceViews
 from ..views.opencv import render_view_cv2
 from ..views.pil import Views
@@ -35,6 +37,7 @@ from .measure import Benchmark, time_rounds
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL_PX = 32  # side of the small images, which are in memory
 OFFICIAL, DECODE_ALONE = "official transforms", "decode alone"
+OURS = ("pil", "cv2", "device, the CPU's share")
 GRAIN = 3.0  # standard deviation in grey levels, as of a camera; an enlarged photograph without any has too few bytes
 QUALITY = 85  # with which 12 megapixels have 1.6 MB
 
@@ -165,8 +168,8 @@ def transforms(size: int, policy: str, decoder: Decoder) -> dict[str, tuple[Any,
         "cv2": (Views(views.policies, size, render_view_cv2), decoder.tensor),
     }
     if size > SMALL_PX:
-        found["device, the CPU's share"] = (DeviceCrops(views.policies, size), decoder.tensor)
-        for name in ("pil", "cv2", "device, the CPU's share"):
+        found[OURS[2]] = (DeviceCrops(views.policies, size), decoder.tensor)
+        for name in OURS:
             transform, decode = found[name]
             found[f"{name}, scaled"] = (transform, partial(decoder.encoded, whole=decode))
         if find_spec("lightly"):
@@ -184,13 +187,16 @@ def photograph_views(rows: datasets.Dataset, decoder: Decoder, args: argparse.Na
     images = [row["image"] for row in rows.select(range(min(args.images, len(rows))))]
     generator = torch.Generator().manual_seed(0)
 
-    def make(transform: Any, decode: Callable) -> None:
+    resize = Resizer(decoder, PrepareArguments.short_side, PrepareArguments.quality)
+    prepared = [{"bytes": resize(image).content, "path": None} for image in images]
+
+    def make(images: list[dict[str, Any]], transform: Any, decode: Callable) -> None:
         for image in images:
             transform(decode(image), generator)
 
-    variants: dict[str, Callable] = {
-        name: partial(make, *both) for name, both in photograph_transforms(args.image_size, decoder).items()
-    }
+    found = photograph_transforms(args.image_size, decoder)
+    variants: dict[str, Callable] = {name: partial(make, images, *both) for name, both in found.items()}
+    variants |= {f"{name}, prepared": partial(make, prepared, *found[name]) for name in OURS}
     title = f"{_described(images, decoder)}, decoded, two v2 views of {args.image_size} px each, one core"
     return _per_image(title, time_rounds(variants, args.rounds), len(images), (DECODE_ALONE, OFFICIAL))
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "probe": ("evaluations.linear_probe", "train a linear classifier on a frozen encoder"),
     "finetune": ("evaluations.finetune", "train a whole encoder with few labels or all"),
     "detect": ("evaluations.detect", "train a detector around an encoder and measure it"),
+    "prepare": ("prepare", "write a dataset as smaller images, from which training reads many times as fast"),
     "embed": ("embed", "embed a dataset, search it and find near-duplicates"),
     "report": ("report", "draw the figures of a run and write its report.html"),
     "compare": ("compare", "compare runs in a table and a figure"),

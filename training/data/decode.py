@@ -112,6 +112,15 @@ class Decoder:
                 # torchvision failed: the file is damaged, or only PIL reads its kind. PIL decides which.
             return torch.from_numpy(np.array(self._from_pil(file))).permute(2, 0, 1)
 
+    def content(self, row: dict[str, Any] | None) -> bytes:
+        """The file of the image of a row.
+
+        Raises:
+            OSError: there is none, or it may not be read.
+        """
+        with unreadable_as_oserror(), self._file(row) as file:
+            return file.read()
+
     def encoded(self, row: dict[str, Any] | None, whole: Callable[[Any], Any]) -> Any:
         """The header of a JPEG file, whose pixels are decoded when it is known how many are needed; other files decoded.
 
@@ -121,11 +130,9 @@ class Decoder:
         Raises:
             OSError: as `image`; where only the pixels are damaged, when they are decoded.
         """
-        with unreadable_as_oserror(), self._file(row) as file:
-            with self._opened(file) as header:
-                is_jpeg, size = header.format in ("JPEG", "MPO"), _upright_size(header)
-            file.seek(0)
-            read = {"bytes": file.read(), "path": None}  # so that the file is not opened again
+        read = {"bytes": self.content(row), "path": None}  # so that the file is not opened again
+        with unreadable_as_oserror(), self._file(read) as file, self._opened(file) as header:
+            is_jpeg, size = header.format in ("JPEG", "MPO"), _upright_size(header)
         return Encoded(size, partial(whole, read), partial(self._scaled, read)) if is_jpeg else whole(read)
 
     def _scaled(self, row: dict[str, Any], scale: int) -> Scaled:
@@ -218,6 +225,18 @@ def name_of(row: dict[str, Any], otherwise: str) -> str:
     """The path of a row's image, or else other words."""
     image = row["image"]
     return one_line((image.get("path") if isinstance(image, dict) else None) or otherwise)
+
+
+def public_path(path: str | None, dataset: str) -> str | None:
+    """A path that says where an image is in its dataset, and not where that is.
+
+    Args:
+        dataset: its name, or its absolute path.
+    """
+    if path is None:
+        return None
+    inside = path.removeprefix(f"{dataset}/")
+    return inside.rsplit("/", 1)[-1] if "://" in inside or inside.startswith("/") or ".." in inside else inside
 
 
 class Unreadable:

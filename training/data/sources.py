@@ -6,7 +6,7 @@ No other module uses the dataset's own column names.
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 import numpy as np
@@ -126,7 +126,7 @@ class EvaluationDataArguments(SourceArguments):
 class SplitDataArguments(EvaluationDataArguments):
     """Flags of a command that reads every split of a dataset in the fixed view, labelled or not."""
 
-    NOT_OFFERED = ("train_split", "eval_split", "max_train_samples", "max_eval_samples")
+    NOT_OFFERED: ClassVar[tuple[str, ...]] = ("train_split", "eval_split", "max_train_samples", "max_eval_samples")
 
     splits: list[str] = field(default_factory=list, metadata={"help": "Splits to read. By default all."})
     max_samples: int | None = field(
