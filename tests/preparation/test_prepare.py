@@ -257,7 +257,7 @@ def test_a_process_that_is_stopped_leaves_whole_files(sign, photos, tmp_path):
     assert sum(pq.read_metadata(path).num_rows for path in found) < 25 * len(KINDS)
     if sign == signal.SIGINT:
         assert said.splitlines()[-1] == "Interrupted. What was complete is kept; give the same command again."
-        assert not list(stopped.glob("data/.unfinished*"))
+        assert not list(stopped.glob("data/.unfinished*/*"))
     for folder in (stopped, whole):
         subprocess.run([*start, str(source), str(folder), *flags], env=env, check=True, capture_output=True)
     names = {"README.md"}  # whose title is the name of its folder

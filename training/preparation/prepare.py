@@ -11,6 +11,8 @@ import random
 import re
 import shutil
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -218,13 +220,25 @@ def prepare(images: AllSplits, shards: list[Shard], resizer: Resizer, data: Prep
                     batch_size=BATCH,
                     collate_fn=list,
                     num_workers=min(workers, -(-len(numbers) // BATCH)),
-                    worker_init_fn=outlive_signals,
+                    worker_init_fn=_begin_worker,
                 )
                 prepared = _counted((row for batch in loader for row in batch), bar)
                 for shard in todo:
                     columns = features_of("label" in rows.column_names, images.class_names)
                     write_shard(shard.path, islice(prepared, len(shard)), columns)
     list_unreadable(shards, images, data.dataset_name)
+
+
+def _begin_worker(worker: int) -> None:
+    outlive_signals(worker)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    # A worker whose parent was killed would wait for ever until somebody takes its images.
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def shuffled(count: int) -> list[int]:
