@@ -334,6 +334,13 @@ def test_a_changed_file_is_refused(prepared, photos, tmp_path, capsys):
     first.unlink()
     command.main(argv)
     assert digests(folder) == digests(prepared)
+    capsys.readouterr()
+    record = json.loads((folder / "prepared.json").read_text())
+    for damage in ({"images_per_shard": 0}, {"images_per_shard": "9"}, {"files": []}, {"files": {first.name: "a"}}):
+        (folder / "prepared.json").write_text(json.dumps(record | damage))
+        assert "prepared.json is damaged: bring it back" in refuse(argv, capsys)
+    (folder / "prepared.json").write_text("{")
+    assert "prepared.json is not JSON" in refuse(argv, capsys)
 
 
 def test_a_launcher_is_refused(photos, tmp_path, monkeypatch, capsys):

@@ -151,7 +151,9 @@ def check_place(folder: Path, source: str, record: dict[str, Any]) -> dict[str, 
                 f"{folder} holds a dataset that was prepared otherwise: {key} is {shown(saved.get(key))} there and "
                 f"{shown(value)} here. Name another folder, or give the same settings to finish it"
             )
-    if not isinstance(saved.get("images_per_shard"), int) or saved["images_per_shard"] < 1:
+    step, files = saved.get("images_per_shard"), saved.get("files", {})
+    whole = isinstance(step, int) and step > 0 and isinstance(files, dict)
+    if not whole or not all(isinstance(about, dict) for about in files.values()):
         raise ValueError(f"{folder / PREPARED} is damaged: bring it back, or name another folder")
     return saved
 
