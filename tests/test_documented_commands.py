@@ -11,6 +11,7 @@ import yaml
 from training.commands import COMMANDS
 from training.commands.embed import parse_embed
 from training.commands.evaluations.knn import parse_knn
+from training.commands.prepare import parse_prepare
 from training.commands.table import parse_table
 from training.evaluation.finetune import parse_finetune
 from training.evaluation.linear_probe import parse_linear_probe
@@ -26,6 +27,7 @@ PARSERS = {
     "pretrain": parse_pretrain,
     "knn": parse_knn,
     "embed": parse_embed,
+    "prepare": parse_prepare,
     "linear_probe": parse_linear_probe,
     "finetune": parse_finetune,
     "table": parse_table,

@@ -22,7 +22,7 @@ FLOORS = {
     **{"data": 4, "plots": 4, "model_folder": 4},
     **{"evaluation": 5, "hub": 5, "convert": 5},
     **{"monitor": 6, "reports": 6, "process": 6, "embedding": 6, "transfer": 6},
-    **{"detection": 7, "segmentation": 7},
+    **{"detection": 7, "segmentation": 7, "preparation": 7},
     **{"trainer": 7, "recipe": 8, "pretrain": 9, "benchmarks": 10, "commands": 11},
 }
 # Calls of huggingface_hub and of transformers that send something to the Hub or make something there.

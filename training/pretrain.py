@@ -287,7 +287,7 @@ def describe_bottleneck(metrics: dict[str, Any]) -> str:
         return f"compute bounded it: {share:.0f} % of the time was waiting for images"
     return (
         f"data bounded it: {share:.0f} % of the time was waiting for images. More --dataloader_num_workers, or a faster "
-        "--view_backend (cv2, device)"
+        f"--view_backend (cv2, device); for large photographs --decode scaled, or a copy by {how_to_run('prepare')}"
     )
 
 

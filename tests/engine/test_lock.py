@@ -58,7 +58,7 @@ def test_a_second_process_is_told_who_has_the_folder_since_when_and_what_to_do(f
         lock.take(folder)
     words = str(refusal.value)
     assert f"output_dir ({folder}) is in use by process {owner.pid} on {socket.gethostname()} since 20" in words
-    assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC: wait for it to end, stop it .* or pass another", words)
+    assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC: wait for it to end, stop it .* or name another", words)
     assert "\n" not in words
     assert not lock.held()
 

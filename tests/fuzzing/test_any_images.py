@@ -7,7 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mutations import AVIF, LONG, PICTURES, mutated_bytes
 
-from training.data.decode import decode_image, decode_tensor, is_an_image
+from training.data.decode import Decoder, decode_image, decode_tensor, is_an_image
+from training.views.scaled import SCALES, Encoded
 
 
 @pytest.mark.filterwarnings("ignore")  # PIL and torchvision warn of what they pass over
@@ -29,6 +30,24 @@ def test_an_image_is_decoded_by_both_decoders_or_by_none(data):
         assert found[0].shape == found[1].shape
         if data.startswith(b"\xff\xd8"):  # of damaged fax files libtiff leaves pixels as the memory was
             assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=LONG or 300)
+@given(mutated_bytes(PICTURES), st.sampled_from(SCALES))
+def test_an_image_is_decoded_at_every_scale_or_at_none(data, scale):
+    sizes = []
+    for decode in (lambda image: image.whole(), lambda image: image.scaled(scale).image):
+        try:
+            image = Decoder().encoded({"bytes": data, "path": None}, decode_image)
+            encoded = isinstance(image, Encoded) and min(image.size) >= scale  # smaller ones are never scaled
+            sizes.append((decode(image) if encoded else image).size)
+        except OSError:
+            sizes.append(None)
+    whole, scaled = sizes
+    assert (whole is None) == (scaled is None)
+    if data.startswith(b"\xff\xd8") and whole is not None and min(whole) >= scale:
+        assert scaled == tuple(-(-side // scale) for side in whole)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -54,6 +54,7 @@ KEYS = {
         "shuffle_buffer",
         "streaming",
         "view_backend",
+        "decode",
     ],
     "model": [
         "architecture",

@@ -1,8 +1,8 @@
 """Views: milliseconds of one core per image and its two views, and images per second of a DataLoader.
 
-The limit is decoding alone. The baselines are the transforms of the official loader (torchvision on PIL images, which end in
-normalised float tensors), and those of lightly if it is installed. Our transforms end in uint8 tensors, which the model
-normalises on its device.
+The limit is decoding alone, of all pixels; with `--decode scaled` ours decode fewer, and a prepared dataset has fewer. The
+baselines are the transforms of the official loader (torchvision on PIL images, which end in normalised float tensors), and
+those of lightly if it is installed. Our transforms end in uint8 tensors, which the model normalises on its device.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from ..data.decode import Decoder
 from ..data.images import MapImages, collate
 from ..data.memory_images import MemoryImages
 from ..data.sources import EvaluationDataArguments, load_images
+from ..preparation.prepare import PrepareArguments
+from ..preparation.resize import Resizer
 from ..views.device import DeviceCrops, DeviceViews
 from ..views.opencv import render_view_cv2
 from ..views.pil import Views
@@ -35,6 +37,9 @@ from .measure import Benchmark, time_rounds
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL_PX = 32  # side of the small images, which are in memory
 OFFICIAL, DECODE_ALONE = "official transforms", "decode alone"
+OURS = ("pil", "cv2", "device, the CPU's share")
+GRAIN = 3.0  # standard deviation in grey levels, as of a camera; an enlarged photograph without any has too few bytes
+QUALITY = 85  # with which 12 megapixels have 1.6 MB
 
 
 class PILBlur:
@@ -82,6 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset_name", help="Folder or Hub dataset of photographs. By default random images of 500 x 375 px."
     )
+    parser.add_argument(
+        "--megapixels", type=float, help="Enlarge the photographs to so many, with grain, as cameras make them."
+    )
     parser.add_argument("--images", type=int, default=100, help="Number of photographs per round.")
     parser.add_argument("--image_size", type=int, default=224, help="Side of a view of a photograph in pixels.")
     parser.add_argument("--small_images", type=int, default=512, help="Number of small images per round.")
@@ -93,6 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[Benchmark]:
     rows, decoder = photographs(args)
+    if args.megapixels:
+        pictures = [enlarged(decoder.image(row["image"]), args.megapixels, seed) for seed, row in enumerate(rows)]
+        rows, decoder = encoded_rows(pictures), Decoder()
     with one_thread():
         benchmarks = [photograph_views(rows, decoder, args), small_views(args)]
     benchmarks.append(loaders(rows, decoder, args))
@@ -116,21 +127,35 @@ def photographs(args: argparse.Namespace) -> tuple[datasets.Dataset, Decoder]:
         splits = load_images(EvaluationDataArguments(dataset_name=args.dataset_name))
         return splits.train.select(range(min(count, len(splits.train)))), splits.decoder
     random = np.random.default_rng(0)
-    rows = []
+    pictures = []
     for _ in range(min(count, 100)):
         coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
             (500, 375), Image.Resampling.BICUBIC
         )
         grain = random.normal(0, 8, (375, 500, 3))
         image = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
-        rows.append(encoded(image, "JPEG"))
+        pictures.append(encoded(image, "JPEG"))
+    return encoded_rows(pictures), Decoder()
+
+
+def encoded_rows(pictures: list[dict[str, Any]]) -> datasets.Dataset:
     features = datasets.Features({"image": datasets.Image(decode=False)})
-    return datasets.Dataset.from_dict({"image": rows}, features=features), Decoder()
+    return datasets.Dataset.from_dict({"image": pictures}, features=features)
 
 
-def encoded(image: Image.Image, format: str) -> dict[str, Any]:
+def enlarged(image: Image.Image, megapixels: float, seed: int) -> dict[str, Any]:
+    """A photograph as one of a camera with so many pixels: enlarged by Lanczos, with grain of brightness, as JPEG."""
+    factor = (1e6 * megapixels / (image.width * image.height)) ** 0.5
+    size = round(image.width * factor), round(image.height * factor)
+    pixels = np.asarray(image.resize(size, Image.Resampling.LANCZOS), np.float32)
+    grain = np.random.default_rng(seed).standard_normal((*pixels.shape[:2], 1), np.float32)
+    noisy = np.clip(pixels + GRAIN * grain + 0.5, 0, 255).astype(np.uint8)
+    return encoded(Image.fromarray(noisy), "JPEG", quality=QUALITY)
+
+
+def encoded(image: Image.Image, format: str, **options: Any) -> dict[str, Any]:
     file = io.BytesIO()
-    image.save(file, format)
+    image.save(file, format, **options)
     return {"bytes": file.getvalue(), "path": None}
 
 
@@ -143,7 +168,10 @@ def transforms(size: int, policy: str, decoder: Decoder) -> dict[str, tuple[Any,
         "cv2": (Views(views.policies, size, render_view_cv2), decoder.tensor),
     }
     if size > SMALL_PX:
-        found["device, the CPU's share"] = (DeviceCrops(views.policies, size), decoder.tensor)
+        found[OURS[2]] = (DeviceCrops(views.policies, size), decoder.tensor)
+        for name in OURS:
+            transform, decode = found[name]
+            found[f"{name}, scaled"] = (transform, partial(decoder.encoded, whole=decode))
         if find_spec("lightly"):
             found["lightly"] = (LightlyViews(size), decoder.image)
     return found
@@ -159,15 +187,23 @@ def photograph_views(rows: datasets.Dataset, decoder: Decoder, args: argparse.Na
     images = [row["image"] for row in rows.select(range(min(args.images, len(rows))))]
     generator = torch.Generator().manual_seed(0)
 
-    def make(transform: Any, decode: Callable) -> None:
+    resize = Resizer(decoder, PrepareArguments.short_side, PrepareArguments.quality)
+    prepared = [{"bytes": resize(image).content, "path": None} for image in images]
+
+    def make(images: list[dict[str, Any]], transform: Any, decode: Callable) -> None:
         for image in images:
             transform(decode(image), generator)
 
-    variants: dict[str, Callable] = {
-        name: partial(make, *both) for name, both in photograph_transforms(args.image_size, decoder).items()
-    }
-    title = f"{len(images)} photographs, decoded, two v2 views of {args.image_size} px each, one core"
+    found = photograph_transforms(args.image_size, decoder)
+    variants: dict[str, Callable] = {name: partial(make, images, *both) for name, both in found.items()}
+    variants |= {f"{name}, prepared": partial(make, prepared, *found[name]) for name in OURS}
+    title = f"{_described(images, decoder)}, decoded, two v2 views of {args.image_size} px each, one core"
     return _per_image(title, time_rounds(variants, args.rounds), len(images), (DECODE_ALONE, OFFICIAL))
+
+
+def _described(images: list[dict[str, Any]], decoder: Decoder) -> str:
+    megapixels = sum(width * height for width, height in map(decoder.size, images)) / len(images) / 1e6
+    return f"{len(images)} photographs of {megapixels:.2g} megapixels"
 
 
 def small_views(args: argparse.Namespace) -> Benchmark:

@@ -16,6 +16,7 @@ COMMANDS = {
     "finetune": ("evaluations.finetune", "train a whole encoder with few labels or all"),
     "detect": ("evaluations.detect", "train a detector around an encoder and measure it"),
     "segment": ("evaluations.segment", "train a segmentation model around an encoder and measure it"),
+    "prepare": ("prepare", "write a dataset as smaller images, from which training reads many times as fast"),
     "embed": ("embed", "embed a dataset, search it and find near-duplicates"),
     "report": ("report", "draw the figures of a run and write its report.html"),
     "compare": ("compare", "compare runs in a table and a figure"),

@@ -8,9 +8,10 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,7 @@ from torchvision.io import decode_image as tv_decode
 from modeling_moco.image_processing_moco import to_rgb
 
 from ..errors import first_line, one_line
+from ..views.scaled import Encoded, Scaled
 
 try:
     from pillow_heif import register_heif_opener
@@ -90,9 +92,7 @@ class Decoder:
             OSError: as `image`.
         """
         with unreadable_as_oserror(), self._file(row) as file, self._opened(file) as header:
-            turn = find_turn(header)
-            width, height = header.size
-            return (height, width) if turn is not None and turn[1] != (0, 1, 2) else (width, height)
+            return _upright_size(header)
 
     def tensor(self, row: dict[str, Any] | None) -> torch.Tensor:
         """The same pixels, uint8 (3, H, W). torchvision decodes JPEG files, PIL decodes the others.
@@ -128,6 +128,41 @@ class Decoder:
                 raise UnidentifiedImageError("JPEG changes the numbers of pixels: write masks as PNG")
             turn = find_turn(opened)
             return np.array(opened if turn is None else opened.transpose(turn[0])).astype(np.uint8)
+
+    def content(self, row: dict[str, Any] | None) -> bytes:
+        """The file of the image of a row.
+
+        Raises:
+            OSError: there is none, or it may not be read.
+        """
+        with unreadable_as_oserror(), self._file(row) as file:
+            return file.read()
+
+    def encoded(self, row: dict[str, Any] | None, whole: Callable[[Any], Any]) -> Any:
+        """The header of a JPEG file, whose pixels are decoded when it is known how many are needed; other files decoded.
+
+        Args:
+            whole: `image` or `tensor`.
+
+        Raises:
+            OSError: as `image`; where only the pixels are damaged, when they are decoded.
+        """
+        read = {"bytes": self.content(row), "path": None}  # so that the file is not opened again
+        with unreadable_as_oserror(), self._file(read) as file, self._opened(file) as header:
+            is_jpeg, size = header.format in ("JPEG", "MPO"), _upright_size(header)
+        return Encoded(size, partial(whole, read), partial(self._scaled, read)) if is_jpeg else whole(read)
+
+    def _scaled(self, row: dict[str, Any], scale: int) -> Scaled:
+        with unreadable_as_oserror(), self._file(row) as file, self._opened(file) as opened:
+            (width, height), upright, turn = opened.size, _upright_size(opened), find_turn(opened)
+            opened.draft(None, (width // scale, height // scale))
+            opened.load()
+            rgb = opened if opened.mode == "RGB" else to_rgb(opened)  # without a copy
+        if turn is None:
+            return Scaled(rgb, scale)
+        # The last column and row have less than a whole pixel each. A turn may bring them to the beginning.
+        x, y = (-side % scale / scale if axis in turn[2] else 0.0 for side, axis in zip(upright, (2, 1), strict=True))
+        return Scaled(rgb.transpose(turn[0]), scale, (x, y))
 
     def _file(self, row: dict[str, Any] | None) -> IO[bytes]:
         if row is None or (row["bytes"] is None and row["path"] is None):
@@ -179,6 +214,11 @@ def find_turn(image: Image.Image) -> tuple[Image.Transpose, tuple[int, ...], tup
     return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
 
 
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    turn, (width, height) = find_turn(image), image.size
+    return (height, width) if turn is not None and turn[1] != (0, 1, 2) else (width, height)
+
+
 @contextmanager
 def unreadable_as_oserror() -> Iterator[None]:
     """Turn what decoders raise for broken images, and for those that do not fit into memory, to an OSError."""
@@ -202,6 +242,18 @@ def name_of(row: dict[str, Any], otherwise: str) -> str:
     """The path of a row's image, or else other words."""
     image = row["image"]
     return one_line((image.get("path") if isinstance(image, dict) else None) or otherwise)
+
+
+def public_path(path: str | None, dataset: str) -> str | None:
+    """A path that says where an image is in its dataset, and not where that is.
+
+    Args:
+        dataset: its name, or its absolute path.
+    """
+    if path is None:
+        return None
+    inside = path.removeprefix(f"{dataset}/")
+    return inside.rsplit("/", 1)[-1] if "://" in inside or inside.startswith("/") or ".." in inside else inside
 
 
 class Unreadable:

@@ -30,6 +30,7 @@ SPLITS = {"training": "train", "testing": "test"} | {
     name: name for name in ("train", "test", "validation", "valid", "val", "dev", "eval", "unlabeled", "unlabelled")
 }
 LIKE_A_SPLIT = re.compile(rf"({'|'.join(sorted(SPLITS, key=len, reverse=True))})([^a-z].*)?")  # train2017, test_images
+HUB_LAYOUT = re.compile(r"(\w+)-\d{5}-of-\d{5}\.parquet")  # in a folder `data`, as `datasets` writes and reads splits
 DATA_FILES = (".parquet", ".tar", ".arrow")  # whole datasets
 TEXT_FILES = (".csv", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".npy", ".py", ".txt", ".xml", ".yaml", ".yml")
 NEEDS = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif"}
@@ -354,6 +355,8 @@ WHY_NOT = {".parquet": _why_not_this_parquet, ".tar": _why_not_this_tar, ".zip":
 def split_of_data_file(file: FoundFile) -> str | None:
     """The split that a parquet or tar file is named after, else its folders; None without one."""
     *folders, name = file.parts
+    if folders[-1:] == ["data"] and (named := HUB_LAYOUT.fullmatch(name)):
+        return SPLITS.get(named[1].lower(), named[1])
     for word in (re.split(r"[^A-Za-z]", name)[0], *reversed(folders)):
         if word.lower() in SPLITS:
             return SPLITS[word.lower()]

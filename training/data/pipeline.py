@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import datasets
@@ -17,7 +18,7 @@ from ..views.opencv import render_view_cv2
 from ..views.pil import OwnViews, Views, render_view
 from ..views.policy import VIEWS, build_policies
 from .decode import Decoder
-from .images import MapImages, StreamedImages, TrainingImages
+from .images import Decode, MapImages, StreamedImages, TrainingImages
 from .memory_images import MemoryImages
 from .sources import MAX_IN_MEMORY_PX, DataArguments, ImageSplits
 
@@ -39,7 +40,9 @@ def training_images(
         ValueError: the view backend cannot use the images, or no image can be read.
     """
     transform, rows, decoder = training_views(data, bank), splits.train, splits.decoder
-    decode = decoder.image if data.view_backend == "pil" else decoder.tensor
+    decode: Decode = decoder.image if data.view_backend == "pil" else decoder.tensor
+    if data.decode == "scaled":
+        decode = partial(decoder.encoded, whole=decode)
     if not data.streaming:
         if data.view_backend == "device" and _are_small(rows, decoder):
             workers = training.dataloader_num_workers

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from modeling_moco import MoCoModel
 from modeling_moco.distributed_moco import rank
 
+from ..data.decode import public_path
 from ..data.images import MapImages
 from ..data.sources import AllSplits, SplitDataArguments
 from ..engine import lock
@@ -285,18 +286,6 @@ def _write(
             columns["label"] = table["label"].filter(mask).combine_chunks()
         features = row_features(embeddings.shape[1], dtype, labelled, class_names)
         write_shard(shard.path, columns, embeddings, features)
-
-
-def public_path(path: str | None, dataset: str) -> str | None:
-    """A path that says where an image is in its dataset, and not where that is.
-
-    Args:
-        dataset: its name, or its absolute path.
-    """
-    if path is None:
-        return None
-    inside = path.removeprefix(f"{dataset}/")
-    return inside.rsplit("/", 1)[-1] if "://" in inside or inside.startswith("/") or ".." in inside else inside
 
 
 def list_unreadable(shards: list[Shard], images: AllSplits, dataset: str) -> int:

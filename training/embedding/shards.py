@@ -103,8 +103,11 @@ def write_shard(path: Path, columns: dict[str, Any], embeddings: np.ndarray, fea
         )
 
 
-def find_missing(shards: Sequence[Shard]) -> list[Shard]:
+def find_missing(shards: Sequence[Shard], columns: Sequence[str] = ("row", "path", EMBEDDING)) -> list[Shard]:
     """The shards that are still to be written.
+
+    Args:
+        columns: that each of them has.
 
     Raises:
         ValueError: one that is there is damaged or a link, or the folder has a file that is none of them.
@@ -116,17 +119,17 @@ def find_missing(shards: Sequence[Shard]) -> list[Shard]:
             raise ValueError(
                 f"{one_line(path)} is not of this set, and would be read as one of its files: move it away"
             )
-    return [shard for shard in shards if not _is_there(shard)]
+    return [shard for shard in shards if not _is_there(shard, columns)]
 
 
-def _is_there(shard: Shard) -> bool:
+def _is_there(shard: Shard, columns: Sequence[str]) -> bool:
     if not shard.path.is_file():
         return False
     try:
         footer = pq.read_metadata(inside(shard.path))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{shard.path} is damaged ({one_line(error)}): delete it, and it is made again") from error
-    lacking = {"row", "path", EMBEDDING} - set(footer.schema.to_arrow_schema().names)
+    lacking = set(columns) - set(footer.schema.to_arrow_schema().names)
     if lacking or footer.num_rows > len(shard):
         defect = f"no column {min(lacking)}" if lacking else f"{footer.num_rows:,} rows of {len(shard):,} images"
         raise ValueError(f"{shard.path} has {defect}: delete it, and it is made again")

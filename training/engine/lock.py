@@ -47,7 +47,7 @@ def take(folder: Path) -> None:
             return
         raise ValueError(
             f"output_dir ({folder}) is in use by {_name(owner)}: wait for it to end, stop it there by `kill PID`, which "
-            "saves what it has trained, or pass another --output_dir"
+            "saves what it has trained, or name another folder"
         ) from error
     _held[folder.resolve()] = descriptor
     about = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"}

@@ -28,6 +28,7 @@ REPORT = "report.html"
 FEATURES = "features"  # folder of features that were extracted once
 EMBEDDINGS = "embeddings"  # folder of a set of embeddings, a row an image
 EMBEDDED = "embedding.json"  # there, what the set is of: the encoder, the images, their view
+PREPARED = "prepared.json"  # of a prepared dataset: what it was made of and how, and what each of its files holds
 # Name of a figure's files: its title, and how to read it.
 CURVES = {
     "training_curves": (

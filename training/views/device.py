@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from .opencv import crop_and_resize
 from .policy import ASPECT_RATIO, BLUR_SIGMA, VIEWS, Policies, ViewParams, ViewPolicy, centred_box, image_size
+from .scaled import Encoded, pixels_for
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
 # The operations of a view are a row of float32 numbers: the index in JITTER of the operation at each place (-1: none); the
@@ -207,11 +208,12 @@ class DeviceCrops:
     policies: Policies
     size: int
 
-    def __call__(self, image: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor | Encoded, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Crops (S, S, 3) of an image (3, H, W), both uint8, and the numbers of their operations (V, NUMBERS)."""
         boxes, numbers = self._sample(image, generator)
         # Channels stay last, as the resize returns them: collating channels-first crops would take as long as cropping.
-        crops = (crop_and_resize(image, box, self.size).permute(1, 2, 0) for box in boxes)
+        pixels = pixels_for(image, boxes, self.size)
+        crops = (crop_and_resize(pixels, box, self.size).permute(1, 2, 0) for box in boxes)
         return {**dict(zip(VIEWS, crops, strict=False)), "numbers": numbers}
 
     def sample(self, image: Any, generator: torch.Generator) -> list[ViewParams]:

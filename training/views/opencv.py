@@ -10,23 +10,26 @@ import torch
 import torch.nn.functional as F
 
 from .policy import ViewParams, ViewPolicy
+from .scaled import Box, Scaled
 
 cv2.setNumThreads(1)  # each worker is a process: threads inside the workers would compete for the same cores
 
 
-def crop_and_resize(image: torch.Tensor, box: tuple[int, int, int, int], size: int) -> torch.Tensor:
-    """Crop an image (3, H, W) to a box (top, left, height, width) and resize it with PIL's antialiasing; uint8.
+def crop_and_resize(image: torch.Tensor | Scaled, box: Box, size: int) -> torch.Tensor:
+    """Crop an image, uint8 (3, H, W), to a box and resize it with PIL's antialiasing.
 
     Returns:
-        the crop (3, size, size), uint8.
+        the crop, uint8 (3, size, size), whose channels lie last in memory.
     """
+    if isinstance(image, Scaled):
+        return torch.from_numpy(np.array(image.crop(box, size))).permute(2, 0, 1)
     top, left, h, w = box
     # torch resizes fastest in channels-last layout, which decoders return. A slice is not in that layout, hence the copy.
     crop = image[None, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
     return F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True, align_corners=False)[0]
 
 
-def render_view_cv2(image: torch.Tensor, params: ViewParams, size: int, policy: ViewPolicy) -> torch.Tensor:
+def render_view_cv2(image: torch.Tensor | Scaled, params: ViewParams, size: int, policy: ViewPolicy) -> torch.Tensor:
     """Render the view with these parameters.
 
     Args:

@@ -17,6 +17,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import InterpolationMode
 
 from .policy import VIEWS, Policies, ViewParams, ViewPolicy, image_size, sample_view
+from .scaled import Scaled, pixels_for
 
 _JITTER = {
     "brightness": TF.adjust_brightness,
@@ -26,10 +27,12 @@ _JITTER = {
 }
 
 
-def render_view(image: Image.Image, params: ViewParams, size: int, policy: ViewPolicy) -> torch.Tensor:
+def render_view(image: Image.Image | Scaled, params: ViewParams, size: int, policy: ViewPolicy) -> torch.Tensor:
     """Render the view of an RGB image with these parameters: uint8 (3, size, size)."""
-    top, left, h, w = params.box
-    view = TF.resized_crop(image, top, left, h, w, [size, size], InterpolationMode.BILINEAR)
+    if isinstance(image, Scaled):
+        view = image.crop(params.box, size)
+    else:
+        view = TF.resized_crop(image, *params.box, [size, size], InterpolationMode.BILINEAR)
     if params.gray and policy.gray_first:
         view = TF.rgb_to_grayscale(view, num_output_channels=3)
     for name, factor in params.jitter:
@@ -65,8 +68,10 @@ class Views:
 
     def __call__(self, image: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Views of an image: "pixel_values" (the query) and, of two, "key_pixel_values", uint8 (3, size, size)."""
-        views = zip(VIEWS, self.sample(image, generator), self.policies, strict=False)
-        return {name: self.render(image, params, self.size, policy) for name, params, policy in views}
+        sampled = self.sample(image, generator)
+        pixels = pixels_for(image, [params.box for params in sampled], self.size)
+        views = zip(VIEWS, sampled, self.policies, strict=False)
+        return {name: self.render(pixels, params, self.size, policy) for name, params, policy in views}
 
     def sample(self, image: Any, generator: torch.Generator) -> list[ViewParams]:
         """Sample the parameters of each view, the query first."""

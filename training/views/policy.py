@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .scaled import Encoded
+
 ASPECT_RATIO = (3 / 4, 4 / 3)
 BLUR_SIGMA = (0.1, 2.0)  # pixels
 VIEWS = ("pixel_values", "key_pixel_values")  # names of the query view and of the key view in a batch
@@ -188,6 +190,6 @@ def seeded_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
 
 
-def image_size(image: Image.Image | torch.Tensor) -> tuple[int, int]:
-    """Width and height in pixels of a PIL image or of a tensor (3, H, W)."""
+def image_size(image: Image.Image | Encoded | torch.Tensor) -> tuple[int, int]:
+    """Width and height in pixels of a PIL image, of one that is not decoded yet, or of a tensor (3, H, W)."""
     return (image.shape[2], image.shape[1]) if isinstance(image, torch.Tensor) else image.size

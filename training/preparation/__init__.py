@@ -1,0 +1,1 @@
+"""A dataset as smaller images in Parquet shards, prepared once for many runs."""
