@@ -19,14 +19,23 @@ SECRETS = re.compile(
 LONGEST = 1_000  # signs of a message
 
 
+class DataError(Exception):
+    """Images that are there cannot be had: a file of many is damaged or gone, or the Hub is. The message is one line.
+
+    It is of no kind that decoders raise, so that nobody takes it for one broken image, which a run leaves out.
+    """
+
+
 @contextmanager
-def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, StrictDataclassError)) -> Iterator[None]:
+def one_line_errors(
+    kinds: tuple[type[Exception], ...] = (ValueError, StrictDataclassError, DataError),
+) -> Iterator[None]:
     """End the program with one line on the main process for an error of these kinds; by default the user's own."""
     try:
         yield
     except kinds as error:
         # A training error with a cause happened on one process alone.
-        alone = isinstance(error, TrainingError) and error.__cause__ is not None
+        alone = isinstance(error, DataError) or (isinstance(error, TrainingError) and error.__cause__ is not None)
         if alone or int(os.environ.get("RANK", "0")) == 0:
             reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
             print("error: " + one_line(reason), file=sys.stderr)

@@ -16,6 +16,7 @@ from ranks import run_ranks
 from training.data.decode import decode_image
 from training.data.shards import Piece, ShardedRows, batches_per_epoch, count_rows, plan_epoch, shuffled_places
 from training.data.sources import DataArguments, load_images
+from training.errors import DataError
 
 LENGTHS = {
     "even": [8] * 4,
@@ -158,8 +159,33 @@ def test_a_piece_is_read_from_the_middle_of_a_shard_with_the_numbers_of_its_rows
 
 def test_a_shard_that_has_become_shorter_is_an_error_and_not_a_shorter_epoch():
     rows = ShardedRows(stream([range(4), range(4, 6)]).source, {"image": "image"}, [4, 3])
-    with pytest.raises(ValueError, match="shard 1 of the stream has 1 images fewer than were counted"):
+    with pytest.raises(DataError, match="shard 1 of the stream has 1 images fewer than were counted"):
         list(rows)
+
+
+def test_a_shard_that_breaks_off_is_named_with_the_row(tmp_path):
+    source = write_tars(tmp_path / "source")
+    rows = load_images(DataArguments(dataset_name=str(source), streaming=True)).train
+    broken = source / "train-1.tar"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: whole.index(b"0009.jpg") + 600])
+    with pytest.raises(
+        DataError, match=rf"shard 1 of the stream, {broken}, cannot be read from row 0 on \(unexpected end"
+    ):
+        list(rows)
+
+
+def break_off(shards):
+    yield from ({"image": i} for numbers in shards for i in numbers)
+    raise OSError("the disk is gone")
+
+
+def test_what_came_before_a_break_is_given():
+    source = datasets.IterableDataset.from_generator(break_off, gen_kwargs={"shards": [range(40)]})
+    found = []
+    with pytest.raises(DataError, match=r"shard 0 of the stream cannot be read from row 32 on \(the disk is gone\)"):
+        found.extend(ShardedRows(source, {"image": "image"}, [60]).read(Piece(0, 0, 60)))
+    assert found == [(i, {"image": i}) for i in range(32)]
 
 
 def test_files_are_read_once_for_their_length_until_they_change(tmp_path, capsys):

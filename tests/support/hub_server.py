@@ -54,16 +54,26 @@ class Hub:
         repos: by name; those of datasets begin with `datasets/`.
         may_write: whether the token may.
         breaks: how often the connection is cut in the middle of a large file that is sent.
+        faults: (part of a path, fault, how often), of requests that read; the first that fits comes true. A fault is the status
+            of an answer, or "cut" for a connection that breaks in the middle of the content, "short" for an answer with fewer
+            bytes than asked for, "whole" for one with other bytes, and "noise" for bytes of another content.
+        after: number of answers to reading requests of large files before the faults begin.
+        retry_after: seconds, as 429 and 503 say.
         open: while it is clear, large files that are sent wait.
         requests: (method, path) of all so far.
+        ranges: of the requests for large files, as they were sent; None for one of a whole file.
     """
 
     def __init__(self):
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
+        self.ranges: list[str | None] = []
         self.may_write = True
         self.breaks = 0
+        self.faults: list[list] = []
+        self.after = 0
+        self.retry_after: int | None = None
         self.open = threading.Event()
         self.open.set()
         self.lock = threading.RLock()
@@ -81,15 +91,34 @@ class Hub:
     def create_dataset(self, name: str, files: dict[str, bytes]) -> Repo:
         """A repository of a dataset with one commit, whose files are all stored apart but for its card."""
         repo = self.create(f"datasets/{name}")
-        for path, data in files.items():
-            sha256 = None if path == "README.md" else hashlib.sha256(data).hexdigest()
-            repo.commits[repo.branches["main"]][path] = File(data, sha256)
-            self.large |= {sha256: data} if sha256 else {}
+        self._store(repo, repo.branches["main"], files)
         return repo
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         repo = self.repos[name]
         return {path: file.data for path, file in repo.commits[repo.branches[revision]].items()}
+
+    def fault(self, path: str) -> str | int | None:
+        """What is to go wrong with this request."""
+        for fault in self.faults:
+            if fault[0] in path and fault[2] > 0 and self.after <= 0:
+                fault[2] -= 1
+                return fault[1]
+        return None
+
+    def push(self, name: str, files: dict[str, bytes]) -> str:
+        """Give a dataset a new commit with these files instead of all."""
+        repo = self.repos[f"datasets/{name}"]
+        commit = hashlib.sha1(f"{name} {len(repo.commits)}".encode()).hexdigest()
+        repo.commits[commit], repo.branches["main"] = {}, commit
+        self._store(repo, commit, files)
+        return commit
+
+    def _store(self, repo: Repo, commit: str, files: dict[str, bytes]) -> None:
+        for path, data in files.items():
+            sha256 = None if path == "README.md" else hashlib.sha256(data).hexdigest()
+            repo.commits[commit][path] = File(data, sha256)
+            self.large |= {sha256: data} if sha256 else {}
 
     def close(self) -> None:
         self.open.set()
@@ -149,7 +178,10 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.open.wait()
         with self.hub.lock:
             self.hub.requests.append((self.command, "/".join(path)))
-            if path[0] == "_large":
+            self.fault = self.hub.fault("/".join(path)) if self.command in ("GET", "HEAD") else None
+            if isinstance(self.fault, int):
+                self.fail(self.fault)
+            elif path[0] == "_large":
                 self.large_file(path[1], body)
             elif path[:2] == ["api", "models"]:
                 self.repository("/".join(path[2:4]), path[4:], body)
@@ -191,6 +223,13 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(
             status, {"error": message or code}, {"X-Error-Code": code, "X-Error-Message": message or code, **headers}
         )
+
+    def fail(self, status: int):
+        if status == 404:
+            self.refuse(404, "EntryNotFound", "Entry not found")
+        else:
+            wait = {} if self.hub.retry_after is None else {"Retry-After": str(self.hub.retry_after)}
+            self.answer(status, {"error": "later"}, wait)
 
     @property
     def known(self) -> bool:
@@ -313,14 +352,28 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.large[sha256] = body
             self.answer(200)
         else:
+            if self.command == "GET":
+                self.hub.ranges.append(self.headers.get("Range"))
             self.blob(self.hub.large[sha256], {"ETag": f'"{sha256}"'})
 
     def blob(self, data: bytes, headers: dict[str, str]):
         if self.command == "GET" and "Range" in self.headers:
             first, last = self.headers["Range"].removeprefix("bytes=").split("-")
             part = data[int(first) : int(last or len(data) - 1) + 1]
+            self.hub.after -= 1
+            if self.fault == "whole":
+                self.answer(200, data, headers)
+                return
+            if self.fault == "short":
+                part = part[: len(part) // 2]
+            if self.fault == "noise":
+                part = bytes(len(part))
             place = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
-            self.answer(206, part, headers | {"Content-Range": place})
+            if self.fault == "cut":
+                self.answer(206, part[: len(part) // 2], headers | {"Content-Range": place}, length=len(part))
+                self.close_connection = True
+            else:
+                self.answer(206, part, headers | {"Content-Range": place})
             return
         self.answer(200, b"" if self.command == "HEAD" else data, headers, length=len(data))
 

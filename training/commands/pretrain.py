@@ -11,7 +11,7 @@ from ..cli import how_to_run
 from ..convert.start import read_start
 from ..data.sources import ImageSplits, load_images
 from ..engine.checkpoints import claim_output_dir, decided_by_main, has_ended
-from ..engine.run_folder import REPORT, UNREADABLE, unused
+from ..engine.run_folder import REPORT, UNREADABLE, content_to_continue, unused
 from ..engine.sgd_trainer import train
 from ..errors import one_line_errors
 from ..hub.repository import PublishCallback
@@ -40,6 +40,8 @@ def main(argv: list[str]) -> None:
         start = None if args.init_from is None else read_start(args.init_from, args.config)
         if start is not None:
             args.begin_with(start)
+        folder = Path(str(args.training.output_dir))
+        args.data.content = decided_by_main(lambda: content_to_continue(folder, args.data.dataset_name))
         splits = load_images(args.data)
         trainer = build_trainer(args, splits, start)
         if publisher is not None:
@@ -54,12 +56,11 @@ def main(argv: list[str]) -> None:
     train(trainer, checkpoint)
     metrics = finish(args, trainer, splits)
     if trainer.is_world_process_zero():
-        folder = str(args.training.output_dir)
-        show(metrics, folder)
+        show(metrics, str(folder))
         print(f"Saved to {folder}; its figures and numbers are in {folder}/{REPORT}")
     publish_end(args, publisher)
     if trainer.is_world_process_zero():
-        print(f"Next: {next_command(folder, splits)}")
+        print(f"Next: {next_command(str(folder), splits)}")
 
 
 def preview(args: PretrainArguments) -> None:

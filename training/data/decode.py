@@ -24,7 +24,7 @@ from torchvision.io import decode_image as tv_decode
 
 from modeling_moco.image_processing_moco import to_rgb
 
-from ..errors import first_line, one_line
+from ..errors import DataError, first_line, one_line
 from ..views.scaled import Encoded, Scaled
 
 try:
@@ -81,6 +81,7 @@ class Decoder:
         Raises:
             OSError: there is no image, its file may not be read or cannot be opened, it is too large for `max_pixels` or for
                 the memory, or its pixels have no grey levels of known range.
+            DataError: the Hub does not give its file.
         """
         with unreadable_as_oserror(), self._file(row) as file:
             return self._from_pil(file)
@@ -176,8 +177,11 @@ class Decoder:
                 "the row has a path and no bytes, and only a folder of images has paths that are read"
             )
         if remote:
-            with xopen(path, "rb") as file:
-                return io.BytesIO(file.read(MAX_BYTES))
+            try:
+                with xopen(path, "rb") as file:
+                    return io.BytesIO(file.read(MAX_BYTES))
+            except OSError as error:  # of the Hub: the image is not known to be broken
+                raise DataError(f"{path} cannot be read ({first_line(error)})") from error
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:  # a device or a pipe may have no end
             raise UnidentifiedImageError(f"{path} is no file of at most {MAX_BYTES:,} bytes")

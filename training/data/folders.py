@@ -15,10 +15,12 @@ from functools import partial
 from os.path import splitext
 from pathlib import Path
 from stat import S_ISREG
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from zipfile import BadZipFile, ZipFile
 
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
 import pyarrow.parquet as pq
 from datasets.utils.file_utils import xopen
 from tqdm import tqdm
@@ -38,6 +40,8 @@ NEEDS |= dict.fromkeys((".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"), "u
 NEEDS |= {".npz": "write its images to files of their own, or to parquet with `datasets`"}
 SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+READERS = {".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json, ".parquet": pq.read_table}
+FILE_NAME = "file_name"  # path of an image, relative to the metadata's own folder
 OF_IMAGES = {"image", "images", "img", "imgs", "jpegimages"}
 OF_MASKS = {"annotations", "ground_truth", "gt", "labels", "mask", "masks", "segmentationclass", "segmentationobject"}
 SCANNERS = 16  # threads that list folders: a network file system answers each request after a while
@@ -392,3 +396,67 @@ def visible(files: Iterable[FoundFile]) -> Iterator[FoundFile]:
     for file in files:
         if file.size != NO_FILE and not any(part.startswith(".") or part == "__MACOSX" for part in file.parts):
             yield file
+
+
+# Labels of a folder of images from its `metadata.csv`, `metadata.jsonl` or `metadata.parquet`, as on the Hub
+
+
+def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
+    """Labels by the path of an image. Images that are not listed leave the folder's splits and are counted.
+
+    Args:
+        folder: changed in place.
+        column: of the labels.
+
+    Returns:
+        strings or integers by path; None where no metadata has that column.
+
+    Raises:
+        ValueError: the metadata cannot be read, lists no image, or one that is not there.
+    """
+    labels: dict[str, Any] = {}
+    found = False
+    for place in (
+        "",
+        *sorted({file.parts[0] for files in folder.splits.values() for file in files if len(file.parts) > 1}),
+    ):
+        for path in (folder.root / place / name for name in METADATA):
+            if path.is_file() and (columns := _read_metadata(path, column)) is not None:
+                found = True
+                names = (f"{place}/{name}".removeprefix("/") for name in columns[FILE_NAME])
+                labels |= dict(zip(names, columns[column], strict=True))
+    if not found:
+        return None
+    if not labels:
+        raise ValueError(
+            f"metadata of {folder.root} lists no image: add a line for each, or remove it to take the classes from folders"
+        )
+    missing = labels.keys() - {file.path for files in folder.splits.values() for file in files}
+    if missing:
+        raise ValueError(
+            f"metadata of {folder.root} lists {min(missing)}, which is no image there ({len(missing):,} in all): remove these "
+            "lines, or add the images"
+        )
+    for split, files in folder.splits.items():
+        folder.splits[split] = [file for file in files if file.path in labels]
+        folder.left_out["not listed in the metadata"] += len(files) - len(folder.splits[split])
+    return labels
+
+
+def _read_metadata(path: Path, column: str) -> dict[str, list[Any]] | None:
+    """The columns of a metadata file that are used; None where it has no labels."""
+    try:
+        if path.suffix == ".parquet":
+            check_data_file(path)
+        table = READERS[path.suffix](path)
+        columns = table.column_names
+        used = {name: table[name].to_pylist() for name in (FILE_NAME, column) if name in columns}
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{path} cannot be read ({one_line(error)}): mend it, or remove it to take the classes from folders"
+        ) from error
+    if column not in used:
+        return None
+    if FILE_NAME not in used:
+        raise ValueError(f"{path} has no column {FILE_NAME!r}, only {', '.join(columns)}: rename the one with paths")
+    return used

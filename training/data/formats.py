@@ -25,7 +25,7 @@ from modeling_moco.distributed_moco import rank
 
 from ..engine.checkpoints import decided_by_main
 from ..engine.files import whole_file
-from ..errors import one_line
+from ..errors import DataError, one_line
 from .folders import (
     HOW,
     NEEDS,
@@ -35,14 +35,16 @@ from .folders import (
     check_data_file,
     divide_data_files,
     list_files,
+    use_metadata,
     visible,
 )
-from .metadata import use_metadata
+from .hub import commit_on_the_hub, wait_for_the_hub
 
 DIGITS = "digits"
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 FILES_AT_A_TIME = 16  # to check
 ROWS_PER_SHARD = 1000  # of a folder of images that is read as a stream
+COMMIT = "commit "  # and its digest: what identifies the rows of a dataset on the Hub
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Opened:
         lengths: rows of each shard of a split that is streamed, where they are known.
         content: what identifies the rows of each split: number and digest of local files, or the commit on the Hub.
         from_folders: whether the classes are names of folders.
-        account: of the files of a folder, in words.
+        account: of the files of a folder, or of the commit on the Hub, in words.
         places: see `Decoder`.
     """
 
@@ -74,7 +76,14 @@ def absolute_name(name: str) -> str:
 
 
 def open_dataset(
-    name: str, config: str | None = None, *, streaming: bool, train_split: str, asked: set[str], label_column: str
+    name: str,
+    config: str | None = None,
+    *,
+    streaming: bool,
+    train_split: str,
+    asked: set[str],
+    label_column: str,
+    commit: str | None = None,
 ) -> Opened:
     """Open a dataset.
 
@@ -85,6 +94,7 @@ def open_dataset(
         train_split: name of the split that a single file becomes.
         asked: names of splits that the user gave.
         label_column: of the metadata of a folder of images.
+        commit: of a dataset on the Hub, the one to read; by default the newest.
 
     Raises:
         ValueError: it does not exist, or cannot be read, with the reason and a remedy.
@@ -103,14 +113,26 @@ def open_dataset(
         raise ValueError(
             f"dataset_name ({name}) does not exist: pass a folder, a parquet or tar file, or a Hub dataset"
         )
-    with _one_line_of(name):
-        builder = datasets.load_dataset_builder(name, config)
-    files = builder.config.data_files or {}  # empty where a Hub dataset comes from the cache
+    return _open_on_the_hub(name, config, streaming, commit)
+
+
+# A dataset on the Hub
+
+
+def _open_on_the_hub(name: str, config: str | None, streaming: bool, pinned: str | None) -> Opened:
+    # All processes read one commit, also where another one is pushed meanwhile.
+    commit = pinned or decided_by_main(lambda: commit_on_the_hub(name))
+    with _one_line_of(name if pinned is None else f"{name}, {COMMIT}{pinned} that the run was begun with"):
+        builder = datasets.load_dataset_builder(name, config, revision=commit)
+    files = builder.config.data_files or {}  # empty where it comes from the cache
+    if streaming:
+        wait_for_the_hub()
     decided_by_main(lambda: _check_files_on_the_hub(builder, name, streaming))
     opened = _read(builder, name, streaming)
-    commits = {split: commit for split, urls in files.items() for commit in _commits(urls)}
+    read = f"{COMMIT}{builder.hash}"  # of the cache, where the Hub is not reached
     places = _places_on_the_hub(files) if isinstance(builder, ImageFolder) else ()
-    return replace(opened, content=commits, places=places)
+    account = f"{read}, {'with which the run was begun' if pinned else 'the newest'}"
+    return replace(opened, content=dict.fromkeys(opened.splits, read), places=places, account=account)
 
 
 def _read(builder: datasets.DatasetBuilder, name: str, streaming: bool) -> Opened:
@@ -128,7 +150,7 @@ def _read(builder: datasets.DatasetBuilder, name: str, streaming: bool) -> Opene
 def _one_line_of(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, DatasetGenerationError, tarfile.ReadError) as error:
+    except (OSError, ValueError, DatasetGenerationError, tarfile.ReadError, DataError) as error:
         reason = error.__cause__ or error  # `datasets` wraps what went wrong in a sentence that does not say it
         raise ValueError(
             f"dataset_name ({name}) cannot be opened as a folder, a file of images or a Hub dataset ({reason}): check the "
@@ -155,11 +177,6 @@ def _places_on_the_hub(files: dict[str, list[str]]) -> tuple[str, ...]:
     """Where the files of a folder of images on the Hub lie: in its repository, or in the caches."""
     repositories = {f"{url.split('@')[0]}@" for urls in files.values() for url in urls if url.startswith("hf://")}
     return (*repositories, f"{HF_HUB_CACHE}/", f"{datasets.config.HF_DATASETS_CACHE}/")
-
-
-def _commits(urls: list[str]) -> list[str]:
-    marked = [url.split("@", 1)[1].split("/", 1)[0] for url in urls if url.startswith("hf://") and "@" in url]
-    return [f"commit {marked[0]}"] if marked else []
 
 
 # A folder of images, or of data files

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import tarfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +19,18 @@ from typing import Any, NamedTuple
 import datasets
 import torch.distributed as dist
 from datasets.utils.file_utils import xopen
+from pyarrow import ArrowException
 from pyarrow.parquet import read_metadata
 from tqdm import tqdm
 
 from modeling_moco.distributed_moco import world_size
 
 from ..engine.files import write_json
+from ..errors import DataError, one_line
 
 CHUNK = 32  # rows to ask `datasets` for at a time: single rows take longer
+# What reading a shard may raise, of its file and of the Hub.
+UNREADABLE = (OSError, ValueError, EOFError, ArrowException, tarfile.TarError, DataError)
 OPEN_FOOTERS = 16  # parquet footers to read in parallel: on the Hub each request takes a while
 
 
@@ -100,11 +105,13 @@ class ShardedRows:
         source: the dataset, with undecoded images and its own column names.
         columns: maps column names of `source` to names in the rows.
         lengths: number of first rows that are used of each shard, in the order of `source.shard`.
+        files: of the shards, where they have some.
     """
 
     source: datasets.IterableDataset
     columns: dict[str, str]
     lengths: list[int]
+    files: Sequence[str] = ()
 
     def __len__(self) -> int:
         return sum(self.lengths)
@@ -167,23 +174,32 @@ class ShardedRows:
             the number of a row in the whole stream, and the row.
 
         Raises:
-            ValueError: the shard has fewer rows than were counted.
+            DataError: the shard cannot be read, or has fewer rows than were counted.
         """
-        number = sum(self.lengths[: piece.shard]) + piece.start
-        end = number + piece.stop - piece.start
+        before = sum(self.lengths[: piece.shard])
+        row = piece.start
         shard = self.source.shard(num_shards=len(self.lengths), index=piece.shard).skip(piece.start)
-        # Not `for row in shard`, which would divide the shard among the workers of a DataLoader a second time.
-        for chunk in shard.iter(batch_size=CHUNK):
-            for values in zip(*(chunk[name] for name in self.columns), strict=True):
-                if number == end:
-                    return
-                yield number, dict(zip(self.columns.values(), values, strict=True))
-                number += 1
-        if number < end:
-            raise ValueError(
-                f"shard {piece.shard} of the stream has {end - number} images fewer than were counted: its file has "
-                "changed, start the run again"
+        try:
+            # Not `for row in shard`, which would divide the shard among the workers of a DataLoader a second time.
+            for chunk in shard.iter(batch_size=CHUNK):
+                for values in zip(*(chunk[name] for name in self.columns), strict=True):
+                    if row == piece.stop:
+                        return
+                    yield before + row, dict(zip(self.columns.values(), values, strict=True))
+                    row += 1
+        except UNREADABLE as error:
+            raise DataError(
+                f"{self._name(piece.shard)} cannot be read from row {row} on ({one_line(error)})"
+            ) from error
+        if row < piece.stop:
+            raise DataError(
+                f"{self._name(piece.shard)} has {piece.stop - row} images fewer than were counted: its file has changed, start "
+                "the run again"
             )
+
+    def _name(self, shard: int) -> str:
+        file = f", {self.files[shard]}," if len(self.files) == len(self.lengths) else ""
+        return f"shard {shard} of the stream{file}"
 
 
 def are_parquet(files: list[str]) -> bool:
@@ -247,8 +263,11 @@ def _share(shards: int, count: Callable[[range], list[int]]) -> list[int]:
 
 def _count_by_footer(files: list[str]) -> list[int]:
     def rows(file: str) -> int:
-        with xopen(file, "rb") as opened:
-            return read_metadata(opened).num_rows
+        try:
+            with xopen(file, "rb") as opened:
+                return read_metadata(opened).num_rows
+        except UNREADABLE as error:
+            raise DataError(f"the footer of {file} cannot be read ({one_line(error)})") from error
 
     with ThreadPoolExecutor(OPEN_FOOTERS) as pool:
         return list(pool.map(rows, files))

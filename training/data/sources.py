@@ -3,6 +3,7 @@
 No other module uses the dataset's own column names.
 """
 
+import re
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import islice
@@ -18,7 +19,7 @@ from modeling_moco.distributed_moco import rank
 from ..errors import shown
 from ..views.pil import EvaluationView
 from .decode import MAX_PIXELS, Decoder, Unreadable, name_of
-from .formats import DIGITS, Opened, absolute_name, open_dataset
+from .formats import COMMIT, DIGITS, Opened, absolute_name, open_dataset
 from .images import MapImages
 from .labels import SplitLabels, find_label_problem, find_renamed_class, number_classes, read_labels, subset_warnings
 from .shards import ShardedRows, are_parquet, count_rows
@@ -84,6 +85,12 @@ class SourceArguments:
     def local(self) -> bool:
         """Whether the images are files of this machine, and so may be somebody's own."""
         return Path(self.dataset_name).is_absolute()
+
+    @property
+    def commit(self) -> str | None:
+        """The commit on the Hub that the run of this data was begun with; None for another source, or any commit."""
+        commits = [text for text in (self.content or {}).values() if re.fullmatch(f"{COMMIT}[0-9a-f]{{40}}", text)]
+        return commits[0].removeprefix(COMMIT) if commits else None
 
 
 @dataclass
@@ -351,6 +358,7 @@ def _open(args: SourceArguments, asked: set[str]) -> Opened:
             train_split=args.train_split,
             asked=asked,
             label_column=args.label_column or "label",
+            commit=args.commit,
         )
     except ValueError as error:
         raise NotOpenedError(str(error)) from error
@@ -485,7 +493,7 @@ def _by_shard(opened: Opened, columns: dict[str, str], args: SourceArguments, de
         if name == "label" and are_parquet(files):
             split = split.cast_column(column, datasets.Value("int64"))
     lengths = opened.lengths.get(args.train_split) or count_rows(split, files, args.max_train_samples)
-    rows = ShardedRows(split, columns, lengths)
+    rows = ShardedRows(split, columns, lengths, files)
     _check_size(rows, args.train_split)
     _look_at_images(list(islice(rows, LOOKED_AT)), args.train_split, columns, decoder)  # others would take more shards
     return rows if args.max_train_samples is None else rows.first(args.max_train_samples)

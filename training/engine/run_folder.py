@@ -230,6 +230,15 @@ def check_same_data(folder: Path, place: dict[str, Any]) -> None:
             )
 
 
+def content_to_continue(folder: Path, dataset: str) -> dict[str, str]:
+    """What identified the rows of a run that has begun in this folder with this dataset; else empty.
+
+    Raises:
+        ValueError: the record of it is damaged.
+    """
+    return recorded_content(folder, dataset) if has_begun(folder) else {}
+
+
 def recorded_content(folder: Path, dataset: str) -> dict[str, str]:
     """What identified the rows of each split of a dataset when a run was begun with it; empty where that is not known.
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import datasets
 
-from ...data.folders import METADATA, arrange
-from ...data.metadata import use_metadata
+from ...data.folders import METADATA, arrange, use_metadata
 from ...errors import shown
 from ...transfer.source import Files, find_image_column
 from .annotations import AnnotatedImage, AnnotatedSplit

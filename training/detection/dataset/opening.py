@@ -209,6 +209,7 @@ class _Source:
                 train_split=args.train_split,
                 asked=asked,
                 label_column="label",
+                commit=args.commit,
             )
             self.columns, self.places = opened.splits, opened.places
 

@@ -209,6 +209,7 @@ class _Source:
                 train_split=args.train_split,
                 asked=asked - {"train"},
                 label_column="label",
+                commit=args.commit,
             )
             self.columns, self.places = opened.splits, opened.places
         self.names = list(self.voc or self.cityscapes or self.folder or self.columns)
