@@ -153,6 +153,8 @@ def test_the_card_of_a_baseline_does_not_claim_a_pretraining(detector, script, t
         (["push_to_hub", "org/detector", "--onnx"], "onnx (True) is for encoders and classifiers"),
         (["push_to_hub", "org/detector", "--include_training_state"], "is for encoders, and"),
         (["export", "exported", "--timm"], "is a detector, which no other library has"),
+        (["knn", "--use_cpu"], "whose encoder has been trained with labels: pass the run that it began with"),
+        (["linear_probe", "--use_cpu"], "whose encoder has been trained with labels"),
         (["compare", "RUN", "--output_dir", "compared"], "is of detect, and pretraining runs are compared"),
     ],
 )

@@ -20,7 +20,7 @@ from ..data.sources import DataArguments, EvaluationDataArguments, ImageSplits, 
 from ..engine.checkpoints import has_ended
 from ..engine.files import below, check_model_files
 from ..engine.results import Result, encoder_digest, read_results, table
-from ..engine.run_folder import METRICS, SAVED_RECIPE, WEIGHTS, read_metrics, read_sections, recorded_content
+from ..engine.run_folder import METRICS, OF_TASKS, SAVED_RECIPE, WEIGHTS, read_metrics, read_sections, recorded_content
 from ..engine.sgd_trainer import PUBLISHING, SGDTrainingArguments
 from ..model_folder import check_size, load_model, read_config
 from .knn import KNNArguments
@@ -112,10 +112,18 @@ def pretraining_recipe(source: str, kind: type[EvaluationDataArguments] = Evalua
     Returns:
         the sections of `recipe.yaml`; without that file a section `data` with the sizes of the image processor, if there is
         one.
+
+    Raises:
+        ValueError: it is damaged, or of a model that was trained around an encoder.
     """
     for folder in _folders_of(source):
         if (folder / SAVED_RECIPE).is_file():
             recipe = read_sections(folder / SAVED_RECIPE, "correct it, or move it away")
+            if (task := recipe.get("encoder", {}).get("task")) in OF_TASKS:
+                raise ValueError(
+                    f"{source} is of {how_to_run(task)}, whose encoder has been trained with labels: pass the run that it "
+                    "began with, or measure it by --eval_only of that command"
+                )
             known = {f.name for f in offered(kind)}
             data = {key: value for key, value in recipe.get("data", {}).items() if key in known}
             return recipe | {"data": section_of_file(folder / SAVED_RECIPE, "data", data, kind)}
