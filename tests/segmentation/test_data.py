@@ -313,3 +313,11 @@ def test_a_changed_mask_is_other_content_and_the_first_images_are_used(tmp_path)
     path.write_bytes(as_png(np.asarray(Image.open(path))[::-1].copy()))  # as many pixels of each class
     with pytest.raises(ValueError, match="is not what the run was begun with: split 'train'"):
         load_segmentation(args)
+
+
+def test_files_of_the_system_are_nobodys(tmp_path):
+    folder = write_folder(tmp_path)
+    for name in ("train/images/Thumbs.db", "train/masks/desktop.ini", "train/images/.DS_Store"):
+        (folder / name).write_text("x")
+    splits = load_segmentation(SegmentationDataArguments(dataset_name=str(folder)))
+    assert len(splits.train) == len(list((folder / "train/images").glob("*.png")))

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 
 from ...data.decode import EXTENSIONS
-from ...data.folders import NO_FILE, OF_IMAGES, OF_MASKS, FoundFile
+from ...data.folders import NO_FILE, OF_IMAGES, OF_MASKS, SYSTEM_FILES, FoundFile
 from ...errors import one_line, shown
 from ...transfer.source import Files, find_image_column
 
@@ -252,6 +252,8 @@ def read_folder(name: str, files: Files, folders: tuple[str, str]) -> MaskedSpli
 def _by_stem(files: Files, folder: str) -> dict[str, FoundFile]:
     found: dict[str, FoundFile] = {}
     for file in files.below(folder):
+        if file.path.rpartition("/")[2] in SYSTEM_FILES:  # nobody's
+            continue
         stem, dot, extension = file.path.rpartition(".")
         if f"{dot}{extension}".lower() not in EXTENSIONS or file.size == NO_FILE:
             raise ValueError(f"{files.root / file.path} is no image: remove it from the images and masks")
