@@ -121,6 +121,18 @@ class Dictionary(nn.Module):
         """Called after every load."""
 
 
+def fill_with_random_directions(buffer: torch.Tensor, dim: int) -> None:
+    """Give a dictionary vectors along `dim` of unit length, if no checkpoint has filled it.
+
+    They depend on torch's seed alone, and not on how many numbers were drawn since: a model that is made on the meta device and
+    filled later begins as one that is made at once, and a run begins alike with every encoder.
+    """
+    if not buffer.is_meta:
+        # Another stream than that of the weights, which are drawn from the seed itself.
+        generator = torch.Generator().manual_seed(torch.initial_seed() ^ 0x5DEECE66D)
+        init.copy_(buffer, F.normalize(torch.randn(buffer.shape, generator=generator, device="cpu"), dim=dim))
+
+
 class QueueDictionary(Dictionary):
     """First in, first out: the K newest keys of all processes (arXiv:1911.05722, section 3.2).
 
@@ -145,7 +157,7 @@ class QueueDictionary(Dictionary):
     @torch.no_grad()
     def reset(self) -> None:
         """Fill the queue with random directions. Tensors that a checkpoint has just filled are left alone."""
-        init.copy_(self.queue, F.normalize(torch.randn_like(self.queue), dim=0))
+        fill_with_random_directions(self.queue, dim=0)
         init.zeros_(self.queue_ptr)
 
     @torch.no_grad()
@@ -237,7 +249,7 @@ class BankDictionary(Dictionary):
     @torch.no_grad()
     def reset(self) -> None:
         """Fill the bank with random directions. Tensors that a checkpoint has just filled are left alone."""
-        init.copy_(self.bank, F.normalize(torch.randn_like(self.bank), dim=1))
+        fill_with_random_directions(self.bank, dim=1)
 
     def forward(self, q, keys, temperature, index=None):
         # On the CPU, so that all processes draw the same ones.

@@ -128,16 +128,17 @@ def model():
 
 def test_our_step_and_the_official_style_train_the_same_weights_and_queue(model):
     views = torch.randint(256, (2, 16, 3, 32, 32), dtype=torch.uint8)
-    models, steps = [copy.deepcopy(model) for _ in range(2)], []
+    # In float32 a rounding error may put out another unit, and three steps later the weights differ by 1e-3.
+    models, steps = [copy.deepcopy(model).double() for _ in range(2)], []
     for variant, trained in zip((this_project, official_style), models, strict=True):
         steps.append(variant(trained, views, "fp32", False))
     for step in steps:
         for _ in range(3):
             step()
     ours, official = (trained.state_dict() for trained in models)
-    assert not torch.allclose(ours["encoder_q.conv1.0.weight"], model.encoder_q.conv1[0].weight, atol=1e-3)
+    assert not torch.allclose(ours["encoder_q.conv1.0.weight"], model.encoder_q.conv1[0].weight.double(), atol=1e-3)
     for name, tensor in official.items():
-        torch.testing.assert_close(ours[name], tensor, atol=2e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_limit_runs_both_encoders_and_changes_no_weight(model):

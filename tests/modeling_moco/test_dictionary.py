@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling_moco import MoCoConfig, MoCoModel
-from modeling_moco.dictionary_moco import COLUMNS, QueueDictionary, info_nce
+from modeling_moco.dictionary_moco import COLUMNS, BankDictionary, QueueDictionary, info_nce
 from training.benchmarks.measure import PeakMemory, in_own_process
 
 
@@ -42,6 +42,29 @@ def test_keys_fill_the_columns_from_the_pointer_on_and_wrap_around():
     dictionary.enqueue(keys[4:])
     assert torch.equal(dictionary.queue, keys[[5, 6, 2, 3, 4]].T)
     assert dictionary.queue_ptr.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: QueueDictionary(16, 4096).queue, lambda: BankDictionary(16, 4096, size=8, momentum=0.5).bank.T],
+    ids=["queue", "bank"],
+)
+def test_first_keys_are_uniform_directions_that_the_seed_alone_determines(make):
+    """As in the official code they are normal numbers of unit length, but no encoder of another size changes them."""
+    torch.manual_seed(1)
+    before, weights = make(), torch.randn(4096)
+    assert torch.equal(make(), before)
+    torch.manual_seed(2)
+    other = make()
+    for keys in (before, other):
+        torch.testing.assert_close(keys.norm(dim=0), torch.ones(4096))
+        torch.testing.assert_close(keys @ keys.T / 4096, torch.eye(16) / 16, atol=0.006, rtol=0)
+        assert keys.mean(dim=1).abs().max() < 4.5 * (1 / 16 / 4096) ** 0.5
+    # Neither another seed's keys nor the weights of the same seed are the same numbers.
+    for numbers in (other.flatten()[:4096], weights):
+        assert torch.corrcoef(torch.stack([before.flatten()[:4096], numbers]))[0, 1].abs() < 0.08
+    torch.manual_seed(1)
+    assert torch.corrcoef(torch.stack([before.flatten()[:4096], torch.randn(4096)]))[0, 1].abs() < 0.08
 
 
 def test_positive_is_absent_from_the_negatives_until_it_is_enqueued(model):
