@@ -206,6 +206,18 @@ def test_of_an_unknown_training_nothing_is_said(detector, stranger, script, caps
     assert "Nothing is recorded of how these weights were trained." in shown
 
 
+@pytest.mark.parametrize("command", ["detect", "segment"])
+def test_a_detector_is_no_encoder_to_train_around_and_is_told_before_any_data_is_read(
+    command, detector, script, capsys
+):
+    with pytest.raises(SystemExit):
+        script(command).main([str(detector), "--dataset_name", "no/such-dataset", "--use_cpu"])
+    assert (
+        f"{detector} is no encoder but was trained around one (moco_rcnn): pass the folder of a pretraining run, or measure it "
+        "by scripts/detect.py --eval_only" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("flag", ["--max_steps", "--roi_samples", "--seed"])
 def test_an_evaluation_refuses_what_only_a_training_uses(flag, detector, script, capsys):
     with pytest.raises(SystemExit):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modeling_moco import MoCoConfig, MoCoFCNConfig, MoCoRCNNConfig
+
 from ..cli import (
     DESTINATIONS,
     build_parser,
@@ -21,6 +23,7 @@ from ..engine.results import read_results
 from ..engine.run_folder import FREE_TO_CHANGE, SAVED_RECIPE, read_sections
 from ..errors import shown
 from ..evaluation.encoder import Encoder, check_exists
+from ..model_folder import read_config
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ABOUT = ("title", "source", "command", "hardware", "expected")
@@ -117,7 +120,7 @@ class Task:
         if known.model is None:
             raise ValueError("no model given: pass the folder that a run saved to, e.g. runs/quickstart")
         if not known.eval_only:
-            check_exists(known.model)
+            self._check_encoder(known.model)
         given = parser.given(argv)
         if known.eval_only:
             self._check_evaluation(given)
@@ -137,6 +140,23 @@ class Task:
             **{"task": self, "encoder": encoder, "recipe": recipe, "settings": settings},
             **{"data": data, "model": model, "training": training, "eval_only": known.eval_only, "given": given},
         }
+
+    def _check_encoder(self, model: str) -> None:
+        """
+        Raises:
+            ValueError: there is no such model, or it is one that was trained around an encoder.
+        """
+        check_exists(model)
+        try:
+            config = read_config(model, [MoCoConfig, MoCoRCNNConfig, MoCoFCNConfig])
+        except OSError:
+            return  # none of ours: who loads it says so
+        if isinstance(config, MoCoRCNNConfig | MoCoFCNConfig):
+            script = "detect" if isinstance(config, MoCoRCNNConfig) else "segment"
+            raise ValueError(
+                f"{model} is no encoder but was trained around one ({config.model_type}): pass the folder of a pretraining "
+                f"run, or measure it by scripts/{script}.py --eval_only"
+            )
 
     def _recipe_of(self, model: str) -> TransferRecipe:
         """The settings that a trained model has beside it; none of a model without, whose training nobody knows."""
