@@ -206,6 +206,25 @@ def test_of_an_unknown_training_nothing_is_said(detector, stranger, script, caps
     assert "Nothing is recorded of how these weights were trained." in shown
 
 
+def test_an_evaluation_on_other_images_than_the_runs_is_refused(detector, script, capsys, tmp_path):
+    """Also where it changed after the training; the first images of a split are no other ones."""
+    copy = tmp_path / "detector"
+    shutil.copytree(detector, copy)
+    place = json.loads((copy / "dataset.json").read_text())
+    count, _, digest = place["content"]["test"].partition(" images ")
+    place["content"]["test"] = f"{count} images {digest[::-1]}"
+    (copy / "dataset.json").write_text(json.dumps(place))
+    with pytest.raises(SystemExit):
+        script("detect").main([str(copy), "--eval_only", "--use_cpu"])
+    assert (
+        f"is not what the run was begun with: split 'test' was {count} images {digest[::-1]} and is {count} images {digest}. "
+        "Bring its files back, or name other data with --dataset_name" in capsys.readouterr().err
+    )
+    script("detect").main([str(copy), "--eval_only", "--use_cpu", "--max_eval_samples", "2"])
+    entry = json.loads((copy / "results.json").read_text())[-1]
+    assert (entry["n"], entry["data"]["content"]["test"].rpartition(" ")[0]) == (2, "first 2 images")
+
+
 @pytest.mark.parametrize("command", ["detect", "segment"])
 def test_a_detector_is_no_encoder_to_train_around_and_is_told_before_any_data_is_read(
     command, detector, script, capsys

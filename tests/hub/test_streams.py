@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import boxed_images
+import masked_images
+import pyarrow.parquet
 import pytest
 from hub_server import Hub, environment
 from numbered_images import encoded, table
 
+from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
 from training.engine.checkpoints import find_defect
 
 pytestmark = pytest.mark.slow
@@ -168,6 +172,62 @@ def test_a_run_keeps_the_commit_of_its_start_and_others_take_the_new_one(place):
     assert line.startswith(
         f"error: dataset_name (org/photos, commit {old} that the run was begun with) cannot be opened"
     )
+
+
+def annotated(write, folder: Path, reverse: bool = False) -> dict[str, bytes]:
+    """The Parquet files that `write` makes, also with their rows in the other order."""
+    files = {}
+    for path in sorted(write(folder).glob("*.parquet")):
+        rows = pyarrow.parquet.read_table(path)
+        pyarrow.parquet.write_table(rows.take(list(range(len(rows)))[::-1]) if reverse else rows, file := io.BytesIO())
+        files[f"data/{path.name}"] = file.getvalue()
+    return files
+
+
+TRANSFER = {
+    "detect": (
+        boxed_images.write_parquet,
+        ("--recipe", "bccd_quickstart", "--precise_bn_steps", "1", "--train_sizes", "64"),
+    ),
+    "segment": (masked_images.write_parquet, ("--recipe", "masks_quickstart", "--crop_size", "49")),
+}
+
+
+@pytest.mark.parametrize("task", TRANSFER)
+def test_what_is_trained_around_an_encoder_keeps_the_commit_of_its_start_too(task, place):
+    write, flags = TRANSFER[task]
+    MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=16)).save_pretrained(place.folder / "encoder")
+    MoCoImageProcessor().save_pretrained(place.folder / "encoder")
+    flags = (*flags, "--dataset_name", "org/drawn", "--use_cpu", "--global_batch_size", "2", "--max_steps", "2")
+
+    def train(folder: str) -> subprocess.CompletedProcess:
+        words = (*flags, "--step_milestones", "1", "--save_steps", "1", "--output_dir", str(place.folder / folder))
+        return place.python(RUN, f"evaluations.{task}", str(place.folder / "encoder"), *words)
+
+    place.hub.create_dataset("org/drawn", annotated(write, place.folder / "old"))
+    (old,) = place.hub.repos["datasets/org/drawn"].commits
+    begun = train("run")
+    assert begun.returncode == 0, begun.stderr
+    assert f"org/drawn: commit {old}, the newest" in begun.stdout
+    for name in ("checkpoint-1", "dataset.json", "recipe.yaml"):  # what a run has that was killed after its first step
+        source, target = place.folder / "run" / name, place.folder / "killed" / name
+        shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
+
+    new = place.hub.push("org/drawn", annotated(write, place.folder / "new", reverse=True))
+    continued = train("killed")
+    assert continued.returncode == 0, continued.stderr
+    assert f"org/drawn: commit {old}, with which the run was begun" in continued.stdout
+    weights = [(place.folder / name / "model.safetensors").read_bytes() for name in ("run", "killed")]
+    assert weights[0] == weights[1]
+    for again in (
+        train("run"),
+        place.python(RUN, f"evaluations.{task}", str(place.folder / "run"), "--eval_only", "--use_cpu"),
+    ):
+        assert again.returncode == 0, again.stderr
+        assert f"org/drawn: commit {old}, with which the run was begun" in again.stdout
+    results = json.loads((place.folder / "run" / "results.json").read_text())
+    assert {entry["data"]["content"]["test"].rpartition(" of ")[2] for entry in results} == {f"commit {old}"}
+    assert f"org/drawn: commit {new}, the newest" in train("fresh").stdout
 
 
 def test_a_stream_waits_for_what_passes_and_says_so_once(place):

@@ -89,8 +89,8 @@ class SourceArguments:
     @property
     def commit(self) -> str | None:
         """The commit on the Hub that the run of this data was begun with; None for another source, or any commit."""
-        commits = [text for text in (self.content or {}).values() if re.fullmatch(f"{COMMIT}[0-9a-f]{{40}}", text)]
-        return commits[0].removeprefix(COMMIT) if commits else None
+        found = [re.search(rf"\b{COMMIT}([0-9a-f]{{40}})$", text) for text in (self.content or {}).values()]
+        return next((commit[1] for commit in found if commit), None)
 
 
 @dataclass

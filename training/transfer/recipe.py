@@ -18,9 +18,10 @@ from ..cli import (
     parse_flags,
     section_of_file,
 )
+from ..engine.checkpoints import decided_by_main
 from ..engine.files import below
 from ..engine.results import read_results
-from ..engine.run_folder import FREE_TO_CHANGE, SAVED_RECIPE, read_sections
+from ..engine.run_folder import FREE_TO_CHANGE, SAVED_RECIPE, content_to_continue, read_sections, recorded_content
 from ..errors import shown
 from ..evaluation.encoder import Encoder, check_exists
 from ..model_folder import read_config
@@ -134,6 +135,9 @@ class Task:
             parser, self.parts, argv, {"output_dir": folder} | recipe.values
         )
         settings["data"]["dataset_name"] = data.dataset_name
+        recorded = recorded_content if known.eval_only else content_to_continue
+        folder = known.model if known.eval_only else str(training.output_dir)
+        data.content = decided_by_main(lambda: recorded(Path(folder), data.dataset_name))
         settings["encoder"] = {"model": encoder.source, "random_encoder": encoder.random, "task": self.command}
         read_results(Path(str(training.output_dir)))
         return known, {

@@ -1,11 +1,15 @@
 """Where annotated images are: files of a folder, columns of images, the split to evaluate on, and whether data has changed."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import datasets
 
+from modeling_moco.distributed_moco import rank
+
 from ..data.folders import NO_FILE, FoundFile, list_files, visible
+from ..data.formats import COMMIT, open_dataset
 from ..data.sources import EVAL_SPLITS, SourceArguments
 from ..errors import one_line, shown
 
@@ -96,18 +100,95 @@ def find_eval_split(names: Sequence[str], args: SourceArguments, also: Sequence[
     return None if found == args.train_split else found
 
 
-def refuse_other_content(content: dict[str, str], args: SourceArguments) -> None:
-    """
-    Args:
-        content: what identifies each split.
+class Source:
+    """A dataset whose form is found out, and whose splits are read one by one. Who inherits from it knows the forms.
 
-    Raises:
-        ValueError: a split is not what the run was begun with.
+    Args:
+        columns: the splits of a dataset that is a table; empty for files of a folder.
+        places: see `Decoder`.
+        commit: of a dataset on the Hub.
     """
-    for name, now in content.items():
-        then = (args.content or {}).get(name)
-        if then is not None and then != now:
-            raise ValueError(
-                f"{args.dataset_name} is not what the run was begun with: split {name!r} was {shown(then)} and is {now}. Bring "
-                "its files back, or name other data with --dataset_name"
-            )
+
+    def __init__(self, args: SourceArguments):
+        self.args, self.root = args, Path(args.dataset_name)
+        self.columns: dict[str, datasets.Dataset] = {}
+        self.places: tuple[str, ...] = ()
+        self.commit: str | None = None
+        self.names: list[str] = []
+        self._files: dict[Path, Files] = {}
+
+    @property
+    def local(self) -> bool:
+        """Whether it may have the files of a known layout."""
+        return self.root.is_dir() and self.args.dataset_config_name is None
+
+    @property
+    def asked(self) -> set[str]:
+        """The splits that the command line names."""
+        args = self.args
+        return {part for split in (args.train_split, args.eval_split) if split for part in split.split("+")} - {"train"}
+
+    def open_columns(self) -> None:
+        args = self.args
+        opened = open_dataset(
+            args.dataset_name,
+            args.dataset_config_name,
+            streaming=False,
+            train_split=args.train_split,
+            asked=self.asked,
+            label_column="label",
+            commit=args.commit,
+        )
+        self.columns, self.places = opened.splits, opened.places
+        self.commit = next((text for text in opened.content.values() if text.startswith(COMMIT)), None)
+        if self.commit and rank() == 0:
+            print(f"{args.dataset_name}: {opened.account}")
+
+    def files_of(self, root: Path) -> Files:
+        if root not in self._files:
+            self._files[root] = Files(root)
+        return self._files[root]
+
+    def parts(self, name: str) -> list[str]:
+        """The splits that are joined by + in a name.
+
+        Raises:
+            ValueError: one is not there, or is there twice.
+        """
+        parts = name.split("+")
+        for part in parts:
+            if part not in self.names:
+                raise ValueError(
+                    f"split {part!r} is not in {self.args.dataset_name}: it has {', '.join(self.names)}; name them with "
+                    "--train_split and --eval_split"
+                )
+        if len(set(parts)) < len(parts):
+            raise ValueError(f"split {name!r} names one split twice: name each once")
+        return parts
+
+    def same_content(self, splits: dict[str, tuple[str, bool]]) -> dict[str, str]:
+        """What identifies the images of each split, with their annotations.
+
+        Args:
+            splits: number of images and digest of each, and whether they are the first of more.
+
+        Raises:
+            ValueError: a split is not what the run was begun with.
+        """
+        content = {}
+        for name, (digest, limited) in splits.items():
+            now = f"{'first ' if limited else ''}{digest}{f' of {self.commit}' if self.commit else ''}"
+            then = (self.args.content or {}).get(name, now)
+            if then != now and _extent(then) == _extent(now):
+                raise ValueError(
+                    f"{self.args.dataset_name} is not what the run was begun with: split {name!r} was {shown(then)} and is "
+                    f"{now}. Bring its files back, or name other data with --dataset_name"
+                )
+            content[name] = now
+        return content
+
+
+def _extent(text: str) -> str:
+    """How many first images are meant: others are no other content; empty for all of them."""
+    first = re.match(r"first [\d,]+ images", text)
+    return first[0] if first else ""

@@ -7,7 +7,6 @@ images are decoded by the rules of `data/decode.py`, and what cannot be right is
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -16,9 +15,8 @@ import numpy as np
 from modeling_moco.distributed_moco import rank
 
 from ...data.decode import Decoder, Unreadable
-from ...data.formats import open_dataset
 from ...data.sources import LOOKED_AT, SourceArguments
-from ...transfer.source import Files, find_eval_split, refuse_other_content
+from ...transfer.source import Source, find_eval_split
 from .annotations import AnnotatedSplit, check_objects, find_bbox_format, find_classes, join, refuse_shared_images
 from .columns import has_metadata, read_columns, read_folder
 from .layouts import coco_splits, read_coco, read_voc, voc_splits
@@ -160,8 +158,13 @@ def load_detection(
     if bbox_format is None:
         bbox_format = find_bbox_format([part for part, _, _ in readable], [sizes for _, sizes, _ in readable])
     checked = [_check(*part, names, bbox_format, args) for part in readable]
-    content = {split.name: split.content() for split in checked}
-    refuse_other_content(content, args)
+    totals = [len(split.annotations) for split in opened]
+    content = source.same_content(
+        {
+            split.name: (split.content(), limit is not None and limit < total)
+            for split, limit, total in zip(checked, limits, totals, strict=True)
+        }
+    )
     for split in checked:
         _say(split, args)
     splits = DetectionSplits(
@@ -177,59 +180,26 @@ def load_detection(
     return splits
 
 
-class _Source:
-    """A dataset whose form is found out, and whose splits are read one by one."""
+class _Source(Source):
+    args: DetectionDataArguments
 
     def __init__(self, args: DetectionDataArguments):
-        self.args = args
-        self._files: dict[Path, Files] = {}
-        root = Path(args.dataset_name)
-        local = root.is_dir() and args.dataset_config_name is None
-        self.voc = voc_splits(root) if local else {}
-        self.coco = coco_splits(root) if local and not self.voc else {}
+        super().__init__(args)
+        self.voc = voc_splits(self.root) if self.local else {}
+        self.coco = coco_splits(self.root) if self.local and not self.voc else {}
         self.folder: dict[str, AnnotatedSplit] = {}
-        self.columns: dict[str, datasets.Dataset] = {}
         if not self.voc and not self.coco:
-            self._open_rows(root, local)
+            if self.local and has_metadata(self.root):
+                files = self.files_of(self.root)
+                found = read_folder(files, args.objects_column, args.category_column, args.masks, self.asked)
+                self.folder = found or {}
+            if not self.folder:
+                self.open_columns()
         self.names = list(self.voc or self.coco or self.folder or self.columns)
-
-    def _open_rows(self, root: Path, local: bool) -> None:
-        args = self.args
-        asked = {part for split in (args.train_split, args.eval_split) if split for part in split.split("+")} - {
-            "train"
-        }
-        if local and has_metadata(root):
-            found = read_folder(self._files_of(root), args.objects_column, args.category_column, args.masks, asked)
-            self.folder = found or {}
-        if not self.folder:
-            opened = open_dataset(
-                args.dataset_name,
-                args.dataset_config_name,
-                streaming=False,
-                train_split=args.train_split,
-                asked=asked,
-                label_column="label",
-                commit=args.commit,
-            )
-            self.columns, self.places = opened.splits, opened.places
-
-    def _files_of(self, root: Path) -> Files:
-        if root not in self._files:
-            self._files[root] = Files(root)
-        return self._files[root]
 
     def read(self, name: str) -> AnnotatedSplit:
         """A split, or several with +."""
-        parts = name.split("+")
-        for part in parts:
-            if part not in self.names:
-                raise ValueError(
-                    f"split {part!r} is not in {self.args.dataset_name}: it has {', '.join(self.names)}; name them with "
-                    "--train_split and --eval_split"
-                )
-        if len(set(parts)) < len(parts):
-            raise ValueError(f"split {name!r} names one split twice: name each once")
-        return join([self._read(part) for part in parts])
+        return join([self._read(part) for part in self.parts(name)])
 
     def _read(self, name: str) -> AnnotatedSplit:
         args = self.args
@@ -238,9 +208,9 @@ class _Source:
                 raise ValueError(
                     f"masks are not read from the VOCdevkit {args.dataset_name}: use COCO's JSON, or leave --masks out"
                 )
-            return read_voc(name, self._files_of(self.voc[name]))
+            return read_voc(name, self.files_of(self.voc[name]))
         if self.coco:
-            return read_coco(name, self._files_of(Path(args.dataset_name)), self.coco[name], args.masks)
+            return read_coco(name, self.files_of(self.root), self.coco[name], args.masks)
         if self.folder:
             return self.folder[name]
         split = read_columns(

@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -20,10 +19,9 @@ from tqdm import tqdm
 from modeling_moco.distributed_moco import rank, world_size
 
 from ...data.decode import Decoder, Unreadable
-from ...data.formats import open_dataset
 from ...data.sources import SourceArguments
 from ...errors import one_line
-from ...transfer.source import Files, find_eval_split, refuse_other_content
+from ...transfer.source import Source, find_eval_split
 from .layouts import (
     IGNORED,
     MaskedSplit,
@@ -178,8 +176,13 @@ def load_segmentation(
     looked_at = [_look_at(split, limit, args) for split, limit in zip(opened, limits, strict=True)]
     names = _find_classes(looked_at[0], opened[0].class_names, args) if class_names is None else list(class_names)
     checked = [_check(split, names, args) for split in looked_at]
-    content = {split.name: split.content() for split in checked}
-    refuse_other_content(content, args)
+    totals = [len(split.rows) for split in opened]
+    content = source.same_content(
+        {
+            split.name: (split.content(), limit is not None and limit < total)
+            for split, limit, total in zip(checked, limits, totals, strict=True)
+        }
+    )
     train = _for_training(checked[0], names, args) if training else None
     for split in checked:
         _say(split, names, args)
@@ -187,62 +190,33 @@ def load_segmentation(
     return SegmentationSplits(train, checked[-1] if eval_split else None, names, place)
 
 
-class _Source:
-    """A dataset whose form is found out, and whose splits are read one by one."""
+class _Source(Source):
+    args: SegmentationDataArguments
 
     def __init__(self, args: SegmentationDataArguments):
-        self.args = args
-        self._files: dict[Path, Files] = {}
-        self.root = root = Path(args.dataset_name)
-        local = root.is_dir() and args.dataset_config_name is None
-        self.voc = voc_splits(root) if local else {}
-        self.cityscapes = cityscapes_splits(root) if local else []
-        self.folder = folder_splits(root) if local else {}
-        self.columns: dict[str, datasets.Dataset] = {}
-        self.places: tuple[str, ...] = ()
+        super().__init__(args)
+        self.voc = voc_splits(self.root) if self.local else {}
+        self.cityscapes = cityscapes_splits(self.root) if self.local else []
+        self.folder = folder_splits(self.root) if self.local else {}
         if not (self.voc or self.cityscapes or self.folder):
-            asked = {part for split in (args.train_split, args.eval_split) if split for part in split.split("+")}
-            opened = open_dataset(
-                args.dataset_name,
-                args.dataset_config_name,
-                streaming=False,
-                train_split=args.train_split,
-                asked=asked - {"train"},
-                label_column="label",
-                commit=args.commit,
-            )
-            self.columns, self.places = opened.splits, opened.places
+            self.open_columns()
         self.names = list(self.voc or self.cityscapes or self.folder or self.columns)
 
     def read(self, name: str) -> MaskedSplit:
         """A split, or several with +."""
-        parts = name.split("+")
-        for part in parts:
-            if part not in self.names:
-                raise ValueError(
-                    f"split {part!r} is not in {self.args.dataset_name}: it has {', '.join(self.names)}; name them with "
-                    "--train_split and --eval_split"
-                )
-        if len(set(parts)) < len(parts):
-            raise ValueError(f"split {name!r} names one split twice: name each once")
-        return join([self._read(part) for part in parts])
+        return join([self._read(part) for part in self.parts(name)])
 
     def _read(self, name: str) -> MaskedSplit:
         if self.voc:
-            return read_voc(name, self._files_of(self.voc[name]))
+            return read_voc(name, self.files_of(self.voc[name]))
         if self.cityscapes:
-            return read_cityscapes(name, self._files_of(self.root))
+            return read_cityscapes(name, self.files_of(self.root))
         if self.folder:
-            return read_folder(name, self._files_of(self.root), self.folder[name])
+            return read_folder(name, self.files_of(self.root), self.folder[name])
         rows, args = self.columns[name], self.args
         split = read_columns(name, rows, image_column=args.image_column, mask_column=args.mask_column)
         split.places = self.places
         return split
-
-    def _files_of(self, root: Path) -> Files:
-        if root not in self._files:
-            self._files[root] = Files(root)
-        return self._files[root]
 
 
 class _Seen(NamedTuple):
