@@ -234,7 +234,18 @@ class MoCoTrainer(SGDTrainer):
         with warnings.catch_warnings():
             # torch 2.14 itself says to keep it where each rank has buffers of its own when training begins.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._lacks_last_evaluation():
+            self.evaluate()
+        return result
+
+    def _lacks_last_evaluation(self) -> bool:
+        """Whether the run was killed between its last checkpoint and the evaluation of the same step, and has come back."""
+        args, step = self.args, self.state.global_step
+        if args.eval_strategy != IntervalStrategy.EPOCH or args.load_best_model_at_end or self.stopped_by is not None:
+            return False
+        names = {name for entry in self.state.log_history if entry["step"] == step for name in entry}
+        return self._initial_global_step == step and not any(name.startswith("eval_") for name in names)
 
     @torch.no_grad()
     def _fill_dictionary(self) -> None:

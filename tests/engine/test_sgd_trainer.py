@@ -156,3 +156,32 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, settings, words):
 
 def test_a_short_run_of_a_recipe_with_a_warmup_is_allowed(tmp_path):
     assert arguments(tmp_path, warmup_epochs=10, max_steps=2, num_train_epochs=1).warmup_epochs == 10
+
+
+@pytest.mark.parametrize("steps", [7, 12], ids=["inside an epoch", "at the end of one"])
+def test_a_run_that_was_killed_after_its_last_checkpoint_takes_no_further_step(rows, tmp_path, steps):
+    """transformers takes one at every restart, where the end lies inside an epoch."""
+    settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": 100}
+    whole = build(rows, tmp_path, **settings)
+    whole.train()
+    numbers = torch.get_rng_state()
+    for _ in range(2):
+        again = build(rows, tmp_path, **settings)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == steps
+        assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{steps}"]
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(again.model.state_dict()[name], tensor), name
+        assert torch.equal(torch.get_rng_state(), numbers)  # with which the rest of a command goes on
+
+
+@pytest.mark.parametrize("steps", [7, 12], ids=["inside an epoch", "at the end of one"])
+def test_the_last_evaluation_is_made_up_for(rows, tmp_path, steps):
+    settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": 100, "eval_strategy": "epoch"}
+    whole, again = build(rows, tmp_path, **settings), build(rows, tmp_path, **settings)
+    whole.train()
+    again.train(resume_from_checkpoint=True)  # the checkpoint is of the step before the evaluation
+    histories = [one.state.log_history for one in (whole, again)]
+    first, second = ([e for e in history if "eval_contrast_top1" in e and e["step"] == steps] for history in histories)
+    assert len(first) == 1
+    assert [entry["eval_contrast_top1"] for entry in second] == [entry["eval_contrast_top1"] for entry in first]

@@ -402,6 +402,13 @@ class SGDTrainer(Trainer):
             self.lr_scheduler = epoch_schedule(optimizer, steps, math.ceil(num_training_steps / steps), milestones)
         return self.lr_scheduler
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.state.global_step >= self.state.max_steps:
+            # Continued from a checkpoint of the last step, inside an epoch. transformers looks at the end after a step alone.
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def forward_and_backward(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Give the parameters the gradients of a batch, and return its loss (scalar): what transformers calls a step."""
         return super().training_step(model, inputs, num_items_in_batch)
@@ -439,6 +446,8 @@ class SGDTrainer(Trainer):
         finally:
             self.args.save_total_limit = self._checkpoints.limit
         self._check_finite(weights=True)
+        if checkpoint and self._initial_global_step == self.state.global_step:
+            self._load_rng_state(checkpoint)  # what follows the last step draws what it would have drawn
         return result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
