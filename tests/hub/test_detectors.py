@@ -17,6 +17,7 @@ from PIL import Image
 from tiny_trainer import TINY
 
 from modeling_moco import MoCoDetectionImageProcessor, MoCoForObjectDetection
+from training.detection.run import parse_detect
 from training.hub.origin import published_figures, read_origin
 
 DETECTOR = [
@@ -223,6 +224,40 @@ def test_an_evaluation_on_other_images_than_the_runs_is_refused(detector, script
     script("detect").main([str(copy), "--eval_only", "--use_cpu", "--max_eval_samples", "2"])
     entry = json.loads((copy / "results.json").read_text())[-1]
     assert (entry["n"], entry["data"]["content"]["test"].rpartition(" ")[0]) == (2, "first 2 images")
+
+
+def test_an_evaluation_takes_the_trainings_metric_and_nothing_that_fits_its_devices_alone(
+    detector, script, capsys, tmp_path
+):
+    copy = tmp_path / "detector"
+    shutil.copytree(detector, copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    recipe["training"] |= {"global_batch_size": 3, "gradient_accumulation_steps": 2, "tf32": True}  # of a GPU
+    recipe["model"]["metric"] = "voc12"
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for words, metric in (((), "VOC AP"), (("--metric", "coco"), "COCO AP")):
+        script("detect").main([str(copy), "--eval_only", "--use_cpu", *words])
+        told = json.loads((copy / "results.json").read_text())[-1]["protocol"]
+        assert told.startswith("Faster R-CNN C4, 2 steps of 3, learning rate 0.04, ")
+        assert metric in told
+    with pytest.raises(SystemExit):
+        script("detect").main([str(copy), "--eval_only", "--use_cpu", "--masks", "true"])
+    assert f"masks (True) is not what {copy} was trained with: leave --masks out" in capsys.readouterr().err
+
+
+def test_the_batch_of_a_device_is_kept_as_the_batch_of_all(detector):
+    words = (
+        "--recipe",
+        "bccd_quickstart",
+        "--dataset_name",
+        "digits",
+        "--use_cpu",
+        "--per_device_train_batch_size",
+        "3",
+    )
+    run = parse_detect([str(detector.parent), *words, "--gradient_accumulation_steps", "2"])
+    assert run.settings["training"]["global_batch_size"] == 6
+    assert "150 steps of 6" in run.training_in_words
 
 
 @pytest.mark.parametrize("command", ["detect", "segment"])

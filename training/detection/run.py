@@ -68,6 +68,10 @@ class DetectorArguments:
     )
     test_size: int = field(default=800, metadata={"help": "Length of the short side in evaluation."})
     longest_side: int = field(default=1333, metadata={"help": "Greatest length of the long side."})
+    metric: Metric | None = field(
+        default=None,
+        metadata={"help": "By default voc07 where objects of the evaluated split are difficult, else coco."},
+    )
 
     def __post_init__(self):
         for name in ("train_sizes", "test_size", "longest_side"):
@@ -78,8 +82,8 @@ class DetectorArguments:
     @property
     def config(self) -> dict[str, Any]:
         """Settings of the model."""
-        sizes = ("train_sizes", "test_size", "longest_side")
-        return {name: value for name, value in asdict(self).items() if name not in sizes}
+        others = ("train_sizes", "test_size", "longest_side", "metric")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
 
 TASK = Task(
@@ -88,7 +92,7 @@ TASK = Task(
     recipes=RECIPES / "detection",
     default_recipe="voc_r50_c4_24k",
     parts={"data": DetectionDataArguments, "model": DetectorArguments, "training": DetectionTrainingArguments},
-    of_evaluation=frozenset({"test_size", "longest_side"}),
+    of_evaluation=frozenset({"test_size", "longest_side", "metric"}),
 )
 
 
@@ -99,11 +103,10 @@ class DetectRun(TransferRun):
     data: DetectionDataArguments
     model: DetectorArguments
     training: DetectionTrainingArguments
-    metric: Metric | None
 
     def metric_of(self, splits: DetectionSplits) -> Metric:
         """The metric that was asked for; by default VOC's where objects are marked difficult, as VOC's are, else COCO's."""
-        return self.metric or ("voc07" if splits.difficult else "coco")
+        return self.model.metric or ("voc07" if splits.difficult else "coco")
 
     def protocol(self, metric: Metric, config: MoCoRCNNConfig, short_side: int) -> str:
         """The words that stand for this evaluation in results."""
@@ -119,11 +122,8 @@ def parse_detect(argv: list[str]) -> DetectRun:
         ValueError: no model or dataset named, an unknown recipe or flag, or a value out of its range.
     """
     parser = TASK.build_parser("Train a detector around a pretrained encoder, and measure its average precision.")
-    parser.add_argument(
-        "--metric", choices=list(METRIC_NAMES), help="By default voc07 where objects are difficult, else coco."
-    )
-    known, fields = TASK.parse(parser, argv)
-    return DetectRun(**fields, metric=known.metric)
+    _, fields = TASK.parse(parser, argv)
+    return DetectRun(**fields)
 
 
 def build_model(run: DetectRun, class_names: list[str]) -> MoCoForObjectDetection:
@@ -146,6 +146,10 @@ def load_detector(run: DetectRun) -> tuple[MoCoForObjectDetection, MoCoDetection
     sides = {"test_size": "shortest_edge", "longest_side": "longest_edge"}
     given = {side: getattr(run.model, flag) for flag, side in sides.items() if flag in run.given}
     processor.size = dict(processor.size) | given
+    if "masks" in run.given and run.data.masks != model.config.masks:
+        raise ValueError(
+            f"masks ({run.data.masks}) is not what {run.encoder.source} was trained with: leave --masks out"
+        )
     run.data.masks = model.config.masks
     return model, processor
 

@@ -128,12 +128,13 @@ class Task:
         encoder = Encoder(known.model, known.random_encoder)
         of_model = known.eval_only and "recipe" not in given
         recipe = self._recipe_of(known.model) if of_model else self.load_recipe(known.recipe)
+        values = self._for_evaluation(recipe.values) if known.eval_only else recipe.values
         if "dataset_name" not in recipe.values and "dataset_name" not in given:
             raise ValueError(f"{recipe.name} names no dataset: pass --dataset_name")
         folder = str(encoder.results_dir if known.eval_only else below(encoder.results_dir, recipe.name))
-        _, (data, model, training), settings = parse_flags(
-            parser, self.parts, argv, {"output_dir": folder} | recipe.values
-        )
+        _, (data, model, training), settings = parse_flags(parser, self.parts, argv, {"output_dir": folder} | values)
+        if settings["training"].get("global_batch_size", 0) is None:  # the devices' batches were given
+            settings["training"]["global_batch_size"] = training.global_batch_size
         settings["data"]["dataset_name"] = data.dataset_name
         recorded = recorded_content if known.eval_only else content_to_continue
         folder = known.model if known.eval_only else str(training.output_dir)
@@ -144,6 +145,12 @@ class Task:
             **{"task": self, "encoder": encoder, "recipe": recipe, "settings": settings},
             **{"data": data, "model": model, "training": training, "eval_only": known.eval_only, "given": given},
         }
+
+    def _for_evaluation(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Without what fits the training alone: its batch need not fit these processes, nor its precision this device."""
+        of_training = {field.name for field in offered(self.parts["training"])} - FREE_TO_CHANGE
+        left = {name: value for name, value in values.items() if name not in of_training}
+        return left | {"max_steps": 1, "global_batch_size": None}
 
     def _check_encoder(self, model: str) -> None:
         """

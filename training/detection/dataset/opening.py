@@ -115,7 +115,7 @@ class DetectionSplits:
         train: images with at least one object to learn from; None where only an evaluation was asked for.
         eval: all images of the split to evaluate on; None without such a split.
         class_names: by class number.
-        difficult: whether any object is marked difficult, for which VOC's metric is made.
+        difficult: whether any object of the evaluated split is marked difficult, for which VOC's metric is made.
         place: "dataset", its name or absolute path, and "content", which identifies both splits.
     """
 
@@ -171,7 +171,7 @@ def load_detection(
         _for_training(checked[0], args) if training else None,
         checked[-1] if eval_split else None,
         names,
-        any(bool(split.objects.every.difficult.any()) for split in checked),
+        bool(eval_split) and bool(checked[-1].objects.every.difficult.any()),
         {"dataset": args.dataset_name, "content": content},
     )
     for used in (splits.train, splits.eval):
