@@ -316,3 +316,15 @@ def test_names_of_others_do_not_steer_a_terminal(capfd):
     assert set(re.findall("\x1b..", said.err)) == {"\x1b[A"}  # of the progress bar
     print("\x1b[2J")  # the program's own stream again
     assert capfd.readouterr().out == "\x1b[2J\n"
+
+
+@pytest.mark.slow
+def test_several_processes_draw_one_preview_and_end(tmp_path):
+    folder = tmp_path / "images"
+    for number in range(20):
+        path = folder / "train" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 50).convert("RGB").save(path)
+    flags = ["--dataset_name", str(folder), "--use_cpu", "--preview_views", str(tmp_path / "views")]
+    assert statuses(1, 2, ["pretrain", *flags]) == [[0, 0]]
+    assert (tmp_path / "views.png").is_file()

@@ -268,7 +268,7 @@ class MoCoTrainer(SGDTrainer):
             images = Subset(images, [i % len(images) for i in range(-(-len(images) // batch) * batch)])
         self.train_dataset.set_epoch(math.ceil(self.args.num_train_epochs))
         loader = (
-            self._loader(images)
+            self._loader(images, OnDevice)
             if isinstance(images, StreamedImages)
             else self.accelerator.prepare(self._loader(images))
         )

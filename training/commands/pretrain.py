@@ -64,8 +64,9 @@ def main(argv: list[str]) -> None:
 
 
 def preview(args: PretrainArguments) -> None:
+    splits = load_images(args.data)  # which all processes agree about
     if args.training.process_index == 0:
-        preview_views(args, load_images(args.data))
+        preview_views(args, splits)
         print(f"Wrote {args.preview_views}.png and .svg: what epoch 0 of this run sees.")
 
 
