@@ -5,9 +5,10 @@ import logging
 import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
-from boxed_images import CLASSES, SPLITS, TEST, TRAIN, write_coco, write_metadata, write_parquet, write_voc
+from boxed_images import CLASSES, SPLITS, TEST, TRAIN, picture, write_coco, write_metadata, write_parquet, write_voc
 from PIL import Image
 
 from training.detection.dataset.annotations import AnnotatedImage, check_objects
@@ -394,14 +395,47 @@ def test_missing_splits_and_columns_are_named(tmp_path):
         load(folder, masks=True)
 
 
-def test_other_content_than_the_runs_is_refused(tmp_path):
-    folder = write_coco(tmp_path / "data")
-    args = DetectionDataArguments(dataset_name=str(folder))
+def _annotate(path, old, new):
+    def change(folder):
+        text = (folder / path).read_text()
+        assert old in text
+        (folder / path).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def _of_other_pictures(folder):
+    """The same table with other images of the same sizes, in pixels and in bytes."""
+    path = str(folder / "train-00000-of-00001.parquet")
+    rows = datasets.Dataset.from_parquet(path).cast_column("image", datasets.Image(decode=False))
+    rows.map(
+        lambda row, number: {"image": {"bytes": picture(TRAIN[number][0], number + 50), "path": None}},
+        with_indices=True,
+    ).to_parquet(path)
+
+
+OF_COCO = "annotations/instances_train.json"
+CHANGES = {
+    "box": (write_coco, _annotate(OF_COCO, '"bbox": [2,', '"bbox": [3,')),
+    "crowd": (write_coco, _annotate(OF_COCO, '"iscrowd": 0', '"iscrowd": 1')),
+    "area": (write_coco, _annotate(OF_COCO, '"area": 396.0', '"area": 4.0')),
+    "mask": (write_coco, _annotate(OF_COCO, '"segmentation": [[2', '"segmentation": [[3')),
+    "difficult": (write_voc, _annotate("VOC2007/Annotations/000000.xml", "<difficult>0", "<difficult>1")),
+    "file": (write_coco, lambda folder: Image.new("RGB", TRAIN[0][0]).save(folder / "train" / "0.png")),
+    "image of a column": (write_parquet, _of_other_pictures),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_other_content_than_the_runs_is_refused(what, tmp_path):
+    write, change = CHANGES[what]
+    folder = write(tmp_path / "data")
+    flags = {"train_split": "2007_train"} if write is write_voc else {"masks": write is write_coco}
+    args = DetectionDataArguments(dataset_name=str(folder), **flags)
     args.content = load_detection(args).place["content"]
     assert load_detection(args).place["content"] == args.content
-    path = folder / "annotations" / "instances_train.json"
-    path.write_text(path.read_text().replace('"bbox": [2,', '"bbox": [3,'))
-    with pytest.raises(ValueError, match="is not what the run was begun with: split 'train' was 5 images"):
+    change(folder)
+    with pytest.raises(ValueError, match=r"is not what the run was begun with: split '(2007_)?train' was 5 images"):
         load_detection(args)
 
 
@@ -471,8 +505,6 @@ def test_one_file_under_two_names_is_refused(tmp_path):
 
 
 def test_a_path_in_a_parquet_file_reads_nothing(tmp_path):
-    import datasets
-
     folder = write_parquet(tmp_path / "data", splits={"train": TRAIN})
     secret = tmp_path / "secret.png"
     Image.effect_noise((40, 30), 90).convert("RGB").save(secret)

@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from masked_images import (
@@ -311,6 +312,33 @@ def test_a_changed_mask_is_other_content_and_the_first_images_are_used(tmp_path)
     load_segmentation(args)
     path = folder / "train/masks/01.png"
     path.write_bytes(as_png(np.asarray(Image.open(path))[::-1].copy()))  # as many pixels of each class
+    with pytest.raises(ValueError, match="is not what the run was begun with: split 'train'"):
+        load_segmentation(args)
+
+
+def _of_other_pictures(folder):
+    """The same table with other images of the same size and the same masks."""
+    path = str(folder / "train-00000-of-00001.parquet")
+    rows = datasets.Dataset.from_parquet(path).cast_column("image", datasets.Image(decode=False))
+    pictures = [as_png(image[:, ::-1].copy()) for image, _ in draw_splits()["train"]]
+    rows.map(lambda row, number: {"image": {"bytes": pictures[number], "path": None}}, with_indices=True).to_parquet(
+        path
+    )
+
+
+@pytest.mark.parametrize(
+    ("write", "change"),
+    [
+        (write_folder, lambda folder: Image.new("RGB", (72, 48)).save(folder / "train/images/00.png")),
+        (write_parquet, _of_other_pictures),
+    ],
+)
+def test_a_changed_image_is_other_content(write, change, tmp_path):
+    folder = write(tmp_path / "data")
+    args = SegmentationDataArguments(dataset_name=str(folder))
+    args.content = load_segmentation(args).place["content"]
+    assert load_segmentation(args).place["content"] == args.content
+    change(folder)
     with pytest.raises(ValueError, match="is not what the run was begun with: split 'train'"):
         load_segmentation(args)
 

@@ -7,21 +7,18 @@ dataset may be a stranger's: paths lead to files of its own folder alone, and wh
 import hashlib
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import torch.distributed as dist
-from tqdm import tqdm
 
-from modeling_moco.distributed_moco import rank, world_size
+from modeling_moco.distributed_moco import rank
 
 from ...data.decode import Decoder, Unreadable
 from ...data.sources import SourceArguments
 from ...errors import one_line
-from ...transfer.source import Source, find_eval_split
+from ...transfer.source import Source, find_eval_split, identify, look_at_all
 from .layouts import (
     IGNORED,
     MaskedSplit,
@@ -38,7 +35,6 @@ from .layouts import (
 )
 
 VOC_EVAL_SPLITS = ("2012_val",)
-READERS = 4  # threads that decode masks
 
 
 @dataclass
@@ -77,7 +73,7 @@ class SegmentationSplit:
         names: of the images in messages.
         sizes: width and height of each image (n, 2).
         pixels: of each image and class (n, L), int64, without those that count nowhere.
-        digests: of the masks.
+        digests: of each image, as of `identify`, and of its mask (n, 2).
         classes: the class of each number in a mask, uint8 (256,).
         decoder: of the images and masks.
         broken: keeps the images that cannot be read.
@@ -88,7 +84,7 @@ class SegmentationSplit:
     names: list[str]
     sizes: np.ndarray
     pixels: np.ndarray
-    digests: list[int]
+    digests: np.ndarray
     classes: np.ndarray
     decoder: Decoder
     broken: Unreadable
@@ -117,7 +113,7 @@ class SegmentationSplit:
             [self.names[i] for i in indices],
             self.sizes[kept],
             self.pixels[kept],
-            [self.digests[i] for i in indices],
+            self.digests[kept],
             self.classes,
             self.decoder,
             Unreadable(len(kept), self.broken.split),
@@ -126,7 +122,7 @@ class SegmentationSplit:
     def content(self) -> str:
         """Number of images and a digest of them and their masks: whether a run goes on with what it was begun with."""
         digest = hashlib.sha256("\n".join(self.names).encode(errors="replace"))
-        for numbers in (self.sizes, self.pixels, np.array(self.digests)):
+        for numbers in (self.sizes, self.pixels, self.digests):
             digest.update(np.ascontiguousarray(numbers, "<i8").tobytes())  # the same on every machine
         return f"{len(self):,} images {digest.hexdigest()[:16]}"
 
@@ -220,11 +216,11 @@ class _Source(Source):
 
 
 class _Seen(NamedTuple):
-    """Width and height of an image, the pixels of each class (256,), and a digest of its mask."""
+    """Width and height of an image, the pixels of each class (256,), and digests of the image and its mask."""
 
     size: tuple[int, int]
     pixels: np.ndarray
-    digest: int
+    digests: tuple[int, int]
 
 
 def _look_at(split: MaskedSplit, limit: int | None, args: SegmentationDataArguments) -> SegmentationSplit:
@@ -236,17 +232,7 @@ def _look_at(split: MaskedSplit, limit: int | None, args: SegmentationDataArgume
     """
     decoder = Decoder(args.max_image_pixels, split.places)
     count = min(len(split.rows), limit or len(split.rows))
-    numbers = range(rank(), count, world_size())
-    with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda number: _look_at_one(split, decoder, number), numbers)
-        bar = tqdm(found, f"masks of {split.name}", len(numbers), delay=2, leave=False, disable=rank() > 0 or None)
-        here = dict(zip(numbers, bar, strict=True))
-    shares: list[Any] = [here]
-    if world_size() > 1:
-        shares = [None] * world_size()
-        dist.all_gather_object(shares, here)
-    together = {number: seen for share in shares for number, seen in share.items()}
-    every = [together[number] for number in range(count)]
+    every: Any = look_at_all(lambda number: _look_at_one(split, decoder, number), count, f"masks of {split.name}")
     broken = Unreadable(count, split.name)
     for number, seen in enumerate(every):
         if isinstance(seen, OSError):
@@ -265,7 +251,7 @@ def _look_at(split: MaskedSplit, limit: int | None, args: SegmentationDataArgume
         [split.names[number] for number in kept],
         np.array([every[number].size for number in kept]),
         np.stack([every[number].pixels for number in kept]),
-        [every[number].digest for number in kept],
+        np.array([every[number].digests for number in kept]),
         classes,
         decoder,
         Unreadable(len(kept), split.name),
@@ -292,7 +278,8 @@ def _look_at_one(split: MaskedSplit, decoder: Decoder, number: int) -> _Seen | O
     if split.ids is not None and (beyond := np.flatnonzero(counts[split.ids.stop : IGNORED])).size:
         return f"the mask of {name} has the number {split.ids.stop + beyond[0]}, which is none of this dataset's: correct it"
     of_classes = counts if split.classes is None else np.bincount(split.classes, counts, minlength=256).astype(np.int64)
-    return _Seen(size, of_classes, zlib.crc32(mask.tobytes()))
+    of_image = identify(row["image"], split.files[number] if split.files else None)
+    return _Seen(size, of_classes, (of_image, zlib.crc32(mask.tobytes())))
 
 
 def _find_classes(split: SegmentationSplit, known: list[str] | None, args: SegmentationDataArguments) -> list[str]:
