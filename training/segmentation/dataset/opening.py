@@ -8,6 +8,7 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import datasets
@@ -17,7 +18,7 @@ from modeling_moco.distributed_moco import rank
 
 from ...data.decode import Decoder, Unreadable
 from ...data.sources import SourceArguments
-from ...errors import one_line
+from ...errors import one_line, shown
 from ...transfer.source import Source, find_eval_split, identify, look_at_all
 from .layouts import (
     IGNORED,
@@ -156,7 +157,8 @@ def load_segmentation(
 
     Raises:
         ValueError: the dataset, a split, a column, an image or a mask does not exist; a mask has another size than its image,
-            or a class that is not there; a split has nothing that counts; or the two splits share images.
+            or a class that is not there; a split has nothing that counts, or 255 for its foreground; the data or `args` name
+            other classes than the model; or the two splits share images.
     """
     source = _Source(args)
     eval_split = find_eval_split(source.names, args, VOC_EVAL_SPLITS)
@@ -168,6 +170,8 @@ def load_segmentation(
         )
     if len(opened) == 2:
         refuse_shared_images(*opened)
+    if class_names is not None:
+        _refuse_other_classes(opened, class_names, args)
     limits = [*([args.max_train_samples] if needed else []), *([args.max_eval_samples] if eval_split else [])]
     looked_at = [_look_at(split, limit, args) for split, limit in zip(opened, limits, strict=True)]
     names = _find_classes(looked_at[0], opened[0].class_names, args) if class_names is None else list(class_names)
@@ -289,18 +293,42 @@ def _find_classes(split: SegmentationSplit, known: list[str] | None, args: Segme
     present = np.flatnonzero(counts[:IGNORED])
     if present.size and present[-1] > 0:
         return [str(number) for number in range(present[-1] + 1)]
-    also = f" and {IGNORED}, which counts nowhere" if counts[IGNORED] else ""
-    raise ValueError(
+    raise ValueError(_class_0_alone(split, args))
+
+
+def _class_0_alone(split: SegmentationSplit, args: SegmentationDataArguments) -> str:
+    also = f" and {IGNORED}, which counts nowhere" if split.pixels[:, IGNORED].any() else ""
+    return (
         f"the masks of split {split.name!r} of {args.dataset_name} have class 0 alone{also}: number the classes 0, 1, ..., as "
         "in 1 for the foreground"
     )
+
+
+def _refuse_other_classes(
+    splits: Sequence[MaskedSplit], of_model: Sequence[str], args: SegmentationDataArguments
+) -> None:
+    """
+    Raises:
+        ValueError: the classes that the flag names, or else a split itself, are not those of the model.
+    """
+    for split in splits:
+        names = args.class_names or split.class_names or list(of_model)
+        for number, (name, known) in enumerate(zip_longest(names, of_model)):
+            if name != known:
+                flag = args.class_names is not None
+                where = "--class_names" if flag else f"split {split.name!r} of {args.dataset_name}"
+                remedy = "" if flag else "choose data with the model's, or, if its masks have their numbers, "
+                raise ValueError(
+                    f"class {number} of {where} is {shown(name)} ({len(names)} classes), and of the model {shown(known)} "
+                    f"({len(of_model)} classes): {remedy}pass those of the model with --class_names"
+                )
 
 
 def _check(split: SegmentationSplit, names: list[str], args: SegmentationDataArguments) -> SegmentationSplit:
     """The split with the pixels of its classes.
 
     Raises:
-        ValueError: a mask has a class that is not there, or none has any.
+        ValueError: a mask has a class that is not there, none has any, or the foreground seems to be 255.
     """
     beyond = split.pixels[:, len(names) : IGNORED]
     if beyond.any():
@@ -314,6 +342,8 @@ def _check(split: SegmentationSplit, names: list[str], args: SegmentationDataArg
     counted = split.pixels[:, : len(names)]
     if not counted.any():
         raise ValueError(f"split {split.name!r} of {args.dataset_name} has no pixel that counts: choose another")
+    if not counted[:, 1:].any() and split.pixels[:, IGNORED].any():
+        raise ValueError(_class_0_alone(split, args))
     return replace(split, pixels=counted)
 
 
