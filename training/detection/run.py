@@ -123,7 +123,17 @@ def parse_detect(argv: list[str]) -> DetectRun:
         "--metric", choices=list(METRIC_NAMES), help="By default voc07 where objects are difficult, else coco."
     )
     known, fields = TASK.parse(parser, argv)
-    return DetectRun(**fields, metric=known.metric)
+    run = DetectRun(**fields, metric=known.metric)
+    if not run.eval_only:  # or the sizes beside the detector count
+        _check_sizes(run.model.test_size, run.model.longest_side)
+    return run
+
+
+def _check_sizes(test_size: int, longest_side: int) -> None:
+    if test_size > longest_side:
+        raise ValueError(
+            f"test_size ({test_size}) is longer than longest_side ({longest_side}): lower it, or raise the other"
+        )
 
 
 def build_model(run: DetectRun, class_names: list[str]) -> MoCoForObjectDetection:
@@ -140,12 +150,13 @@ def load_detector(run: DetectRun) -> tuple[MoCoForObjectDetection, MoCoDetection
     """The trained detector that is to be evaluated, and its image processor.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the sizes of its evaluation contradict each other.
     """
     model, processor = load_trained(run.encoder.source, TASK, MoCoForObjectDetection, MoCoDetectionImageProcessor)
     sides = {"test_size": "shortest_edge", "longest_side": "longest_edge"}
     given = {side: getattr(run.model, flag) for flag, side in sides.items() if flag in run.given}
     processor.size = dict(processor.size) | given
+    _check_sizes(*(processor.size[side] for side in sides.values()))
     run.data.masks = model.config.masks
     return model, processor
 
