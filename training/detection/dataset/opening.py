@@ -16,6 +16,7 @@ from modeling_moco.distributed_moco import rank
 
 from ...data.decode import Decoder, Unreadable
 from ...data.sources import LOOKED_AT, SourceArguments
+from ...errors import DataError
 from ...transfer.source import Source, find_eval_split, identify, look_at_all
 from .annotations import AnnotatedSplit, check_objects, find_bbox_format, find_classes, join, refuse_shared_images
 from .columns import has_metadata, read_columns, read_folder
@@ -81,15 +82,11 @@ class DetectionSplit:
 
         Raises:
             OSError: it cannot be read.
-            ValueError: it has another size than its annotations say, so that its boxes would be elsewhere.
+            DataError: it has another size than when the split was opened, so that its boxes would be elsewhere.
         """
         image = self.decoder.image(self.rows[index]["image"])
-        if image.size != tuple(self.sizes[index].tolist()):
-            width, height = self.sizes[index]
-            raise ValueError(
-                f"{self.names[index]} has {image.width} x {image.height} pixels (upright, as its EXIF tag turns it), and its "
-                f"annotations are of {width} x {height}: correct them"
-            )
+        if image.size != (size := tuple(self.sizes[index].tolist())):
+            raise DataError(_of_another_size(self.names[index], image.size, size))
         return image
 
     def select(self, indices: Sequence[int]) -> "DetectionSplit":
@@ -185,6 +182,13 @@ def load_detection(
     return splits
 
 
+def _of_another_size(name: str, size: tuple[int, int], stated: tuple[int, int]) -> str:
+    return (
+        f"{name} has {size[0]} x {size[1]} pixels (upright, as its EXIF tag turns it), and its annotations are of "
+        f"{stated[0]} x {stated[1]}: correct them"
+    )
+
+
 class _Source(Source):
     args: DetectionDataArguments
 
@@ -240,10 +244,15 @@ class _Measured(NamedTuple):
 
 
 def _measure(split: AnnotatedSplit, limit: int | None, args: DetectionDataArguments) -> _Measured:
-    """The images whose size is known, or can be read; the others are named and left out."""
+    """The images whose size is known, or can be read; the others are named and left out.
+
+    Raises:
+        ValueError: an image has another size than its annotations say, or none can be read.
+    """
     decoder = Decoder(args.max_image_pixels, split.places)
     count = min(len(split.annotations), limit or len(split.annotations))
     headers = look_at_all(lambda number: _read_header(split, decoder, number), count, f"images of {split.name}")
+    _refuse_other_sizes(split, headers)
     broken = Unreadable(count, split.name)
     kept, sizes = [], []
     for number, (image, header) in enumerate(zip(split.annotations, headers, strict=False)):
@@ -280,6 +289,17 @@ def _read_header(split: AnnotatedSplit, decoder: Decoder, number: int) -> _Heade
         return _Header(error, digest)
 
 
+def _refuse_other_sizes(split: AnnotatedSplit, headers: Sequence[_Header]) -> None:
+    wrong = [
+        _of_another_size(image.name, header.size, image.size)
+        for image, header in zip(split.annotations, headers, strict=False)
+        if image.size is not None and not isinstance(header.size, OSError) and header.size != image.size
+    ]
+    if wrong:
+        more = f" ({len(wrong):,} images of split {split.name!r} have another size)" if len(wrong) > 1 else ""
+        raise ValueError(wrong[0] + more)
+
+
 def _check(measured: _Measured, names: list[str], bbox_format: str, args: DetectionDataArguments) -> DetectionSplit:
     split, sizes = measured.split, measured.sizes
     images = zip(split.annotations, sizes, strict=True)
@@ -303,7 +323,7 @@ def _look_at_images(split: DetectionSplit) -> None:
     """Decode some images before anything is trained.
 
     Raises:
-        ValueError: none can be read, or one has another size than its annotations say.
+        ValueError: none can be read.
     """
     looked_at = sorted({i * len(split) // LOOKED_AT for i in range(LOOKED_AT)})
     errors = []
