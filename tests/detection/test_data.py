@@ -1,17 +1,20 @@
 """Every form of a dataset gives the same images and objects, and what cannot be right is one line."""
 
+import io
 import json
 import logging
 import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
-from boxed_images import CLASSES, SPLITS, TEST, TRAIN, write_coco, write_metadata, write_parquet, write_voc
+from boxed_images import CLASSES, SPLITS, TEST, TRAIN, picture, write_coco, write_metadata, write_parquet, write_voc
 from PIL import Image
 
 from training.detection.dataset.annotations import AnnotatedImage, check_objects
 from training.detection.dataset.opening import DetectionDataArguments, load_detection
+from training.errors import DataError
 
 FORMS = {
     "struct of lists": write_parquet,
@@ -30,6 +33,14 @@ def load(folder: Path, **flags):
     if (folder / "VOC2007").exists():
         flags = {"train_split": "2007_train"} | flags
     return load_detection(DetectionDataArguments(dataset_name=str(folder), **flags))
+
+
+def _replace_pictures(folder, picture_of):
+    path = str(folder / "train-00000-of-00001.parquet")
+    rows = datasets.Dataset.from_parquet(path).cast_column("image", datasets.Image(decode=False))
+    rows.map(lambda _, number: {"image": {"bytes": picture_of(number), "path": None}}, with_indices=True).to_parquet(
+        path
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -292,6 +303,33 @@ def test_an_image_of_another_size_than_its_annotations_is_refused(tmp_path):
         load(folder)
 
 
+@pytest.mark.parametrize("form", ["COCO", "VOC", "columns"])
+def test_every_image_is_compared_with_its_annotations_before_anything_is_trained(form, tmp_path):
+    """Those of a file whose tag turns it are often of the file as it lies."""
+    size, number = (64, 48), 33  # none of the sixteen that are decoded
+    images = [(size, [[4, 4, 34, 44]], [0], [0], [0])] * 40
+    splits = {"train": images}
+    folder = {"COCO": write_coco, "VOC": write_voc, "columns": write_parquet}[form](tmp_path / "data", splits=splits)
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", size).save(file, "PNG", exif=exif)
+    if form == "columns":
+        _replace_pictures(folder, lambda row: file.getvalue() if row == number else picture(size, row))
+    else:
+        names = {"COCO": f"train/{number}.png", "VOC": f"VOC2007/JPEGImages/{number:06}.png"}
+        (folder / names[form]).write_bytes(file.getvalue())
+    with pytest.raises(ValueError, match=r"33.* has 48 x 64 pixels \(upright, .* annotations are of 64 x 48: correct"):
+        load(folder, bbox_format="xywh")
+
+
+def test_an_image_that_is_exchanged_in_a_training_ends_it_and_not_as_an_unreadable_one(tmp_path):
+    folder = write_coco(tmp_path / "data")
+    split = load(folder).train
+    Image.new("RGB", (30, 40)).save(folder / "train" / "0.png")
+    with pytest.raises(DataError, match=r"train/0.png has 30 x 40 pixels .* annotations are of 40 x 30: correct them"):
+        split.image(0)
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
@@ -394,14 +432,40 @@ def test_missing_splits_and_columns_are_named(tmp_path):
         load(folder, masks=True)
 
 
-def test_other_content_than_the_runs_is_refused(tmp_path):
-    folder = write_coco(tmp_path / "data")
-    args = DetectionDataArguments(dataset_name=str(folder))
+def _annotate(path, old, new):
+    def change(folder):
+        text = (folder / path).read_text()
+        assert old in text
+        (folder / path).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+OF_COCO = "annotations/instances_train.json"
+CHANGES = {
+    "box": (write_coco, _annotate(OF_COCO, '"bbox": [2,', '"bbox": [3,')),
+    "crowd": (write_coco, _annotate(OF_COCO, '"iscrowd": 0', '"iscrowd": 1')),
+    "area": (write_coco, _annotate(OF_COCO, '"area": 396.0', '"area": 4.0')),
+    "mask": (write_coco, _annotate(OF_COCO, '"segmentation": [[2', '"segmentation": [[3')),
+    "difficult": (write_voc, _annotate("VOC2007/Annotations/000000.xml", "<difficult>0", "<difficult>1")),
+    "file": (write_coco, lambda folder: Image.new("RGB", TRAIN[0][0]).save(folder / "train" / "0.png")),
+    "image of a column": (  # of the same size in pixels, and in bytes
+        write_parquet,
+        lambda folder: _replace_pictures(folder, lambda number: picture(TRAIN[number][0], number + 50)),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_other_content_than_the_runs_is_refused(what, tmp_path):
+    write, change = CHANGES[what]
+    folder = write(tmp_path / "data")
+    flags = {"train_split": "2007_train"} if write is write_voc else {"masks": write is write_coco}
+    args = DetectionDataArguments(dataset_name=str(folder), **flags)
     args.content = load_detection(args).place["content"]
     assert load_detection(args).place["content"] == args.content
-    path = folder / "annotations" / "instances_train.json"
-    path.write_text(path.read_text().replace('"bbox": [2,', '"bbox": [3,'))
-    with pytest.raises(ValueError, match="is not what the run was begun with: split 'train' was 5 images"):
+    change(folder)
+    with pytest.raises(ValueError, match=r"is not what the run was begun with: split '(2007_)?train' was 5 images"):
         load_detection(args)
 
 
@@ -471,8 +535,6 @@ def test_one_file_under_two_names_is_refused(tmp_path):
 
 
 def test_a_path_in_a_parquet_file_reads_nothing(tmp_path):
-    import datasets
-
     folder = write_parquet(tmp_path / "data", splits={"train": TRAIN})
     secret = tmp_path / "secret.png"
     Image.effect_noise((40, 30), 90).convert("RGB").save(secret)

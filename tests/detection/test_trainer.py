@@ -14,13 +14,20 @@ from drawn_boxes import CLASSES, draw_boxes
 from tiny_trainer import StopAt
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from modeling_moco import MoCoConfig, MoCoForObjectDetection, MoCoImageProcessor, MoCoModel
+from modeling_moco import (
+    MoCoConfig,
+    MoCoDetectionImageProcessor,
+    MoCoForObjectDetection,
+    MoCoImageProcessor,
+    MoCoModel,
+)
 from training.detection.dataset.opening import load_detection
 from training.detection.run import (
     TASK,
     DetectorArguments,
     build_model,
     build_trainer,
+    load_detector,
     parse_detect,
 )
 from training.optimization.schedules import step_factor
@@ -108,6 +115,25 @@ def test_the_script_leaves_a_detector_with_its_results_and_measures_it_again(enc
     assert "3 steps of 2" in measured
     again = re.findall(r"box AP +\| +([\d.]+) %", measured)
     assert again == re.findall(r"box AP +\| +([\d.]+) %", shown)
+
+
+def test_sizes_that_contradict_each_other_are_refused_before_anything_is_trained(encoder, boxes, tmp_path):
+    flags = [str(encoder), "--recipe", "voc_r50_c4_24k", "--use_cpu"]
+    with pytest.raises(
+        ValueError, match=r"test_size \(1400\) is longer than longest_side \(1333\): lower it, or raise"
+    ):
+        parse_detect([*flags, "--test_size", "1400"])
+    with pytest.raises(ValueError, match=r"sizes \(\[900\]\) must be lengths of 1 to 850 pixels"):
+        build(encoder, boxes, tmp_path / "run", "--train_sizes", "900", "--longest_side", "850", "--test_size", "64")
+    folder = tmp_path / "detector"
+    build_model(parse_detect(flags), CLASSES).save_pretrained(folder)
+    MoCoDetectionImageProcessor(size={"shortest_edge": 300, "longest_edge": 400}).save_pretrained(folder)
+    flags = [str(folder), "--eval_only", "--use_cpu", "--dataset_name", str(boxes)]
+    for side, size, words in (("test_size", 401, r"401.* \(400"), ("longest_side", 299, r"300.* \(299")):
+        with pytest.raises(ValueError, match=rf"test_size \({words}\): lower it, or raise the other"):
+            load_detector(parse_detect([*flags, f"--{side}", str(size)]))
+    _, processor = load_detector(parse_detect([*flags, "--longest_side", "500"]))  # less than the recipes' test_size
+    assert dict(processor.size) == {"shortest_edge": 300, "longest_edge": 500}
 
 
 def test_another_batch_is_told_the_rate_and_the_steps_in_proportion(encoder):

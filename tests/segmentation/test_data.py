@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from masked_images import (
@@ -135,12 +136,48 @@ def test_the_classes_of_a_model_are_kept_and_the_train_split_is_not_read(tmp_pat
     folder = write_folder(tmp_path)
     shutil.rmtree(folder / "train" / "masks")
     (folder / "train" / "masks").mkdir()
+    (folder / "classes.txt").unlink()
     args = SegmentationDataArguments(dataset_name=str(folder))
     splits = load_segmentation(args, ["a", "b", "c", "d"], training=False)
     assert splits.train is None
     assert splits.class_names == ["a", "b", "c", "d"]
     with pytest.raises(ValueError, match="has class 2, and there are 2 classes, a to b"):
         load_segmentation(args, ["a", "b"], training=False)
+
+
+def test_a_model_is_evaluated_on_its_own_classes_alone(tmp_path):
+    folder = write_folder(tmp_path / "data")
+
+    def evaluate(names, **flags):
+        args = SegmentationDataArguments(dataset_name=str(flags.pop("folder", folder)), **flags)
+        return load_segmentation(args, names, training=False)
+
+    assert evaluate(CLASSES).class_names == CLASSES
+    other = ["ground", "green", "red"]
+    message = (
+        r"class 1 of split 'test' of .*data is red \(3 classes\), and of the model green \(3 classes\): choose data"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(other)
+    assert "\n" not in str(error.value)
+    assert evaluate(other, class_names=other).class_names == other  # the user says so
+    with pytest.raises(ValueError, match=r"class 1 of --class_names is red .* of the model green .*: pass those of"):
+        evaluate(other, class_names=CLASSES)
+    with pytest.raises(ValueError, match=r"class 3 of split 'test' .* is None .*, and of the model blue \(4 classes\)"):
+        evaluate([*CLASSES, "blue"])
+    voc = write_voc(tmp_path / "voc")
+    with pytest.raises(ValueError, match=r"class 0 of split '2012_test' .* is background \(21 classes\), and of the"):
+        evaluate(CLASSES, folder=voc, eval_split="2012_test")
+
+
+def test_a_foreground_of_255_is_refused_in_an_evaluation_too(tmp_path):
+    folder = write_folder(tmp_path)
+    _binary(folder)
+    args = SegmentationDataArguments(dataset_name=str(folder))
+    with pytest.raises(
+        ValueError, match=r"split 'test' of .* have class 0 alone and 255, which counts nowhere: number"
+    ):
+        load_segmentation(args, ["ground", "thing"], training=False)
 
 
 def test_images_without_a_pixel_that_counts_are_left_out_of_training_alone(tmp_path, capsys):
@@ -311,6 +348,33 @@ def test_a_changed_mask_is_other_content_and_the_first_images_are_used(tmp_path)
     load_segmentation(args)
     path = folder / "train/masks/01.png"
     path.write_bytes(as_png(np.asarray(Image.open(path))[::-1].copy()))  # as many pixels of each class
+    with pytest.raises(ValueError, match="is not what the run was begun with: split 'train'"):
+        load_segmentation(args)
+
+
+def _of_other_pictures(folder):
+    """The same table with other images of the same size and the same masks."""
+    path = str(folder / "train-00000-of-00001.parquet")
+    rows = datasets.Dataset.from_parquet(path).cast_column("image", datasets.Image(decode=False))
+    pictures = [as_png(image[:, ::-1].copy()) for image, _ in draw_splits()["train"]]
+    rows.map(lambda row, number: {"image": {"bytes": pictures[number], "path": None}}, with_indices=True).to_parquet(
+        path
+    )
+
+
+@pytest.mark.parametrize(
+    ("write", "change"),
+    [
+        (write_folder, lambda folder: Image.new("RGB", (72, 48)).save(folder / "train/images/00.png")),
+        (write_parquet, _of_other_pictures),
+    ],
+)
+def test_a_changed_image_is_other_content(write, change, tmp_path):
+    folder = write(tmp_path / "data")
+    args = SegmentationDataArguments(dataset_name=str(folder))
+    args.content = load_segmentation(args).place["content"]
+    assert load_segmentation(args).place["content"] == args.content
+    change(folder)
     with pytest.raises(ValueError, match="is not what the run was begun with: split 'train'"):
         load_segmentation(args)
 

@@ -16,7 +16,8 @@ from tiny_trainer import StopAt
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import pipeline
 
-from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
+from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel, MoCoSegmentationImageProcessor
+from training.engine.run_folder import write_recipe
 from training.segmentation.dataset.opening import load_segmentation
 from training.segmentation.evaluate import evaluate
 from training.segmentation.mean_iou import scores
@@ -161,6 +162,21 @@ def test_a_folder_without_such_a_model_is_refused_in_one_line(encoder, masks, sc
     with pytest.raises(SystemExit):
         script("segment").main([str(encoder), "--eval_only", "--dataset_name", str(masks), "--use_cpu"])
     assert "holds no segmentation model" in capsys.readouterr().err
+
+
+def test_the_class_names_of_a_training_are_for_its_own_dataset(encoder, masks, tmp_path):
+    names, folder = ["earth", "a", "b"], tmp_path / "model"
+    flags = ["--dataset_name", str(masks), "--output_dir", str(folder), "--class_names", *names]
+    run = parse_segment([str(encoder), *TINY, *flags])
+    model = build_model(run, names)
+    model.save_pretrained(folder)
+    MoCoSegmentationImageProcessor().save_pretrained(folder)
+    write_recipe(folder, {"about": run.about} | run.settings)
+    other = ["--dataset_name", str(write_folder(tmp_path / "other"))]
+    for more, expected in (([], names), (other, None), ([*other, "--class_names", *names], names)):
+        again = parse_segment([str(folder), "--eval_only", "--use_cpu", *more])
+        load_segmenter(again)
+        assert again.data.class_names == expected
 
 
 @pytest.mark.slow

@@ -51,8 +51,8 @@ def polygon(box: list[int]) -> list[list[float]]:
     return [[box[0], box[1], box[2], box[1], box[2], box[3], box[0], box[3]]]
 
 
-def write_coco(folder: Path) -> Path:
-    for split, images in SPLITS.items():
+def write_coco(folder: Path, splits=SPLITS) -> Path:
+    for split, images in splits.items():
         (folder / split).mkdir(parents=True)
         content: dict = {"images": [], "annotations": [], "categories": []}
         content["categories"] = [{"id": 7 * number + 3, "name": name} for number, name in enumerate(CLASSES)][::-1]
@@ -74,9 +74,9 @@ def write_coco(folder: Path) -> Path:
     return folder
 
 
-def write_voc(folder: Path, years: dict[str, str] | None = None) -> Path:
+def write_voc(folder: Path, years: dict[str, str] | None = None, splits=SPLITS) -> Path:
     """A VOCdevkit; `years` has the year of each split. VOC has no crowds: those boxes are plain ones there."""
-    for number_of_split, (split, images) in enumerate(SPLITS.items()):
+    for number_of_split, (split, images) in enumerate(splits.items()):
         year = folder / f"VOC{(years or {}).get(split, '2007')}"
         for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
             (year / name).mkdir(parents=True, exist_ok=True)

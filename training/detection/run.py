@@ -126,6 +126,13 @@ def parse_detect(argv: list[str]) -> DetectRun:
     return DetectRun(**fields)
 
 
+def _check_sizes(test_size: int, longest_side: int) -> None:
+    if test_size > longest_side:
+        raise ValueError(
+            f"test_size ({test_size}) is longer than longest_side ({longest_side}): lower it, or raise the other"
+        )
+
+
 def build_model(run: DetectRun, class_names: list[str]) -> MoCoForObjectDetection:
     """The encoder in a new detector of these classes.
 
@@ -140,7 +147,7 @@ def load_detector(run: DetectRun) -> tuple[MoCoForObjectDetection, MoCoDetection
     """The trained detector that is to be evaluated, and its image processor.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the sizes of its evaluation contradict each other.
     """
     model, processor = load_trained(run.encoder.source, TASK, MoCoForObjectDetection, MoCoDetectionImageProcessor)
     sides = {"test_size": "shortest_edge", "longest_side": "longest_edge"}
@@ -150,6 +157,7 @@ def load_detector(run: DetectRun) -> tuple[MoCoForObjectDetection, MoCoDetection
         raise ValueError(
             f"masks ({run.data.masks}) is not what {run.encoder.source} was trained with: leave --masks out"
         )
+    _check_sizes(*(processor.size[side] for side in sides.values()))
     run.data.masks = model.config.masks
     return model, processor
 

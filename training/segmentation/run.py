@@ -111,6 +111,8 @@ def load_segmenter(run: SegmentRun) -> tuple[MoCoForSemanticSegmentation, MoCoSe
     Raises:
         ValueError: there is none.
     """
+    if "class_names" not in run.given and run.data.dataset_name != run.recipe.values.get("dataset_name"):
+        run.data.class_names = None  # of the dataset that it was trained on: another may have names of its own
     return load_trained(run.encoder.source, TASK, MoCoForSemanticSegmentation, MoCoSegmentationImageProcessor)
 
 

@@ -1,12 +1,17 @@
 """Where annotated images are: files of a folder, columns of images, the split to evaluate on, and whether data has changed."""
 
 import re
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import datasets
+import torch.distributed as dist
+from tqdm import tqdm
 
-from modeling_moco.distributed_moco import rank
+from modeling_moco.distributed_moco import rank, world_size
 
 from ..data.folders import NO_FILE, FoundFile, list_files, visible
 from ..data.formats import COMMIT, open_dataset
@@ -14,6 +19,8 @@ from ..data.sources import EVAL_SPLITS, SourceArguments
 from ..errors import one_line, shown
 
 IMAGES = datasets.Features({"image": datasets.Image(decode=False)})
+READERS = 4  # threads that look at images
+Seen = TypeVar("Seen")
 
 
 class Files:
@@ -67,6 +74,25 @@ def image_rows(root: Path, files: Sequence[FoundFile]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": rows}, features=IMAGES)
 
 
+def look_at_all(look: Callable[[int], Seen], count: int, what: str) -> list[Seen]:
+    """What `look` finds of each image, by its number. Of several processes each looks at its share, and has all.
+
+    Args:
+        count: of the images.
+        what: is looked at, beside the bar.
+    """
+    numbers = range(rank(), count, world_size())
+    with ThreadPoolExecutor(READERS) as pool:
+        bar = tqdm(pool.map(look, numbers), what, len(numbers), delay=2, leave=False, disable=rank() > 0 or None)
+        here = dict(zip(numbers, bar, strict=True))
+    shares: list[Any] = [here]
+    if world_size() > 1:
+        shares = [None] * world_size()
+        dist.all_gather_object(shares, here)
+    together = {number: seen for share in shares for number, seen in share.items()}
+    return [together[number] for number in range(count)]
+
+
 def find_image_column(name: str, features: datasets.Features, asked: str | None) -> str:
     """The column of the images of a split: the one that is asked for, `image`, or the only one.
 
@@ -98,6 +124,14 @@ def find_eval_split(names: Sequence[str], args: SourceArguments, also: Sequence[
     """
     found = args.eval_split or next((name for name in (*EVAL_SPLITS, *also) if name in names), None)
     return None if found == args.train_split else found
+
+
+def identify(image: dict[str, Any] | None, file: FoundFile | None) -> int:
+    """What tells an image from others of its name and pixels: the bytes of its file, or a digest of those in a column.
+
+    One of a column that has a path alone is 0: it is on the Hub, where the commit tells.
+    """
+    return file.size if file is not None else zlib.crc32((image or {}).get("bytes") or b"")
 
 
 class Source:

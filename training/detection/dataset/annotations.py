@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from ...data.folders import FoundFile
 from ...errors import one_line, shown
 from . import masks
 from .objects import Objects, is_empty
@@ -52,7 +53,7 @@ class AnnotatedSplit:
         class_names: by class number, where the categories are numbers; None otherwise.
         bbox_format: "xywh" or "xyxy"; None where it has to be found out.
         places: see `Decoder`.
-        inodes: numbers of the files of the images; empty where they are no files.
+        files: of the images; empty where they are no files.
     """
 
     name: str
@@ -61,7 +62,7 @@ class AnnotatedSplit:
     class_names: list[str] | None
     bbox_format: str | None
     places: tuple[str, ...] = ()
-    inodes: list[int] = field(default_factory=list)
+    files: list[FoundFile] = field(default_factory=list)
 
 
 def join(splits: Sequence[AnnotatedSplit]) -> AnnotatedSplit:
@@ -84,7 +85,7 @@ def join(splits: Sequence[AnnotatedSplit]) -> AnnotatedSplit:
             first.class_names,
             first.bbox_format,
             (*first.places, *(place for place in other.places if place not in first.places)),
-            [*first.inodes, *other.inodes],
+            [*first.files, *other.files],
         )
     return first
 
@@ -94,8 +95,8 @@ def refuse_shared_images(split: AnnotatedSplit, other: AnnotatedSplit) -> None:
     Raises:
         ValueError: a file is an image of both splits: one that is trained on and tested makes every number too good.
     """
-    names = {inode: one.name for inode, one in zip(split.inodes, split.annotations, strict=False)}
-    shared = [inode for inode in other.inodes if inode in names]
+    names = {file.inode: one.name for file, one in zip(split.files, split.annotations, strict=False)}
+    shared = [file.inode for file in other.files if file.inode in names]
     if shared:
         raise ValueError(
             f"splits {split.name!r} and {other.name!r} share {len(shared):,} images, for example {names[shared[0]]}: choose "

@@ -46,8 +46,7 @@ def split_of_files(
             )
     if len(seen) < len(images):
         raise ValueError(f"split {name!r} of {files.root} lists an image twice: remove one of its lines")
-    inodes = [file.inode for file in images]
-    return AnnotatedSplit(name, image_rows(files.root, images), annotations, names, form, files.places(), inodes)
+    return AnnotatedSplit(name, image_rows(files.root, images), annotations, names, form, files.places(), images)
 
 
 # VOC

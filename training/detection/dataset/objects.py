@@ -91,6 +91,13 @@ class PackedObjects:
         segmentations = None if texts is None else [json.loads(one.as_py()) for one in texts[part]]
         return _of((getattr(self.every, name)[part] for name in COLUMNS), segmentations)
 
+    def update(self, digest: Any) -> None:
+        """Give a digest of hashlib all that is known of the objects."""
+        for numbers in (self.ends, *(getattr(self.every, name) for name in COLUMNS)):
+            digest.update(np.ascontiguousarray(numbers, "<f8").tobytes())  # the same on every machine
+        for text in self._segmentations if self._segmentations is not None else ():
+            digest.update(f"{text.as_py()}\n".encode())
+
     def select(self, indices: Sequence[int]) -> "PackedObjects":
         """The objects of these images alone."""
         chosen = PackedObjects([])

@@ -6,8 +6,8 @@ images are decoded by the rules of `data/decode.py`, and what cannot be right is
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -16,7 +16,8 @@ from modeling_moco.distributed_moco import rank
 
 from ...data.decode import Decoder, Unreadable
 from ...data.sources import LOOKED_AT, SourceArguments
-from ...transfer.source import Source, find_eval_split
+from ...errors import DataError
+from ...transfer.source import Source, find_eval_split, identify, look_at_all
 from .annotations import AnnotatedSplit, check_objects, find_bbox_format, find_classes, join, refuse_shared_images
 from .columns import has_metadata, read_columns, read_folder
 from .layouts import coco_splits, read_coco, read_voc, voc_splits
@@ -59,6 +60,7 @@ class DetectionSplit:
         sizes: width and height of each image (n, 2).
         names: of the images in messages.
         objects: of each image.
+        digests: of the images, as of `identify` (n,).
         decoder: of the images.
         broken: keeps the images that cannot be read.
     """
@@ -68,6 +70,7 @@ class DetectionSplit:
     sizes: np.ndarray
     names: list[str]
     objects: PackedObjects
+    digests: np.ndarray
     decoder: Decoder
     broken: Unreadable
 
@@ -79,15 +82,11 @@ class DetectionSplit:
 
         Raises:
             OSError: it cannot be read.
-            ValueError: it has another size than its annotations say, so that its boxes would be elsewhere.
+            DataError: it has another size than when the split was opened, so that its boxes would be elsewhere.
         """
         image = self.decoder.image(self.rows[index]["image"])
-        if image.size != tuple(self.sizes[index].tolist()):
-            width, height = self.sizes[index]
-            raise ValueError(
-                f"{self.names[index]} has {image.width} x {image.height} pixels (upright, as its EXIF tag turns it), and its "
-                f"annotations are of {width} x {height}: correct them"
-            )
+        if image.size != (size := tuple(self.sizes[index].tolist())):
+            raise DataError(_of_another_size(self.names[index], image.size, size))
         return image
 
     def select(self, indices: Sequence[int]) -> "DetectionSplit":
@@ -95,15 +94,18 @@ class DetectionSplit:
         objects = self.objects.select(indices)
         names = [self.names[i] for i in indices]
         broken = Unreadable(len(indices), self.broken.split)
-        sizes = self.sizes[np.asarray(indices, np.int64)]
-        return DetectionSplit(self.name, self.rows.select(indices), sizes, names, objects, self.decoder, broken)
+        kept = np.asarray(indices, np.int64)
+        sizes, digests = self.sizes[kept], self.digests[kept]
+        return DetectionSplit(
+            self.name, self.rows.select(indices), sizes, names, objects, digests, self.decoder, broken
+        )
 
     def content(self) -> str:
         """Number of images and a digest of them and their objects: whether a run goes on with what it was begun with."""
         digest = hashlib.sha256("\n".join(self.names).encode(errors="replace"))
-        every = self.objects.every
-        for numbers in (self.sizes, self.objects.ends, every.boxes, every.labels):
-            digest.update(np.ascontiguousarray(numbers, "<f8").tobytes())  # the same on every machine
+        for numbers in (self.sizes, self.digests):
+            digest.update(np.ascontiguousarray(numbers, "<i8").tobytes())  # the same on every machine
+        self.objects.update(digest)
         return f"{len(self):,} images {digest.hexdigest()[:16]}"
 
 
@@ -129,7 +131,7 @@ class DetectionSplits:
 def load_detection(
     args: DetectionDataArguments, class_names: Sequence[str] | None = None, training: bool = True
 ) -> DetectionSplits:
-    """Open a dataset with boxes.
+    """Open a dataset with boxes. Of several processes each reads the headers of its share of the images.
 
     Args:
         args: where it is.
@@ -156,8 +158,8 @@ def load_detection(
     readable = [_measure(split, limit, args) for split, limit in zip(opened, limits, strict=True)]
     bbox_format = opened[0].bbox_format or (args.bbox_format if args.bbox_format != "auto" else None)
     if bbox_format is None:
-        bbox_format = find_bbox_format([part for part, _, _ in readable], [sizes for _, sizes, _ in readable])
-    checked = [_check(*part, names, bbox_format, args) for part in readable]
+        bbox_format = find_bbox_format([part.split for part in readable], [part.sizes for part in readable])
+    checked = [_check(part, names, bbox_format, args) for part in readable]
     totals = [len(split.annotations) for split in opened]
     content = source.same_content(
         {
@@ -178,6 +180,13 @@ def load_detection(
         if used is not None:
             _look_at_images(used)
     return splits
+
+
+def _of_another_size(name: str, size: tuple[int, int], stated: tuple[int, int]) -> str:
+    return (
+        f"{name} has {size[0]} x {size[1]} pixels (upright, as its EXIF tag turns it), and its annotations are of "
+        f"{stated[0]} x {stated[1]}: correct them"
+    )
 
 
 class _Source(Source):
@@ -225,58 +234,96 @@ class _Source(Source):
         return split
 
 
-def _measure(
-    split: AnnotatedSplit, limit: int | None, args: DetectionDataArguments
-) -> tuple[AnnotatedSplit, list[tuple[int, int]], Decoder]:
-    """The images whose size is known, or can be read, and their sizes; the others are named and left out."""
+class _Measured(NamedTuple):
+    """The images of a split whose size is known, their sizes and digests (n,), and the decoder of them."""
+
+    split: AnnotatedSplit
+    sizes: list[tuple[int, int]]
+    digests: list[int]
+    decoder: Decoder
+
+
+def _measure(split: AnnotatedSplit, limit: int | None, args: DetectionDataArguments) -> _Measured:
+    """The images whose size is known, or can be read; the others are named and left out.
+
+    Raises:
+        ValueError: an image has another size than its annotations say, or none can be read.
+    """
     decoder = Decoder(args.max_image_pixels, split.places)
-    broken = Unreadable(len(split.annotations), split.name)
+    count = min(len(split.annotations), limit or len(split.annotations))
+    headers = look_at_all(lambda number: _read_header(split, decoder, number), count, f"images of {split.name}")
+    _refuse_other_sizes(split, headers)
+    broken = Unreadable(count, split.name)
     kept, sizes = [], []
-    for index, image in enumerate(split.annotations[:limit]):
-        try:
-            sizes.append(image.size or decoder.size(split.images[index]["image"]))
-            kept.append(index)
-        except OSError as error:
-            broken.add(split.images[index], index, error)
+    for number, (image, header) in enumerate(zip(split.annotations, headers, strict=False)):
+        if image.size is None and isinstance(header.size, OSError):
+            broken.add(split.images[number], number, header.size)
+        else:
+            kept.append(number)
+            sizes.append(image.size or header.size)
     if not kept:
         raise ValueError(f"no image of split {split.name!r} of {args.dataset_name} can be read: check the files")
     if len(kept) < len(split.annotations):
-        inodes = [split.inodes[i] for i in kept] if split.inodes else []
-        annotations = [split.annotations[i] for i in kept]
-        split = AnnotatedSplit(
-            split.name,
-            split.images.select(kept),
-            annotations,
-            split.class_names,
-            split.bbox_format,
-            split.places,
-            inodes,
+        split = replace(
+            split,
+            images=split.images.select(kept),
+            annotations=[split.annotations[number] for number in kept],
+            files=[split.files[number] for number in kept] if split.files else [],
         )
-    return split, sizes, decoder
+    return _Measured(split, sizes, [headers[number].digest for number in kept], decoder)
 
 
-def _check(
-    split: AnnotatedSplit,
-    sizes: list[tuple[int, int]],
-    decoder: Decoder,
-    names: list[str],
-    bbox_format: str,
-    args: DetectionDataArguments,
-) -> DetectionSplit:
+class _Header(NamedTuple):
+    """Width and height of an image, or why they cannot be read; and its digest, as of `identify`."""
+
+    size: Any
+    digest: int
+
+
+def _read_header(split: AnnotatedSplit, decoder: Decoder, number: int) -> _Header:
+    row = split.images[number]["image"]
+    digest = identify(row, split.files[number] if split.files else None)
+    try:
+        return _Header(decoder.size(row), digest)
+    except OSError as error:
+        return _Header(error, digest)
+
+
+def _refuse_other_sizes(split: AnnotatedSplit, headers: Sequence[_Header]) -> None:
+    wrong = [
+        _of_another_size(image.name, header.size, image.size)
+        for image, header in zip(split.annotations, headers, strict=False)
+        if image.size is not None and not isinstance(header.size, OSError) and header.size != image.size
+    ]
+    if wrong:
+        more = f" ({len(wrong):,} images of split {split.name!r} have another size)" if len(wrong) > 1 else ""
+        raise ValueError(wrong[0] + more)
+
+
+def _check(measured: _Measured, names: list[str], bbox_format: str, args: DetectionDataArguments) -> DetectionSplit:
+    split, sizes = measured.split, measured.sizes
     images = zip(split.annotations, sizes, strict=True)
     objects = PackedObjects(check_objects(image, size, names, bbox_format) for image, size in images)
     if not len(objects.every):
         raise ValueError(f"split {split.name!r} of {args.dataset_name} has no objects: choose another")
     image_names = [image.name for image in split.annotations]
-    broken = Unreadable(len(image_names), split.name)
-    return DetectionSplit(split.name, split.images, np.array(sizes), image_names, objects, decoder, broken)
+    return DetectionSplit(
+        split.name,
+        split.images,
+        np.array(sizes),
+        image_names,
+        objects,
+        np.array(measured.digests),
+        measured.decoder,
+        Unreadable(len(image_names), split.name),
+    )
 
 
 def _look_at_images(split: DetectionSplit) -> None:
     """Decode some images before anything is trained.
 
     Raises:
-        ValueError: none can be read, or one has another size than its annotations say.
+        ValueError: none can be read.
     """
     looked_at = sorted({i * len(split) // LOOKED_AT for i in range(LOOKED_AT)})
     errors = []

@@ -45,7 +45,7 @@ class MaskedSplit:
         classes: the class of each number in a mask, uint8 (256,); None where it is that number.
         ids: numbers that a mask may have, where `classes` is given.
         places: see `Decoder`.
-        inodes: numbers of the files of the images; empty where they are no files.
+        files: of the images; empty where they are no files.
     """
 
     name: str
@@ -55,7 +55,7 @@ class MaskedSplit:
     classes: np.ndarray | None = None
     ids: range | None = None
     places: tuple[str, ...] = ()
-    inodes: list[int] = field(default_factory=list)
+    files: list[FoundFile] = field(default_factory=list)
 
 
 def check_class_names(names: Sequence[str], whose: str) -> None:
@@ -90,7 +90,7 @@ def join(splits: Sequence[MaskedSplit]) -> MaskedSplit:
             first.classes,
             first.ids,
             places,
-            [*first.inodes, *other.inodes],
+            [*first.files, *other.files],
         )
     return first
 
@@ -100,8 +100,8 @@ def refuse_shared_images(split: MaskedSplit, other: MaskedSplit) -> None:
     Raises:
         ValueError: a file is an image of both splits: one that is trained on and tested makes every number too good.
     """
-    names = dict(zip(split.inodes, split.names, strict=False))
-    if shared := [inode for inode in other.inodes if inode in names]:
+    names = {file.inode: name for file, name in zip(split.files, split.names, strict=False)}
+    if shared := [file.inode for file in other.files if file.inode in names]:
         raise ValueError(
             f"splits {split.name!r} and {other.name!r} share {len(shared):,} images, for example {names[shared[0]]}: choose "
             "splits without common images"
@@ -124,8 +124,9 @@ def _of_files(name: str, files: Files, pairs: Iterable[tuple[FoundFile, FoundFil
         for place, column in enumerate(ROWS)
     }
     rows = datasets.Dataset.from_dict(columns, features=ROWS)
+    images = [image for image, _ in pairs]
     return MaskedSplit(
-        name, rows, [one_line(image.path) for image, _ in pairs], places=files.places(), inodes=[*seen], **about
+        name, rows, [one_line(image.path) for image in images], places=files.places(), files=images, **about
     )
 
 

@@ -7,21 +7,19 @@ dataset may be a stranger's: paths lead to files of its own folder alone, and wh
 import hashlib
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import torch.distributed as dist
-from tqdm import tqdm
 
-from modeling_moco.distributed_moco import rank, world_size
+from modeling_moco.distributed_moco import rank
 
 from ...data.decode import Decoder, Unreadable
 from ...data.sources import SourceArguments
-from ...errors import one_line
-from ...transfer.source import Source, find_eval_split
+from ...errors import one_line, shown
+from ...transfer.source import Source, find_eval_split, identify, look_at_all
 from .layouts import (
     IGNORED,
     MaskedSplit,
@@ -38,7 +36,6 @@ from .layouts import (
 )
 
 VOC_EVAL_SPLITS = ("2012_val",)
-READERS = 4  # threads that decode masks
 
 
 @dataclass
@@ -77,7 +74,7 @@ class SegmentationSplit:
         names: of the images in messages.
         sizes: width and height of each image (n, 2).
         pixels: of each image and class (n, L), int64, without those that count nowhere.
-        digests: of the masks.
+        digests: of each image, as of `identify`, and of its mask (n, 2).
         classes: the class of each number in a mask, uint8 (256,).
         decoder: of the images and masks.
         broken: keeps the images that cannot be read.
@@ -88,7 +85,7 @@ class SegmentationSplit:
     names: list[str]
     sizes: np.ndarray
     pixels: np.ndarray
-    digests: list[int]
+    digests: np.ndarray
     classes: np.ndarray
     decoder: Decoder
     broken: Unreadable
@@ -117,7 +114,7 @@ class SegmentationSplit:
             [self.names[i] for i in indices],
             self.sizes[kept],
             self.pixels[kept],
-            [self.digests[i] for i in indices],
+            self.digests[kept],
             self.classes,
             self.decoder,
             Unreadable(len(kept), self.broken.split),
@@ -126,7 +123,7 @@ class SegmentationSplit:
     def content(self) -> str:
         """Number of images and a digest of them and their masks: whether a run goes on with what it was begun with."""
         digest = hashlib.sha256("\n".join(self.names).encode(errors="replace"))
-        for numbers in (self.sizes, self.pixels, np.array(self.digests)):
+        for numbers in (self.sizes, self.pixels, self.digests):
             digest.update(np.ascontiguousarray(numbers, "<i8").tobytes())  # the same on every machine
         return f"{len(self):,} images {digest.hexdigest()[:16]}"
 
@@ -160,7 +157,8 @@ def load_segmentation(
 
     Raises:
         ValueError: the dataset, a split, a column, an image or a mask does not exist; a mask has another size than its image,
-            or a class that is not there; a split has nothing that counts; or the two splits share images.
+            or a class that is not there; a split has nothing that counts, or 255 for its foreground; the data or `args` name
+            other classes than the model; or the two splits share images.
     """
     source = _Source(args)
     eval_split = find_eval_split(source.names, args, VOC_EVAL_SPLITS)
@@ -172,6 +170,8 @@ def load_segmentation(
         )
     if len(opened) == 2:
         refuse_shared_images(*opened)
+    if class_names is not None:
+        _refuse_other_classes(opened, class_names, args)
     limits = [*([args.max_train_samples] if needed else []), *([args.max_eval_samples] if eval_split else [])]
     looked_at = [_look_at(split, limit, args) for split, limit in zip(opened, limits, strict=True)]
     names = _find_classes(looked_at[0], opened[0].class_names, args) if class_names is None else list(class_names)
@@ -220,11 +220,11 @@ class _Source(Source):
 
 
 class _Seen(NamedTuple):
-    """Width and height of an image, the pixels of each class (256,), and a digest of its mask."""
+    """Width and height of an image, the pixels of each class (256,), and digests of the image and its mask."""
 
     size: tuple[int, int]
     pixels: np.ndarray
-    digest: int
+    digests: tuple[int, int]
 
 
 def _look_at(split: MaskedSplit, limit: int | None, args: SegmentationDataArguments) -> SegmentationSplit:
@@ -236,17 +236,7 @@ def _look_at(split: MaskedSplit, limit: int | None, args: SegmentationDataArgume
     """
     decoder = Decoder(args.max_image_pixels, split.places)
     count = min(len(split.rows), limit or len(split.rows))
-    numbers = range(rank(), count, world_size())
-    with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda number: _look_at_one(split, decoder, number), numbers)
-        bar = tqdm(found, f"masks of {split.name}", len(numbers), delay=2, leave=False, disable=rank() > 0 or None)
-        here = dict(zip(numbers, bar, strict=True))
-    shares: list[Any] = [here]
-    if world_size() > 1:
-        shares = [None] * world_size()
-        dist.all_gather_object(shares, here)
-    together = {number: seen for share in shares for number, seen in share.items()}
-    every = [together[number] for number in range(count)]
+    every: Any = look_at_all(lambda number: _look_at_one(split, decoder, number), count, f"masks of {split.name}")
     broken = Unreadable(count, split.name)
     for number, seen in enumerate(every):
         if isinstance(seen, OSError):
@@ -265,7 +255,7 @@ def _look_at(split: MaskedSplit, limit: int | None, args: SegmentationDataArgume
         [split.names[number] for number in kept],
         np.array([every[number].size for number in kept]),
         np.stack([every[number].pixels for number in kept]),
-        [every[number].digest for number in kept],
+        np.array([every[number].digests for number in kept]),
         classes,
         decoder,
         Unreadable(len(kept), split.name),
@@ -292,7 +282,8 @@ def _look_at_one(split: MaskedSplit, decoder: Decoder, number: int) -> _Seen | O
     if split.ids is not None and (beyond := np.flatnonzero(counts[split.ids.stop : IGNORED])).size:
         return f"the mask of {name} has the number {split.ids.stop + beyond[0]}, which is none of this dataset's: correct it"
     of_classes = counts if split.classes is None else np.bincount(split.classes, counts, minlength=256).astype(np.int64)
-    return _Seen(size, of_classes, zlib.crc32(mask.tobytes()))
+    of_image = identify(row["image"], split.files[number] if split.files else None)
+    return _Seen(size, of_classes, (of_image, zlib.crc32(mask.tobytes())))
 
 
 def _find_classes(split: SegmentationSplit, known: list[str] | None, args: SegmentationDataArguments) -> list[str]:
@@ -302,18 +293,42 @@ def _find_classes(split: SegmentationSplit, known: list[str] | None, args: Segme
     present = np.flatnonzero(counts[:IGNORED])
     if present.size and present[-1] > 0:
         return [str(number) for number in range(present[-1] + 1)]
-    also = f" and {IGNORED}, which counts nowhere" if counts[IGNORED] else ""
-    raise ValueError(
+    raise ValueError(_class_0_alone(split, args))
+
+
+def _class_0_alone(split: SegmentationSplit, args: SegmentationDataArguments) -> str:
+    also = f" and {IGNORED}, which counts nowhere" if split.pixels[:, IGNORED].any() else ""
+    return (
         f"the masks of split {split.name!r} of {args.dataset_name} have class 0 alone{also}: number the classes 0, 1, ..., as "
         "in 1 for the foreground"
     )
+
+
+def _refuse_other_classes(
+    splits: Sequence[MaskedSplit], of_model: Sequence[str], args: SegmentationDataArguments
+) -> None:
+    """
+    Raises:
+        ValueError: the classes that the flag names, or else a split itself, are not those of the model.
+    """
+    for split in splits:
+        names = args.class_names or split.class_names or list(of_model)
+        for number, (name, known) in enumerate(zip_longest(names, of_model)):
+            if name != known:
+                flag = args.class_names is not None
+                where = "--class_names" if flag else f"split {split.name!r} of {args.dataset_name}"
+                remedy = "" if flag else "choose data with the model's, or, if its masks have their numbers, "
+                raise ValueError(
+                    f"class {number} of {where} is {shown(name)} ({len(names)} classes), and of the model {shown(known)} "
+                    f"({len(of_model)} classes): {remedy}pass those of the model with --class_names"
+                )
 
 
 def _check(split: SegmentationSplit, names: list[str], args: SegmentationDataArguments) -> SegmentationSplit:
     """The split with the pixels of its classes.
 
     Raises:
-        ValueError: a mask has a class that is not there, or none has any.
+        ValueError: a mask has a class that is not there, none has any, or the foreground seems to be 255.
     """
     beyond = split.pixels[:, len(names) : IGNORED]
     if beyond.any():
@@ -327,6 +342,8 @@ def _check(split: SegmentationSplit, names: list[str], args: SegmentationDataArg
     counted = split.pixels[:, : len(names)]
     if not counted.any():
         raise ValueError(f"split {split.name!r} of {args.dataset_name} has no pixel that counts: choose another")
+    if not counted[:, 1:].any() and split.pixels[:, IGNORED].any():
+        raise ValueError(_class_0_alone(split, args))
     return replace(split, pixels=counted)
 
 
