@@ -206,6 +206,21 @@ def test_of_an_unknown_training_nothing_is_said(detector, stranger, script, caps
     assert "Nothing is recorded of how these weights were trained." in shown
 
 
+def test_an_evaluation_makes_its_folder_before_it_begins(detector, script, capsys, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    script("detect").main([str(detector), "--eval_only", "--use_cpu", "--output_dir", str(folder)])
+    names = {path.name for path in folder.iterdir()}
+    assert {"results.json", "detections.png", "ap_by_class.png"} <= names
+    results = [json.loads((place / "results.json").read_text()) for place in (folder, detector)]
+    values = [[(entry["protocol"], entry["metric"], entry["value"]) for entry in entries] for entries in results]
+    assert values[0] == values[1][: len(values[0])]
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        script("detect").main([str(detector), "--eval_only", "--use_cpu", "--output_dir", str(tmp_path / "file")])
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_an_evaluation_on_other_images_than_the_runs_is_refused(detector, script, capsys, tmp_path):
     """Also where it changed after the training; the first images of a split are no other ones."""
     copy = tmp_path / "detector"

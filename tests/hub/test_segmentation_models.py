@@ -115,3 +115,14 @@ def test_what_it_does_not_have_is_refused_in_one_line(segmenter, script, capsys,
     with pytest.raises(SystemExit):
         script("segment").main([str(segmenter), "--eval_only", "--crop_size", "65"])
     assert "--crop_size is for training" in capsys.readouterr().err
+
+
+def test_an_evaluation_makes_its_folder_before_it_begins(segmenter, script, capsys, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    script("segment").main([str(segmenter), "--eval_only", "--use_cpu", "--output_dir", str(folder)])
+    assert {"results.json", "segmentations.png", "iou_by_class.png"} <= {path.name for path in folder.iterdir()}
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        script("segment").main([str(segmenter), "--eval_only", "--use_cpu", "--output_dir", str(tmp_path / "file")])
+    assert "cannot be written" in capsys.readouterr().err

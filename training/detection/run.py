@@ -21,6 +21,7 @@ from ..engine.run_folder import (
     mark_ended,
     read_metrics,
 )
+from ..transfer.evaluated import make_folder
 from ..transfer.figures import draw_training
 from ..transfer.models import build_around, load_trained
 from ..transfer.recipe import RECIPES, Task, TransferRun
@@ -201,14 +202,18 @@ def announce(run: DetectRun, splits: DetectionSplits, trainer: DetectionTrainer)
 
 
 def results_of(run: DetectRun, splits: DetectionSplits, model: Any, processor: Any) -> dict[str, AveragePrecision]:
-    """What is measured on the split to evaluate on: APs by "box" and "mask". All processes take part; the main one draws."""
+    """What is measured on the split to evaluate on: APs by "box" and "mask". All processes take part; the main one draws.
+
+    Raises:
+        ValueError: the folder of the results cannot be made.
+    """
     assert splits.eval is not None
+    folder = make_folder(run)
     found = detect(model, splits.eval, processor, run.training.dataloader_num_workers)
     if run.training.process_index != 0:
         return {}
     masks = model.config.masks
     measured = dict(measure(splits.eval, found, splits.class_names, run.metric_of(splits), masks))
-    folder = Path(str(run.training.output_dir))
     draw_detections(splits.eval, found, splits.class_names, folder / DETECTIONS)
     draw_classes(measured, folder / CLASS_AP)
     return measured

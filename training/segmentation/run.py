@@ -21,6 +21,7 @@ from ..engine.run_folder import (
     mark_ended,
     read_metrics,
 )
+from ..transfer.evaluated import make_folder
 from ..transfer.figures import draw_bars, draw_training
 from ..transfer.models import build_around, load_trained
 from ..transfer.recipe import RECIPES, Task, TransferRun
@@ -146,12 +147,16 @@ def announce(run: SegmentRun, splits: SegmentationSplits) -> None:
 
 
 def results_of(run: SegmentRun, splits: SegmentationSplits, model: Any, processor: Any) -> SegmentationScores:
-    """What is measured on the split to evaluate on. All processes take part; the main one draws."""
+    """What is measured on the split to evaluate on. All processes take part; the main one draws.
+
+    Raises:
+        ValueError: the folder of the results cannot be made.
+    """
     assert splits.eval is not None
+    folder = make_folder(run)
     counts = evaluate(model, splits.eval, processor, run.training.dataloader_num_workers)
     measured = scores(counts, splits.class_names)
     if run.training.process_index == 0:
-        folder = Path(str(run.training.output_dir))
         draw_segmentations(splits.eval, model.eval(), processor, splits.class_names, folder / SEGMENTATIONS)
         per_class = {name: 100 * value for name, value in measured.per_class.items()}
         draw_bars({"": per_class}, "IoU", folder / CLASS_IOU)
