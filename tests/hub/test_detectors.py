@@ -17,6 +17,7 @@ from PIL import Image
 from tiny_trainer import TINY
 
 from modeling_moco import MoCoDetectionImageProcessor, MoCoForObjectDetection
+from training.hub.model_card import _newest
 from training.hub.origin import published_figures, read_origin
 
 DETECTOR = [
@@ -117,6 +118,36 @@ def test_its_card_has_its_ap_and_says_what_the_encoder_was(detector, script, cap
     assert settings["training"]["max_steps"] == 2
     assert settings["pretraining"]["data"]["dataset_name"] == "digits"
     assert str(detector.parent.parent) not in text
+
+
+def test_a_later_evaluation_with_another_long_side_or_of_a_few_images_hides_no_number(
+    detector, script, capsys, tmp_path
+):
+    copy = shutil.copytree(detector, tmp_path / "detector")
+    whole = json.loads((copy / "results.json").read_text())
+    script("detect").main([str(copy), "--eval_only", "--use_cpu", "--longest_side", "70"])
+    script("detect").main([str(copy), "--eval_only", "--use_cpu", "--max_eval_samples", "1"])
+    entries = json.loads((copy / "results.json").read_text())
+    assert {entry["protocol"] for entry in entries[len(whole) :] if entry["n"] == 6} == {
+        whole[0]["protocol"].replace("short side 64 px", "short side 64 px, long side to 70 px")
+    }
+    assert {entry["protocol"] for entry in entries if entry["n"] == 1} == {whole[0]["protocol"]}
+    capsys.readouterr()
+    push(script, str(copy), "org/detector", "--dry_run")
+    shown = capsys.readouterr().out
+    results = ModelCard(shown[shown.index("---\n") : shown.index("Nothing was uploaded")]).data.eval_results
+    assert {result.metric_args["images"] for result in results} == {6}
+    told = [result.metric_value for result in results if "long side" not in result.metric_name]
+    assert told == [round(entry["value"], 2) for entry in whole]
+    assert any("long side to 70 px" in result.metric_name for result in results)
+
+
+def test_the_card_has_the_newest_number_of_the_most_images_of_each_part_of_a_dataset():
+    data = {"dataset": "org/digits", "split": "test"}
+    usual = {"protocol": "kNN", "feature": "backbone", "metric": "top1", "settings": {}, "data": data}
+    entries = [usual | {"n": n, "value": value} for n, value in ((6, 50.0), (9, 60.0), (9, 61.0), (1, 100.0))]
+    entries.append(usual | {"n": 2, "value": 10.0, "data": data | {"config": "other"}})
+    assert [entry["value"] for entry in _newest(entries)] == [61.0, 10.0]
 
 
 def test_pictures_of_a_local_dataset_stay_here(detector, script, capsys):

@@ -1,6 +1,7 @@
 """A detector from its command line: parse, build, train, evaluate, leave results behind."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from .evaluate import Metric, detect, measure
 from .figures import draw_classes, draw_detections
 from .trainer import DetectionTrainer, DetectionTrainingArguments
 
+LONGEST_SIDE = 1333  # pixels, of the papers: a protocol names another
 NEW = re.compile(r"^(moco\.)?(proposals|norm|reduce|hidden|cls_score|bbox_pred|mask_)")  # parts that no encoder has
 
 
@@ -68,7 +70,7 @@ class DetectorArguments:
         metadata={"help": "Lengths in pixels, of which the short side of an image has a random one in training."},
     )
     test_size: int = field(default=800, metadata={"help": "Length of the short side in evaluation."})
-    longest_side: int = field(default=1333, metadata={"help": "Greatest length of the long side."})
+    longest_side: int = field(default=LONGEST_SIDE, metadata={"help": "Greatest length of the long side."})
 
     def __post_init__(self):
         for name in ("train_sizes", "test_size", "longest_side"):
@@ -106,11 +108,17 @@ class DetectRun(TransferRun):
         """The metric that was asked for; by default VOC's where objects are marked difficult, as VOC's are, else COCO's."""
         return self.metric or ("voc07" if splits.difficult else "coco")
 
-    def protocol(self, metric: Metric, config: MoCoRCNNConfig, short_side: int) -> str:
-        """The words that stand for this evaluation in results."""
+    def protocol(self, metric: Metric, config: MoCoRCNNConfig, size: Mapping[str, int]) -> str:
+        """The words that stand for this evaluation in results.
+
+        Args:
+            size: of an image processor, "shortest_edge" and "longest_edge" in pixels.
+        """
         kind = "Mask R-CNN" if config.masks else "Faster R-CNN"
         variant = config.rcnn_variant.upper().replace("_", "-")
-        return f"{kind} {variant}, {self.training_in_words}, short side {short_side} px, {METRIC_NAMES[metric]}"
+        short, long = size["shortest_edge"], size["longest_edge"]
+        sides = f"short side {short} px" + (f", long side to {long} px" if long != LONGEST_SIDE else "")
+        return f"{kind} {variant}, {self.training_in_words}, {sides}, {METRIC_NAMES[metric]}"
 
 
 def parse_detect(argv: list[str]) -> DetectRun:
@@ -257,7 +265,7 @@ def leave_results(
     """Print the APs, and write them to `results.json` in the folder of the detector; after training to `metrics.json` too."""
     folder, metric = Path(str(run.training.output_dir)), run.metric_of(splits)
     n, seed = 0 if splits.eval is None else len(splits.eval), (run.trained or {}).get("seed")
-    protocol = run.protocol(metric, model.config, processor.size["shortest_edge"])
+    protocol = run.protocol(metric, model.config, processor.size)
     results = [
         Result(protocol, f"{kind} {name}", 100 * ap.values[name], n, "detector", {}, seed)
         for kind, ap in measured.items()
