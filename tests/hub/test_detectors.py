@@ -222,6 +222,37 @@ def test_its_report_and_that_of_its_encoder_show_what_it_finds(detector, script,
     assert list(Page(detector / "report.html").images.values()) == figures
 
 
+def test_figures_are_of_the_evaluation_whose_numbers_are_beside_them(detector, script, capsys, tmp_path):
+    run = shutil.copytree(detector.parent, tmp_path / detector.parent.name)
+    copy, other = run / detector.name, run / "on_train"
+    evaluate = [str(copy), "--eval_only", "--use_cpu"]
+    names = [f"{name}.{kind}" for name in ("detections", "ap_by_class") for kind in ("png", "svg")]
+    for name in names:
+        (copy / name).write_bytes(b"<svg>of the run</svg>")
+    for flags in (
+        ["--train_split", "test", "--eval_split", "train"],
+        ["--max_eval_samples", "1"],
+        ["--metric", "voc12"],
+    ):
+        script("detect").main([*evaluate, *flags])
+        assert f"The figures in {copy} stay those of Faster R-CNN C4, 2 steps of 2" in capsys.readouterr().out
+        assert {(copy / name).read_bytes() for name in names} == {b"<svg>of the run</svg>"}
+
+    script("detect").main([*evaluate, "--train_split", "test", "--eval_split", "train", "--output_dir", str(other)])
+    assert "stay those of" not in capsys.readouterr().out
+    script("detect").main([*evaluate, "--output_dir", str(shutil.copytree(copy, tmp_path / "another"))])
+    assert "stay those of" in capsys.readouterr().out  # whose numbers are of a model of its own
+    script("detect").main(evaluate)
+    assert "stay those of" not in capsys.readouterr().out
+    assert b"<svg>of the run</svg>" not in {(copy / name).read_bytes() for name in names}
+
+    script("report").main([str(run)])
+    text = Page(run / "report.html").text
+    measured = json.loads((copy / "metrics.json").read_text())
+    assert f"What it finds, bccd_quickstart: {measured['protocol']}; box AP" in text
+    assert "What it finds, on_train: of the evaluation that was drawn last in this folder, which has no metrics" in text
+
+
 def test_of_an_unknown_training_nothing_is_said(detector, stranger, script, capsys):
     images = yaml.safe_load((detector / "recipe.yaml").read_text())["data"]["dataset_name"]
     script("detect").main([str(stranger), "--eval_only", "--dataset_name", images, "--use_cpu"])

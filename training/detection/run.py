@@ -18,11 +18,10 @@ from ..engine.run_folder import (
     METRICS,
     OF_DETECTOR,
     TRAINING,
-    drawn,
     mark_ended,
     read_metrics,
 )
-from ..transfer.evaluated import make_folder
+from ..transfer.evaluated import figures_of, make_folder, shown_instead
 from ..transfer.figures import draw_training
 from ..transfer.models import build_around, load_trained
 from ..transfer.recipe import RECIPES, Task, TransferRun
@@ -209,21 +208,32 @@ def announce(run: DetectRun, splits: DetectionSplits, trainer: DetectionTrainer)
         print("The evaluation is left out: the dataset has no split for it (see --eval_split).")
 
 
+def evaluated(run: DetectRun, splits: DetectionSplits, model: Any, processor: Any) -> dict[str, Any]:
+    """What an evaluation is of: protocol, number of images, metric and data."""
+    metric = run.metric_of(splits)
+    data = splits.place | {"split": splits.eval.name if splits.eval is not None else None, "local": run.data.local}
+    protocol = run.protocol(metric, model.config, processor.size)
+    return {"protocol": protocol, "n": 0 if splits.eval is None else len(splits.eval), "metric": metric, "data": data}
+
+
 def results_of(run: DetectRun, splits: DetectionSplits, model: Any, processor: Any) -> dict[str, AveragePrecision]:
-    """What is measured on the split to evaluate on: APs by "box" and "mask". All processes take part; the main one draws.
+    """What is measured on the split to evaluate on: APs by "box" and "mask". All processes take part.
+
+    The main one draws, unless the figures that are there show another evaluation.
 
     Raises:
         ValueError: the folder of the results cannot be made.
     """
     assert splits.eval is not None
-    folder = make_folder(run)
+    folder, shown = make_folder(run), shown_instead(run, evaluated(run, splits, model, processor))
     found = detect(model, splits.eval, processor, run.training.dataloader_num_workers)
     if run.training.process_index != 0:
         return {}
     masks = model.config.masks
     measured = dict(measure(splits.eval, found, splits.class_names, run.metric_of(splits), masks))
-    draw_detections(splits.eval, found, splits.class_names, folder / DETECTIONS)
-    draw_classes(measured, folder / CLASS_AP)
+    if shown is None:
+        draw_detections(splits.eval, found, splits.class_names, folder / DETECTIONS)
+        draw_classes(measured, folder / CLASS_AP)
     return measured
 
 
@@ -263,9 +273,8 @@ def leave_results(
     step: int | None = None,
 ) -> None:
     """Print the APs, and write them to `results.json` in the folder of the detector; after training to `metrics.json` too."""
-    folder, metric = Path(str(run.training.output_dir)), run.metric_of(splits)
-    n, seed = 0 if splits.eval is None else len(splits.eval), (run.trained or {}).get("seed")
-    protocol = run.protocol(metric, model.config, processor.size)
+    folder, content = Path(str(run.training.output_dir)), evaluated(run, splits, model, processor)
+    protocol, n, seed = content["protocol"], content["n"], (run.trained or {}).get("seed")
     results = [
         Result(protocol, f"{kind} {name}", 100 * ap.values[name], n, "detector", {}, seed)
         for kind, ap in measured.items()
@@ -273,19 +282,17 @@ def leave_results(
         if ap.values[name] == ap.values[name]  # not NaN
     ]
     print(table(results) if results else "Nothing was measured.")
-    data = splits.place | {"split": splits.eval.name if splits.eval is not None else None, "local": run.data.local}
-    content: dict[str, Any] = {"protocol": protocol, "n": n, "metric": metric, "data": data}
+    figures = figures_of(run, content, OF_DETECTOR)
     for kind, ap in measured.items():
         content[kind] = {name: 100 * value for name, value in ap.values.items()}
         content[f"{kind}_per_class"] = {name: 100 * value for name, value in ap.per_class.items()}
     if not run.eval_only:
         write_json(folder / METRICS, content)
-    figures = drawn(folder, OF_DETECTOR)
     record(
         folder,
         results,
         model=model_digest(model),
-        data=data,
+        data=content["data"],
         trackers=run.training.trackers,
         figures=figures,
         step=step,
