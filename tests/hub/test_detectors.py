@@ -18,6 +18,7 @@ from tiny_trainer import TINY
 
 from modeling_moco import MoCoDetectionImageProcessor, MoCoForObjectDetection
 from training.detection.run import parse_detect
+from training.hub.model_card import _newest
 from training.hub.origin import published_figures, read_origin
 
 DETECTOR = [
@@ -120,6 +121,36 @@ def test_its_card_has_its_ap_and_says_what_the_encoder_was(detector, script, cap
     assert str(detector.parent.parent) not in text
 
 
+def test_a_later_evaluation_with_another_long_side_or_of_a_few_images_hides_no_number(
+    detector, script, capsys, tmp_path
+):
+    copy = shutil.copytree(detector, tmp_path / "detector")
+    whole = json.loads((copy / "results.json").read_text())
+    script("detect").main([str(copy), "--eval_only", "--use_cpu", "--longest_side", "70"])
+    script("detect").main([str(copy), "--eval_only", "--use_cpu", "--max_eval_samples", "1"])
+    entries = json.loads((copy / "results.json").read_text())
+    assert {entry["protocol"] for entry in entries[len(whole) :] if entry["n"] == 6} == {
+        whole[0]["protocol"].replace("short side 64 px", "short side 64 px, long side to 70 px")
+    }
+    assert {entry["protocol"] for entry in entries if entry["n"] == 1} == {whole[0]["protocol"]}
+    capsys.readouterr()
+    push(script, str(copy), "org/detector", "--dry_run")
+    shown = capsys.readouterr().out
+    results = ModelCard(shown[shown.index("---\n") : shown.index("Nothing was uploaded")]).data.eval_results
+    assert {result.metric_args["images"] for result in results} == {6}
+    told = [result.metric_value for result in results if "long side" not in result.metric_name]
+    assert told == [round(entry["value"], 2) for entry in whole]
+    assert any("long side to 70 px" in result.metric_name for result in results)
+
+
+def test_the_card_has_the_newest_number_of_the_most_images_of_each_part_of_a_dataset():
+    data = {"dataset": "org/digits", "split": "test"}
+    usual = {"protocol": "kNN", "feature": "backbone", "metric": "top1", "settings": {}, "data": data}
+    entries = [usual | {"n": n, "value": value} for n, value in ((6, 50.0), (9, 60.0), (9, 61.0), (1, 100.0))]
+    entries.append(usual | {"n": 2, "value": 10.0, "data": data | {"config": "other"}})
+    assert [entry["value"] for entry in _newest(entries)] == [61.0, 10.0]
+
+
 def test_pictures_of_a_local_dataset_stay_here(detector, script, capsys):
     push(script, str(detector), "org/detector", "--dry_run")
     shown = capsys.readouterr().out
@@ -192,6 +223,37 @@ def test_its_report_and_that_of_its_encoder_show_what_it_finds(detector, script,
     assert list(Page(detector / "report.html").images.values()) == figures
 
 
+def test_figures_are_of_the_evaluation_whose_numbers_are_beside_them(detector, script, capsys, tmp_path):
+    run = shutil.copytree(detector.parent, tmp_path / detector.parent.name)
+    copy, other = run / detector.name, run / "on_train"
+    evaluate = [str(copy), "--eval_only", "--use_cpu"]
+    names = [f"{name}.{kind}" for name in ("detections", "ap_by_class") for kind in ("png", "svg")]
+    for name in names:
+        (copy / name).write_bytes(b"<svg>of the run</svg>")
+    for flags in (
+        ["--train_split", "test", "--eval_split", "train"],
+        ["--max_eval_samples", "1"],
+        ["--metric", "voc12"],
+    ):
+        script("detect").main([*evaluate, *flags])
+        assert f"The figures in {copy} stay those of Faster R-CNN C4, 2 steps of 2" in capsys.readouterr().out
+        assert {(copy / name).read_bytes() for name in names} == {b"<svg>of the run</svg>"}
+
+    script("detect").main([*evaluate, "--train_split", "test", "--eval_split", "train", "--output_dir", str(other)])
+    assert "stay those of" not in capsys.readouterr().out
+    script("detect").main([*evaluate, "--output_dir", str(shutil.copytree(copy, tmp_path / "another"))])
+    assert "stay those of" in capsys.readouterr().out  # whose numbers are of a model of its own
+    script("detect").main(evaluate)
+    assert "stay those of" not in capsys.readouterr().out
+    assert b"<svg>of the run</svg>" not in {(copy / name).read_bytes() for name in names}
+
+    script("report").main([str(run)])
+    text = Page(run / "report.html").text
+    measured = json.loads((copy / "metrics.json").read_text())
+    assert f"What it finds, bccd_quickstart: {measured['protocol']}; box AP" in text
+    assert "What it finds, on_train: of the evaluation that was drawn last in this folder, which has no metrics" in text
+
+
 def test_of_an_unknown_training_nothing_is_said(detector, stranger, script, capsys):
     images = yaml.safe_load((detector / "recipe.yaml").read_text())["data"]["dataset_name"]
     script("detect").main([str(stranger), "--eval_only", "--dataset_name", images, "--use_cpu"])
@@ -205,6 +267,21 @@ def test_of_an_unknown_training_nothing_is_said(detector, stranger, script, caps
     shown = capsys.readouterr().out
     assert "nothing is recorded of what that was pretrained on" in shown
     assert "Nothing is recorded of how these weights were trained." in shown
+
+
+def test_an_evaluation_makes_its_folder_before_it_begins(detector, script, capsys, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    script("detect").main([str(detector), "--eval_only", "--use_cpu", "--output_dir", str(folder)])
+    names = {path.name for path in folder.iterdir()}
+    assert {"results.json", "detections.png", "ap_by_class.png"} <= names
+    results = [json.loads((place / "results.json").read_text()) for place in (folder, detector)]
+    values = [[(entry["protocol"], entry["metric"], entry["value"]) for entry in entries] for entries in results]
+    assert values[0] == values[1][: len(values[0])]
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        script("detect").main([str(detector), "--eval_only", "--use_cpu", "--output_dir", str(tmp_path / "file")])
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_an_evaluation_on_other_images_than_the_runs_is_refused(detector, script, capsys, tmp_path):

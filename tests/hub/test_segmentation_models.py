@@ -1,6 +1,7 @@
 """A segmentation model is published with its mean IoU, and strangers see with it what we see."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -115,3 +116,27 @@ def test_what_it_does_not_have_is_refused_in_one_line(segmenter, script, capsys,
     with pytest.raises(SystemExit):
         script("segment").main([str(segmenter), "--eval_only", "--crop_size", "65"])
     assert "--crop_size is for training" in capsys.readouterr().err
+
+
+def test_an_evaluation_makes_its_folder_before_it_begins(segmenter, script, capsys, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    script("segment").main([str(segmenter), "--eval_only", "--use_cpu", "--output_dir", str(folder)])
+    assert {"results.json", "segmentations.png", "iou_by_class.png"} <= {path.name for path in folder.iterdir()}
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        script("segment").main([str(segmenter), "--eval_only", "--use_cpu", "--output_dir", str(tmp_path / "file")])
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_figures_are_of_the_evaluation_whose_numbers_are_beside_them(segmenter, script, capsys, tmp_path):
+    copy = shutil.copytree(segmenter, tmp_path / "masks")
+    figures = [copy / f"{name}.svg" for name in ("segmentations", "iou_by_class")]
+    for figure in figures:
+        figure.write_text("of the run")
+    for flags in (["--train_split", "test", "--eval_split", "train"], ["--max_eval_samples", "1"]):
+        script("segment").main([str(copy), "--eval_only", "--use_cpu", *flags])
+        assert f"The figures in {copy} stay those of FCN-16s" in capsys.readouterr().out
+        assert {figure.read_text() for figure in figures} == {"of the run"}
+    script("segment").main([str(copy), "--eval_only", "--use_cpu"])
+    assert "of the run" not in {figure.read_text() for figure in figures}

@@ -1,6 +1,7 @@
 """A detector from its command line: parse, build, train, evaluate, leave results behind."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from ..engine.run_folder import (
     METRICS,
     OF_DETECTOR,
     TRAINING,
-    drawn,
     mark_ended,
     read_metrics,
 )
+from ..transfer.evaluated import figures_of, make_folder, shown_instead
 from ..transfer.figures import draw_training
 from ..transfer.models import build_around, load_trained
 from ..transfer.recipe import RECIPES, Task, TransferRun
@@ -33,6 +34,7 @@ from .evaluate import Metric, detect, measure
 from .figures import draw_classes, draw_detections
 from .trainer import DetectionTrainer, DetectionTrainingArguments
 
+LONGEST_SIDE = 1333  # pixels, of the papers: a protocol names another
 NEW = re.compile(r"^(moco\.)?(proposals|norm|reduce|hidden|cls_score|bbox_pred|mask_)")  # parts that no encoder has
 
 
@@ -67,7 +69,7 @@ class DetectorArguments:
         metadata={"help": "Lengths in pixels, of which the short side of an image has a random one in training."},
     )
     test_size: int = field(default=800, metadata={"help": "Length of the short side in evaluation."})
-    longest_side: int = field(default=1333, metadata={"help": "Greatest length of the long side."})
+    longest_side: int = field(default=LONGEST_SIDE, metadata={"help": "Greatest length of the long side."})
     metric: Metric | None = field(
         default=None,
         metadata={"help": "By default voc07 where objects of the evaluated split are difficult, else coco."},
@@ -108,11 +110,17 @@ class DetectRun(TransferRun):
         """The metric that was asked for; by default VOC's where objects are marked difficult, as VOC's are, else COCO's."""
         return self.model.metric or ("voc07" if splits.difficult else "coco")
 
-    def protocol(self, metric: Metric, config: MoCoRCNNConfig, short_side: int) -> str:
-        """The words that stand for this evaluation in results."""
+    def protocol(self, metric: Metric, config: MoCoRCNNConfig, size: Mapping[str, int]) -> str:
+        """The words that stand for this evaluation in results.
+
+        Args:
+            size: of an image processor, "shortest_edge" and "longest_edge" in pixels.
+        """
         kind = "Mask R-CNN" if config.masks else "Faster R-CNN"
         variant = config.rcnn_variant.upper().replace("_", "-")
-        return f"{kind} {variant}, {self.training_in_words}, short side {short_side} px, {METRIC_NAMES[metric]}"
+        short, long = size["shortest_edge"], size["longest_edge"]
+        sides = f"short side {short} px" + (f", long side to {long} px" if long != LONGEST_SIDE else "")
+        return f"{kind} {variant}, {self.training_in_words}, {sides}, {METRIC_NAMES[metric]}"
 
 
 def parse_detect(argv: list[str]) -> DetectRun:
@@ -212,17 +220,32 @@ def announce(run: DetectRun, splits: DetectionSplits, trainer: DetectionTrainer)
         print("The evaluation is left out: the dataset has no split for it (see --eval_split).")
 
 
+def evaluated(run: DetectRun, splits: DetectionSplits, model: Any, processor: Any) -> dict[str, Any]:
+    """What an evaluation is of: protocol, number of images, metric and data."""
+    metric = run.metric_of(splits)
+    data = splits.place | {"split": splits.eval.name if splits.eval is not None else None, "local": run.data.local}
+    protocol = run.protocol(metric, model.config, processor.size)
+    return {"protocol": protocol, "n": 0 if splits.eval is None else len(splits.eval), "metric": metric, "data": data}
+
+
 def results_of(run: DetectRun, splits: DetectionSplits, model: Any, processor: Any) -> dict[str, AveragePrecision]:
-    """What is measured on the split to evaluate on: APs by "box" and "mask". All processes take part; the main one draws."""
+    """What is measured on the split to evaluate on: APs by "box" and "mask". All processes take part.
+
+    The main one draws, unless the figures that are there show another evaluation.
+
+    Raises:
+        ValueError: the folder of the results cannot be made.
+    """
     assert splits.eval is not None
+    folder, shown = make_folder(run), shown_instead(run, evaluated(run, splits, model, processor))
     found = detect(model, splits.eval, processor, run.training.dataloader_num_workers)
     if run.training.process_index != 0:
         return {}
     masks = model.config.masks
     measured = dict(measure(splits.eval, found, splits.class_names, run.metric_of(splits), masks))
-    folder = Path(str(run.training.output_dir))
-    draw_detections(splits.eval, found, splits.class_names, folder / DETECTIONS)
-    draw_classes(measured, folder / CLASS_AP)
+    if shown is None:
+        draw_detections(splits.eval, found, splits.class_names, folder / DETECTIONS)
+        draw_classes(measured, folder / CLASS_AP)
     return measured
 
 
@@ -262,9 +285,8 @@ def leave_results(
     step: int | None = None,
 ) -> None:
     """Print the APs, and write them to `results.json` in the folder of the detector; after training to `metrics.json` too."""
-    folder, metric = Path(str(run.training.output_dir)), run.metric_of(splits)
-    n, seed = 0 if splits.eval is None else len(splits.eval), (run.trained or {}).get("seed")
-    protocol = run.protocol(metric, model.config, processor.size["shortest_edge"])
+    folder, content = Path(str(run.training.output_dir)), evaluated(run, splits, model, processor)
+    protocol, n, seed = content["protocol"], content["n"], (run.trained or {}).get("seed")
     results = [
         Result(protocol, f"{kind} {name}", 100 * ap.values[name], n, "detector", {}, seed)
         for kind, ap in measured.items()
@@ -272,19 +294,17 @@ def leave_results(
         if ap.values[name] == ap.values[name]  # not NaN
     ]
     print(table(results) if results else "Nothing was measured.")
-    data = splits.place | {"split": splits.eval.name if splits.eval is not None else None, "local": run.data.local}
-    content: dict[str, Any] = {"protocol": protocol, "n": n, "metric": metric, "data": data}
+    figures = figures_of(run, content, OF_DETECTOR)
     for kind, ap in measured.items():
         content[kind] = {name: 100 * value for name, value in ap.values.items()}
         content[f"{kind}_per_class"] = {name: 100 * value for name, value in ap.per_class.items()}
     if not run.eval_only:
         write_json(folder / METRICS, content)
-    figures = drawn(folder, OF_DETECTOR)
     record(
         folder,
         results,
         model=model_digest(model),
-        data=data,
+        data=content["data"],
         trackers=run.training.trackers,
         figures=figures,
         step=step,

@@ -36,6 +36,9 @@ from .run_folder import (
 STREAMED = "the images were streamed, and these figures need them by index"
 # The figure of a classifier's mistakes, by the name of the probe. That of a fine-tuning is called as the first.
 CONFUSIONS = {"official": "confusion", "cached SGD": "confusion_sgd", "cached L-BFGS": "confusion_lbfgs"}
+UNMEASURED = (
+    "of the evaluation that was drawn last in this folder, which has no metrics.json"  # as --eval_only leaves it
+)
 PER_CLASS = "_per_class"  # end of the names of numbers of a detector, by class
 # Numbers of `metrics.json` that are shown, and in which words.
 NUMBERS = {
@@ -265,7 +268,11 @@ def _figures(run: Run, missing: str | None) -> Iterator[str]:
 
 
 def _figures_of_task(folder: Path, task: str) -> Iterator[str]:
-    again = f"{how_to_run(task)} {folder} --eval_only"
+    measured = read_metrics(folder / METRICS, "correct it, or move it away")
+    metric = (
+        f" --metric {measured['metric']}" if "metric" in measured else ""
+    )  # another draws no figure of these numbers
+    again = f"{how_to_run(task)} {folder} --eval_only{metric}"
     for name, (title, reading) in OF_TASKS[task].items():
         drawn_by = None if name == TRAINING else again
         yield f"<h2>{title}</h2>\n" + _figure(folder / f"{name}.svg", title, reading, None, drawn_by)
@@ -304,7 +311,7 @@ def _transfers(run: Path) -> Iterator[str]:
         measured = read_metrics(folder / METRICS, "correct it, or move it away") if there else {}
         values = [f"{key} {words(measured[key])}" for key in ("box", "mask") if key in measured]
         values += [f"mIoU {measured['miou']:.2f} %"] if "miou" in measured else []
-        numbers = "; ".join([measured.get("protocol", "not ended"), *values])
+        numbers = "; ".join([measured.get("protocol", UNMEASURED), *values])
         for name, title in there:
             yield _figure(folder / f"{name}.svg", title, f"{title}: {numbers}.", None)
 

@@ -56,12 +56,12 @@ OF_DETECTOR = {
     ),
     DETECTIONS: (
         "What it finds",
-        "Each row is an image of the split that was evaluated last: on the left the annotated objects, on the right what "
-        "is found with a score above 0.5.",
+        "Each row is an image of the evaluated split: on the left the annotated objects, on the right what is found with a "
+        "score above 0.5.",
     ),
     CLASS_AP: (
         "AP by class",
-        "The average precision of each class, the best first; their mean is the AP of the results.",
+        "The average precision of each class, the best first; their mean is the AP of the evaluation.",
     ),
 }
 SEGMENTATIONS, CLASS_IOU = "segmentations", "iou_by_class"
@@ -69,11 +69,11 @@ OF_SEGMENTATION = {
     TRAINING: ("Training", "Where the learning rate drops, the loss falls once more."),
     SEGMENTATIONS: (
         "What it predicts",
-        "Each row is an image of the split that was evaluated last, the classes that are annotated, and those predicted.",
+        "Each row is an image of the evaluated split, the classes that are annotated, and those predicted.",
     ),
     CLASS_IOU: (
         "IoU by class",
-        "The intersection over union of each class, the best first; their mean is the mIoU of the results.",
+        "The intersection over union of each class, the best first; their mean is the mIoU of the evaluation.",
     ),
 }
 FIGURES = (*CURVES, *OF_FEATURES)  # of a pretraining run

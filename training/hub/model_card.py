@@ -313,11 +313,14 @@ def _base_model(origin: Origin) -> str | None:
 
 
 def _newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    kept = {}
+    """One result of each protocol and split: the newest of those on the most images, so that no trial on a few hides them."""
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in results:
         data = entry["data"]
-        key = (entry["protocol"], entry["feature"], entry["metric"], data["dataset"], data["split"], data.get("view"))
-        kept[(*key, yaml.safe_dump(entry["settings"]))] = entry
+        key: tuple[Any, ...] = (entry["protocol"], entry["feature"], entry["metric"], yaml.safe_dump(entry["settings"]))
+        key += (data["dataset"], data.get("config"), data["split"], data.get("view"))
+        if key not in kept or entry["n"] >= kept[key]["n"]:
+            kept[key] = entry
     return list(kept.values())
 
 

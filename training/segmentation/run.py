@@ -17,10 +17,10 @@ from ..engine.run_folder import (
     OF_SEGMENTATION,
     SEGMENTATIONS,
     TRAINING,
-    drawn,
     mark_ended,
     read_metrics,
 )
+from ..transfer.evaluated import figures_of, make_folder, shown_instead
 from ..transfer.figures import draw_bars, draw_training
 from ..transfer.models import build_around, load_trained
 from ..transfer.recipe import RECIPES, Task, TransferRun
@@ -147,13 +147,25 @@ def announce(run: SegmentRun, splits: SegmentationSplits) -> None:
         print("The evaluation is left out: the dataset has no split for it (see --eval_split).")
 
 
+def evaluated(run: SegmentRun, splits: SegmentationSplits) -> dict[str, Any]:
+    """What an evaluation is of: protocol, number of images and data."""
+    data = splits.place | {"split": splits.eval.name if splits.eval else None, "local": run.data.local}
+    return {"protocol": run.protocol, "n": 0 if splits.eval is None else len(splits.eval), "data": data}
+
+
 def results_of(run: SegmentRun, splits: SegmentationSplits, model: Any, processor: Any) -> SegmentationScores:
-    """What is measured on the split to evaluate on. All processes take part; the main one draws."""
+    """What is measured on the split to evaluate on. All processes take part.
+
+    The main one draws, unless the figures that are there show another evaluation.
+
+    Raises:
+        ValueError: the folder of the results cannot be made.
+    """
     assert splits.eval is not None
+    folder, shown = make_folder(run), shown_instead(run, evaluated(run, splits))
     counts = evaluate(model, splits.eval, processor, run.training.dataloader_num_workers)
     measured = scores(counts, splits.class_names)
-    if run.training.process_index == 0:
-        folder = Path(str(run.training.output_dir))
+    if run.training.process_index == 0 and shown is None:
         draw_segmentations(splits.eval, model.eval(), processor, splits.class_names, folder / SEGMENTATIONS)
         per_class = {name: 100 * value for name, value in measured.per_class.items()}
         draw_bars({"": per_class}, "IoU", folder / CLASS_IOU)
@@ -190,10 +202,8 @@ def leave_results(
     run: SegmentRun, splits: SegmentationSplits, model: Any, measured: SegmentationScores | None, step: int | None
 ) -> None:
     """Print the scores, and write them to `results.json` in the folder of the model; after training to `metrics.json` too."""
-    folder = Path(str(run.training.output_dir))
-    n, seed = 0 if splits.eval is None else len(splits.eval), (run.trained or {}).get("seed")
-    data = splits.place | {"split": splits.eval.name if splits.eval else None, "local": run.data.local}
-    content: dict[str, Any] = {"protocol": run.protocol, "n": n, "data": data}
+    folder, content = Path(str(run.training.output_dir)), evaluated(run, splits)
+    n, seed = content["n"], (run.trained or {}).get("seed")
     results = []
     if measured is not None:
         percents = {"mIoU": 100 * measured.miou, "pixel accuracy": 100 * measured.pixel_accuracy}
@@ -207,14 +217,15 @@ def leave_results(
             if value == value  # not NaN
         }
     print(table(results) if results else "Nothing was measured.")
+    figures = figures_of(run, content, OF_SEGMENTATION)
     if not run.eval_only:
         write_json(folder / METRICS, content)
     record(
         folder,
         results,
         model=model_digest(model),
-        data=data,
+        data=content["data"],
         trackers=run.training.trackers,
-        figures=drawn(folder, OF_SEGMENTATION),
+        figures=figures,
         step=step,
     )
