@@ -112,6 +112,26 @@ def test_parquet_files_are_divided_by_their_own_names(tmp_path):
     assert len(load(source).train) == 9
 
 
+@pytest.mark.parametrize("end", ["", "-0123456789abcdef"], ids=["plain", "digest"])
+def test_a_folder_that_lacks_some_of_its_numbered_files_is_refused(end, tmp_path):
+    source = write_parquet(tmp_path / "source", [range(3), range(3, 6), range(6, 9)])
+    write_parquet(source, [range(9, 12)], split="test")
+    for path in source.iterdir():
+        path.rename(path.with_stem(path.stem + end))
+    assert len(load(source).train) == 9
+    (source / f"train-00001-of-00003{end}.parquet").rename(tmp_path / "lost")
+    for flags in ({}, {"streaming": True}):
+        told = refusal(source, **flags)
+        assert "has no train-00001-of-00003, and 2 of these 3 files: copy the others, or rename" in told
+        assert "\n" not in told
+    assert len(load(source / f"train-00000-of-00003{end}.parquet").train) == 3  # which was asked for by its name
+    (tmp_path / "lost").rename(source / f"train-00007-of-00003{end}.parquet")
+    assert "has no train-00001-of-00003" in refusal(source)
+    # A number that nobody could count to is no work.
+    (source / f"train-00000-of-00003{end}.parquet").rename(source / f"train-00000-of-99999999999999{end}.parquet")
+    assert "has no train-0000" in refusal(source)
+
+
 def test_a_folder_of_parquet_keeps_its_pictures_beside_it(tmp_path):
     source = write_parquet(tmp_path / "source", [range(200)])
     (source / "banner.png").write_bytes(encoded(1))

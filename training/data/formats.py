@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import shlex
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +24,10 @@ from tqdm import tqdm
 
 from modeling_moco.distributed_moco import rank
 
+from ..cli import how_to_run
 from ..engine.checkpoints import decided_by_main
-from ..engine.files import whole_file
+from ..engine.files import read_json, whole_file
+from ..engine.run_folder import PREPARED
 from ..errors import DataError, one_line
 from .folders import (
     HOW,
@@ -35,6 +38,7 @@ from .folders import (
     check_data_file,
     divide_data_files,
     list_files,
+    refuse_missing_shards,
     use_metadata,
     visible,
 )
@@ -228,6 +232,7 @@ class _Index:
 
 def _look_into(root: Path, asked: set[str], label_column: str) -> _Index | dict[str, list[FoundFile]]:
     """The index of a folder of images, or the data files of each split of another folder."""
+    _refuse_unfinished(root)
     files = list_files(root, quiet=rank() > 0)
     folder = arrange(root, files, asked)
     data_files = [
@@ -235,10 +240,30 @@ def _look_into(root: Path, asked: set[str], label_column: str) -> _Index | dict[
     ]
     images = sum(file.size for split in folder.splits.values() for file in split)
     if sum(file.size for file in data_files) > images:  # a README's pictures beside them are no dataset
-        return divide_data_files(root, data_files)
+        splits = divide_data_files(root, data_files)
+        refuse_missing_shards(root, data_files)
+        return splits
     if images == 0:
         raise ValueError(_no_images(root, folder))
     return _write_index(folder, *_labels(folder, label_column))
+
+
+def _refuse_unfinished(root: Path) -> None:
+    """
+    Raises:
+        ValueError: the folder is that of a prepared dataset, some files of which are still to be written.
+    """
+    if not (root / PREPARED).is_file():
+        return
+    record = read_json(root / PREPARED, "bring it back")
+    if not isinstance(record, dict) or "images_per_shard" not in record:  # something else of this name
+        return
+    files = record.get("files")  # which are written last
+    if not isinstance(files, dict) or not all((root / "data" / name).is_file() for name in files):
+        raise ValueError(
+            f"{root} is a prepared dataset that is not finished: give the command again that began it "
+            f"({how_to_run('prepare')} SOURCE {shlex.quote(str(root))}, with its flags)"
+        )
 
 
 def _no_images(root: Path, folder: FolderOfImages) -> str:
