@@ -373,6 +373,21 @@ def test_a_finished_folder_that_has_lost_a_split_is_no_dataset(prepared, tmp_pat
         load_images(DataArguments(dataset_name=str(folder), image_size=SIDE))
 
 
+def test_labels_that_were_corrected_meanwhile_are_not_mixed_with_the_first(tmp_path, capsys):
+    source, folder = tmp_path / "source", tmp_path / "out"
+    (source / "train").mkdir(parents=True)
+    for number in range(12):
+        picture(number, (40, 32))[0].save(source / "train" / f"{number}.png")
+    argv = [str(source), str(folder), *FLAGS, "--shard_size", "5kB"]
+    for labels in ("ab", "ba"):
+        lines = [f"{number}.png,{labels[number % 2]}" for number in range(12)]
+        (source / "train" / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+        if labels == "ab":
+            command.main(argv)
+            sorted((folder / "data").iterdir())[-1].unlink()
+    assert "was prepared otherwise: splits is" in refuse(argv, capsys)
+
+
 def test_a_snapshot_of_the_hub_is_a_dataset(prepared, tmp_path):
     repository = tmp_path / "datasets--org--photos"
     shutil.copytree(prepared, repository / "blobs")

@@ -436,15 +436,11 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
     """
     labels: dict[str, Any] = {}
     found = False
-    for place in (
-        "",
-        *sorted({file.parts[0] for files in folder.splits.values() for file in files if len(file.parts) > 1}),
-    ):
-        for path in (folder.root / place / name for name in METADATA):
-            if path.is_file() and (columns := _read_metadata(path, column)) is not None:
-                found = True
-                names = (f"{place}/{name}".removeprefix("/") for name in columns[FILE_NAME])
-                labels |= dict(zip(names, columns[column], strict=True))
+    for place, path in metadata_of(folder.root, [file for files in folder.splits.values() for file in files]):
+        if (columns := _read_metadata(path, column)) is not None:
+            found = True
+            names = (f"{place}/{name}".removeprefix("/") for name in columns[FILE_NAME])
+            labels |= dict(zip(names, columns[column], strict=True))
     if not found:
         return None
     if not labels:
@@ -461,6 +457,14 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
         folder.splits[split] = [file for file in files if file.path in labels]
         folder.left_out["not listed in the metadata"] += len(files) - len(folder.splits[split])
     return labels
+
+
+def metadata_of(root: Path, files: Iterable[FoundFile]) -> Iterator[tuple[str, Path]]:
+    """The metadata files that may list some of these images, each with its folder below `root`, which is one of the first."""
+    for place in ("", *sorted({file.parts[0] for file in files if len(file.parts) > 1})):
+        for name in METADATA:
+            if (path := root / place / name).is_file():
+                yield place, path
 
 
 def _read_metadata(path: Path, column: str) -> dict[str, list[Any]] | None:

@@ -38,6 +38,7 @@ from .folders import (
     check_data_file,
     divide_data_files,
     list_files,
+    metadata_of,
     refuse_missing_shards,
     use_metadata,
     visible,
@@ -59,7 +60,8 @@ class Opened:
         splits: a `datasets.Dataset`, or with `--streaming` an `IterableDataset`, by name.
         files: data files of each split, where it has some.
         lengths: rows of each shard of a split that is streamed, where they are known.
-        content: what identifies the rows of each split: number and digest of local files, or the commit on the Hub.
+        content: what identifies the rows of each split: number and digest of local files, with that of their metadata, or the
+            commit on the Hub.
         from_folders: whether the classes are names of folders.
         account: of the files of a folder, or of the commit on the Hub, in words.
         places: see `Decoder`.
@@ -221,7 +223,7 @@ class _Index:
 
     Args:
         rows: Arrow file of each split.
-        content: number and digest of each split's images.
+        content: number and digest of each split's images, and the digest of their metadata.
         account: of the folder's files, in words.
     """
 
@@ -284,12 +286,23 @@ def _write_index(folder: FolderOfImages, feature: Any, labels: dict[str, list[An
     place.mkdir(parents=True, exist_ok=True)
     rows, content = {}, {}
     for split, files in folder.splits.items():
-        content[split] = f"{len(files):,} images {_digest((f.path, f.size) for f in files)}"
+        content[split] = (
+            f"{len(files):,} images {_digest((f.path, f.size) for f in files)}{_metadata(folder.root, files)}"
+        )
         state = _digest([feature, *((f.path, f.size, f.stamp, y) for f, y in zip(files, labels[split], strict=True))])
         rows[split] = str(place / f"{state}.arrow")
         if not Path(rows[split]).is_file():
             _write_rows(Path(rows[split]), folder.root, files, labels[split], features)
     return _Index(rows, content, folder.account())
+
+
+def _metadata(root: Path, files: list[FoundFile]) -> str:
+    """The digest of the metadata files of these images, in words; empty without any."""
+    found = []
+    for place, path in metadata_of(root, files):
+        with path.open("rb") as file:
+            found.append((place, path.name, hashlib.file_digest(file, "sha256").hexdigest()))
+    return f" with metadata {_digest(found)}" if found else ""
 
 
 def _labels(folder: FolderOfImages, column: str) -> tuple[Any, dict[str, list[Any]]]:
