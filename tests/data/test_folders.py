@@ -184,6 +184,7 @@ def test_files_beside_the_pictures_change_nothing(name, tmp_path):
             put(tmp_path / split / label)
             for i in range(9):
                 (tmp_path / split / label / f"{i}{name}").write_text("{}")
+    (tmp_path / "prepared.json").write_text("{}")  # not of a prepared dataset, which has more in it
     assert found(tmp_path) == {key: {"a": 3, "b": 3} for key in ("train", "test")}
 
 

@@ -112,6 +112,26 @@ def test_parquet_files_are_divided_by_their_own_names(tmp_path):
     assert len(load(source).train) == 9
 
 
+@pytest.mark.parametrize("end", ["", "-0123456789abcdef"], ids=["plain", "digest"])
+def test_a_folder_that_lacks_some_of_its_numbered_files_is_refused(end, tmp_path):
+    source = write_parquet(tmp_path / "source", [range(3), range(3, 6), range(6, 9)])
+    write_parquet(source, [range(9, 12)], split="test")
+    for path in source.iterdir():
+        path.rename(path.with_stem(path.stem + end))
+    assert len(load(source).train) == 9
+    (source / f"train-00001-of-00003{end}.parquet").rename(tmp_path / "lost")
+    for flags in ({}, {"streaming": True}):
+        told = refusal(source, **flags)
+        assert "has no train-00001-of-00003, and 2 of these 3 files: copy the others, or rename" in told
+        assert "\n" not in told
+    assert len(load(source / f"train-00000-of-00003{end}.parquet").train) == 3  # which was asked for by its name
+    (tmp_path / "lost").rename(source / f"train-00007-of-00003{end}.parquet")
+    assert "has no train-00001-of-00003" in refusal(source)
+    # A number that nobody could count to is no work.
+    (source / f"train-00000-of-00003{end}.parquet").rename(source / f"train-00000-of-99999999999999{end}.parquet")
+    assert "has no train-0000" in refusal(source)
+
+
 def test_a_folder_of_parquet_keeps_its_pictures_beside_it(tmp_path):
     source = write_parquet(tmp_path / "source", [range(200)])
     (source / "banner.png").write_bytes(encoded(1))
@@ -164,6 +184,44 @@ def test_changed_files_are_another_content(change, tmp_path):
     args.content = before
     with pytest.raises(ValueError, match="is not what the run was begun with: split 'train' was 12 images"):
         load_images(args)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_changed_labels_of_metadata_are_another_content(kind, tmp_path):
+    source = write_folders(tmp_path / "source")
+    bare = load(source).place["content"]
+
+    def label(split: str, names: list[str]) -> None:
+        files = sorted(path.relative_to(source / split).as_posix() for path in (source / split).rglob("*.png"))
+        labels = [names[i % len(names)] for i in range(len(files))]
+        rows = datasets.Dataset.from_dict({"file_name": files, "label": labels})
+        write = {"csv": rows.to_csv, "jsonl": rows.to_json, "parquet": rows.to_parquet}[kind]
+        write(source / split / f"metadata.{kind}")
+
+    label("train", ["a", "b"])
+    label("test", ["a", "b"])
+    before = load(source).place["content"]
+    assert load(source).place["content"] == before
+    assert before["train"].startswith(f"{bare['train']} with metadata ")  # the images are the same
+    label("train", ["b", "a"])
+    after = load(source).place["content"]
+    assert after["train"] != before["train"]
+    assert after["test"] == before["test"]
+    args = DataArguments(dataset_name=str(source))
+    args.content = before
+    with pytest.raises(ValueError, match="is not what the run was begun with: split 'train' was 12 images"):
+        load_images(args)
+
+
+def test_metadata_beside_the_splits_belongs_to_all_of_them(tmp_path):
+    source = write_folders(tmp_path / "source")
+    files = sorted(path.relative_to(source).as_posix() for path in source.rglob("*.png"))
+    contents = []
+    for labels in ("ab", "ba"):
+        lines = [f"{name},{labels[i % 2]}" for i, name in enumerate(files)]
+        (source / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+        contents.append(load(source).place["content"])
+    assert all(contents[0][split] != contents[1][split] for split in ("train", "test"))
 
 
 def test_a_parquet_file_that_is_replaced_at_the_same_time_is_read_anew(tmp_path):

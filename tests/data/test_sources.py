@@ -14,7 +14,7 @@ from numbered_images import CLASSES, ROWS, encoded, number, table, write_folders
 from training.data.decode import decode_image
 from training.data.formats import load_digits
 from training.data.labels import SplitLabels, find_label_problem, number_classes
-from training.data.sources import DataArguments, load_images
+from training.data.sources import DataArguments, SplitDataArguments, load_images, load_splits
 from training.pretrain import build_trainer
 from training.recipe import parse_pretrain
 from training.reports.run import draw_features
@@ -247,11 +247,11 @@ PROBLEMS = {
     ),
     "other order": (
         {"train": [0, 1, 2], "test": [0, 1, 2], "test_feature": datasets.ClassLabel(names=["cat", "fox", "dog"])},
-        ["class 1 is 'dog' in the dataset and 'fox' in", "test.parquet", "the same class names in the same order"],
+        ["class 1 is 'dog' in split 'train' and 'fox' in", "test.parquet", "the same class names in the same order"],
     ),
     "more names": (
         {"train": [0, 1, 2], "test": [0, 1, 2], "test_feature": datasets.ClassLabel(names=[*CLASSES, "gnu"])},
-        ["class 3 is absent in the dataset and 'gnu' in", "test.parquet", "the same class names in the same order"],
+        ["class 3 is absent in split 'train' and 'gnu' in", "test.parquet", "the same class names in the same order"],
     ),
     "unseen class": (
         {"train": [0, 1, 0], "test": [2, 2]},
@@ -269,6 +269,43 @@ def test_labels_that_no_evaluation_can_use_are_named_with_a_remedy(case, tmp_pat
     problem = problem_of(write_labelled(tmp_path / "source", **content))
     for part in parts:
         assert part in problem
+
+
+def save_splits(folder: Path, form: str, **names: list[str]) -> str:
+    """Splits of six images, each with classes of its own, in one of the forms that keep names."""
+    splits = {}
+    for split, classes in names.items():
+        labels = [i % len(classes) for i in range(6)]
+        splits[split] = table(range(6)).remove_columns("label").add_column("label", labels)
+        splits[split] = splits[split].cast_column("label", datasets.ClassLabel(names=classes))
+    if form == "saved":
+        datasets.DatasetDict(splits).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        for split, rows in splits.items():
+            rows.cast_column("image", datasets.Image()).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_splits_that_were_encoded_one_by_one_are_refused_wherever_labels_are_read(form, tmp_path):
+    # As `class_encode_column` of each split leaves them where a class is in one split alone.
+    source = save_splits(tmp_path / "source", form, train=["cat", "dog", "owl"], test=["dog", "owl"])
+    told = r"^class 0 is 'cat' in split 'train' and 'dog' in .*test.*: write all splits and files with the same class names"
+    assert re.match(told, problem_of(source))
+    assert re.match(told, str(load_images(DataArguments(dataset_name=source, streaming=True)).label_problem))
+    with pytest.raises(ValueError, match=told) as error:
+        load_splits(SplitDataArguments(dataset_name=source))
+    assert "\n" not in str(error.value)
+    alone = load_splits(SplitDataArguments(dataset_name=source, splits=["train"]))
+    assert alone.class_names == ["cat", "dog", "owl"]
+
+
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_splits_with_the_same_names_are_read_whichever_classes_they_have(form, tmp_path):
+    source = save_splits(tmp_path / "source", form, train=CLASSES, test=CLASSES)
+    assert load_images(DataArguments(dataset_name=source), labelled=True).class_names == CLASSES
+    assert load_splits(SplitDataArguments(dataset_name=source)).class_names == CLASSES
 
 
 def test_a_label_beyond_the_names_of_its_own_file_is_refused(tmp_path):

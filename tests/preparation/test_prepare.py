@@ -343,6 +343,62 @@ def test_a_changed_file_is_refused(prepared, photos, tmp_path, capsys):
     assert "prepared.json is not JSON" in refuse(argv, capsys)
 
 
+@pytest.mark.parametrize("stopped", ["before the first file", "between files", "before the record"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_unfinished_folder_is_no_dataset(stopped, streaming, prepared, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(prepared, folder)
+    record = json.loads((folder / "prepared.json").read_text())
+    del record["files"], record["totals"]
+    (folder / "prepared.json").write_text(json.dumps(record))
+    files = sorted((folder / "data").iterdir())
+    for path in {"before the first file": files, "between files": files[-3:], "before the record": []}[stopped]:
+        path.unlink()
+    told = (
+        f"^{folder} is a prepared dataset that is not finished: give the command again that began it .* SOURCE {folder}"
+    )
+    with pytest.raises(ValueError, match=told):
+        load_images(DataArguments(dataset_name=str(folder), image_size=SIDE, streaming=streaming))
+    with pytest.raises(ValueError, match=told):
+        load_splits(SplitDataArguments(dataset_name=str(folder)))
+    assert "is not finished" in refuse([str(folder), str(tmp_path / "again"), *FLAGS], capsys)
+
+
+def test_a_finished_folder_that_has_lost_a_split_is_no_dataset(prepared, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(prepared, folder)
+    for path in (folder / "data").glob("test-*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="is not finished"):
+        load_images(DataArguments(dataset_name=str(folder), image_size=SIDE))
+
+
+def test_labels_that_were_corrected_meanwhile_are_not_mixed_with_the_first(tmp_path, capsys):
+    source, folder = tmp_path / "source", tmp_path / "out"
+    (source / "train").mkdir(parents=True)
+    for number in range(12):
+        picture(number, (40, 32))[0].save(source / "train" / f"{number}.png")
+    argv = [str(source), str(folder), *FLAGS, "--shard_size", "5kB"]
+    for labels in ("ab", "ba"):
+        lines = [f"{number}.png,{labels[number % 2]}" for number in range(12)]
+        (source / "train" / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+        if labels == "ab":
+            command.main(argv)
+            sorted((folder / "data").iterdir())[-1].unlink()
+    assert "was prepared otherwise: splits is" in refuse(argv, capsys)
+
+
+def test_a_snapshot_of_the_hub_is_a_dataset(prepared, tmp_path):
+    repository = tmp_path / "datasets--org--photos"
+    shutil.copytree(prepared, repository / "blobs")
+    for path in [path for path in prepared.rglob("*.*") if path.is_file() and path.name != ".lock"]:
+        link = repository / "snapshots" / "0123" / path.relative_to(prepared)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(repository / "blobs" / path.relative_to(prepared))
+    args = DataArguments(dataset_name=str(repository / "snapshots" / "0123"), image_size=SIDE)
+    assert len(load_images(args).train) == 22
+
+
 def test_a_launcher_is_refused(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "2 processes were launched: start one" in refuse([str(photos), str(tmp_path / "out")], capsys)

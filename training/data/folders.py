@@ -33,6 +33,8 @@ SPLITS = {"training": "train", "testing": "test"} | {
 }
 LIKE_A_SPLIT = re.compile(rf"({'|'.join(sorted(SPLITS, key=len, reverse=True))})([^a-z].*)?")  # train2017, test_images
 HUB_LAYOUT = re.compile(r"(\w+)-\d{5}-of-\d{5}\.parquet")  # in a folder `data`, as `datasets` writes and reads splits
+# Of several files that say how many they are; older ones of the Hub end in a digest.
+SHARD = re.compile(r"(?P<name>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})(-[0-9a-f]{16})?\.(parquet|tar)")
 DATA_FILES = (".parquet", ".tar", ".arrow")  # whole datasets
 TEXT_FILES = (".csv", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".npy", ".py", ".txt", ".xml", ".yaml", ".yml")
 NEEDS = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif"}
@@ -356,6 +358,24 @@ def _why_not_so_many(unpacked: int, size: int) -> str | None:
 WHY_NOT = {".parquet": _why_not_this_parquet, ".tar": _why_not_this_tar, ".zip": _why_not_this_zip}
 
 
+def refuse_missing_shards(root: Path, files: Iterable[FoundFile]) -> None:
+    """
+    Raises:
+        ValueError: of files that say how many they are, as in train-00000-of-00004.parquet, some are not there.
+    """
+    numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for file in files:
+        if shard := SHARD.fullmatch(file.path):
+            numbers[shard["name"], shard["count"]].add(int(shard["number"]))
+    for (name, count), found in numbers.items():
+        first = next((number for number in range(int(count)) if number not in found), None)
+        if first is not None:
+            raise ValueError(
+                f"{root} has no {name}-{first:0{len(count)}}-of-{count}, and {len(found):,} of these {int(count):,} files: "
+                "copy the others, or rename those that are there if they are all that is meant"
+            )
+
+
 def split_of_data_file(file: FoundFile) -> str | None:
     """The split that a parquet or tar file is named after, else its folders; None without one."""
     *folders, name = file.parts
@@ -416,15 +436,11 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
     """
     labels: dict[str, Any] = {}
     found = False
-    for place in (
-        "",
-        *sorted({file.parts[0] for files in folder.splits.values() for file in files if len(file.parts) > 1}),
-    ):
-        for path in (folder.root / place / name for name in METADATA):
-            if path.is_file() and (columns := _read_metadata(path, column)) is not None:
-                found = True
-                names = (f"{place}/{name}".removeprefix("/") for name in columns[FILE_NAME])
-                labels |= dict(zip(names, columns[column], strict=True))
+    for place, path in metadata_of(folder.root, [file for files in folder.splits.values() for file in files]):
+        if (columns := _read_metadata(path, column)) is not None:
+            found = True
+            names = (f"{place}/{name}".removeprefix("/") for name in columns[FILE_NAME])
+            labels |= dict(zip(names, columns[column], strict=True))
     if not found:
         return None
     if not labels:
@@ -441,6 +457,14 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
         folder.splits[split] = [file for file in files if file.path in labels]
         folder.left_out["not listed in the metadata"] += len(files) - len(folder.splits[split])
     return labels
+
+
+def metadata_of(root: Path, files: Iterable[FoundFile]) -> Iterator[tuple[str, Path]]:
+    """The metadata files that may list some of these images, each with its folder below `root`, which is one of the first."""
+    for place in ("", *sorted({file.parts[0] for file in files if len(file.parts) > 1})):
+        for name in METADATA:
+            if (path := root / place / name).is_file():
+                yield place, path
 
 
 def _read_metadata(path: Path, column: str) -> dict[str, list[Any]] | None:

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import shlex
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +24,10 @@ from tqdm import tqdm
 
 from modeling_moco.distributed_moco import rank
 
+from ..cli import how_to_run
 from ..engine.checkpoints import decided_by_main
-from ..engine.files import whole_file
+from ..engine.files import read_json, whole_file
+from ..engine.run_folder import PREPARED
 from ..errors import DataError, one_line
 from .folders import (
     HOW,
@@ -35,6 +38,8 @@ from .folders import (
     check_data_file,
     divide_data_files,
     list_files,
+    metadata_of,
+    refuse_missing_shards,
     use_metadata,
     visible,
 )
@@ -55,7 +60,8 @@ class Opened:
         splits: a `datasets.Dataset`, or with `--streaming` an `IterableDataset`, by name.
         files: data files of each split, where it has some.
         lengths: rows of each shard of a split that is streamed, where they are known.
-        content: what identifies the rows of each split: number and digest of local files, or the commit on the Hub.
+        content: what identifies the rows of each split: number and digest of local files, with that of their metadata, or the
+            commit on the Hub.
         from_folders: whether the classes are names of folders.
         account: of the files of a folder, or of the commit on the Hub, in words.
         places: see `Decoder`.
@@ -217,7 +223,7 @@ class _Index:
 
     Args:
         rows: Arrow file of each split.
-        content: number and digest of each split's images.
+        content: number and digest of each split's images, and the digest of their metadata.
         account: of the folder's files, in words.
     """
 
@@ -228,6 +234,7 @@ class _Index:
 
 def _look_into(root: Path, asked: set[str], label_column: str) -> _Index | dict[str, list[FoundFile]]:
     """The index of a folder of images, or the data files of each split of another folder."""
+    _refuse_unfinished(root)
     files = list_files(root, quiet=rank() > 0)
     folder = arrange(root, files, asked)
     data_files = [
@@ -235,10 +242,30 @@ def _look_into(root: Path, asked: set[str], label_column: str) -> _Index | dict[
     ]
     images = sum(file.size for split in folder.splits.values() for file in split)
     if sum(file.size for file in data_files) > images:  # a README's pictures beside them are no dataset
-        return divide_data_files(root, data_files)
+        splits = divide_data_files(root, data_files)
+        refuse_missing_shards(root, data_files)
+        return splits
     if images == 0:
         raise ValueError(_no_images(root, folder))
     return _write_index(folder, *_labels(folder, label_column))
+
+
+def _refuse_unfinished(root: Path) -> None:
+    """
+    Raises:
+        ValueError: the folder is that of a prepared dataset, some files of which are still to be written.
+    """
+    if not (root / PREPARED).is_file():
+        return
+    record = read_json(root / PREPARED, "bring it back")
+    if not isinstance(record, dict) or "images_per_shard" not in record:  # something else of this name
+        return
+    files = record.get("files")  # which are written last
+    if not isinstance(files, dict) or not all((root / "data" / name).is_file() for name in files):
+        raise ValueError(
+            f"{root} is a prepared dataset that is not finished: give the command again that began it "
+            f"({how_to_run('prepare')} SOURCE {shlex.quote(str(root))}, with its flags)"
+        )
 
 
 def _no_images(root: Path, folder: FolderOfImages) -> str:
@@ -259,12 +286,23 @@ def _write_index(folder: FolderOfImages, feature: Any, labels: dict[str, list[An
     place.mkdir(parents=True, exist_ok=True)
     rows, content = {}, {}
     for split, files in folder.splits.items():
-        content[split] = f"{len(files):,} images {_digest((f.path, f.size) for f in files)}"
+        content[split] = (
+            f"{len(files):,} images {_digest((f.path, f.size) for f in files)}{_metadata(folder.root, files)}"
+        )
         state = _digest([feature, *((f.path, f.size, f.stamp, y) for f, y in zip(files, labels[split], strict=True))])
         rows[split] = str(place / f"{state}.arrow")
         if not Path(rows[split]).is_file():
             _write_rows(Path(rows[split]), folder.root, files, labels[split], features)
     return _Index(rows, content, folder.account())
+
+
+def _metadata(root: Path, files: list[FoundFile]) -> str:
+    """The digest of the metadata files of these images, in words; empty without any."""
+    found = []
+    for place, path in metadata_of(root, files):
+        with path.open("rb") as file:
+            found.append((place, path.name, hashlib.file_digest(file, "sha256").hexdigest()))
+    return f" with metadata {_digest(found)}" if found else ""
 
 
 def _labels(folder: FolderOfImages, column: str) -> tuple[Any, dict[str, list[Any]]]:

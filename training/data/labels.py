@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import datasets
 import numpy as np
@@ -99,32 +100,46 @@ def find_label_problem(
     return None
 
 
-def find_renamed_class(label: datasets.ClassLabel | datasets.Value, column: str, files: list[str]) -> str | None:
-    """Find a local parquet file whose class names differ from the dataset's.
+def find_renamed_class(columns: dict[str, tuple[str, datasets.Features]], files: dict[str, list[str]]) -> str | None:
+    """Find a split or a local parquet file whose class names differ from those of the first split that has names.
 
-    `datasets` reads all files with the features of the first file. A class with number 0 in one file and number 2 in another
-    would silently be confused. (push_to_hub already compares the splits of Hub datasets.)
+    `datasets` reads all files with the features of the first file, and the splits of a dictionary may have been encoded one
+    by one. A class with number 0 in one and number 2 in another would silently be confused. (push_to_hub already compares
+    the splits of Hub datasets.)
 
     Args:
-        label: feature of the label column in the opened dataset.
-        column: name of the label column in the files.
-        files: of the splits that are used.
+        columns: of each split that is used, by its name: its label column, and the features of all its columns.
+        files: of each split, where it has some.
 
     Returns:
         the problem with a remedy; None without one.
     """
-    for file in files:
-        if not (isinstance(label, datasets.ClassLabel) and file.endswith(".parquet") and os.path.isfile(file)):
-            continue
-        stated = datasets.Features.from_arrow_schema(pq.read_schema(file)).get(column)
-        theirs = stated.names if isinstance(stated, datasets.ClassLabel) else label.names  # bare numbers have no names
-        for number, (name, other) in enumerate(zip_longest(label.names, theirs)):
+    stated = [(place, label.names) for place, label in _stated_labels(columns, files) if _has_names(label)]
+    for place, theirs in stated[1:]:
+        first, names = stated[0]
+        for number, (name, other) in enumerate(zip_longest(names, theirs)):
             if name != other:
                 return (
-                    f"class {number} is {_quoted(name)} in the dataset and {_quoted(other)} in {file}: write all files with "
-                    "the same class names in the same order"
+                    f"class {number} is {_quoted(name)} in {first} and {_quoted(other)} in {place}: write all splits and files "
+                    "with the same class names in the same order"
                 )
     return None
+
+
+def _stated_labels(
+    columns: dict[str, tuple[str, datasets.Features]], files: dict[str, list[str]]
+) -> Iterator[tuple[str, Any]]:
+    """Where a label column is described, and its feature there."""
+    for split, (column, features) in columns.items():
+        yield f"split {split!r}", features.get(column)
+    for split, (column, _) in columns.items():
+        for file in files.get(split, []):
+            if file.endswith(".parquet") and os.path.isfile(file):
+                yield file, datasets.Features.from_arrow_schema(pq.read_schema(file)).get(column)
+
+
+def _has_names(label: Any) -> bool:
+    return isinstance(label, datasets.ClassLabel) and bool(label.names)  # bare numbers have none
 
 
 def _quoted(name: str | None) -> str:

@@ -266,6 +266,7 @@ def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageS
     decoder = Decoder(args.max_image_pixels, opened.places)
     class_names = _class_names(features, columns)
     problem = _missing_for_evaluation(splits, eval_split, columns, args)
+    problem = problem or _find_renamed_class(opened, {args.train_split: columns, str(eval_split): columns})
     evaluation: Any = None
     if args.streaming:
         train = _by_shard(opened, columns, args, decoder)
@@ -277,10 +278,7 @@ def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageS
         if eval_split is not None:
             evaluation, eval_labels = _by_index(splits[eval_split], eval_split, columns, args.max_eval_samples, decoder)
         if problem is None:
-            read = [*opened.files.get(args.train_split, []), *opened.files.get(str(eval_split), [])]
-            column = _label_column(columns)
-            problem = find_renamed_class(features[column], column, read)
-            problem = problem or find_label_problem(class_names, labels, eval_labels, opened.from_folders)
+            problem = find_label_problem(class_names, labels, eval_labels, opened.from_folders)
         if labelled and problem is None and rank() == 0:
             for warning in subset_warnings(class_names, labels, eval_labels):
                 print(f"warning: {warning}")
@@ -326,7 +324,8 @@ def load_splits(args: SplitDataArguments) -> AllSplits:
     """Open a dataset and rename its columns to `image` and `label`, for all its splits or those that `args` names.
 
     Raises:
-        ValueError: the dataset, a split or a column does not exist; the image column contains no images; or a split is empty.
+        ValueError: the dataset, a split or a column does not exist; the image column contains no images; a split is empty; or
+            a class number has two names.
     """
     opened = _open(args, set(args.splits))
     if missing := [split for split in args.splits if split not in opened.splits]:
@@ -334,13 +333,15 @@ def load_splits(args: SplitDataArguments) -> AllSplits:
     names = list(dict.fromkeys(args.splits or opened.splits))
     _check_same_content(opened, args, names)
     decoder = Decoder(args.max_image_pixels, opened.places)
+    columns = {name: _find_columns(opened.splits[name].features, args) for name in names}
+    if (problem := _find_renamed_class(opened, columns)) is not None:
+        raise ValueError(problem)
     rows, content = {}, {}
     class_names: list[str] = []
     for name in names:
         split = opened.splits[name]
-        columns = _find_columns(split.features, args)
-        rows[name], _ = _by_index(split, name, columns, args.max_samples, decoder)
-        class_names = class_names or _class_names(split.features, columns)
+        rows[name], _ = _by_index(split, name, columns[name], args.max_samples, decoder)
+        class_names = class_names or _class_names(split.features, columns[name])
         content[name] = opened.content.get(name) or f"{len(split):,} images {split._fingerprint}"
     return AllSplits(rows, class_names, content, decoder)
 
@@ -551,6 +552,15 @@ def _look_at_images(rows: Any, name: str, columns: dict[str, str], decoder: Deco
 def _class_names(features: datasets.Features, columns: dict[str, str]) -> list[str]:
     label = features[_label_column(columns)] if "label" in columns.values() else None
     return label.names if isinstance(label, datasets.ClassLabel) else []
+
+
+def _find_renamed_class(opened: Opened, columns: dict[str, dict[str, str]]) -> str | None:
+    labelled = {
+        split: (_label_column(found), opened.splits[split].features)
+        for split, found in columns.items()
+        if "label" in found.values()
+    }
+    return find_renamed_class(labelled, opened.files)
 
 
 def _label_column(columns: dict[str, str]) -> str:

@@ -94,7 +94,8 @@ def leads_out(path: Path, folder: Path | None = None) -> bool:
     """
     home = Path(os.path.realpath(folder or path.parent))
     snapshots = [place for place in (home, *home.parents) if place.parent.name == "snapshots"]
-    home = next((place.parents[1] for place in snapshots if place.parents[1].name.startswith("models--")), home)
+    ours = ("models--", "datasets--")
+    home = next((place.parents[1] for place in snapshots if place.parents[1].name.startswith(ours)), home)
     try:
         return not Path(os.path.realpath(path)).is_relative_to(home)
     except ValueError:  # no file can have this name
