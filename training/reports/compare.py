@@ -22,7 +22,7 @@ from ..cli import DESTINATIONS
 from ..engine.files import whole_files
 from ..engine.page import Run, document, embedded, escape, read_run, words
 from ..engine.results import encoder_digest
-from ..engine.run_folder import FREE_TO_CHANGE, METRICS, START, WEIGHTS, read_metrics
+from ..engine.run_folder import FREE_TO_CHANGE, METRICS, OF_MONITOR, START, WEIGHTS, read_metrics
 from ..errors import visible
 from ..evaluation.encoder import Encoder
 from ..hub.model_card import escape as escape_markdown
@@ -241,7 +241,7 @@ def settings_of(
     if START in recipe:
         given["weights to begin with"] = recipe[START].get(WEIGHTS)
     given[PROCESSES] = processes
-    free = {"seed", *FREE_TO_CHANGE}
+    free = {"seed", *FREE_TO_CHANGE, *OF_MONITOR}
     settings = {key: x for key, x in given.items() if key not in free and not DESTINATIONS.fullmatch(key)}
     return settings, given.get("seed")
 
@@ -318,9 +318,8 @@ def draw(comparison: Comparison, path: Path) -> bool:
 
 def _same_monitor(rows: list[Row]) -> bool:
     """Whether the kNN of all monitors is the same measurement."""
-    names = ("knn_k", "knn_temperature", "knn_bank_size", "knn_features")
     monitors = {
-        canonical([x.run.recipe["data"], [x.run.recipe.get("training", {}).get(name) for name in names]])
+        canonical([x.run.recipe["data"], {name: x.run.recipe.get("training", {}).get(name) for name in OF_MONITOR}])
         for row in rows
         for x in row.runs
     }
