@@ -389,8 +389,7 @@ def test_the_same_settings_continue_from_the_newest_checkpoint(claim, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--per_device_eval_batch_size", "7", "--knn_k", "3", "--knn_temperature", "0.2", "--knn_bank_size", "9"],
-        ["--knn_features", "head", "--eval_every_n_epochs", "5", "--save_steps", "3", "--ddp_timeout", "99"],
+        ["--per_device_eval_batch_size", "7", "--eval_every_n_epochs", "5", "--save_steps", "3", "--ddp_timeout", "99"],
         ["--eval_strategy", "no", "--save_strategy", "steps", "--dataloader_prefetch_factor", "4"],
         ["--seed", "0", "--weight_decay", "0.0005", "--queue_size", "1024"],  # what neither gave, or the recipe gives
     ],
@@ -434,6 +433,11 @@ def test_another_probe_section_of_a_recipe_does_not_make_another_run(claim, tmp_
         (["--max_train_samples", "99"], "max_train_samples is None there and 99 here"),
         (["--learning_rate", "0.5"], "learning_rate is 0.06 there and 0.5 here"),
         (["--seed", "1"], "seed is 0 there and 1 here"),
+        # Results name them beside numbers that the run has logged before.
+        (["--knn_k", "3"], r"knn_k is \[200\] there and \[3\] here"),
+        (["--knn_temperature", "0.2"], "knn_temperature is 0.07 there and 0.2 here"),
+        (["--knn_bank_size", "9"], "knn_bank_size is None there and 9 here"),
+        (["--knn_features", "head"], "knn_features is backbone there and head here"),
     ],
 )
 def test_other_settings_are_refused_by_their_name(flags, difference, claim, tmp_path):

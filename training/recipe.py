@@ -24,7 +24,7 @@ from .cli import (
 )
 from .convert.start import Start
 from .data.sources import DataArguments
-from .engine.run_folder import FREE_TO_CHANGE, START, WEIGHTS, read_sections
+from .engine.run_folder import FREE_TO_CHANGE, OF_MONITOR, START, WEIGHTS, read_sections
 from .errors import shown
 from .evaluation.probe_arguments import LinearProbeArguments
 from .trainer import MoCoTrainingArguments
@@ -39,12 +39,16 @@ INIT_FROM = (
 )
 ABOUT = ("title", "source", "command", "hardware", "expected")
 # Settings that neither the weights nor a result depend on, beside those that a continued run may change.
-WITHOUT_RESULT = FREE_TO_CHANGE | {
-    *("eval_strategy", "eval_every_n_epochs", "per_device_eval_batch_size", "save_strategy", "save_steps"),
-    *("log_level", "log_level_replica", "logging_strategy", "logging_first_step"),
-    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-    *("use_cpu", "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_timeout", "local_rank"),
-}
+WITHOUT_RESULT = (
+    FREE_TO_CHANGE
+    | OF_MONITOR
+    | {
+        *("eval_strategy", "eval_every_n_epochs", "per_device_eval_batch_size", "save_strategy", "save_steps"),
+        *("log_level", "log_level_replica", "logging_strategy", "logging_first_step"),
+        *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        *("use_cpu", "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_timeout", "local_rank"),
+    }
+)
 
 
 def _model_arguments() -> type:

@@ -16,6 +16,7 @@ from modeling_moco.image_processing_moco import normalize
 from training import monitor as monitor_module
 from training.data.images import MapImages
 from training.data.sources import DataArguments, load_images
+from training.engine.results import encoder_digest
 from training.evaluation import features as features_module
 from training.evaluation import knn
 from training.evaluation.features import cached_features, extract_features, unit
@@ -166,6 +167,40 @@ def test_accuracy_is_the_share_of_right_answers_in_per_cent(model, digits, featu
     assert top1(model, bank, queries, 1, knn_features=feature) == pytest.approx(expected)
 
 
+@pytest.fixture
+def with_predictor():
+    """As MoCo v3: a projection with BatchNorm, whose statistics are unlike those of any batch, and a predictor."""
+    torch.manual_seed(0)
+    settings = {"dictionary": "batch", "symmetric_loss": True, "projection_head": "mlp_bn", "prediction_head": "mlp_bn"}
+    model = MoCoModel(MoCoConfig(architecture="test_resnet", batch_norm="plain", projection_dim=8, **settings))
+    for module in model.projector_q.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def test_the_heads_feature_is_the_projection_without_the_predictor_and_its_digest_stands_for_that(
+    with_predictor, digits
+):
+    _, queries = digits
+    model = with_predictor.eval()
+    pixels = torch.stack([queries[i]["pixel_values"] for i in range(len(queries))])
+    with torch.no_grad():
+        expected = F.normalize(model.projector_q(model.features(pixels).pooler_output), dim=1)
+        turned = model.encode_queries(pixels)
+    assert not torch.allclose(expected, turned, atol=1e-2)
+    torch.testing.assert_close(extract_features(model, queries, feature="head")[0], expected, atol=1e-5, rtol=1e-5)
+    digest = encoder_digest(model, "head")
+    with torch.no_grad():
+        for tensor in (*model.predictor_q.parameters(), *model.predictor_q.buffers()):
+            tensor.zero_()
+    torch.testing.assert_close(extract_features(model, queries, feature="head")[0], expected, atol=1e-5, rtol=1e-5)
+    assert encoder_digest(model, "head") == digest
+    next(iter(model.projector_q.buffers())).add_(1)
+    assert encoder_digest(model, "head") != digest
+
+
 def test_a_result_names_its_protocol(model, digits):
     bank, queries = digits
     results = evaluate_knn(
@@ -252,23 +287,33 @@ def evaluate_a_share(rank, folder):
     accuracies += [r.value for r in evaluate_knn(model, bank, queries, KNNArguments(knn_k=[40, 3]), folder / "kept")]
     outputs = {"all": all_rows, "labels": labels, "mine": mine, "my_labels": my_labels, "kept": kept, "knn": accuracies}
     outputs |= {"my_kept": my_kept, "my_kept_labels": my_kept_labels}
+    with_head = inputs["with_head"]
+    for module in with_head.projector_q.modules() if rank > 0 else ():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.running_mean += rank
+    outputs["head"], _ = extract_features(with_head, queries, feature="head")
     torch.save(outputs, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_processes_share_the_images_and_the_bank_without_duplicates_or_omissions(model, digits, tmp_path):
+def test_processes_share_the_images_and_the_bank_without_duplicates_or_omissions(
+    model, with_predictor, digits, tmp_path
+):
     bank, queries = digits
     bank, queries = bank.rows(0, 50), queries.rows(0, 29)  # neither divides by three; a share is smaller than k
     expected, labels = extract_features(model, bank)
     expected_queries, _ = extract_features(model, queries)
     accuracies = top1(model, bank, queries, 40, 3) * 2
-    torch.save({"model": model, "bank": bank, "queries": queries}, tmp_path / "inputs.pt")
+    heads, _ = extract_features(with_predictor, queries, feature="head")
+    inputs = {"model": model, "with_head": with_predictor, "bank": bank, "queries": queries}
+    torch.save(inputs, tmp_path / "inputs.pt")
     run_ranks(evaluate_a_share, (tmp_path,), RANKS)
     for rank in range(RANKS):
         outputs = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(outputs["all"], expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(outputs["mine"], expected[rank::RANKS], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(outputs["head"], heads, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(outputs["kept"], expected_queries, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(outputs["my_kept"], expected[rank::RANKS], atol=1e-5, rtol=1e-5)
         assert torch.equal(outputs["my_kept_labels"], labels[rank::RANKS])

@@ -115,6 +115,9 @@ def test_only_the_same_measurement_shares_a_column(make):
         make("train", [93.0], data=DATA | {"split": "train"}, queue_size=256),
         make("birds", [94.0], data=seen | {"dataset": "/data/birds"}, queue_size=512),
         make("k", [95.0], protocol="weighted kNN, k 5, T 0.07", queue_size=1024),
+        make("images", [96.0], data=DATA | {"train_images": 500}, queue_size=4096),
+        make("labels", [97.0], data=DATA | {"label_column": "coarse_label", "classes": 5}, queue_size=8192),
+        make("revision", [98.0], data=DATA | {"revision": "commit a", "split_revision": "commit b"}, queue_size=16384),
         make("nothing", queue_size=2048),
     ]
     head, *rows = table(runs)
@@ -126,10 +129,13 @@ def test_only_the_same_measurement_shares_a_column(make):
         f"{KNN}, top-1, digits, train, bank 100, n 360",
         f"{KNN}, top-1, birds, test, bank 100, n 360",
         "weighted kNN, k 5, T 0.07, top-1, digits, test, bank 100, n 360",
+        f"{KNN}, top-1, digits, test, 500 train images, bank 100, n 360",
+        f"{KNN}, top-1, digits, test, labels coarse_label, 5 classes, bank 100, n 360",
+        f"{KNN}, top-1, digits, test, evaluated images commit b, train images commit a, bank 100, n 360",
     ], digits
-    expected = [[f"{90 + i:.2f}" if i == j else "–" for j in range(6)] for i in range(6)]
-    assert measured == [*expected, ["–"] * 6]
-    assert f"Not measured by {head[3]}: fewer, bank, train, birds, k, nothing." in notes(runs)
+    expected = [[f"{90 + i:.2f}" if i == j else "–" for j in range(9)] for i in range(9)]
+    assert measured == [*expected, ["–"] * 9]
+    assert f"Not measured by {head[3]}: fewer, bank, train, birds, k, images, labels, revision, nothing." in notes(runs)
 
 
 def test_results_of_other_weights_are_left_out_and_the_last_one_counts(make):

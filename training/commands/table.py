@@ -20,14 +20,24 @@ from ..engine.run_folder import check_same_run, ended, has_begun, write_recipe
 from ..engine.sgd_trainer import REQUEUE
 from ..errors import one_line, one_line_errors
 from ..evaluation.knn import protocol as knn_protocol
-from ..evaluation.linear_probe import parse_linear_probe
-from ..evaluation.probe_arguments import LinearProbeArguments
+from ..evaluation.linear_probe import ProbeRun, parse_linear_probe
 from ..process import command
 from ..recipe import PARTS, PretrainArguments, parse_pretrain
 from ..reports.children import Children, in_words, program
 from ..reports.compare import canonical, settings_of
 from ..reports.table import TABLES, Cell, Row, Table, claim, load_table, table_names
-from ..reports.table_results import NAME, Filled, Found, Published, changes, find, of_measure, to_text, write
+from ..reports.table_results import (
+    NAME,
+    Filled,
+    Found,
+    Measurement,
+    Published,
+    changes,
+    find,
+    of_measure,
+    to_text,
+    write,
+)
 
 LINEAR_PROBE = "linear probe"
 FAILED = 1  # exit status where a cell has failed
@@ -84,14 +94,14 @@ class RowPlan:
         words: of `pretrain`, without seed and folder.
         args: what they mean.
         published: the row without the overrides of the command line.
-        protocol: by which it will be measured, in the words of results.
+        planned: how it will be measured.
     """
 
     row: Row
     words: list[str]
     args: PretrainArguments
     published: Published
-    protocol: str
+    planned: Measurement
 
 
 @dataclasses.dataclass
@@ -169,8 +179,8 @@ class Plan:
         """Whether a cell has its result."""
         if found.measured is None or found.state != "ended":
             return False
-        planned = self.rows[found.cell.row.folder].protocol
-        return any(of_measure(c, self.table.measure) and c.protocol == planned for c in found.measured.results)
+        planned = self.rows[found.cell.row.folder].planned
+        return any(of_measure(c, self.table.measure) and found.has(c, planned) for c in found.results)
 
     def fill(self) -> Filled:
         """The table with all that is there now: of the seeds that were asked for, and of others."""
@@ -182,7 +192,7 @@ class Plan:
             to_come = settings(row.args, None)
             overrides |= {name: to_come[name] for name in changes(to_come, row.published.settings)}
         published = {name: row.published for name, row in self.rows.items()}
-        return Filled(self.table, found, published, {name: row.protocol for name, row in self.rows.items()}, overrides)
+        return Filled(self.table, found, published, {name: row.planned for name, row in self.rows.items()}, overrides)
 
     def _seeds_there(self) -> set[int]:
         names = [path.name.removeprefix("seed") for path in self.folder.glob("*/seed*")]
@@ -276,13 +286,12 @@ def plan_row(table: Table, row: Row, overrides: list[str], evaluation: list[str]
     except ValueError as error:
         raise ValueError(f"row {row.title!r} of {table.name}: {error}") from error
     args = parse_pretrain([*words, *overrides, *ON_THE_CPU]) if overrides else as_published
-    knn = args.training.knn_k[0], args.training.knn_temperature
     if table.measure == LINEAR_PROBE:
-        protocol, published = probe_protocol(args, evaluation), probe_protocol(as_published, [])
+        planned, published = by_probe(args, evaluation), by_probe(as_published, [])
     else:
-        protocol, published = knn_protocol(*knn), knn_protocol(as_published.training.knn_k[0], knn[1])
+        planned, published = by_monitor(args), by_monitor(as_published)
     processes = None if as_published.config.batch_norm == "sync" else as_published.recipe.processes
-    return RowPlan(row, [*words, *overrides], args, Published(settings(as_published, processes), published), protocol)
+    return RowPlan(row, [*words, *overrides], args, Published(settings(as_published, processes), published), planned)
 
 
 def settings(args: PretrainArguments, processes: int | None) -> dict[str, Any]:
@@ -290,8 +299,15 @@ def settings(args: PretrainArguments, processes: int | None) -> dict[str, Any]:
     return settings_of(args.settings, default_values(PARTS), processes)[0]
 
 
-def probe_protocol(args: PretrainArguments, words: list[str]) -> str:
-    """How the linear probe of a run will call its result.
+def by_monitor(args: PretrainArguments) -> Measurement:
+    """What the monitor of a run measures when it ends."""
+    knn = args.training.knn
+    protocol = knn_protocol(knn.knn_k[0], knn.knn_temperature)
+    return Measurement(protocol, args.data, args.data, knn.knn_features, args.training.knn_bank_size)
+
+
+def by_probe(args: PretrainArguments, words: list[str]) -> Measurement:
+    """What the linear probe of a run measures.
 
     Raises:
         ValueError: a flag is unknown, or a value out of its range.
@@ -301,16 +317,16 @@ def probe_protocol(args: PretrainArguments, words: list[str]) -> str:
             "evaluation is of the cell's own weights, in its own folder: leave --random_encoder and --output_dir out"
         )
     sections = json.dumps({name: args.settings[name] for name in ("data", "probe")})
-    return _probe_protocol(sections, tuple(words))
+    probe = _parse_probe(sections, tuple(words))
+    kind = "official" if probe.training.mode == "official" else "cached features, SGD"
+    return Measurement(f"linear probe, {kind}, {probe.training.protocol}", probe.data, args.data)
 
 
 @functools.cache  # rows have much in common
-def _probe_protocol(sections: str, words: tuple[str, ...]) -> str:
+def _parse_probe(sections: str, words: tuple[str, ...]) -> ProbeRun:
     with TemporaryDirectory() as stand_in:  # of the run, which may not be there yet
         write_recipe(Path(stand_in), json.loads(sections))
-        training: LinearProbeArguments = parse_linear_probe([stand_in, *words, *ON_THE_CPU]).training
-    kind = "official" if training.mode == "official" else "cached features, SGD"
-    return f"linear probe, {kind}, {training.protocol}"
+        return parse_linear_probe([stand_in, *words, *ON_THE_CPU])
 
 
 def flags(values: Mapping[str, Any]) -> list[str]:

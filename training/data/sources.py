@@ -120,6 +120,11 @@ class EvaluationDataArguments(SourceArguments):
         """The fixed view of kNN, probes and pipelines."""
         return EvaluationView(self.eval_resize or round(self.image_size * 256 / 224), self.image_size)
 
+    @property
+    def view_in_words(self) -> str:
+        """That view, as results name it."""
+        return f"short side {self.evaluation_view().resize} px, centre {self.image_size} px"
+
     def image_processor(self, config: MoCoConfig) -> MoCoImageProcessor:
         """The evaluation view as an image processor of transformers, which is saved beside the model."""
         return MoCoImageProcessor(
@@ -293,10 +298,11 @@ def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageS
         "train_split": args.train_split,
         "train_images": len(train),
         "split": eval_split,
+        "split_images": len(evaluation) if isinstance(evaluation, datasets.Dataset) else None,
         "split_revision": opened.content.get(str(eval_split)),
         "label_column": next((column for column, name in columns.items() if name == "label"), None),
         "classes": len(class_names),
-        "view": f"short side {args.evaluation_view().resize} px, centre {args.image_size} px",
+        "view": args.view_in_words,
     }
     place = {"dataset": args.dataset_name, "content": used}
     return ImageSplits(train, evaluation, class_names, about, problem, place, decoder)

@@ -46,7 +46,7 @@ class EmbedArguments:
     )
     features: Feature = field(
         default="backbone",
-        metadata={"help": "The pooled output of the backbone, or that of the head, which the loss sees."},
+        metadata={"help": "The pooled output of the backbone, or its projection by the head, without a predictor."},
     )
     stage: str | None = field(
         default=None,

@@ -25,12 +25,17 @@ from ..errors import hide_secrets
 from .files import inside, read_json, write_json
 from .run_folder import RESULTS
 
-Feature = Literal["backbone", "head"]  # the pooled output (D wide), or the unit-length query (projection_dim wide)
+Feature = Literal["backbone", "head"]  # the pooled output (D wide), or the unit-length projection (projection_dim wide)
+
+
+def behind(model: MoCoModel, feature: Feature) -> list[nn.Module]:
+    """The modules that make a feature of an image."""
+    return [model.encoder_q] + ([model.projector_q] if feature == "head" else [])
 
 
 def encoder_digest(model: MoCoModel, feature: Feature = "backbone") -> str:
     """Sixteen hexadecimal digits that stand for the weights and statistics behind a feature."""
-    return _digest([model.encoder_q] + ([model.projector_q] if feature == "head" else []), model.config)
+    return _digest(behind(model, feature), model.config)
 
 
 def model_digest(model: MoCoPreTrainedModel) -> str:

@@ -79,8 +79,11 @@ OF_SEGMENTATION = {
 FIGURES = (*CURVES, *OF_FEATURES)  # of a pretraining run
 OF_TASKS = {"detect": OF_DETECTOR, "segment": OF_SEGMENTATION}  # of what an encoder was transferred to, by its command
 WITH_IMAGES = ("neighbours", DETECTIONS, SEGMENTATIONS)  # figures that show images
-# What may differ between a run and its continuation, because it changes no weight: how fast images come, on what the run
-# computes, what is printed, sent, saved and measured meanwhile.
+# How the kNN of a run is measured. It changes no weight, and makes no other row of a comparison. A continuation keeps it, for
+# the curve and the numbers before and after are one measurement, which results name by these settings.
+OF_MONITOR = {"knn_k", "knn_temperature", "knn_bank_size", "knn_features"}
+# What may differ between a run and its continuation, because it changes no weight and no number: how fast images come, on what
+# the run computes, what is printed, sent and saved, and how often it is measured.
 FREE_TO_CHANGE = {
     *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("use_cpu", "local_rank", "ddp_timeout", "disable_tqdm", "log_level", "log_level_replica"),
@@ -88,7 +91,6 @@ FREE_TO_CHANGE = {
     *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     *("save_strategy", "save_steps", "save_total_limit"),
     *("eval_strategy", "eval_every_n_epochs", "per_device_eval_batch_size"),
-    *("knn_k", "knn_temperature", "knn_bank_size", "knn_features"),
 }
 NOT_OF_THE_RUN = ("probe",)  # section of a recipe for later commands
 START = "start"  # section of a recipe.yaml about the weights that a pretraining run began with

@@ -23,7 +23,7 @@ from modeling_moco.distributed_moco import rank, world_size
 from ..data.images import MapImages
 from ..engine.files import below, whole_file, write_json
 from ..engine.preemption import outlive_signals
-from ..engine.results import Feature, encoder_digest
+from ..engine.results import Feature, behind, encoder_digest
 
 Batch = dict[str, torch.Tensor]
 ROWS_PER_FILE = 16_384  # what an interrupted extraction repeats at most
@@ -97,8 +97,9 @@ def encode_in_order(
         worker_init_fn=outlive_signals,
     )
     if ranks > 1:
-        for buffer in model.encoder_q.buffers():
-            dist.broadcast(buffer, src=0)
+        for module in behind(model, feature):
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
     training = model.training
     model.eval()
     left = n if gather else len(range(rank(), n, ranks))  # rows, without the padding
@@ -122,8 +123,8 @@ def encode(model: MoCoModel, pixel_values: torch.Tensor, feature: Feature, stage
     Args:
         stage: of the backbone, whose map is averaged over all places; None for the pooled output.
     """
-    if feature == "head":
-        return model.encode_queries(pixel_values)
+    if feature == "head":  # without the predictor, which only queries pass and which turns them to their keys
+        return unit(model.projector_q(model.features(pixel_values).pooler_output).float())
     if stage is None:
         return model.features(pixel_values).pooler_output.float()
     hidden = model.features(pixel_values, output_hidden_states=True).hidden_states

@@ -37,7 +37,7 @@ class KNNArguments:
     knn_features: Feature = field(
         default="backbone",
         metadata={
-            "help": "What is compared: the pooled output of the backbone, or that of the head, which the loss sees."
+            "help": "What is compared: the pooled output of the backbone, or its projection by the head, without a predictor."
         },
     )
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images per device at once."})

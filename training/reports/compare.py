@@ -22,7 +22,7 @@ from ..cli import DESTINATIONS
 from ..engine.files import whole_files
 from ..engine.page import Run, document, embedded, escape, read_run, words
 from ..engine.results import encoder_digest
-from ..engine.run_folder import FREE_TO_CHANGE, METRICS, START, WEIGHTS, read_metrics
+from ..engine.run_folder import FREE_TO_CHANGE, METRICS, OF_MONITOR, START, WEIGHTS, read_metrics
 from ..errors import visible
 from ..evaluation.encoder import Encoder
 from ..hub.model_card import escape as escape_markdown
@@ -41,8 +41,28 @@ READING = (
 OF_CURVES = "A line for every run, in the colour of its row."
 
 
+IN_WORDS = {  # the fields of a column that do not speak for themselves
+    "split_revision": "evaluated images {}",
+    "train_split": "train split {}",
+    "train_images": "{} train images",
+    "revision": "train images {}",
+    "label_column": "labels {}",
+    "classes": "{} classes",
+    "bank": "bank {}",
+}
+
+
+def in_words(value: Any) -> str:
+    """A value of a result in a column; empty where it has none."""
+    return "" if value is None else str(value)
+
+
 class Column(NamedTuple):
-    """What decides whether two results can be compared."""
+    """What decides whether two results can be compared: the protocol, and all that says which images and labels were used.
+
+    The fields between `feature` and `bank` are those of `ImageSplits.about` in words, empty where a result does not have them.
+    A bank of some of the train images is evenly spaced in them, so that its images depend on `train_images` too.
+    """
 
     protocol: str
     metric: str
@@ -50,35 +70,42 @@ class Column(NamedTuple):
     dataset: str
     config: str
     split: str
+    split_revision: str
     view: str
+    train_split: str
+    train_images: str
+    revision: str
+    label_column: str
+    classes: str
     bank: str
     n: int
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Column":
-        dataset, config, split, view = (
-            str(entry["data"].get(key) or "") for key in ("dataset", "config", "split", "view")
-        )
-        bank = str(entry["settings"].get("bank") or "")
-        return cls(entry["protocol"], entry["metric"], entry["feature"], dataset, config, split, view, bank, entry["n"])
+        data = {name: in_words(entry["data"].get(name)) for name in OF_DATA}
+        bank = in_words(entry["settings"].get("bank"))
+        return cls(entry["protocol"], entry["metric"], entry["feature"], **data, bank=bank, n=entry["n"])
 
     def describe(self, others: Iterable["Column"]) -> str:
         """The protocol in words, with as much of the rest as tells it from others."""
-        rest = {
-            "feature": self.feature,
-            "dataset": public_name(self.dataset) if self.dataset else "unknown images",
-            "config": self.config,
-            "split": self.split,
-            "view": self.view,
-            "bank": f"bank {self.bank}",
-        }
-        always = ("dataset", "split")
-        differ = [
-            value
-            for name, value in rest.items()
-            if value and (name in always or len({getattr(other, name) for other in others}) > 1)
-        ]
-        return ", ".join([self.protocol, self.metric.replace("top", "top-"), *differ, f"n {self.n:,}"])
+        others = list(others)
+        differ = {name for name in self._fields if len({getattr(other, name) for other in others}) > 1}
+        rest = [self._words(name) for name in ("feature", *OF_DATA, "bank") if name in differ | {"dataset", "split"}]
+        return ", ".join([self.protocol, self.metric.replace("top", "top-"), *filter(None, rest), f"n {self.n:,}"])
+
+    @property
+    def learned_from(self) -> str:
+        """The labelled images in words, as far as they are known."""
+        return ", ".join(filter(None, map(self._words, ("train_images", "label_column", "classes"))))
+
+    def _words(self, name: str) -> str:
+        value = getattr(self, name)
+        if name == "dataset":
+            return public_name(value) if value else "unknown images"
+        return IN_WORDS.get(name, "{}").format(value) if value else ""
+
+
+OF_DATA = Column._fields[Column._fields.index("dataset") : Column._fields.index("bank")]  # from `ImageSplits.about`
 
 
 @dataclass(frozen=True)
@@ -90,6 +117,7 @@ class Measured:
         state: "ended", or how far its weights have come.
         results: of these weights, per cent.
         older: number of results that are of other weights.
+        data: the images that it has recorded (`ImageSplits.about`); empty where it has not.
     """
 
     run: Run
@@ -98,6 +126,7 @@ class Measured:
     state: str
     results: dict[Column, float]
     older: int
+    data: dict[str, Any]
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -192,11 +221,11 @@ def read_measured(folder: Path, defaults: Defaults) -> Measured:
         raise ValueError(
             f"{folder} is of {run.task}, and pretraining runs are compared: pass what --output_dir of one was"
         )
-    processes = read_metrics(folder / METRICS, "correct it, or move it away").get(PROCESSES)
-    settings, seed = settings_of(run.recipe, defaults, processes)
+    metrics = read_metrics(folder / METRICS, "correct it, or move it away")
+    settings, seed = settings_of(run.recipe, defaults, metrics.get(PROCESSES))
     state = "ended" if run.source == folder else f"step {run.state.get('global_step')} of {run.state.get('max_steps')}"
     results, older = _results(run)
-    return Measured(run, settings, seed, state, results, older)
+    return Measured(run, settings, seed, state, results, older, metrics.get("data", {}))
 
 
 def settings_of(
@@ -212,7 +241,7 @@ def settings_of(
     if START in recipe:
         given["weights to begin with"] = recipe[START].get(WEIGHTS)
     given[PROCESSES] = processes
-    free = {"seed", *FREE_TO_CHANGE}
+    free = {"seed", *FREE_TO_CHANGE, *OF_MONITOR}
     settings = {key: x for key, x in given.items() if key not in free and not DESTINATIONS.fullmatch(key)}
     return settings, given.get("seed")
 
@@ -289,9 +318,8 @@ def draw(comparison: Comparison, path: Path) -> bool:
 
 def _same_monitor(rows: list[Row]) -> bool:
     """Whether the kNN of all monitors is the same measurement."""
-    names = ("knn_k", "knn_temperature", "knn_bank_size", "knn_features")
     monitors = {
-        canonical([x.run.recipe["data"], [x.run.recipe.get("training", {}).get(name) for name in names]])
+        canonical([x.run.recipe["data"], {name: x.run.recipe.get("training", {}).get(name) for name in OF_MONITOR}])
         for row in rows
         for x in row.runs
     }

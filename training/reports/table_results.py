@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import plots
+from ..data.sources import EvaluationDataArguments
 from ..engine.files import whole_files
 from ..engine.page import document, embedded, escape, words
 from ..engine.results import interval
@@ -24,12 +25,14 @@ from ..hub.model_card import public_name
 from .compare import (
     EMPTY,
     OF_CURVES,
+    OF_DATA,
     PROCESSES,
     Column,
     Defaults,
     Measured,
     canonical,
     html_table,
+    in_words,
     markdown_table,
     read_measured,
     text_table,
@@ -46,11 +49,80 @@ OF_DOTS = "Filled: ours, with the standard deviation of the seeds. Open circles:
 APART = "The paper's numbers were measured under other conditions, and are not compared with ours."
 
 
+SOURCE = (
+    *("dataset_name", "dataset_config_name", "train_split", "eval_split", "image_column", "label_column"),
+    "max_image_pixels",
+)  # flags that say where images and labels are
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How a row is measured.
+
+    Args:
+        protocol: in the words of results.
+        data, of_run: the images that its evaluation reads, and those that its run was given.
+        feature: "backbone" or "head".
+        bank_size: most images of the bank of a kNN; None for all.
+    """
+
+    protocol: str
+    data: EvaluationDataArguments
+    of_run: EvaluationDataArguments
+    feature: str = "backbone"
+    bank_size: int | None = None
+
+    def is_of(self, column: Column, seen: Mapping[str, Any]) -> bool:
+        """Whether a result in this column was measured so.
+
+        Args:
+            seen: the images that the run has recorded (`ImageSplits.about`). What it does not say is not compared.
+        """
+        data, of_run, same_source = self.data, self.of_run, self._same_source
+        counts = {"train_images": None, "split_images": None} | (dict(seen) if same_source else {})
+        return (
+            (column.protocol, column.feature) == (self.protocol, self.feature)
+            and all(getattr(column, name) == in_words(value) for name, value in self._expected(seen).items())
+            and _fits(column.train_images, data.max_train_samples, of_run.max_train_samples, counts["train_images"])
+            and _fits(str(column.n), data.max_eval_samples, of_run.max_eval_samples, counts["split_images"])
+            and _fits(column.bank, self.bank_size, None, _number(column.train_images))
+        )
+
+    @property
+    def _same_source(self) -> bool:
+        return all(getattr(self.data, name) == getattr(self.of_run, name) for name in SOURCE)
+
+    def _expected(self, seen: Mapping[str, Any]) -> dict[str, Any]:
+        data = self.data
+        asked = {"dataset": data.dataset_name, "split": data.eval_split, "label_column": data.label_column}
+        known: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        known |= {"config": data.dataset_config_name, "train_split": data.train_split, "view": data.view_in_words}
+        if not self._same_source:
+            return known
+        return known | {name: seen[name] for name in OF_DATA if name in seen and name not in ("train_images", "view")}
+
+
+def _fits(count: str, limit: int | None, of_run: int | None, seen: Any) -> bool:
+    """Whether so many images are what this limit leaves, where a run under a limit of its own has seen so many."""
+    number = _number(count)
+    if number is None or not isinstance(seen, int):
+        return number is None or limit is None or number <= limit
+    if limit == of_run:
+        return number == seen
+    if limit is not None and (of_run is None or limit <= seen):
+        return number == min(limit, seen)
+    return seen <= number and (limit is None or number <= limit)
+
+
+def _number(words: str) -> int | None:
+    return int(words) if words.isdecimal() else None
+
+
 class Published(NamedTuple):
-    """A row as the paper has it: settings of its run with all defaults, and the words of its protocol."""
+    """A row as the paper has it: settings of its run with all defaults, and how it was measured."""
 
     settings: dict[str, Any]
-    protocol: str
+    measurement: Measurement
 
 
 @dataclass(frozen=True)
@@ -74,6 +146,10 @@ class Found:
     @property
     def results(self) -> dict[Column, float]:
         return {} if self.measured is None else self.measured.results
+
+    def has(self, column: Column, measurement: Measurement) -> bool:
+        """Whether it has a result in this column, which was measured so."""
+        return self.measured is not None and column in self.results and measurement.is_of(column, self.measured.data)
 
 
 def find(cell: Cell, published: Published, defaults: Defaults) -> Found:
@@ -147,7 +223,7 @@ class Filled:
     """A table with what is there of ours.
 
     Args:
-        planned: words of the protocol by which a row is to be measured, by its folder.
+        planned: how a row is to be measured, by its folder.
         published: of every row, by its folder.
         overrides: what the cells to come have instead of published settings.
     """
@@ -155,7 +231,7 @@ class Filled:
     table: Table
     found: list[Found]
     published: Mapping[str, Published]
-    planned: Mapping[str, str]
+    planned: Mapping[str, Measurement]
     overrides: Mapping[str, Any]
 
     @cached_property
@@ -177,13 +253,13 @@ class Filled:
         return {row.folder: self._score(row) for row in self.table.rows}
 
     def _score(self, row: Row) -> Score:
-        runs = [x.results for x in self.found if x.cell.row == row and x in self.counted]
-        columns = [column for results in runs for column in results if of_measure(column, self.table.measure)]
+        runs = [x for x in self.found if x.cell.row == row and x in self.counted]
+        columns = [column for x in runs for column in x.results if of_measure(column, self.table.measure)]
         if not columns:
             return Score(row, [], None)
         times, planned = Counter(columns), self.planned[row.folder]
-        column = max(columns, key=lambda column: (column.protocol == planned, times[column]))
-        return Score(row, [results[column] for results in runs if column in results], column)
+        column = max(columns, key=lambda column: (any(x.has(column, planned) for x in runs), times[column]))
+        return Score(row, [x.results[column] for x in runs if column in x.results], column)
 
     @property
     def done(self) -> int:
@@ -194,10 +270,9 @@ class Filled:
     def reproduced(self) -> bool:
         """Whether ours were measured under the paper's conditions, so that the numbers may be compared."""
         return not self.changed and all(
-            score.column is None
-            or (score.column.protocol, score.column.dataset)
-            == (self.published[name].protocol, self.published[name].settings["dataset_name"])
-            for name, score in self.scores.items()
+            x.has(column, self.published[x.cell.row.folder].measurement)
+            for x in self.counted
+            if (column := self.scores[x.cell.row.folder].column) is not None and column in x.results
         )
 
     @property
@@ -275,7 +350,8 @@ class Filled:
                 rows.setdefault(score.column, []).append(score.row.title)
         for column, titles in rows.items():
             of = f" of {', '.join(titles)}" if len(rows) > 1 else ""
-            yield f"Ours{of}: {column.describe([column])}, {column.feature} feature."
+            learned = f", {column.learned_from}" if column.learned_from else ""
+            yield f"Ours{of}: {column.describe([column])}, {column.feature} feature{learned}."
 
 
 def _value(name: str, value: Any) -> str:
