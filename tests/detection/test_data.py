@@ -157,6 +157,29 @@ def test_boxes_that_may_be_both_are_refused_and_the_flag_decides(tmp_path):
     assert load(folder, bbox_format="xywh").train.objects[0].boxes.tolist() == [[2, 3, 22, 25]]
 
 
+def test_an_evaluation_reads_boxes_as_the_training_did(tmp_path):
+    """Where those to evaluate on fit both readings, those of the training decide, of every split that it has read."""
+    both = ((40, 30), [[2, 3, 18, 19]], [0], [0], [0])
+    ends = ((40, 30), [[20, 15, 40, 30]], [0], [0], [0])  # as width and height these are beyond the border
+    evaluate = {"class_names": CLASSES, "training": False}
+    for name, deciding in (("one", "train"), ("two", "validation")):
+        splits = {split: [both, ends if split == deciding else both] for split in ("train", "validation", "test")}
+        folder = write_parquet(tmp_path / name, form="xyxy", splits=splits)
+        place = load_detection(DetectionDataArguments(dataset_name=str(folder))).place
+        args = DetectionDataArguments(dataset_name=str(folder), eval_split="test")
+        args.content = place["content"]
+        found = load_detection(args, **evaluate)
+        assert found.train is None
+        assert found.eval.objects[0].boxes.tolist() == [[2, 3, 18, 19]]
+        assert found.place["content"].keys() == {"test"}
+    args.content = None  # of no record: train and test alone fit both
+    with pytest.raises(ValueError, match="boxes may be left, top, width, height or left, top, right, bottom: pass"):
+        load_detection(args, **evaluate)
+    (folder / "train-00000-of-00001.parquet").unlink()
+    with pytest.raises(ValueError, match="boxes may be left, top, width, height or left, top, right, bottom: pass"):
+        load_detection(args, **evaluate)
+
+
 def test_boxes_that_are_neither_are_refused_by_name(tmp_path):
     image = ((40, 30), [[2, 3, 60, 22]], [0], [0], [0])
     folder = write_parquet(tmp_path / "data", form="xyxy", splits={"train": [image, TRAIN[0]]})

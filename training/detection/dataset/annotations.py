@@ -143,6 +143,10 @@ def _is_number(category: Any) -> bool:
     return isinstance(category, int) and not isinstance(category, bool) and category >= 0
 
 
+class AmbiguousBoxesError(ValueError):
+    """All boxes may be read in two ways. Those of other splits may tell."""
+
+
 def find_bbox_format(splits: Iterable[AnnotatedSplit], sizes: Iterable[Sequence[tuple[int, int]]]) -> str:
     """Whether boxes are (left, top, width, height), "xywh", or (left, top, right, bottom), "xyxy".
 
@@ -151,7 +155,8 @@ def find_bbox_format(splits: Iterable[AnnotatedSplit], sizes: Iterable[Sequence[
         sizes: width and height of each image of each split.
 
     Raises:
-        ValueError: all boxes may be both, some can be neither, or they are no pixels.
+        AmbiguousBoxesError: all boxes may be both.
+        ValueError: some can be neither, or they are no pixels.
     """
     possible = dict.fromkeys(FORMATS, True)
     example, largest = "", 0.0
@@ -172,7 +177,7 @@ def find_bbox_format(splits: Iterable[AnnotatedSplit], sizes: Iterable[Sequence[
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(
+        raise AmbiguousBoxesError(
             "boxes may be left, top, width, height or left, top, right, bottom: pass --bbox_format xywh or xyxy"
         )
     raise ValueError(

@@ -18,7 +18,15 @@ from ...data.decode import Decoder, Unreadable
 from ...data.sources import LOOKED_AT, SourceArguments
 from ...errors import DataError
 from ...transfer.source import Source, find_eval_split, identify, look_at_all
-from .annotations import AnnotatedSplit, check_objects, find_bbox_format, find_classes, join, refuse_shared_images
+from .annotations import (
+    AmbiguousBoxesError,
+    AnnotatedSplit,
+    check_objects,
+    find_bbox_format,
+    find_classes,
+    join,
+    refuse_shared_images,
+)
 from .columns import has_metadata, read_columns, read_folder
 from .layouts import coco_splits, read_coco, read_voc, voc_splits
 from .objects import PackedObjects, is_empty
@@ -136,7 +144,8 @@ def load_detection(
     Args:
         args: where it is.
         class_names: of a detector that is evaluated; by default those of the train split.
-        training: whether the train split is used. Without, and with `class_names`, it is not read.
+        training: whether the train split is used. Without, and with `class_names`, it is read only where the boxes to evaluate
+            on do not tell their format.
 
     Raises:
         ValueError: the dataset, a split, a column or an image does not exist; a split has no objects; an object is not what it
@@ -157,8 +166,7 @@ def load_detection(
     limits = [*([args.max_train_samples] if needed else []), *([args.max_eval_samples] if eval_split else [])]
     readable = [_measure(split, limit, args) for split, limit in zip(opened, limits, strict=True)]
     bbox_format = opened[0].bbox_format or (args.bbox_format if args.bbox_format != "auto" else None)
-    if bbox_format is None:
-        bbox_format = find_bbox_format([part.split for part in readable], [part.sizes for part in readable])
+    bbox_format = bbox_format or _find_format(source, readable, args)
     checked = [_check(part, names, bbox_format, args) for part in readable]
     totals = [len(split.annotations) for split in opened]
     content = source.same_content(
@@ -271,6 +279,22 @@ def _measure(split: AnnotatedSplit, limit: int | None, args: DetectionDataArgume
             files=[split.files[number] for number in kept] if split.files else [],
         )
     return _Measured(split, sizes, [headers[number].digest for number in kept], decoder)
+
+
+def _find_format(source: _Source, splits: list[_Measured], args: DetectionDataArguments) -> str:
+    """As `find_bbox_format`. Where these splits do not tell, those that the model was trained with are looked at too."""
+    try:
+        return find_bbox_format([part.split for part in splits], [part.sizes for part in splits])
+    except AmbiguousBoxesError:
+        known = {part.split.name for part in splits}
+        others = [
+            _measure(source.read(name), args.max_train_samples if name == args.train_split else None, args)
+            for name in args.content or [args.train_split]
+            if name not in known and set(name.split("+")) <= set(source.names)
+        ]
+        if not others:
+            raise
+    return find_bbox_format([part.split for part in (*others, *splits)], [part.sizes for part in (*others, *splits)])
 
 
 class _Header(NamedTuple):
