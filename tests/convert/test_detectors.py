@@ -1,5 +1,6 @@
 """Detectors under detectron2's names, by recorded ones of detectron2 (tests/support/detectron2_step.py says how recorded)."""
 
+import json
 import pickle
 import re
 from collections import OrderedDict
@@ -9,7 +10,14 @@ import torch
 from detectron2_step import Step, our_name
 from tiny_detectors import detector
 
-from modeling_moco import MoCoConfig, MoCoDetectionImageProcessor, MoCoForObjectDetection, MoCoRCNNConfig
+from modeling_moco import (
+    MoCoConfig,
+    MoCoDetectionImageProcessor,
+    MoCoForObjectDetection,
+    MoCoImageProcessor,
+    MoCoModel,
+    MoCoRCNNConfig,
+)
 from training.convert.files import FORMATS, read, write
 from training.convert.start import read_start
 
@@ -228,3 +236,38 @@ def test_a_detector_is_no_start_for_pretraining(boxes, tmp_path):
     save(tmp_path / "model_final.pth", weights(boxes))
     with pytest.raises(ValueError, match="is a detector, whose encoder may have seen labels"):
         read_start(str(tmp_path / "model_final.pth"), MoCoConfig(architecture="resnet50"))
+
+
+def test_the_sizes_of_images_are_those_of_the_source(convert, refuse, tmp_path):
+    """To detectron2's names as settings that are printed, to a model directory in its image processor."""
+    ours = tmp_path / "ours"
+    MoCoForObjectDetection(MoCoRCNNConfig(**TINY)).save_pretrained(ours)
+    MoCoDetectionImageProcessor().save_pretrained(ours)
+    assert "INPUT." not in convert(ours, tmp_path / "usual.pth", "--to", "detectron2")
+    processor = MoCoDetectionImageProcessor(
+        size={"shortest_edge": 240, "longest_edge": 400}, image_mean=[0.1, 0.2, 0.3]
+    )
+    processor.save_pretrained(ours)
+    out = convert(ours, tmp_path / "model.pth", "--to", "detectron2")
+    assert "INPUT.MIN_SIZE_TEST 240, INPUT.MAX_SIZE_TEST 400" in out
+    write(read(str(ours)), tmp_path / "again", "moco")
+    again = MoCoDetectionImageProcessor.from_pretrained(tmp_path / "again")
+    assert again.to_dict() == processor.to_dict()
+
+    MoCoDetectionImageProcessor(size={"height": 240, "width": 400}).save_pretrained(ours)
+    assert "detectron2 resizes by a shortest_edge" in refuse(ours, tmp_path / "square.pth", "--to", "detectron2")
+    (ours / "preprocessor_config.json").write_text("{")
+    error = refuse(ours, tmp_path / "damaged.pth", "--to", "detectron2")
+    assert f"{ours} has a preprocessor_config.json that cannot be read" in error
+    assert not (tmp_path / "square.pth").exists()
+
+
+def test_an_encoder_keeps_the_size_of_its_images(tmp_path):
+    source = tmp_path / "source"
+    MoCoModel(MoCoConfig(architecture="test_resnet", queue_size=16)).save_pretrained(source)
+    processor = MoCoImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(source)
+    content = json.loads((source / "preprocessor_config.json").read_text())
+    (source / "preprocessor_config.json").write_text(json.dumps(content | {"unknown": "of somebody"}))
+    write(read(str(source)), tmp_path / "again", "moco")
+    assert MoCoImageProcessor.from_pretrained(tmp_path / "again").to_dict() == processor.to_dict()

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from modeling_moco import MoCoConfig, MoCoRCNNConfig
+from modeling_moco import MoCoConfig, MoCoDetectionImageProcessor, MoCoRCNNConfig
 from modeling_moco.rpn_moco import make_anchors
 
+from ..errors import shown
 from .key_maps import BLOCKS, DETECTOR, State, rename_back
 from .shapes import Recognised, length, part, recognise_resnet
 
@@ -44,6 +45,7 @@ SETTINGS = {  # ours, and the key of detectron2's configuration
     "nms_threshold": "MODEL.ROI_HEADS.NMS_THRESH_TEST",
     "max_detections": "TEST.DETECTIONS_PER_IMAGE",
 }
+SIDES = {"shortest_edge": "INPUT.MIN_SIZE_TEST", "longest_edge": "INPUT.MAX_SIZE_TEST"}  # of an image processor
 LISTS_OF_LISTS = ("anchor_sizes", "anchor_ratios")  # one list for each map of features
 NORMS = {"sync": "naiveSyncBN", "plain": "BN", "frozen": "FrozenBN"}
 NOT_IN_THE_FILE = (
@@ -150,12 +152,26 @@ def detectron2_state(config: MoCoConfig, state: State) -> State:
     }
 
 
-def detectron2_settings(config: MoCoConfig) -> str:
-    """What detectron2's configuration must have beside the official `*_moco.yaml`, in one line."""
+def detectron2_settings(source: str, config: MoCoConfig, size: Any) -> str:
+    """What detectron2's configuration must have beside the official `*_moco.yaml`, in one line.
+
+    Args:
+        source: for messages.
+        size: of its image processor, "shortest_edge" and "longest_edge" in pixels.
+
+    Raises:
+        ValueError: detectron2 resizes no images in this way.
+    """
     assert isinstance(config, MoCoRCNNConfig)
     usual = MoCoRCNNConfig()
     depth, groups, width = RESNETS[config.architecture]
     channels = (config.model_args or {}).get("channels") or (64,)
+    sides = [size[side] if size else None for side in SIDES]
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(
+            f"{source} has an image processor of size {shown(size)}, and detectron2 resizes by a shortest_edge and a "
+            "longest_edge: give it both"
+        )
     settings: dict[str, Any] = {"MODEL.ROI_HEADS.NUM_CLASSES": config.num_labels}
     for key, value, official in (
         ("MODEL.RESNETS.DEPTH", depth, 50),
@@ -163,6 +179,7 @@ def detectron2_settings(config: MoCoConfig) -> str:
         ("MODEL.RESNETS.WIDTH_PER_GROUP", width * channels[0] // 64, 64),
         ("MODEL.RESNETS.RES2_OUT_CHANNELS", 4 * channels[0], 256),
         ("MODEL.RESNETS.NORM", NORMS[config.detector_norm], NORMS["sync"]),
+        *zip(SIDES.values(), sides, MoCoDetectionImageProcessor.size.values(), strict=True),
         ("MODEL.PIXEL_MEAN", _levels(config.image_mean), _levels(usual.image_mean)),
         ("MODEL.PIXEL_STD", _levels(config.image_std), _levels(usual.image_std)),
     ):

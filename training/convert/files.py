@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from modeling_moco import (
     MoCoConfig,
@@ -30,7 +31,7 @@ from ..cli import build_parser, how_to_run, nearest_name
 from ..engine.files import check_model_files, read_json, write_json
 from ..engine.run_folder import CONVERSION
 from ..errors import first_line, one_line
-from ..model_folder import check_size, read_config, read_timm_config, weights_file
+from ..model_folder import DAMAGED, check_size, read_config, read_timm_config, weights_file
 from .detect import Checkpoint, known_values, read_file, recognise
 from .detectors import check_detector, detectron2_settings, detectron2_state
 from .key_maps import (
@@ -195,6 +196,10 @@ def write(checkpoint: Checkpoint, out: Path, to: str) -> list[str]:
         _check_encoder(checkpoint, to)
     if to == "official":
         _check_official(checkpoint)
+    needs = []
+    if checkpoint.is_detector and to == "detectron2":
+        settings = detectron2_settings(checkpoint.source, checkpoint.config, _processor(checkpoint).size)
+        needs.append(f"beside a *_moco.yaml of the official code, detectron2 needs {settings}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
@@ -203,9 +208,7 @@ def write(checkpoint: Checkpoint, out: Path, to: str) -> list[str]:
             unfinished.rename(out)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{out} cannot be written ({error}): name another output, or make room") from error
-    if checkpoint.is_detector and to == "detectron2":
-        return [f"beside a *_moco.yaml of the official code, detectron2 needs {detectron2_settings(checkpoint.config)}"]
-    return []
+    return needs
 
 
 def _check_encoder(checkpoint: Checkpoint, to: str) -> None:
@@ -259,11 +262,39 @@ def _save_model(checkpoint: Checkpoint, path: Path) -> None:
     model = checkpoint.empty_model()
     model.load_state_dict(checkpoint.state, strict=False, assign=True)
     model.save_pretrained(path, state_dict=dict(checkpoint.state))
-    mean, std = list(checkpoint.config.image_mean), list(checkpoint.config.image_std)
-    processor = MoCoDetectionImageProcessor if checkpoint.is_detector else MoCoImageProcessor
-    processor(image_mean=mean, image_std=std).save_pretrained(path)
+    _processor(checkpoint).save_pretrained(path)
     about = {"format": checkpoint.title, "file": Path(checkpoint.source).name} | checkpoint.about
     write_json(path / CONVERSION, about)
+
+
+def _processor(checkpoint: Checkpoint) -> Any:
+    """The image processor of a model directory or repository; where it has none, that of MoCo's configurations.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    kind = MoCoDetectionImageProcessor if checkpoint.is_detector else MoCoImageProcessor
+    mean, std = list(checkpoint.config.image_mean), list(checkpoint.config.image_std)
+    usual = kind(image_mean=mean, image_std=std)
+    if not _has_processor(checkpoint.source):
+        return usual
+    try:
+        settings = kind.from_pretrained(checkpoint.source).to_dict()
+        return kind(**{name: value for name, value in settings.items() if name in usual.to_dict()})
+    except (OSError, *DAMAGED) as error:
+        raise ValueError(
+            f"{checkpoint.source} has a {IMAGE_PROCESSOR_NAME} that cannot be read ({one_line(first_line(error))}): correct "
+            "it, or move it away"
+        ) from error
+
+
+def _has_processor(source: str) -> bool:
+    if os.path.isfile(source):
+        return False  # beside a file of other code lies nothing of it
+    try:
+        return cached_file(source, IMAGE_PROCESSOR_NAME) is not None
+    except OSError:
+        return False
 
 
 def _save_official(checkpoint: Checkpoint, path: Path) -> None:
