@@ -101,6 +101,16 @@ def test_size_image_tensor_and_mask_are_turned_alike(kind, orientation):
         assert np.array_equal(Decoder().mask(numbers), UPRIGHT[orientation](np.asarray(grey)))
 
 
+@pytest.mark.parametrize(("kind", "value"), [(2, '<x tiff:Orientation="6"/>'), (3, 60)], ids=["text", "number"])
+def test_an_orientation_that_pil_cannot_read_costs_one_image(kind, value):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[700], tags[700] = kind, value  # XMP, which is to be bytes
+    row = {"bytes": saved(Image.new("L", (8, 6)), "TIFF", tiffinfo=tags), "path": None}
+    for decode in (decode_image, decode_tensor, Decoder().size, Decoder().mask):
+        with pytest.raises(OSError, match=r"pattern|bytes-like"):
+            decode(row)
+
+
 # Kinds of pixels
 
 

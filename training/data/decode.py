@@ -236,7 +236,7 @@ def unreadable_as_oserror() -> Iterator[None]:
     """Turn what decoders raise for broken images, and for those that do not fit into memory, to an OSError."""
     try:
         yield
-    except (Image.DecompressionBombError, MemoryError, RuntimeError, SyntaxError, ValueError) as error:
+    except (Image.DecompressionBombError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
         raise UnidentifiedImageError(first_line(error)) from error
 
 
