@@ -67,6 +67,50 @@ def test_exif_orientation_is_applied_as_datasets_does(orientation, tmp_path):
     assert decoded.tobytes() == datasets.Image().decode_example(row).convert("RGB").tobytes()
 
 
+UPRIGHT = {  # by the orientation, as EXIF defines it: where the first row and the first column are
+    **{1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1]},
+    **{5: lambda a: a.swapaxes(0, 1), 6: lambda a: a[::-1].swapaxes(0, 1)},
+    **{7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: a[:, ::-1].swapaxes(0, 1)},
+}
+STORED = {
+    "JPEG": ("JPEG", {"quality": 95}),
+    "PNG": ("PNG", {}),
+    "WEBP": ("WEBP", {"lossless": True}),
+    "TIFF": ("TIFF", {}),
+    "compressed TIFF": ("TIFF", {"compression": "tiff_lzw"}),
+    "TIFF with XMP": ("TIFF", {}),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("kind", STORED)
+def test_size_image_tensor_and_mask_are_turned_alike(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    format, options = STORED[kind]
+    turned = {"tiffinfo": {700: b'<x tiff:Orientation="%d"/>' % orientation}} if "XMP" in kind else {"exif": exif}
+    grey = Image.effect_mandelbrot((40, 24), (-2, -1, 1, 0.5), 20)  # no mirror image of itself
+    for image in (grey, Image.merge("RGB", [grey, grey.transpose(Image.Transpose.ROTATE_180), grey])):
+        plain, row = ({"bytes": saved(image, format, **options, **how), "path": None} for how in ({}, turned))
+        upright = UPRIGHT[orientation](np.asarray(decode_image(plain)))
+        assert np.array_equal(np.asarray(decode_image(row)), upright)
+        assert np.abs(decode_tensor(row).permute(1, 2, 0).numpy() - upright.astype(int)).max() <= 4  # two JPEG decoders
+        assert Decoder().size(row) == upright.shape[1::-1]
+    if format in ("PNG", "TIFF"):  # the others lose numbers, or have no grey
+        numbers = {"bytes": saved(grey, format, **options, **turned), "path": None}
+        assert np.array_equal(Decoder().mask(numbers), UPRIGHT[orientation](np.asarray(grey)))
+
+
+@pytest.mark.parametrize(("kind", "value"), [(2, '<x tiff:Orientation="6"/>'), (3, 60)], ids=["text", "number"])
+def test_an_orientation_that_pil_cannot_read_costs_one_image(kind, value):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[700], tags[700] = kind, value  # XMP, which is to be bytes
+    row = {"bytes": saved(Image.new("L", (8, 6)), "TIFF", tiffinfo=tags), "path": None}
+    for decode in (decode_image, decode_tensor, Decoder().size, Decoder().mask):
+        with pytest.raises(OSError, match=r"pattern|bytes-like"):
+            decode(row)
+
+
 # Kinds of pixels
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from datasets.utils.file_utils import xopen
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as tv_decode
 
@@ -127,6 +128,7 @@ class Decoder:
                 )
             if opened.format in ("JPEG", "MPO"):
                 raise UnidentifiedImageError("JPEG changes the numbers of pixels: write masks as PNG")
+            opened.load()
             turn = find_turn(opened)
             return np.array(opened if turn is None else opened.transpose(turn[0])).astype(np.uint8)
 
@@ -214,12 +216,18 @@ decode_image, decode_tensor = Decoder().image, Decoder().tensor
 
 
 def find_turn(image: Image.Image) -> tuple[Image.Transpose, tuple[int, ...], tuple[int, ...]] | None:
-    """How an image is to be turned upright; None where it is. PIL reads the orientation, for both decoders."""
+    """How an image is to be turned upright; None where it is. PIL reads the orientation, for both decoders.
+
+    PIL turns a TIFF file when it loads its pixels. They are upright afterwards, and only the header says how they were stored.
+    """
     return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image that is not loaded, turned upright."""
     turn, (width, height) = find_turn(image), image.size
+    if isinstance(image, TiffImageFile):  # of which PIL has swapped the sides by its tag, but not by XMP
+        width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
     return (height, width) if turn is not None and turn[1] != (0, 1, 2) else (width, height)
 
 
@@ -228,7 +236,7 @@ def unreadable_as_oserror() -> Iterator[None]:
     """Turn what decoders raise for broken images, and for those that do not fit into memory, to an OSError."""
     try:
         yield
-    except (Image.DecompressionBombError, MemoryError, RuntimeError, SyntaxError, ValueError) as error:
+    except (Image.DecompressionBombError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
         raise UnidentifiedImageError(first_line(error)) from error
 
 
