@@ -356,7 +356,7 @@ def test_passwords_and_tokens_are_refused_and_not_repeated(word, recipe_file):
 @pytest.fixture
 def claim(tmp_path):
     def claim(*flags, folder=tmp_path / "run", place=PLACE):
-        args = parse_pretrain(["--temperature", "0.1", "--output_dir", str(folder), *flags, *CPU])
+        args = parse_pretrain(["--temperature", "0.2", "--output_dir", str(folder), *flags, *CPU])
         return claim_output_dir(args.training, LAYOUT, args.settings, args.defaults, args.about, place)
 
     return claim
@@ -364,7 +364,7 @@ def claim(tmp_path):
 
 def test_a_fresh_directory_gets_a_recipe_that_repeats_the_run(claim, tmp_path):
     assert claim("--queue_size", "512", "--per_device_train_batch_size", "64") is None
-    args = parse_pretrain(["--temperature", "0.1", "--queue_size", "512", "--per_device_train_batch_size", "64", *CPU])
+    args = parse_pretrain(["--temperature", "0.2", "--queue_size", "512", "--per_device_train_batch_size", "64", *CPU])
     again = parse_pretrain(["--recipe", str(tmp_path / "run" / "recipe.yaml"), *CPU])
     assert again.about == args.about
     assert again.config.to_dict() == args.config.to_dict()

@@ -131,7 +131,10 @@ def parse_detect(argv: list[str]) -> DetectRun:
     """
     parser = TASK.build_parser("Train a detector around a pretrained encoder, and measure its average precision.")
     _, fields = TASK.parse(parser, argv)
-    return DetectRun(**fields)
+    run = DetectRun(**fields)
+    if not run.eval_only:  # or the sizes beside the detector count
+        _check_sizes(run.model.test_size, run.model.longest_side)
+    return run
 
 
 def _check_sizes(test_size: int, longest_side: int) -> None:
