@@ -42,7 +42,7 @@ class Encoder:
 
     @property
     def results_dir(self) -> Path:
-        """Folder of its results: the model's own, or `runs/OWNER--NAME` for one on the Hub; in it `random_encoder/` if random."""
+        """Folder of its results: the model's own, or `runs/OWNER--NAME` for one on the Hub; a random one has its own in it."""
         # With its owner: `runs/NAME` may be a run of this machine, or of another owner's model.
         folder = Path(self.source) if Path(self.source).is_dir() else Path("runs") / self.source.replace("/", "--")
         return below(folder, "random_encoder") if self.random else folder
