@@ -284,14 +284,18 @@ def test_an_evaluation_makes_its_folder_before_it_begins(detector, script, capsy
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_an_evaluation_on_other_images_than_the_runs_is_refused(detector, script, capsys, tmp_path):
+@pytest.mark.parametrize("part", ["", "checkpoint-2"])
+def test_an_evaluation_on_other_images_than_the_runs_is_refused(part, detector, script, capsys, tmp_path):
     """Also where it changed after the training; the first images of a split are no other ones."""
-    copy = tmp_path / "detector"
+    copy = tmp_path / "detector" / part
     shutil.copytree(detector, copy)
-    place = json.loads((copy / "dataset.json").read_text())
+    if part:
+        shutil.move(copy / "dataset.json", copy.parent)
+    record = tmp_path / "detector" / "dataset.json"
+    place = json.loads(record.read_text())
     count, _, digest = place["content"]["test"].partition(" images ")
     place["content"]["test"] = f"{count} images {digest[::-1]}"
-    (copy / "dataset.json").write_text(json.dumps(place))
+    record.write_text(json.dumps(place))
     with pytest.raises(SystemExit):
         script("detect").main([str(copy), "--eval_only", "--use_cpu"])
     assert (

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from modeling_moco import MoCoConfig, MoCoFCNConfig, MoCoRCNNConfig
 
 from ..cli import (
@@ -136,9 +138,10 @@ class Task:
         if settings["training"].get("global_batch_size", 0) is None:  # the devices' batches were given
             settings["training"]["global_batch_size"] = training.global_batch_size
         settings["data"]["dataset_name"] = data.dataset_name
+        place = Path(known.model) if known.eval_only else Path(str(training.output_dir))
+        of_run = place.parent if known.eval_only and place.name.startswith(PREFIX_CHECKPOINT_DIR) else place
         recorded = recorded_content if known.eval_only else content_to_continue
-        folder = known.model if known.eval_only else str(training.output_dir)
-        data.content = decided_by_main(lambda: recorded(Path(folder), data.dataset_name))
+        data.content = decided_by_main(lambda: recorded(of_run, data.dataset_name))
         settings["encoder"] = {"model": encoder.source, "random_encoder": encoder.random, "task": self.command}
         read_results(Path(str(training.output_dir)))
         return known, {
