@@ -14,6 +14,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import yaml
 from hub_server import TOKEN, environment, metadata_errors
 from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
@@ -237,6 +238,19 @@ def test_the_card_of_a_fine_tuned_model_tells_it_from_a_probe(run, tmp_path):
     encoder, card = card_of(run, tmp_path / "encoder")
     assert [result for result in card.data.eval_results if "fine-tuning" in result.metric_name]
     assert "probe:\n" not in encoder
+
+
+def test_the_card_of_a_probe_on_a_fine_tuned_model_does_not_hide_its_labels(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / run.name)
+    tuned = copy / "finetune_100pct"
+    for probe in (copy / "linear_probe", shutil.copytree(copy / "linear_probe", tuned / "linear_probe")):
+        recipe = yaml.safe_load((probe / "recipe.yaml").read_text())
+        recipe["encoder"]["model"] = str(probe.parent)
+        (probe / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        text, _ = card_of(probe, tmp_path / f"published_{probe.parent.name}")
+        assert ("without labels, fine-tuned with labels, and a classifier" in text) == (probe.parent == tuned)
+        assert ("It was trained without labels" in text) == (probe.parent == copy)
+        assert ("neighbours.png" in text or "tsne.png" in text) == (probe.parent == copy)  # of the encoder before
 
 
 def test_what_lies_around_a_model_that_is_not_its_run_stays_out(run, tmp_path):
