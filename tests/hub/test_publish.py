@@ -1,5 +1,6 @@
 """Publishing to a Hub on this machine with the true client: pushed once, loaded everywhere; and what goes wrong on the way."""
 
+import ast
 import json
 import re
 import shutil
@@ -759,3 +760,18 @@ def test_a_run_that_publishes_itself_keeps_them_too(of_photographs, hub, tmp_pat
         names = {file.rfilename for file in huggingface_hub.HfApi().model_info(f"org/{name}").siblings}
         assert ("neighbours.png" in names) == include
         assert "tsne.png" in names
+
+
+def test_the_messages_that_the_documentation_quotes_are_those_of_the_code():
+    """Word for word between values, which are names, numbers, what stands in brackets, and "..."."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "training/hub").glob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    texts = [node.value for node in nodes if isinstance(node.value, str)]
+    page = (ROOT / "docs/hub.md").read_text(encoding="utf-8")
+    quoted = [message for _, message in re.findall(r"(`+)error: (.+?)\1(?!`)", page)]
+    assert len(quoted) > 10
+    values = r"\.\.\.|\(.*?\)|: |org/name|dictionary\.queue|a path|\d+|README\.md"
+    for message in quoted:
+        if not message.startswith("Invalid metadata"):  # which is huggingface_hub's
+            for words in filter(None, map(str.strip, re.split(values, message))):
+                assert any(words in text for text in texts), (words, message)
