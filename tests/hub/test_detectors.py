@@ -1,6 +1,7 @@
 """A detector is published with its AP, and strangers find with it what we find."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,26 @@ def test_the_card_of_a_baseline_does_not_claim_a_pretraining(detector, script, t
     shown = capsys.readouterr().out
     assert "began with random weights" in shown
     assert "Momentum Contrast" not in shown.partition("## Use")[0]
+
+
+def test_the_card_says_that_the_encoder_was_fine_tuned_in_between(detector, script, tmp_path, capsys):
+    tuned = tmp_path / "run" / "finetune_100pct"
+    copy = shutil.copytree(detector, tuned / "detector")
+    shutil.copyfile(detector.parent / "recipe.yaml", tuned.parent / "recipe.yaml")
+    recipe = yaml.safe_load((detector / "recipe.yaml").read_text())
+    recipe["encoder"]["model"] = str(tuned)
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for random, words in (
+        (
+            False,
+            r"was trained by Momentum Contrast \(MoCo v2, .*\) on digits without labels and fine-tuned with labels before",
+        ),
+        (True, "began with the weights of finetune_100pct, which had been fine-tuned with labels"),
+    ):
+        encoder = {"model": str(tuned.parent), "random_encoder": random, "fine_tuned": True}
+        (tuned / "recipe.yaml").write_text(yaml.safe_dump({"training": {}, "encoder": encoder}))
+        push(script, str(copy), "org/detector", "--dry_run")
+        assert re.search(words, capsys.readouterr().out.partition("## Use")[0])
 
 
 @pytest.mark.parametrize(

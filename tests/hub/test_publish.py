@@ -1,5 +1,6 @@
 """Publishing to a Hub on this machine with the true client: pushed once, loaded everywhere; and what goes wrong on the way."""
 
+import ast
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import yaml
 from hub_server import TOKEN, environment, metadata_errors
 from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
@@ -237,6 +239,19 @@ def test_the_card_of_a_fine_tuned_model_tells_it_from_a_probe(run, tmp_path):
     encoder, card = card_of(run, tmp_path / "encoder")
     assert [result for result in card.data.eval_results if "fine-tuning" in result.metric_name]
     assert "probe:\n" not in encoder
+
+
+def test_the_card_of_a_probe_on_a_fine_tuned_model_does_not_hide_its_labels(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / run.name)
+    tuned = copy / "finetune_100pct"
+    for probe in (copy / "linear_probe", shutil.copytree(copy / "linear_probe", tuned / "linear_probe")):
+        recipe = yaml.safe_load((probe / "recipe.yaml").read_text())
+        recipe["encoder"]["model"] = str(probe.parent)
+        (probe / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        text, _ = card_of(probe, tmp_path / f"published_{probe.parent.name}")
+        assert ("without labels, fine-tuned with labels, and a classifier" in text) == (probe.parent == tuned)
+        assert ("It was trained without labels" in text) == (probe.parent == copy)
+        assert ("neighbours.png" in text or "tsne.png" in text) == (probe.parent == copy)  # of the encoder before
 
 
 def test_what_lies_around_a_model_that_is_not_its_run_stays_out(run, tmp_path):
@@ -745,3 +760,18 @@ def test_a_run_that_publishes_itself_keeps_them_too(of_photographs, hub, tmp_pat
         names = {file.rfilename for file in huggingface_hub.HfApi().model_info(f"org/{name}").siblings}
         assert ("neighbours.png" in names) == include
         assert "tsne.png" in names
+
+
+def test_the_messages_that_the_documentation_quotes_are_those_of_the_code():
+    """Word for word between values, which are names, numbers, what stands in brackets, and "..."."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "training/hub").glob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    texts = [node.value for node in nodes if isinstance(node.value, str)]
+    page = (ROOT / "docs/hub.md").read_text(encoding="utf-8")
+    quoted = [message for _, message in re.findall(r"(`+)error: (.+?)\1(?!`)", page)]
+    assert len(quoted) > 10
+    values = r"\.\.\.|\(.*?\)|: |org/name|dictionary\.queue|a path|\d+|README\.md"
+    for message in quoted:
+        if not message.startswith("Invalid metadata"):  # which is huggingface_hub's
+            for words in filter(None, map(str.strip, re.split(values, message))):
+                assert any(words in text for text in texts), (words, message)

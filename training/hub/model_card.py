@@ -106,7 +106,7 @@ def render_card(
         auto_class=kind.auto_class,
         moco_class=type(model).__name__,
         training_state=_state_of_training(model.config) if training_state else None,
-        fine_tuned=origin.fine_tuned,
+        fine_tuned=origin.fine_tuned or origin.fine_tuned_before,
         size=processor.crop_size["height"] if isinstance(processor, MoCoImageProcessor) else None,
         preparation=_preparation(processor),
         training=_training(origin),
@@ -181,7 +181,8 @@ def _summary(model: Model, origin: Origin) -> str:
     dataset = _dataset(origin)
     images = f" on {escape(dataset)}" if dataset else ""
     source = f"[arXiv:{paper}](https://arxiv.org/abs/{paper})"
-    sentence = f"A {config.architecture} trained by {method}{source}){images} without labels"
+    tuned = ", fine-tuned with labels" if origin.fine_tuned_before else ""
+    sentence = f"A {config.architecture} trained by {method}{source}){images} without labels{tuned}"
     if origin.fine_tuned:
         return f"{sentence}, and then as a whole, with labels, as a classifier of {config.num_labels} classes."
     if classifies:
@@ -210,11 +211,13 @@ def _began(model: Transferred, origin: Origin) -> str:
     if not encoder:
         return f"Around a {architecture}; nothing is recorded of what that was pretrained on."
     if not origin.recipe:
-        return f"Its {architecture} began with the weights of {escape(public_name(str(encoder.get('model'))))}."
+        tuned = ", which had been fine-tuned with labels" if origin.fine_tuned_before else ""
+        return f"Its {architecture} began with the weights of {escape(public_name(str(encoder.get('model'))))}{tuned}."
     method, paper = _method(MoCoConfig(**_known(origin.recipe.get("model", {}))), told=True)
     source, dataset = f"[arXiv:{paper}](https://arxiv.org/abs/{paper})", _dataset(origin)
     images = f" on {escape(dataset)}" if dataset else ""
-    return f"Its {architecture} was trained by {method}{source}){images} without labels before."
+    tuned = " and fine-tuned with labels" if origin.fine_tuned_before else ""
+    return f"Its {architecture} was trained by {method}{source}){images} without labels{tuned} before."
 
 
 def _known(settings: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ class Origin:
         recipe: sections of the settings of the pretraining.
         evaluation: settings of the probe or the fine-tuning that followed.
         transfer: sections of the settings of a detector or segmentation model that was trained around the encoder.
-        fine_tuned: whether the encoder has been trained with labels since.
+        fine_tuned: whether this model's own training changed the encoder by labels.
+        fine_tuned_before: whether the encoder with which that training began had been fine-tuned with labels.
         metrics: of the pretraining's `metrics.json`, if the weights are the run's final ones or were trained from them; of a
             detector its own.
         conversion: of the `conversion.json` of a converted checkpoint.
@@ -45,6 +46,7 @@ class Origin:
     evaluation: dict[str, Any]
     transfer: dict[str, dict[str, Any]]
     fine_tuned: bool
+    fine_tuned_before: bool
     metrics: dict[str, Any]
     conversion: dict[str, Any]
     results: list[dict[str, Any]]
@@ -88,30 +90,32 @@ def read_origin(source: Path, model: Published) -> Origin:
     """
     if isinstance(model, Transferred):
         return _read_origin_of_transfer(source, model)
-    home = source.parent if _is_checkpoint(source) else source
+    home = _home(source)
     settings = _read_yaml(home / SAVED_RECIPE)
     evaluated = settings.get("encoder", {})  # of a probe or a fine-tuning, which began with that model
     run, final = _find_run(source)
     recipe = {} if run is None else _plain(_read_yaml(run / SAVED_RECIPE))
     encoder = model.moco if isinstance(model, MoCoForImageClassification) else model
     metrics = {} if run is None else _plain(_read_metrics(run))
+    fine_tuned, before = bool(evaluated.get("fine_tuned")), _fine_tuned_before(home)
     if not final:  # of later weights: what was read is all that is the same
         metrics = {key: metrics[key] for key in ("data",) if key in metrics}
     return Origin(
         recipe={key: value for key, value in recipe.items() if key != "probe"},  # what a probe would begin with
         evaluation=_plain(settings.get("training", {})) if evaluated else {},
         transfer={},
-        fine_tuned=bool(evaluated.get("fine_tuned")),
+        fine_tuned=fine_tuned,
+        fine_tuned_before=before,
         metrics=metrics,
         conversion=_read_conversion((run or source) / CONVERSION),
         results=_plain(_read_own_results(home, run, encoder_digest(encoder), about_encoder=not evaluated)),
-        figures=drawn(run) if run and final and not evaluated.get("fine_tuned") else [],
+        figures=drawn(run) if run and final and not fine_tuned and not before else [],
         pictured=metrics.get("data", {}),
     )
 
 
 def _read_origin_of_transfer(source: Path, model: Transferred) -> Origin:
-    home = source.parent if _is_checkpoint(source) else source
+    home = _home(source)
     run, _ = _find_run(home)
     digest = model_digest(model)
     measured = read_results(home) if home.is_dir() else []
@@ -123,6 +127,7 @@ def _read_origin_of_transfer(source: Path, model: Transferred) -> Origin:
         evaluation={},
         transfer=_plain(_read_yaml(home / SAVED_RECIPE)),
         fine_tuned=True,
+        fine_tuned_before=_fine_tuned_before(home),
         metrics=_plain(_read_metrics(home)),
         conversion=_read_conversion(home / CONVERSION),
         results=_plain(results),
@@ -135,6 +140,10 @@ def _is_checkpoint(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def _home(source: Path) -> Path:
+    return source.parent if _is_checkpoint(source) else source
+
+
 def _find_run(folder: Path) -> tuple[Path | None, bool]:
     """The folder of the pretraining run that a model came from, if it is known, and whether from its final weights."""
     if not folder.is_dir():
@@ -142,12 +151,25 @@ def _find_run(folder: Path) -> tuple[Path | None, bool]:
     folder = folder.resolve()
     if _is_checkpoint(folder):
         return _find_run(folder.parent)[0], False
-    evaluated = _read_yaml(folder / SAVED_RECIPE).get("encoder")
-    if evaluated is None:
+    began = _read_yaml(folder / SAVED_RECIPE).get("encoder")
+    if began is None:
         return folder, True
-    if evaluated.get("random_encoder") or Path(str(evaluated.get("model"))).name != folder.parent.name:
-        return None, False
-    return _find_run(folder.parent)
+    return _find_run(folder.parent) if _began_above(folder, began) else (None, False)
+
+
+def _fine_tuned_before(home: Path) -> bool:
+    """Whether a training above a folder, with whose encoder that of the folder began, had fine-tuned it."""
+    home = home.resolve()
+    began = _read_yaml(home / SAVED_RECIPE).get("encoder")
+    if not began or not _began_above(home, began):
+        return False
+    above = _home(home.parent)
+    return bool(_read_yaml(above / SAVED_RECIPE).get("encoder", {}).get("fine_tuned")) or _fine_tuned_before(above)
+
+
+def _began_above(folder: Path, encoder: dict[str, Any]) -> bool:
+    """Whether a training, of which this is the section "encoder", began with the model in the folder around its own."""
+    return not encoder.get("random_encoder") and Path(str(encoder.get("model"))).name == folder.parent.name
 
 
 def _read_own_results(home: Path, run: Path | None, digest: str, about_encoder: bool) -> list[dict[str, Any]]:
