@@ -247,11 +247,21 @@ PROBLEMS = {
     ),
     "other order": (
         {"train": [0, 1, 2], "test": [0, 1, 2], "test_feature": datasets.ClassLabel(names=["cat", "fox", "dog"])},
-        ["class 1 is 'dog' in split 'train' and 'fox' in", "test.parquet", "the same class names in the same order"],
+        [
+            "class 1 is 'dog' in ",
+            "train.parquet and 'fox' in ",
+            "test.parquet",
+            "the same class names in the same order",
+        ],
     ),
     "more names": (
         {"train": [0, 1, 2], "test": [0, 1, 2], "test_feature": datasets.ClassLabel(names=[*CLASSES, "gnu"])},
-        ["class 3 is absent in split 'train' and 'gnu' in", "test.parquet", "the same class names in the same order"],
+        [
+            "class 3 is absent in ",
+            "train.parquet and 'gnu' in ",
+            "test.parquet",
+            "the same class names in the same order",
+        ],
     ),
     "unseen class": (
         {"train": [0, 1, 0], "test": [2, 2]},
@@ -291,7 +301,7 @@ def save_splits(folder: Path, form: str, **names: list[str]) -> str:
 def test_splits_that_were_encoded_one_by_one_are_refused_wherever_labels_are_read(form, tmp_path):
     # As `class_encode_column` of each split leaves them where a class is in one split alone.
     source = save_splits(tmp_path / "source", form, train=["cat", "dog", "owl"], test=["dog", "owl"])
-    told = r"^class 0 is 'cat' in split 'train' and 'dog' in .*test.*: write all splits and files with the same class names"
+    told = r"^class 0 is 'cat' in .*train.* and 'dog' in .*test.*: write all splits and files with the same class names"
     assert re.match(told, problem_of(source))
     assert re.match(told, str(load_images(DataArguments(dataset_name=source, streaming=True)).label_problem))
     with pytest.raises(ValueError, match=told) as error:

@@ -10,10 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 from bombs import DATASETS, MANY, write_rows
 from hub_server import Hub, environment
-from numbered_images import encoded
+from numbered_images import CLASSES, encoded, table
 
 pytestmark = pytest.mark.slow  # local files of the same kinds are in tests/data/test_strangers.py
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -108,3 +109,35 @@ def test_a_card_names_no_files_outside_its_repository(opened, name):
     assert opened[name]
     for said, _ in opened[name]:
         assert "don't belong to org/" in said
+
+
+def test_files_that_name_one_class_number_differently_are_refused_where_labels_are_read(tmp_path):
+    code = """
+from training.data.sources import DataArguments, SplitDataArguments, load_images, load_splits
+
+for name in ("org/same", "org/other"):
+    print(load_images(DataArguments(dataset_name=name)).label_problem)
+    try:
+        print(load_splits(SplitDataArguments(dataset_name=name)).class_names)
+    except ValueError as error:
+        print(error)
+"""
+    hub = Hub()
+    for name, test in (("same", CLASSES), ("other", CLASSES[1:])):
+        files = {}
+        for split, classes in (("train", CLASSES), ("test", test)):
+            rows = table(range(6)).remove_columns("label").add_column("label", [0, 1] * 3)
+            rows = rows.cast_column("label", datasets.ClassLabel(names=classes))
+            rows.cast_column("image", datasets.Image()).to_parquet(file := io.BytesIO())
+            files[f"data/{split}-00000-of-00001.parquet"] = file.getvalue()
+        hub.create_dataset(f"org/{name}", files)
+    env = environment(hub, tmp_path / "cache") | {"NO_PROXY": "127.0.0.1,localhost"}
+    env["PYTHONPATH"] = f"{SUPPORT}:{SUPPORT.parents[1]}"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    hub.close()
+    said = [line for line in done.stdout.splitlines() if not line.startswith("org/")]
+    assert said[:2] == ["None", str(CLASSES)], done.stderr
+    assert len(said) == 4
+    for line in said[2:]:
+        assert re.match("class 0 is 'cat' in .*train-00000-of-00001.parquet and 'dog' in .*test-00000-of-00001", line)

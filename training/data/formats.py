@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import re
 import shlex
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilderConfig
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.table import MemoryMappedTable
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 from tqdm import tqdm
@@ -49,6 +51,7 @@ DIGITS = "digits"
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 FILES_AT_A_TIME = 16  # to check
 ROWS_PER_SHARD = 1000  # of a folder of images that is read as a stream
+ON_THE_HUB = re.compile(r"hf://datasets/(?P<repo_id>[^@]+)@(?P<revision>[0-9a-f]{40})/(?P<filename>.+)")
 COMMIT = "commit "  # and its digest: what identifies the rows of a dataset on the Hub
 
 
@@ -135,6 +138,8 @@ def _open_on_the_hub(name: str, config: str | None, streaming: bool, pinned: str
         wait_for_the_hub()
     decided_by_main(lambda: _check_files_on_the_hub(builder, name, streaming))
     opened = _read(builder, name, streaming)
+    if not streaming:
+        opened = replace(opened, files={split: _in_the_cache(urls) for split, urls in opened.files.items()})
     read = f"{COMMIT}{builder.hash}"  # of the cache, where the Hub is not reached
     places = _places_on_the_hub(files) if isinstance(builder, ImageFolder) else ()
     account = f"{read}, {'with which the run was begun' if pinned else 'the newest'}"
@@ -177,6 +182,13 @@ def _check_files_on_the_hub(builder: datasets.DatasetBuilder, name: str, streami
         with _one_line_of(name):
             addresses = datasets.DownloadManager(record_checksums=False).download(addresses)
     _check_once(_digest(addresses), addresses)
+
+
+def _in_the_cache(urls: list[str]) -> list[str]:
+    """Where files of the Hub lie that were downloaded. Their rows may be kept elsewhere without them."""
+    places = [ON_THE_HUB.fullmatch(url) for url in urls]
+    found = [try_to_load_from_cache(**place.groupdict(), repo_type="dataset") for place in places if place]
+    return [path for path in found if isinstance(path, str)]
 
 
 def _places_on_the_hub(files: dict[str, list[str]]) -> tuple[str, ...]:

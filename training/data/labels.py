@@ -4,7 +4,7 @@ Labels are class numbers from 0, one for each of `n` images; -1 means no label, 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -101,22 +101,37 @@ def find_label_problem(
 
 
 def find_renamed_class(columns: dict[str, tuple[str, datasets.Features]], files: dict[str, list[str]]) -> str | None:
-    """Find a split or a local parquet file whose class names differ from those of the first split that has names.
+    """Find a split whose class names differ from those of another one, or a parquet file among others.
 
-    `datasets` reads all files with the features of the first file, and the splits of a dictionary may have been encoded one
-    by one. A class with number 0 in one and number 2 in another would silently be confused. (push_to_hub already compares
-    the splits of Hub datasets.)
+    The splits of a dictionary may have been encoded one by one, and `datasets` reads all files with the features of the first
+    file. A class with number 0 in one and number 2 in another would silently be confused. (Files are compared with one another
+    only: the card of a dataset on the Hub may give all its classes other names.)
 
     Args:
         columns: of each split that is used, by its name: its label column, and the features of all its columns.
-        files: of each split, where it has some.
+        files: of each split, those of them that are here.
 
     Returns:
         the problem with a remedy; None without one.
     """
-    stated = [(place, label.names) for place, label in _stated_labels(columns, files) if _has_names(label)]
-    for place, theirs in stated[1:]:
-        first, names = stated[0]
+    splits = [(f"split {split!r}", features.get(column)) for split, (column, features) in columns.items()]
+    return _find_renamed(splits) or _find_renamed(_labels_of_files(columns, files))
+
+
+def _labels_of_files(
+    columns: dict[str, tuple[str, datasets.Features]], files: dict[str, list[str]]
+) -> Iterator[tuple[str, Any]]:
+    for split, (column, _) in columns.items():
+        for file in files.get(split, []):
+            if file.endswith(".parquet") and os.path.isfile(file):
+                yield file, datasets.Features.from_arrow_schema(pq.read_schema(file)).get(column)
+
+
+def _find_renamed(labels: Iterable[tuple[str, Any]]) -> str | None:
+    """Compare the features of a label column with the first one that has names; bare numbers have none."""
+    named = ((place, label.names) for place, label in labels if isinstance(label, datasets.ClassLabel) and label.names)
+    first, names = next(named, ("", []))
+    for place, theirs in named:
         for number, (name, other) in enumerate(zip_longest(names, theirs)):
             if name != other:
                 return (
@@ -124,22 +139,6 @@ def find_renamed_class(columns: dict[str, tuple[str, datasets.Features]], files:
                     "with the same class names in the same order"
                 )
     return None
-
-
-def _stated_labels(
-    columns: dict[str, tuple[str, datasets.Features]], files: dict[str, list[str]]
-) -> Iterator[tuple[str, Any]]:
-    """Where a label column is described, and its feature there."""
-    for split, (column, features) in columns.items():
-        yield f"split {split!r}", features.get(column)
-    for split, (column, _) in columns.items():
-        for file in files.get(split, []):
-            if file.endswith(".parquet") and os.path.isfile(file):
-                yield file, datasets.Features.from_arrow_schema(pq.read_schema(file)).get(column)
-
-
-def _has_names(label: Any) -> bool:
-    return isinstance(label, datasets.ClassLabel) and bool(label.names)  # bare numbers have none
 
 
 def _quoted(name: str | None) -> str:
