@@ -104,7 +104,13 @@ def test_results_of_a_random_encoder_have_a_folder_of_their_own(saved):
     folder = saved / "model"
     assert Encoder(str(folder)).results_dir == folder
     assert Encoder(str(folder), random=True).results_dir == folder / "random_encoder"
-    assert Encoder("org/moco-v2-r50").results_dir == Path("runs/moco-v2-r50")
+
+
+def test_results_of_a_model_on_the_hub_have_a_folder_that_no_run_and_no_other_model_has(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved / "model", tmp_path / "runs" / "quickstart")
+    assert Encoder("org/quickstart").results_dir == Path("runs/org--quickstart")
+    assert Encoder("other/quickstart", random=True).results_dir == Path("runs/other--quickstart/random_encoder")
 
 
 def test_the_heads_output_needs_a_saved_head(saved):

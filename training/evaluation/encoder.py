@@ -42,8 +42,9 @@ class Encoder:
 
     @property
     def results_dir(self) -> Path:
-        """Folder of its results: the model's own, or `runs/NAME` for a Hub repository; `random_encoder/` inside if random."""
-        folder = Path(self.source) if Path(self.source).is_dir() else Path("runs") / Path(self.source).name
+        """Folder of its results: the model's own, `runs/OWNER--NAME` of one on the Hub; `random_encoder/` in it if random."""
+        # With its owner: `runs/NAME` may be a run of this machine, or of another owner's model.
+        folder = Path(self.source) if Path(self.source).is_dir() else Path("runs") / self.source.replace("/", "--")
         return below(folder, "random_encoder") if self.random else folder
 
     def __str__(self) -> str:
