@@ -517,13 +517,33 @@ def test_a_run_without_labels_is_not_told_to_probe_them(script, tmp_path, capsys
 
 def test_the_table_of_a_probe_has_a_knn_that_was_measured_later(tmp_path, capsys):
     write_json(tmp_path / "metrics.json", {"loss": 1.0})
-    print_table(tmp_path, "digest", {"linear probe, official": 50.0})
+    digits, top1 = {"dataset": "digits", "split": "test", "train_images": 1437}, {"linear probe, official": 50.0}
+    print_table(tmp_path, "digest", digits, top1)
     assert "kNN" not in capsys.readouterr().out
     knn = [Result("weighted kNN, k 5, T 0.07", "top1", 61.25, 16)]
-    append_results(tmp_path, knn, model="digest", data={})
-    append_results(tmp_path, [replace(knn[0], value=9.0)], model="of other weights", data={})
-    print_table(tmp_path, "digest", {"linear probe, official": 50.0})
-    assert re.search(r"^kNN after +\|  61\.2 %$", capsys.readouterr().out, re.M)
+    append_results(tmp_path, knn, model="digest", data=digits)
+    append_results(tmp_path, [replace(knn[0], value=9.0)], model="of other weights", data=digits)
+    for other in ({"dataset": "birds"}, {"split": "train"}, {"train_images": 500}):
+        append_results(tmp_path, [replace(knn[0], value=9.0)], model="digest", data=digits | other)
+    print_table(tmp_path, "digest", digits, top1)
+    assert re.search(r"^kNN after +\|  61\.2 %  weighted kNN, k 5, T 0\.07$", capsys.readouterr().out, re.M)
+
+
+def test_the_table_of_a_probe_has_the_same_knn_before_and_after_and_none_of_other_weights_or_images(tmp_path, capsys):
+    digits = {"dataset": "digits", "split": "test", "train_images": 1437}
+    write_json(tmp_path / "metrics.json", {"knn_top1_before": 69.25, "knn_top1_after": 94.25, "data": digits})
+    monitored = Result("weighted kNN, k 200, T 0.07", "top1", 94.25, 360)
+    append_results(tmp_path, [monitored], model="digest", data=digits)
+    later = replace(monitored, protocol="weighted kNN, k 1, T 0.07", value=12.5)
+    append_results(tmp_path, [later], model="digest", data=digits)
+    append_results(tmp_path, [later], model="digest", data=digits | {"dataset": "birds"})
+    print_table(tmp_path, "digest", digits, {"linear probe, official": 50.0})
+    before, after, probe = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"kNN before training +\|  69\.2 %  weighted kNN, k 200, T 0\.07", before)
+    assert re.fullmatch(r"kNN after +\|  94\.2 %  weighted kNN, k 200, T 0\.07", after)
+    for digest, data in (("of other weights", digits), ("digest", digits | {"label_column": "parity"})):
+        print_table(tmp_path, digest, data, {"linear probe, official": 50.0})
+        assert capsys.readouterr().out == f"{probe.split('|')[0].strip()} |  50.0 %\n"
 
 
 def test_an_unknown_recipe_key_is_refused_with_the_nearest(tmp_path, script, capsys):

@@ -20,6 +20,7 @@ from ...evaluation.cached_probe import build_cached
 from ...evaluation.encoder import open_images, show_recorded
 from ...evaluation.probe_results import Probe
 from ...process import command, keep_freed_memory
+from ...reports.compare import OF_DATA
 
 SHOWN_IMAGES = 4
 NEXT = """Next, with your IMAGE and your FOLDER of images:
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
             print(probe.table())
             top1[f"linear probe, {probe.name}"] = probe.scores.top1
     if main_process:
-        print_table(run.encoder.results_dir, encoder_digest(model.moco), top1)
+        print_table(run.encoder.results_dir, encoder_digest(model.moco), splits.about, top1)
         mark_ended(folder)
     if main_process and trainer is not None:
         classify_some(folder, splits)
@@ -81,19 +82,30 @@ def classify_some(folder: Path, splits: ImageSplits) -> None:
         print(f"  {splits.class_names[row['label']]} is called {best['label']} ({best['score']:.2f})")
 
 
-def print_table(results_dir: Path, digest: str, top1: dict[str, float]) -> None:
-    """The probe beside kNN accuracies: of the pretraining's monitor, or what has been measured of these weights since."""
+def print_table(results_dir: Path, digest: str, data: dict[str, Any], top1: dict[str, float]) -> None:
+    """The probe beside a kNN of these weights on the same images: the monitor's, before and after, or else the last one.
+
+    Args:
+        digest: of the encoder's weights.
+        data: the images of the probe (`ImageSplits.about`).
+        top1: of the probe, by the name of its row.
+    """
     monitored = read_metrics(results_dir / METRICS, "correct it, or move it away")
-    knn = [entry["value"] for entry in read_results(results_dir) if _is_knn(entry, digest)]
-    rows = {"kNN before training": monitored.get("knn_top1_before")}
-    rows["kNN after"] = knn[-1] if knn else monitored.get("knn_top1_after")
-    rows = {name: value for name, value in (rows | top1).items() if value is not None}
-    for name, value in rows.items():
-        print(f"{name:<{max(map(len, rows))}} | {value:5.1f} %")
+    knn = [entry for entry in read_results(results_dir) if _is_knn(entry, digest, data)]
+    rows, protocol = {}, ""
+    if knn:
+        of_monitor = [entry for entry in knn if entry["value"] == monitored.get("knn_top1_after")]
+        before = {"kNN before training": monitored.get("knn_top1_before")} if of_monitor else {}
+        shown = of_monitor[0] if of_monitor else knn[-1]
+        rows, protocol = before | {"kNN after": shown["value"]}, shown["protocol"]
+    measured = {name: value for name, value in (rows | top1).items() if value is not None}
+    for name, value in measured.items():
+        print(f"{name:<{max(map(len, measured))}} | {value:5.1f} %{f'  {protocol}' if name in rows else ''}")
 
 
-def _is_knn(entry: dict[str, Any], digest: str) -> bool:
-    return entry["protocol"].startswith("weighted kNN") and entry.get("model") == digest
+def _is_knn(entry: dict[str, Any], digest: str, data: dict[str, Any]) -> bool:
+    same = all(entry["data"].get(name) == data.get(name) for name in OF_DATA)
+    return entry["protocol"].startswith("weighted kNN") and entry["model"] == digest and same
 
 
 if __name__ == "__main__":
