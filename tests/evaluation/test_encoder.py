@@ -282,6 +282,16 @@ def refused_for_other_weights(evaluate, model: Path, capsys) -> bool:
     )
 
 
+def test_a_probe_shows_other_images_where_the_first_one_cannot_be_read(saved, tmp_path, script, capsys):
+    images, out = write_folders(tmp_path / "images"), tmp_path / "probe"
+    (images / "test" / "cat" / "12.png").write_bytes(b"broken")
+    argv = [str(saved / "model"), "--dataset_name", str(images), "--output_dir", str(out), *SHORT]
+    script("linear_probe").main(argv)
+    shown = capsys.readouterr().out
+    assert shown.count(" is called ") == 4
+    assert "Next, with your IMAGE" in shown
+
+
 ELSEWHERE = {"output_dir": "/elsewhere", "report_to": ["wandb"], "project": "theirs", "run_name": "theirs"}
 
 
