@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from numbered_images import write_folders
+from tiny_models import moco_config
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoModel
 from training.commands.evaluations.knn import parse_knn
@@ -98,6 +99,24 @@ def test_a_random_encoder_is_another_for_every_seed_and_the_same_for_one(saved):
     assert not same(random[0], random[2])
     assert not same(random[0].encoder_q, trained.encoder_q)
     assert not any(model.training for model in [trained, *random])
+
+
+STEMS = {"test_resnet": ("default", "no_max_pool", "small"), "test_vit": ("default", "moco_v3")}
+
+
+@pytest.mark.parametrize(("architecture", "stem"), [(name, stem) for name, stems in STEMS.items() for stem in stems])
+def test_a_random_encoder_of_one_seed_is_the_same_for_every_evaluation(architecture, stem, tmp_path):
+    for key_encoder, dictionary in (("momentum", "queue"), ("shared", "batch")):
+        config = moco_config(architecture, stem=stem, key_encoder=key_encoder, dictionary=dictionary)
+        MoCoModel(config).save_pretrained(tmp_path)
+        encoder = Encoder(str(tmp_path), random=True)
+        model, head = encoder.load(MoCoModel, 3), encoder.load(MoCoModel, 3, head=True)
+        classifier = encoder.load_classifier(["a", "b"], 3)
+        digests = {encoder_digest(x) for x in (model, head, classifier.moco)}
+        assert len(digests) == 1
+        assert digests != {encoder_digest(encoder.load(MoCoModel, 4))}
+        if key_encoder == "momentum":
+            assert same(model.encoder_q, model.encoder_k)
 
 
 def test_results_of_a_random_encoder_have_a_folder_of_their_own(saved):
@@ -280,6 +299,16 @@ def refused_for_other_weights(evaluate, model: Path, capsys) -> bool:
         f"error: {model} is not the encoder that the run in evaluated was begun with: the digest of its weights was "
         f"{encoder_digest(before)} and is {encoder_digest(now)}. Pass another --output_dir, or remove evaluated"
     )
+
+
+def test_a_probe_shows_other_images_where_the_first_one_cannot_be_read(saved, tmp_path, script, capsys):
+    images, out = write_folders(tmp_path / "images"), tmp_path / "probe"
+    (images / "test" / "cat" / "12.png").write_bytes(b"broken")
+    argv = [str(saved / "model"), "--dataset_name", str(images), "--output_dir", str(out), *SHORT]
+    script("linear_probe").main(argv)
+    shown = capsys.readouterr().out
+    assert shown.count(" is called ") == 4
+    assert "Next, with your IMAGE" in shown
 
 
 ELSEWHERE = {"output_dir": "/elsewhere", "report_to": ["wandb"], "project": "theirs", "run_name": "theirs"}

@@ -42,7 +42,7 @@ class Encoder:
 
     @property
     def results_dir(self) -> Path:
-        """Folder of its results: the model's own, or `runs/OWNER--NAME` for one on the Hub; a random one has its own in it."""
+        """Folder of its results: the model's own, `runs/OWNER--NAME` of one on the Hub; `random_encoder/` in it if random."""
         # With its owner: `runs/NAME` may be a run of this machine, or of another owner's model.
         folder = Path(self.source) if Path(self.source).is_dir() else Path("runs") / self.source.replace("/", "--")
         return below(folder, "random_encoder") if self.random else folder
@@ -69,7 +69,7 @@ class Encoder:
                 setattr(loaded, name, value)
             if self.random:
                 check_size(self.source, loaded, kind)
-                return kind(loaded).eval()
+                return _new(kind, loaded, seed).eval()
             # Projectors come with the key encoder and the dictionary, which may be a class that is not registered here.
             options = {"momentum_encoder": head} if kind is MoCoModel else {}
             model, report = load_model(self.source, loaded, kind, {"ignore_mismatched_sizes": True}, **options)
@@ -101,6 +101,22 @@ class Encoder:
         id2label = dict(enumerate(class_names))
         label2id = {name: number for number, name in id2label.items()}
         return self.load(MoCoForImageClassification, seed, id2label=id2label, label2id=label2id)
+
+
+def _new(kind: type[Model], config: MoCoConfig, seed: int) -> Model:
+    """A model with random weights. Its encoder is that of the seed, whatever else the model has.
+
+    A stem of our own gets its weights after the heads, the key encoder and the dictionary have drawn theirs.
+    """
+    set_seed(seed)
+    encoder = MoCoModel(config, momentum_encoder=False).encoder_q
+    set_seed(seed)
+    model = kind(config)
+    moco = model if isinstance(model, MoCoModel) else model.moco
+    moco.encoder_q.load_state_dict(encoder.state_dict())
+    if moco.has_key_encoder:
+        moco.reset_key_encoder()
+    return model
 
 
 def pretraining_recipe(source: str, kind: type[EvaluationDataArguments] = EvaluationDataArguments) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Train a linear classifier on a frozen encoder: `python scripts/linear_probe.py runs/quickstart`."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers import pipeline
 from transformers.utils import logging
 
@@ -77,9 +79,19 @@ def main(argv: list[str]) -> None:
 def classify_some(folder: Path, splits: ImageSplits) -> None:
     classify = pipeline("image-classification", model=str(folder))
     print(f"pipeline('image-classification', model='{folder}') on test images:")
-    for row in splits.eval.select(range(min(SHOWN_IMAGES, len(splits.eval)))):
-        best = classify(splits.decoder.image(row["image"]))[0]
-        print(f"  {splits.class_names[row['label']]} is called {best['label']} ({best['score']:.2f})")
+    for image, label in islice(readable_images(splits), SHOWN_IMAGES):
+        best = classify(image)[0]
+        print(f"  {splits.class_names[label]} is called {best['label']} ({best['score']:.2f})")
+
+
+def readable_images(splits: ImageSplits) -> Iterator[tuple[Image.Image, int]]:
+    """The evaluated images with their classes. One that cannot be read is left out: the evaluation has named it."""
+    for row in splits.eval:
+        try:
+            image = splits.decoder.image(row["image"])
+        except OSError:
+            continue
+        yield image, row["label"]
 
 
 def print_table(results_dir: Path, digest: str, data: dict[str, Any], top1: dict[str, float]) -> None:
