@@ -178,7 +178,7 @@ def test_a_run_that_has_ended_says_so_and_is_not_touched_and_another_is_refused(
     folder, short, _ = quickstart
     weights = (folder / "model.safetensors").read_bytes()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    script("pretrain").main([*short, "--use_cpu", "--disable_tqdm", "True", "--knn_k", "7"])
+    script("pretrain").main([*short, "--use_cpu", "--disable_tqdm", "True", "--logging_steps", "7"])
     (line,) = capsys.readouterr().out.splitlines()
     date = json.loads((folder / "metrics.json").read_text())["ended"]
     assert line.startswith(f"{folder} holds this run, which ended at {date}: nothing to do.")
