@@ -269,3 +269,18 @@ def test_metadata_labels_pictures_and_what_it_does_not_list_is_counted(kind, tmp
     assert "6 images of 10 files: 2 metadata, 2 not listed in the metadata" in capsys.readouterr().out
     (tmp_path / "train" / "2.png").unlink()
     assert "lists train/2.png, which is no image there (1 in all)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_labels_are_those_of_the_column_of_the_metadata_that_is_asked_for(streaming, tmp_path):
+    for split in ("train", "test"):
+        put(tmp_path / split, 4)
+        rows = [f"{i}.png,{('owl', 'cat')[i % 2]},{i % 3}" for i in range(4)]
+        (tmp_path / split / "metadata.csv").write_text("\n".join(["file_name,species,age", *rows]))
+    assert found(tmp_path, streaming=streaming) == {key: {None: 4} for key in ("train", "test")}
+    numbers = {} if streaming else {"age": {"0": 2, "1": 1, "2": 1}}  # a stream does not know how many there are
+    for column, counts in ({"species": {"owl": 2, "cat": 2}} | numbers).items():
+        assert found(tmp_path, streaming=streaming, label_column=column) == {key: counts for key in ("train", "test")}
+        splits = load_images(DataArguments(dataset_name=str(tmp_path), streaming=streaming, label_column=column))
+        assert splits.about["label_column"] == column
+    assert "label_column ('weight') is not in" in refusal(tmp_path, streaming=streaming, label_column="weight")

@@ -291,9 +291,9 @@ def _no_images(root: Path, folder: FolderOfImages) -> str:
     return f"dataset_name ({root}) has {folder.account()}: {remedy}"
 
 
-def _write_index(folder: FolderOfImages, feature: Any, labels: dict[str, list[Any]]) -> _Index:
+def _write_index(folder: FolderOfImages, column: str, feature: Any, labels: dict[str, list[Any]]) -> _Index:
     """Write the rows of all splits to files in the cache of `datasets`, which processes and workers share."""
-    features = datasets.Features({"image": datasets.Image(decode=False)} | ({"label": feature} if feature else {}))
+    features = datasets.Features({"image": datasets.Image(decode=False)} | ({column: feature} if feature else {}))
     place = Path(datasets.config.HF_DATASETS_CACHE) / "folders_of_images" / _digest([folder.root])
     place.mkdir(parents=True, exist_ok=True)
     rows, content = {}, {}
@@ -301,7 +301,9 @@ def _write_index(folder: FolderOfImages, feature: Any, labels: dict[str, list[An
         content[split] = (
             f"{len(files):,} images {_digest((f.path, f.size) for f in files)}{_metadata(folder.root, files)}"
         )
-        state = _digest([feature, *((f.path, f.size, f.stamp, y) for f, y in zip(files, labels[split], strict=True))])
+        state = _digest(
+            [column, feature, *((f.path, f.size, f.stamp, y) for f, y in zip(files, labels[split], strict=True))]
+        )
         rows[split] = str(place / f"{state}.arrow")
         if not Path(rows[split]).is_file():
             _write_rows(Path(rows[split]), folder.root, files, labels[split], features)
@@ -317,17 +319,22 @@ def _metadata(root: Path, files: list[FoundFile]) -> str:
     return f" with metadata {_digest(found)}" if found else ""
 
 
-def _labels(folder: FolderOfImages, column: str) -> tuple[Any, dict[str, list[Any]]]:
-    """The feature of the labels, None without any, and the labels of each split."""
-    listed = use_metadata(folder, column)
+def _labels(folder: FolderOfImages, asked: str) -> tuple[str, Any, dict[str, list[Any]]]:
+    """The column of the labels, its feature, None without any, and the labels of each split.
+
+    Args:
+        asked: the column of the metadata. Where it has none of this name, folders are classes, in the column `label`.
+    """
+    listed = use_metadata(folder, asked)
+    column = "label" if listed is None else asked
     labels: dict[str, list[Any]] = {}
     for split, files in folder.splits.items():
         labels[split] = [folder.class_of(file) if listed is None else listed[file.path] for file in files]
     kinds = {type(label) for values in labels.values() for label in values} - {type(None)}
     if not kinds:
-        return None, labels
+        return column, None, labels
     if kinds == {int}:
-        return datasets.Value("int64"), labels
+        return column, datasets.Value("int64"), labels
     if kinds != {str}:
         held = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(
@@ -335,9 +342,8 @@ def _labels(folder: FolderOfImages, column: str) -> tuple[Any, dict[str, list[An
         )
     names = sorted({label for values in labels.values() for label in values if label is not None})
     numbers = {name: number for number, name in enumerate(names)}
-    return datasets.ClassLabel(names=names), {
-        split: [None if label is None else numbers[label] for label in values] for split, values in labels.items()
-    }
+    numbered = {split: [None if y is None else numbers[y] for y in values] for split, values in labels.items()}
+    return column, datasets.ClassLabel(names=names), numbered
 
 
 def _write_rows(
@@ -347,7 +353,7 @@ def _write_rows(
     paths = pa.array([f"{root}/{file.path}" for file in files], pa.string())
     images = pa.StructArray.from_arrays([pa.nulls(len(files), pa.binary()), paths], names=["bytes", "path"])
     columns: list[pa.Array] = [images]
-    if "label" in features:
+    if len(features) > 1:
         columns.append(pa.array(labels, pa.int64()))
     table = pa.table([column.cast(kind) for column, kind in zip(columns, schema.types, strict=True)], schema=schema)
     with (
