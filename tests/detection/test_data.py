@@ -479,6 +479,14 @@ CHANGES = {
 }
 
 
+def test_the_split_that_is_trained_on_is_evaluated_by_an_evaluation_alone(tmp_path):
+    args = DetectionDataArguments(dataset_name=str(write_coco(tmp_path / "data")), eval_split="train")
+    with pytest.raises(ValueError, match=r"eval_split \('train'\) is the split that is trained on: name another"):
+        load_detection(args)
+    splits = load_detection(args, CLASSES, training=False)
+    assert (splits.train, splits.eval.name, len(splits.eval)) == (None, "train", 5)
+
+
 @pytest.mark.parametrize("what", CHANGES)
 def test_other_content_than_the_runs_is_refused(what, tmp_path):
     write, change = CHANGES[what]

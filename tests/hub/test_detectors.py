@@ -252,7 +252,7 @@ def test_figures_are_of_the_evaluation_whose_numbers_are_beside_them(detector, s
     for name in names:
         (copy / name).write_bytes(b"<svg>of the run</svg>")
     for flags in (
-        ["--train_split", "test", "--eval_split", "train"],
+        ["--eval_split", "train"],
         ["--max_eval_samples", "1"],
         ["--metric", "voc12"],
     ):
@@ -260,7 +260,7 @@ def test_figures_are_of_the_evaluation_whose_numbers_are_beside_them(detector, s
         assert f"The figures in {copy} stay those of Faster R-CNN C4, 2 steps of 2" in capsys.readouterr().out
         assert {(copy / name).read_bytes() for name in names} == {b"<svg>of the run</svg>"}
 
-    script("detect").main([*evaluate, "--train_split", "test", "--eval_split", "train", "--output_dir", str(other)])
+    script("detect").main([*evaluate, "--eval_split", "train", "--output_dir", str(other)])
     assert "stay those of" not in capsys.readouterr().out
     script("detect").main([*evaluate, "--output_dir", str(shutil.copytree(copy, tmp_path / "another"))])
     assert "stay those of" in capsys.readouterr().out  # whose numbers are of a model of its own

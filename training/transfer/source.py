@@ -115,15 +115,25 @@ def find_image_column(name: str, features: datasets.Features, asked: str | None)
     return found[0]
 
 
-def find_eval_split(names: Sequence[str], args: SourceArguments, also: Sequence[str] = ()) -> str | None:
+def find_eval_split(
+    names: Sequence[str], args: SourceArguments, training: bool, also: Sequence[str] = ()
+) -> str | None:
     """The split to evaluate on: the one that is asked for, or the first that is there; None without one.
 
     Args:
         names: of all splits.
+        training: whether the train split is trained on.
         also: names that are looked for beside the usual ones.
+
+    Raises:
+        ValueError: it is the split that is trained on.
     """
+    if training and args.eval_split == args.train_split:
+        raise ValueError(
+            f"eval_split ({args.eval_split!r}) is the split that is trained on: name another, or leave it out"
+        )
     found = args.eval_split or next((name for name in (*EVAL_SPLITS, *also) if name in names), None)
-    return None if found == args.train_split else found
+    return None if training and found == args.train_split else found
 
 
 def identify(image: dict[str, Any] | None, file: FoundFile | None) -> int:

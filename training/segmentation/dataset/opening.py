@@ -161,7 +161,7 @@ def load_segmentation(
             other classes than the model; or the two splits share images.
     """
     source = _Source(args)
-    eval_split = find_eval_split(source.names, args, VOC_EVAL_SPLITS)
+    eval_split = find_eval_split(source.names, args, training, VOC_EVAL_SPLITS)
     needed = [args.train_split] if training or class_names is None else []
     opened = [source.read(name) for name in (*needed, *([eval_split] if eval_split else []))]
     if not opened:
