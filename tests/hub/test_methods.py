@@ -22,10 +22,10 @@ FLAGS = {
     ],
 }
 ANNOUNCED = {
-    "bank": ["64 images in one view of 32 px", "K 64, T 0.1", "bank: 64 keys, 0 MB in memory", "far above chance"],
-    "end_to_end": ["15 negatives of the batch, T 0.1", "near log(1+K) = 2.77", "6.2 % by chance"],
+    "bank": ["64 images in one view of 32 px", "K 64, T 0.2", "bank: 64 keys, 0 MB in memory", "far above chance"],
+    "end_to_end": ["15 negatives of the batch, T 0.2", "near log(1+K) = 2.77", "6.2 % by chance"],
     "simclr": ["30 negatives of the batch", "near 2 log(1+K) = 6.87", "lars momentum=0.9,classic=true"],
-    "moco_v3": ["15 negatives of the batch, m 0.99 to 1, T 0.1", "near 0.8 log(1+K) = 2.22"],
+    "moco_v3": ["15 negatives of the batch, m 0.99 to 1, T 0.2", "near 0.8 log(1+K) = 2.22"],
 }
 CARD = {
     "bank": ("by a memory bank ([arXiv:1805.01978]", "The projector is there, the bank of the training images is not"),
