@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from statistics import median
 
@@ -14,7 +15,7 @@ from tiny_models import CHECKPOINTING
 from tiny_trainer import BATCH, IMAGES, StopAt, build, image_rows, tiny_model
 from transformers import TrainerCallback
 
-from modeling_moco import MoCoImageProcessor
+from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 from training.data.images import MapImages
 from training.monitor import Monitor
 from training.pretrain import describe_bottleneck
@@ -260,6 +261,8 @@ class Photographs(torch.utils.data.Dataset):
         return len(self.items)
 
     def __getitem__(self, index):
+        if isinstance(self.items[index], Exception):
+            raise self.items[index]
         return self.items[index]
 
 
@@ -287,6 +290,7 @@ def test_images_of_any_dataset_train_as_the_projects_own(rows, tmp_path):
     pictures = [row["image"] for row in decoded]
     for images in (
         decoded.rename_column("image", "picture"),
+        decoded.with_format("torch"),
         Photographs(pictures),
         Photographs([(picture, i) for i, picture in enumerate(pictures)]),
     ):
@@ -295,17 +299,68 @@ def test_images_of_any_dataset_train_as_the_projects_own(rows, tmp_path):
     assert run_on(Photographs(pictures), tmp_path, **settings, **workers) == expected
 
 
-@pytest.mark.parametrize("kind", ["tensors", "stream", "no images", "list"])
+def test_a_file_that_a_dataset_cannot_read_costs_one_image_and_is_listed(rows, tmp_path):
+    pictures = [row["image"] for row in rows.cast_column("image", datasets.Image())]
+    assert len(run_on(Photographs([*pictures[:3], OSError("cut off"), *pictures[4:]]), tmp_path)) == 1
+    assert (tmp_path / "unreadable_images.txt").read_text().splitlines() == ["row 3"]
+
+
+@pytest.mark.parametrize("kind", ["tensors", "stream", "no images", "list", "transform"])
 def test_a_dataset_without_images_by_index_is_refused_in_one_line(kind, rows, tmp_path):
     images = {
         "tensors": Photographs([torch.zeros(3, 24, 24)] * IMAGES),
         "stream": rows.to_iterable_dataset(),
         "no images": datasets.Dataset.from_dict({"text": ["a"] * IMAGES}),
         "list": [1] * IMAGES,
+        "transform": rows.with_transform(lambda batch: batch),
     }[kind]
     with pytest.raises(ValueError, match=r"^train_dataset .*: (give|pass|keep)") as error:
         run_on(images, tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "processor", "message"),
+    [
+        (
+            MoCoForImageClassification,
+            {},
+            r"^model \(MoCoForImageClassification\) has no dictionary of keys: build MoCoModel",
+        ),
+        (
+            partial(MoCoModel, momentum_encoder=False),
+            {},
+            r"^model \(MoCoModel\) has no dictionary .*without momentum_encoder",
+        ),
+        (
+            MoCoModel,
+            {"image_mean": 0.5},
+            r"^processing_class has image_mean 0.5, and the model \[0.485, 0.456",
+        ),
+        (
+            MoCoModel,
+            {"do_center_crop": False},
+            r"^processing_class \(MoCoImageProcessor\) cuts out no square, .*: pass",
+        ),
+        (MoCoModel, {"crop_size": {"height": 24, "width": 32}}, r"^processing_class .* cuts out no square"),
+    ],
+)
+def test_a_model_or_an_image_processor_of_something_else_is_refused(rows, tmp_path, model, processor, message):
+    model = model(MoCoConfig(architecture="test_resnet", queue_size=16))
+    images = rows.cast_column("image", datasets.Image())
+    with pytest.raises(ValueError, match=message) as error:
+        MoCoTrainer(model, MoCoTrainingArguments(str(tmp_path), use_cpu=True), images, MoCoImageProcessor(**processor))
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_contrastive_trainer_does_not_do_is_refused_with_the_remedy(rows, tmp_path):
+    trainer = build(rows, tmp_path)
+    for do, message in (
+        (trainer.evaluate, "give the trainer knn_bank"),
+        (trainer.predict, "MoCoForImageClassification"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            do(rows)
 
 
 def test_gradient_checkpointing_changes_no_loss(rows, tmp_path):

@@ -180,9 +180,11 @@ class MoCoTrainer(SGDTrainer):
         render: makes the views of a batch on the device (`DeviceViews`), where `train_dataset` gives no finished views.
         knn_queries: the same of another split; with labels in both the monitor is kNN.
         view: makes a view of an image from `train_dataset` and a generator, as `OwnViews` takes it; by default that of v2.
+        callbacks: called after the project's own.
 
     Raises:
-        ValueError: the queue is smaller than a batch, the images are fewer than a batch, or the weights are in 16 bits.
+        ValueError: the model has no dictionary, the image processor is for others, the queue is smaller than a batch, the
+            images are fewer than a batch, or the weights are in 16 bits.
     """
 
     control: TrainerControl
@@ -197,7 +199,9 @@ class MoCoTrainer(SGDTrainer):
         knn_queries: MapImages | None = None,
         render: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
         view: OwnView | None = None,
+        callbacks: list[TrainerCallback] | None = None,
     ):
+        _check_model(model, processing_class)
         bank = isinstance(model.dictionary, BankDictionary)
         images = as_training_images(train_dataset, processing_class, args.seed, view, bank)
         _check_sizes(model, args, images)
@@ -209,7 +213,8 @@ class MoCoTrainer(SGDTrainer):
             eval_dataset=knn_queries or knn_bank or images,  # Trainer wants one, or it would not evaluate
             processing_class=processing_class,
             data_collator=collate,
-            callbacks=[MoCoCallback(), RankStatistics(), self.unreadable],  # before those that complete a checkpoint
+            # Before those that complete a checkpoint.
+            callbacks=[MoCoCallback(), RankStatistics(), self.unreadable, *(callbacks or [])],
         )
         self.render = render
         self.monitor = Monitor(self.model, args.knn, knn_bank, knn_queries)
@@ -377,8 +382,12 @@ class MoCoTrainer(SGDTrainer):
             knn_top1 for the first k (per cent), knn_top1_k20 and the like for others; rankme; and once training has begun
             contrast_top1, contrast_top1_shuffled and leaks (0 or 1), see `health.leak`. Without labels there is no kNN, for
             a stream no RankMe either.
+
+        Raises:
+            ValueError: for an `eval_dataset`.
         """
-        assert eval_dataset is None, "the monitor looks at knn_bank and knn_queries"
+        if eval_dataset is not None:
+            raise ValueError("eval_dataset is not looked at: give the trainer knn_bank and knn_queries")
         started = time.perf_counter()
         self._check_finite(weights=True)
         metrics = self.monitor.look_at_features()
@@ -390,6 +399,16 @@ class MoCoTrainer(SGDTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._logged_at += time.perf_counter() - started  # images per second are those of training
         return metrics
+
+    def predict(self, *args, **kwargs):
+        """
+        Raises:
+            ValueError: always. There are no labels to predict.
+        """
+        raise ValueError(
+            "a model that contrasts images predicts no labels: train a MoCoForImageClassification on its encoder, or take "
+            "MoCoModel's pooler_output as features"
+        )
 
     def _views_for_leak(self) -> Views:
         # At most LEAK_IMAGES in batches as in training, in views that are not in the queue yet; none before training.
@@ -457,6 +476,24 @@ def contrast_statistics(logits: torch.Tensor, q: torch.Tensor, temperature: floa
     }
     assert tuple(statistics) == STATISTICS
     return torch.stack(list(statistics.values()))
+
+
+def _check_model(model: MoCoModel, processor: Any) -> None:
+    if not getattr(model, "momentum_encoder", False):
+        raise ValueError(
+            f"model ({type(model).__name__}) has no dictionary of keys: build MoCoModel(config), or load it with "
+            "MoCoModel.from_pretrained and without momentum_encoder=False"
+        )
+    if processor is None:  # the images come as views of somebody's own, and nothing is saved with the model
+        return
+    for name in ("image_mean", "image_std"):  # which the model has for views, and the processor for all later images
+        of_model, given = list(getattr(model.config, name)), getattr(processor, name, None)
+        of_processor = [given] * 3 if isinstance(given, float | int) else given
+        if of_processor is None or list(of_processor) != of_model:
+            raise ValueError(
+                f"processing_class has {name} {given}, and the model {of_model}: pass a MoCoImageProcessor with the numbers "
+                f"of MoCoConfig({name}=...)"
+            )
 
 
 def _check_sizes(model: MoCoModel, args: MoCoTrainingArguments, images: TrainingImages) -> None:

@@ -107,7 +107,7 @@ class Numbered(Dataset):
         return self.make(Image.new("RGB", (20, 20), (4 * i, 0, 0)))
 
 
-PROCESSOR = SimpleNamespace(crop_size={"height": SIZE})
+PROCESSOR = SimpleNamespace(crop_size={"height": SIZE, "width": SIZE})
 
 
 def colour(image: Image.Image, generator: torch.Generator) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Build the training images of a run, and the renderer of their views, for the chosen view backend."""
 
+import operator
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -88,7 +89,10 @@ def _are_small(rows: Any, decoder: Decoder) -> bool:
 
 
 class Pictures:
-    """Rows `{"image": PIL image}` of a map-style torch Dataset, whose items are PIL images or tuples that begin with one."""
+    """Rows of a map-style torch Dataset, whose items are PIL images or tuples that begin with one.
+
+    The "image" of a row is a function that reads it, so that a file that cannot be read costs one image and not the run.
+    """
 
     def __init__(self, dataset: Dataset):
         self.dataset: Any = dataset
@@ -97,6 +101,14 @@ class Pictures:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": partial(self.read, index)}
+
+    def read(self, index: int) -> Image.Image:
+        """
+        Raises:
+            OSError: the Dataset cannot read its file.
+            ValueError: the item is no image.
+        """
         item = self.dataset[index]
         image = item[0] if isinstance(item, tuple | list) else item
         if not isinstance(image, Image.Image):
@@ -104,7 +116,7 @@ class Pictures:
                 f"train_dataset has items of {type(image).__name__}: give PIL images, or tuples that begin with one, without a "
                 "transform (the trainer makes the views)"
             )
-        return {"image": image}
+        return to_rgb(image)
 
 
 def _makes_views(dataset: Any) -> bool:
@@ -147,7 +159,7 @@ def as_training_images(
                 "policies and without numbered"
             )
         return dataset
-    size = processor.crop_size["height"]
+    size = view_size(processor)
     views: Views | OwnViews
     if view is None:
         policies = build_policies("v2")
@@ -162,15 +174,35 @@ def as_training_images(
     return images
 
 
+def view_size(processor: Any) -> int:
+    """The side of a view in pixels: that of the square which an image processor cuts out.
+
+    Raises:
+        ValueError: it cuts out none.
+    """
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", True) else None
+    if not crop or crop["height"] != crop["width"]:
+        raise ValueError(
+            f"processing_class ({type(processor).__name__}) cuts out no square, whose side is the size of a view: pass "
+            'MoCoImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})'
+        )
+    return int(crop["height"])
+
+
 def _indexed(dataset: Any, views: Views | OwnViews, seed: int, bank: bool) -> MapImages:
     if isinstance(dataset, datasets.Dataset):
+        if dataset.format["type"] == "custom":
+            raise ValueError(
+                "train_dataset has a transform of its own (set_transform), and views are made of its images as they are "
+                "stored: pass train_dataset.with_format(None), and what it does as view"
+            )
         columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
         if len(columns) != 1:
             raise ValueError(
                 f"train_dataset has {len(columns)} image columns among {', '.join(dataset.column_names)}: keep one, and cast "
                 "it to datasets.Image"
             )
-        rows = dataset.select_columns(columns)
+        rows = dataset.with_format(None).select_columns(columns)
         if columns != ["image"]:
             rows = rows.rename_column(columns[0], "image")
         own = Decoder(places=("",))  # whoever made it in Python has chosen its paths
@@ -180,4 +212,4 @@ def _indexed(dataset: Any, views: Views | OwnViews, seed: int, bank: bool) -> Ma
             f"train_dataset ({type(dataset).__name__}) is not a map-style dataset: pass a datasets.Dataset or a torch Dataset "
             "of images, and a stream as StreamedImages"
         )
-    return MapImages(Pictures(dataset), views, seed, to_rgb, bank)
+    return MapImages(Pictures(dataset), views, seed, operator.call, bank)
