@@ -145,9 +145,17 @@ class MoCoPreTrainedModel(PreTrainedModel):
         self._statistics_hooks = spare_statistics(self.encoder_q) if enable else []
 
     def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images (N, 3, H, W) in the model's dtype. Those of dtype uint8 are normalised, others are normalised already."""
+        """Images (N, 3, H, W) in the model's dtype. Those of dtype uint8 are normalised, floats are normalised already.
+
+        Raises:
+            ValueError: they have another dtype, whose levels nobody could tell from normalised ones.
+        """
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalize(pixel_values, self.config.image_mean, self.config.image_std)
+        elif not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values ({pixel_values.dtype}) must be uint8 levels, or normalised floats: convert them"
+            )
         return pixel_values.to(self.dtype)
 
     def _wants_hidden_states(self, output_hidden_states: bool | None, output_attentions: bool | None) -> bool:

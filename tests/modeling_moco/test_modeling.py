@@ -305,6 +305,9 @@ def test_uint8_images_are_normalised_by_the_model(kind):
         ours, expected = forward(images), forward(by_hand)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    for other in (torch.int64, torch.int32, torch.bool):  # levels, which would pass for normalised numbers
+        with pytest.raises(ValueError, match=r"^pixel_values \(torch.*\) must be uint8 levels, or normalised floats"):
+            forward(images.to(other))
 
 
 def test_symmetric_loss_is_the_sum_of_both_and_no_key_meets_itself_in_the_queue():
