@@ -72,6 +72,30 @@ def test_a_command_reports_finite_figures_of_every_variant(name, script, tmp_pat
         assert all(numbers["peak GB"] > 0 for numbers in content["benchmarks"][0]["variants"].values())
 
 
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("step --rounds 0", "rounds (0) must be at least 1"),
+        ("data --megapixels 0", "megapixels (0) must be above 0"),
+        ("knn --knn_k -1", "knn_k (-1) must be at least 1"),
+        ("embed --dataloader_num_workers -1", "dataloader_num_workers (-1) must be at least 0"),
+        ("detect --batch 0", "batch (0) must be at least 1"),
+        ("exchange --ranks 1", "ranks (1) must be at least 2"),
+        ("train --max_steps 2", "max_steps (2) must be at least logging_steps (5)"),
+        ("gpu --tiny --minutes 0 --output OUT", "minutes (0) must be above 0"),
+        ("step --json nowhere/step.json", "nowhere/step.json: the folder does not exist"),
+        ("step --figure nowhere/step.png", "nowhere/step.png: the folder does not exist"),
+    ],
+)
+def test_what_cannot_be_measured_or_written_is_refused_before_anything_is_measured(flags, reason, script, capsys):
+    with pytest.raises(SystemExit):
+        script("benchmark").main(flags.split())
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {reason}")
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
 def test_a_table_holds_ratios_of_medians_and_rounds_won():
     seconds = {"ours": [0.1, 0.3, 0.2], "limit": [0.1, 0.1, 0.1], "peer": [0.2, 0.2, 0.5]}
     benchmark = Benchmark("work", seconds, ("limit", "peer"), images=8, columns={"GB": {"ours": 1.5}}, remarks=["end"])

@@ -42,9 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[Benchmark]:
-    for name in ("num_labels", "height", "width", "batch", "roi_samples", "rounds"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} ({getattr(args, name)}) must be at least 1")
     return [measure(args, partial(in_own_process, memory, args, torch.get_num_threads()))]
 
 

@@ -110,6 +110,8 @@ def exchange_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
 
 
 def run(args: argparse.Namespace) -> list[Benchmark]:
+    if args.ranks < 2:
+        raise ValueError(f"ranks ({args.ranks}) must be at least 2: one process has nobody to exchange images with")
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(exchange_rank, (args, folder), nprocs=args.ranks)
         result = json.loads(Path(folder, "result.json").read_text())

@@ -55,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[Benchmark]:
+    if args.max_steps < args.logging_steps:
+        raise ValueError(
+            f"max_steps ({args.max_steps}) must be at least logging_steps ({args.logging_steps}): the log has the speeds"
+        )
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for workers in WORKERS:

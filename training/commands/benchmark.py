@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
             command.add_argument("--figure", type=Path, help="File for a figure, which is written as PNG and SVG.")
     args = parser.parse_args(argv)
     with one_line_errors():
+        check_values(args)
         results = args.run(args)
     for result in results:
         print(result.table())
@@ -47,6 +48,22 @@ def main(argv: list[str]) -> None:
         write_numbers(results, args.json)
     if args.figure:
         draw_timings(results, args.figure.with_suffix(""))
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: a number is not above 0, or a file would lie in a folder that does not exist.
+    """
+    for name, value in vars(args).items():
+        least = 0 if name == "dataloader_num_workers" else 1
+        if type(value) is int and value < least:
+            raise ValueError(f"{name} ({value}) must be at least {least}")
+        if isinstance(value, float) and not value > 0:
+            raise ValueError(f"{name} ({value:g}) must be above 0")
+    for path in (args.json, args.figure):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: the folder does not exist; make it, or name another file")
 
 
 if __name__ == "__main__":

@@ -76,9 +76,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"queue_size ({args.queue_size}) must be at least global_batch_size ({args.global_batch_size}): change either"
         )
-    for name in ("image_size", "bank_size", "rounds"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} ({getattr(args, name)}) must be at least 1")
 
 
 def settings(name: str, args: argparse.Namespace) -> PretrainArguments:
