@@ -106,7 +106,8 @@ def render_card(
         auto_class=kind.auto_class,
         moco_class=type(model).__name__,
         training_state=_state_of_training(model.config) if training_state else None,
-        fine_tuned=origin.fine_tuned or origin.fine_tuned_before,
+        without_labels=_without_labels(model, origin),
+        began=_start(origin) is not None,
         size=processor.crop_size["height"] if isinstance(processor, MoCoImageProcessor) else None,
         preparation=_preparation(processor),
         training=_training(origin),
@@ -176,18 +177,54 @@ def _method(config: MoCoConfig, told: bool) -> tuple[str, str]:
 
 
 def _summary(model: Model, origin: Origin) -> str:
-    config, classifies = model.config, isinstance(model, MoCoForImageClassification)
-    method, paper = _method(config, told=bool(origin.recipe) or not classifies)
-    dataset = _dataset(origin)
-    images = f" on {escape(dataset)}" if dataset else ""
-    source = f"[arXiv:{paper}](https://arxiv.org/abs/{paper})"
-    tuned = ", fine-tuned with labels" if origin.fine_tuned_before else ""
-    sentence = f"A {config.architecture} trained by {method}{source}){images} without labels{tuned}"
+    architecture = model.config.architecture
+    if isinstance(model, MoCoForImageClassification):
+        return _summary_of_classifier(model, origin)
+    features = "it turns an image into features for kNN, linear classifiers, fine-tuning and detection."
+    if origin.recipe or origin.conversion:
+        return f"A {architecture} {_pretrained(model.config, origin, told=True)}: {features}"
+    method, paper = _method(model.config, told=True)
+    return f"A {architecture} for {method}{_arxiv(paper)}), of whose training nothing is recorded: {features}"
+
+
+def _summary_of_classifier(model: MoCoForImageClassification, origin: Origin) -> str:
+    architecture, classes = model.config.architecture, f"{model.config.num_labels} classes"
+    if not origin.encoder and not origin.conversion:
+        return f"A {architecture} with a classifier of {classes}; nothing is recorded of how they were trained."
+    baseline = ""
+    if origin.encoder.get("random_encoder"):
+        before, baseline = "that began with random weights", ": a baseline, nothing was pretrained"
+    elif origin.recipe or origin.conversion:
+        before = _pretrained(model.config, origin, told=bool(origin.recipe))
+        before += ", fine-tuned with labels" * origin.fine_tuned_before
+    else:
+        before = f"that began with the weights of {_began_with(origin)}"
+        before += ", which had been fine-tuned with labels" * origin.fine_tuned_before
     if origin.fine_tuned:
-        return f"{sentence}, and then as a whole, with labels, as a classifier of {config.num_labels} classes."
-    if classifies:
-        return f"{sentence}, and a classifier of {config.num_labels} classes that was trained on it with labels."
-    return f"{sentence}: it turns an image into features for kNN, linear classifiers, fine-tuning and detection."
+        return f"A {architecture} {before}, and then as a whole, with labels, as a classifier of {classes}{baseline}."
+    return f"A {architecture} {before}, and a classifier of {classes} that was trained on it with labels{baseline}."
+
+
+def _without_labels(model: Published, origin: Origin) -> bool:
+    """Whether the encoder was trained without labels, as far as is known."""
+    known = bool(origin.recipe or origin.conversion)
+    return known and not isinstance(model, Transferred) and not origin.fine_tuned and not origin.fine_tuned_before
+
+
+def _pretrained(config: MoCoConfig, origin: Origin, told: bool) -> str:
+    """What an encoder has gone through, as an attribute of it."""
+    (method, paper), dataset, start = _method(config, told), _dataset(origin), _start(origin)
+    images = f" on {escape(dataset)}" if dataset else ""
+    began = f", beginning with the weights of {escape(start)}" if start else ""
+    return f"trained by {method}{_arxiv(paper)}){images} without labels{began}"
+
+
+def _arxiv(paper: str) -> str:
+    return f"[arXiv:{paper}](https://arxiv.org/abs/{paper})"
+
+
+def _began_with(origin: Origin) -> str:
+    return escape(public_name(str(origin.encoder.get("model"))))
 
 
 def _summary_of_transfer(model: Transferred, origin: Origin) -> str:
@@ -205,19 +242,17 @@ def _summary_of_transfer(model: Transferred, origin: Origin) -> str:
 
 def _began(model: Transferred, origin: Origin) -> str:
     """What the encoder had seen before it was trained as a part of the model."""
-    encoder, architecture = origin.transfer.get("encoder", {}), model.config.architecture
+    encoder, architecture = origin.encoder, model.config.architecture
     if encoder.get("random_encoder"):
         return f"Its {architecture} began with random weights: it is a baseline, and nothing was pretrained."
     if not encoder:
         return f"Around a {architecture}; nothing is recorded of what that was pretrained on."
     if not origin.recipe:
-        tuned = ", which had been fine-tuned with labels" if origin.fine_tuned_before else ""
-        return f"Its {architecture} began with the weights of {escape(public_name(str(encoder.get('model'))))}{tuned}."
-    method, paper = _method(MoCoConfig(**_known(origin.recipe.get("model", {}))), told=True)
-    source, dataset = f"[arXiv:{paper}](https://arxiv.org/abs/{paper})", _dataset(origin)
-    images = f" on {escape(dataset)}" if dataset else ""
-    tuned = " and fine-tuned with labels" if origin.fine_tuned_before else ""
-    return f"Its {architecture} was trained by {method}{source}){images} without labels{tuned} before."
+        tuned = ", which had been fine-tuned with labels" * origin.fine_tuned_before
+        return f"Its {architecture} began with the weights of {_began_with(origin)}{tuned}."
+    config = MoCoConfig(**_known(origin.recipe.get("model", {})))
+    tuned = " and fine-tuned with labels" * origin.fine_tuned_before
+    return f"Its {architecture} was {_pretrained(config, origin, told=True)}{tuned} before."
 
 
 def _known(settings: dict[str, Any]) -> dict[str, Any]:
@@ -237,8 +272,12 @@ def _training(origin: Origin) -> str:
     about, metrics = (origin.transfer or origin.recipe).get("about", {}), origin.metrics
     source = f" (source: {escape(about['source'])})" if "source" in about else ""
     sentences = [f"Recipe: {escape(about['title'])}{source}." if "title" in about else "", *_ran(metrics)]
+    if origin.reached:
+        sentences.append("These are the weights after step {:,} of {:,}.".format(*origin.reached))
+    if origin.pretrained_to:
+        sentences.append("The pretraining was at step {:,} of {:,} then.".format(*origin.pretrained_to))
     if (began := _start(origin)) is not None:
-        sentences.append(f"It began with the weights of {escape(began)}.")
+        sentences.append(f"The pretraining began with the weights of {escape(began)}.")
     if converted := origin.conversion:
         epoch = f", epoch {converted['epoch']:g}" if "epoch" in converted else ""
         sentences.append(f"Converted from {escape(converted['file'])} ({escape(converted['format'])}{epoch}).")
@@ -309,8 +348,8 @@ def _start(origin: Origin) -> str | None:
 
 def _base_model(origin: Origin) -> str | None:
     source, name = origin.recipe.get("model", {}).get("init_from"), _start(origin)
-    if origin.transfer and not origin.recipe and not origin.transfer.get("encoder", {}).get("random_encoder"):
-        source = str(origin.transfer.get("encoder", {}).get("model", ""))
+    if origin.encoder and not origin.recipe and not origin.encoder.get("random_encoder"):
+        source = str(origin.encoder.get("model", ""))
         name = public_name(source)
     return name if name is not None and name == source and "/" in name else None
 

@@ -82,7 +82,8 @@ def test_the_card_of_a_probe_on_a_fine_tuned_model_does_not_hide_its_labels(run,
     tuned = copy / "finetune_100pct"
     for probe in (copy / "linear_probe", shutil.copytree(copy / "linear_probe", tuned / "linear_probe")):
         recipe = yaml.safe_load((probe / "recipe.yaml").read_text())
-        recipe["encoder"]["model"] = str(probe.parent)
+        weights = encoder_digest(model_of(probe.parent))
+        recipe["encoder"] |= {"model": str(probe.parent), "weights": weights}
         (probe / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         text, _ = card_of(probe, tmp_path / f"published_{probe.parent.name}")
         assert ("without labels, fine-tuned with labels, and a classifier" in text) == (probe.parent == tuned)
@@ -91,7 +92,10 @@ def test_the_card_of_a_probe_on_a_fine_tuned_model_does_not_hide_its_labels(run,
 
 
 def test_what_lies_around_a_model_that_is_not_its_run_stays_out(run, tmp_path):
-    shutil.copytree(run / "linear_probe", tmp_path / "stranger" / "probe")
+    probe = shutil.copytree(run / "linear_probe", tmp_path / "stranger" / "probe")
+    recipe = yaml.safe_load((probe / "recipe.yaml").read_text())
+    recipe["encoder"]["model"] = str(tmp_path / "gone" / "run")
+    (probe / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "stranger" / "recipe.yaml").write_text("- a list")
     (tmp_path / "stranger" / "metrics.json").write_text("{")
     shutil.copyfile(run / "tsne.png", tmp_path / "stranger" / "tsne.png")
