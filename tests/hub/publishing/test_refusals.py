@@ -66,11 +66,13 @@ def test_without_a_token_or_a_right_nothing_happens(hub, run, script, capsys, mo
     assert not hub.repos
 
 
-def test_another_model_is_not_overwritten(hub, run, script, capsys):
+@pytest.mark.parametrize("flags", [[], ["--revision", "trial"]])
+def test_another_model_is_not_touched(flags, hub, run, script, capsys):
     repo = hub.create("org/bert")
     repo.commits[repo.branches["main"]]["pytorch_model.bin"] = repo.commits[repo.branches["main"]][".gitattributes"]
-    assert "org/bert holds something else (pytorch_model.bin)" in refused(script, capsys, str(run), "org/bert")
+    assert "org/bert holds something else (pytorch_model.bin)" in refused(script, capsys, str(run), "org/bert", *flags)
     assert not repo.log
+    assert list(repo.branches) == ["main"]
 
 
 def test_a_broken_connection_publishes_nothing_and_the_same_command_finishes(hub, run, script, capsys, monkeypatch):
