@@ -103,10 +103,11 @@ def data_config(processor: MoCoImageProcessor) -> dict[str, Any]:
 def to_timm(model: Model) -> nn.Module | None:
     """The timm model of the same weights, with the classifier as its own; None where timm has no such model.
 
-    timm has no ResNet with the stems for small images, and no name for the classifiers of a few models.
+    timm has no ResNet with the stems for small images, and no name for the classifiers of a few models. The stem of MoCo v3 is
+    timm's with other first values, which training keeps.
     """
     encoder, classifier = encoder_and_classifier(model)
-    if model.config.stem != "default":
+    if model.config.stem not in ("default", "moco_v3"):
         return None
     exported = timm.create_model(
         model.config.architecture,

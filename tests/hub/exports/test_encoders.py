@@ -34,9 +34,16 @@ def test_every_named_resnet_is_one_of_transformers(architecture, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["encoder", "classifier"])
-@pytest.mark.parametrize("architecture", ["test_convnext", "test_vit", "mobilenetv3_small_050"])
-def test_any_encoder_of_timm_is_published_for_timm(architecture, kind, tmp_path):
-    args = {"model_args": {"img_size": SIZE}} if architecture == "test_vit" else {}
+@pytest.mark.parametrize(
+    ("architecture", "args"),
+    [
+        ("test_convnext", {}),
+        ("test_vit", {"model_args": {"img_size": SIZE}}),
+        ("test_vit", {"model_args": {"img_size": SIZE, "num_heads": 1}, "stem": "moco_v3"}),
+        ("mobilenetv3_small_050", {}),
+    ],
+)
+def test_any_encoder_of_timm_is_published_for_timm(architecture, args, kind, tmp_path):
     model = saved(tmp_path / "saved", architecture, kind, **args)
     folder = published(tmp_path / "saved", tmp_path / "published")
     assert "resnet/config.json" not in list_files(folder)
