@@ -25,9 +25,9 @@ from .publish import PublishArguments, load_published, make_folder, publish
 logger = logging.getLogger(__name__)
 
 # Files that a push deletes unless it uploads them again: old weights must not stay under the new name.
-WRITTEN_DATASET = ("data/*.parquet", "*.png")
+WRITTEN_DATASET = ("data/*.parquet", "search*.png", "duplicates*.png")
 WRITTEN = (
-    *("onnx/*", "torch_export/*", "resnet/*", "*.safetensors", "*_moco.py"),
+    *("onnx/*", "torch_export/*", "resnet/*", "model.safetensors", "moco.safetensors", "*_moco.py"),
     *(f"{name}.png" for name in {*FIGURES, *OF_DETECTOR, *OF_SEGMENTATION}),
 )
 MADE_BY_HAND = {".gitattributes", "README.md", "LICENSE"}  # files of a repository that was created on the website

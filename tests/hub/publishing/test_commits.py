@@ -43,10 +43,11 @@ def test_weights_of_the_push_before_do_not_stay_behind(hub, run, script, tmp_pat
     push(script, str(run), "org/run", "--torch_export")
     repo = hub.repos["org/run"]
     files = repo.commits[repo.branches["main"]]
-    files["notes.txt"] = files["resnet/config.json"] = files[".gitattributes"]
+    mine = {"notes.txt", "adapter/adapter_model.safetensors", "comparison.png"}
+    files |= dict.fromkeys({*mine, "resnet/config.json"}, files[".gitattributes"])
     push(script, str(run), "org/run")
     names = hub.files("org/run").keys()
-    assert "notes.txt" in names
+    assert mine <= names
     assert not [name for name in names if name.startswith(("torch_export/", "resnet/"))]
     assert {"config.json", "model.safetensors", "moco.safetensors", "modeling_moco.py", "tsne.png"} <= names
 
