@@ -148,8 +148,15 @@ def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license
     arguments |= model.config.model_args or {}
     # For transformers, which asks the configuration of a Hub repository which processor to take.
     config |= {"image_processor_type": "TimmWrapperImageProcessor"} | ({"model_args": arguments} if arguments else {})
+    config |= _problem(model)
     write_json(folder / "config.json", config)
     return True
+
+
+def _problem(model: Model) -> dict[str, str]:
+    """What pipelines of transformers ask a classifier: whether logits become probabilities, and together or one by one."""
+    kind = model.config.problem_type
+    return {"problem_type": kind} if isinstance(model, MoCoForImageClassification) and kind is not None else {}
 
 
 def read_written(path: Path) -> dict[str, Any]:
@@ -198,7 +205,7 @@ def save_resnet(model: Model, folder: Path, timm_config: dict[str, Any]) -> bool
     block, depths = RESNETS[config.architecture]
     widths = [stage["num_chs"] for stage in encoder.feature_info[1:]]
     labels = {} if classifier is None else {"id2label": config.id2label, "label2id": config.label2id}
-    resnet_config = ResNetConfig(layer_type=block, depths=depths, hidden_sizes=widths, **labels)
+    resnet_config = ResNetConfig(layer_type=block, depths=depths, hidden_sizes=widths, **labels, **_problem(model))
     state = {_resnet_name(name): tensor for name, tensor in encoder.state_dict().items()}
     if classifier is None:
         exported = ResNetModel(resnet_config)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from exported_models import LABELS, assert_same, images, ours, published, randomised
+from exported_models import LABELS, SIZE, assert_same, images, ours, published, randomised
 from PIL import Image
-from tiny_models import assert_equal
+from tiny_models import assert_equal, moco_config
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -85,6 +85,29 @@ def test_pipelines_need_nothing_but_the_folder(resnet, exact, part):
         extract = pipeline("image-feature-extraction", model=str(folder / part), device="cpu")
         for image, features in zip(images(), expected, strict=True):
             assert_same(extract(image, pool=True, return_tensors=True).flatten(), features)
+
+
+@pytest.mark.parametrize(
+    ("problem", "classes", "scores"),
+    [
+        (None, 3, lambda logits: logits.softmax(dim=0)),
+        ("regression", 1, lambda logits: logits),
+        ("multi_label_classification", 3, torch.sigmoid),
+    ],
+)
+def test_every_pipeline_makes_the_same_of_logits(problem, classes, scores, tmp_path):
+    names = {i: str(i) for i in range(classes)}
+    labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    model = randomised(MoCoForImageClassification(moco_config("resnet18", problem_type=problem, **labels)))
+    model.save_pretrained(tmp_path / "saved")
+    MoCoImageProcessorPil(size={"shortest_edge": SIZE}).save_pretrained(tmp_path / "saved")
+    folder = published(tmp_path / "saved", tmp_path / "published")
+    image = images()[2]
+    inputs = MoCoImageProcessorPil.from_pretrained(folder)(image, return_tensors="pt").pixel_values
+    expected = {str(i): score for i, score in enumerate(scores(ours(model, inputs)[0]).tolist())}
+    for place in (folder, folder / "resnet"):
+        found = pipeline("image-classification", model=str(place), device="cpu")(image, top_k=classes)
+        assert {one["label"]: one["score"] for one in found} == pytest.approx(expected, rel=1e-3), place
 
 
 def test_a_detector_takes_it_as_its_backbone(resnet):
