@@ -25,10 +25,10 @@ from modeling_moco import MoCoForImageClassification, MoCoImageProcessor, MoCoMo
 from modeling_moco.encoder_moco import build_encoder
 
 from ..engine.files import read_object, write_json
+from .methods import papers_of
 
 Model = MoCoModel | MoCoForImageClassification
 
-PAPERS = ("arXiv:1911.05722", "arXiv:2003.04297")
 RESNETS = {  # block and blocks per stage of those that transformers' ResNet can express
     "resnet18": ("basic", [2, 2, 2, 2]),
     "resnet34": ("basic", [3, 4, 6, 3]),
@@ -136,7 +136,8 @@ def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license
     exported = to_timm(model)
     if exported is None:
         return False
-    told = {"tag": "moco", "paper_ids": list(PAPERS)} | ({} if license is None else {"license": license})
+    papers = [f"arXiv:{paper}" for paper in papers_of(model.config.to_dict())]
+    told = {"tag": "moco", "paper_ids": papers} | ({} if license is None else {"license": license})
     about: dict[str, Any] = {"pretrained_cfg": told}
     if isinstance(model, MoCoForImageClassification):
         about["label_names"] = class_names(model)

@@ -23,6 +23,7 @@ from ..engine.results import OF_PIXELS, has_interval, spread
 from ..optimization.schedules import recorded_rate
 from .exports import Model, encoder_and_classifier, output_name
 from .kinds import Processor, Published, Transferred, kind_of
+from .methods import CITATIONS, method_of, papers_of
 from .origin import Origin
 
 # Beside this file in an installation, at the top of a checkout.
@@ -34,13 +35,6 @@ WORDS = (
     *("optim", "optim_args", "learning_rate_scaling", "lr_scheduler_type", "eval_strategy", "save_strategy"),
     *("knn_features", "queue_start", "bank_start", "key_momentum_schedule", "mode"),
 )
-# What a dictionary and who encodes its keys make, and where it was published; of a queue the head tells which version.
-METHODS = {
-    ("batch", "momentum"): ("MoCo v3", "2104.02057"),
-    ("batch", "shared"): ("the end-to-end dictionary of MoCo v1", "1911.05722"),
-    ("batch_both_views", "none"): ("SimCLR", "2002.05709"),
-    ("bank", "none"): ("a memory bank", "1805.01978"),
-}
 
 
 def escape(text: object) -> str:
@@ -114,6 +108,7 @@ def render_card(
         settings=yaml.safe_dump(settings, sort_keys=False) if (settings := _settings(origin)) else "",
         figures=[(path.name, *kind.figures[path.stem]) for path in origin.figures],
         results=[list(map(escape, _row(entry))) for entry in results],
+        citations="\n".join(CITATIONS[paper] for paper in _cited(model, origin)),
         **own,
     )
     return card
@@ -166,24 +161,14 @@ def _preparation(processor: Processor) -> str:
     return f"Images are RGB, their short side is resized to {short} px{how}, {standard}"
 
 
-def _method(config: MoCoConfig, told: bool) -> tuple[str, str]:
-    # A classifier that nobody tells about has no projection head that could tell.
-    if (other := METHODS.get((config.dictionary, config.key_encoder))) is not None:
-        return f"{other[0]} (", other[1]
-    if not told:
-        return "Momentum Contrast (MoCo, ", "1911.05722"
-    v2 = config.projection_head == "mlp"
-    return f"Momentum Contrast (MoCo {'v2' if v2 else 'v1'}, ", "2003.04297" if v2 else "1911.05722"
-
-
 def _summary(model: Model, origin: Origin) -> str:
     architecture = model.config.architecture
     if isinstance(model, MoCoForImageClassification):
         return _summary_of_classifier(model, origin)
     features = "it turns an image into features for kNN, linear classifiers, fine-tuning and detection."
     if origin.recipe or origin.conversion:
-        return f"A {architecture} {_pretrained(model.config, origin, told=True)}: {features}"
-    method, paper = _method(model.config, told=True)
+        return f"A {architecture} {_pretrained(model.config.to_dict(), origin, told=True)}: {features}"
+    method, paper = method_of(model.config.to_dict())
     return f"A {architecture} for {method}{_arxiv(paper)}), of whose training nothing is recorded: {features}"
 
 
@@ -195,7 +180,7 @@ def _summary_of_classifier(model: MoCoForImageClassification, origin: Origin) ->
     if origin.encoder.get("random_encoder"):
         before, baseline = "that began with random weights", ": a baseline, nothing was pretrained"
     elif origin.recipe or origin.conversion:
-        before = _pretrained(model.config, origin, told=bool(origin.recipe))
+        before = _pretrained(model.config.to_dict(), origin, told=bool(origin.recipe))
         before += ", fine-tuned with labels" * origin.fine_tuned_before
     else:
         before = f"that began with the weights of {_began_with(origin)}"
@@ -205,15 +190,21 @@ def _summary_of_classifier(model: MoCoForImageClassification, origin: Origin) ->
     return f"A {architecture} {before}, and a classifier of {classes} that was trained on it with labels{baseline}."
 
 
+def _cited(model: Published, origin: Origin) -> list[str]:
+    """Papers of what the encoder went through; the configuration of a detector has nothing of that."""
+    settings = origin.recipe.get("model", {}) if isinstance(model, Transferred) else model.config.to_dict()
+    return papers_of(settings)
+
+
 def _without_labels(model: Published, origin: Origin) -> bool:
     """Whether the encoder was trained without labels, as far as is known."""
     known = bool(origin.recipe or origin.conversion)
     return known and not isinstance(model, Transferred) and not origin.fine_tuned and not origin.fine_tuned_before
 
 
-def _pretrained(config: MoCoConfig, origin: Origin, told: bool) -> str:
+def _pretrained(settings: dict[str, Any], origin: Origin, told: bool) -> str:
     """What an encoder has gone through, as an attribute of it."""
-    (method, paper), dataset, start = _method(config, told), _dataset(origin), _start(origin)
+    (method, paper), dataset, start = method_of(settings, told), _dataset(origin), _start(origin)
     images = f" on {escape(dataset)}" if dataset else ""
     began = f", beginning with the weights of {escape(start)}" if start else ""
     return f"trained by {method}{_arxiv(paper)}){images} without labels{began}"
@@ -250,14 +241,8 @@ def _began(model: Transferred, origin: Origin) -> str:
     if not origin.recipe:
         tuned = ", which had been fine-tuned with labels" * origin.fine_tuned_before
         return f"Its {architecture} began with the weights of {_began_with(origin)}{tuned}."
-    config = MoCoConfig(**_known(origin.recipe.get("model", {})))
     tuned = " and fine-tuned with labels" * origin.fine_tuned_before
-    return f"Its {architecture} was {_pretrained(config, origin, told=True)}{tuned} before."
-
-
-def _known(settings: dict[str, Any]) -> dict[str, Any]:
-    # What tells the method of a run.
-    return {name: settings[name] for name in ("dictionary", "key_encoder", "projection_head") if name in settings}
+    return f"Its {architecture} was {_pretrained(origin.recipe.get('model', {}), origin, told=True)}{tuned} before."
 
 
 def _state_of_training(config: MoCoConfig) -> str:
