@@ -15,6 +15,7 @@ from published_runs import push, refused
 
 from modeling_moco import MoCoModel
 from training.engine.results import encoder_digest
+from training.hub import exports
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx")  # and httpx2: the client's own use of them
@@ -53,6 +54,14 @@ def test_a_damaged_file_is_named_in_one_line(name, hub, run, script, tmp_path, c
 def test_without_room_for_a_folder_nothing_happens(hub, run, script, capsys, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
     assert "set TMPDIR" in refused(script, capsys, str(run), "org/run")
+
+
+def test_packages_that_a_format_takes_are_asked_for_before_anything_is_made(hub, run, script, capsys, monkeypatch):
+    monkeypatch.setattr(exports, "find_spec", lambda name: None)
+    assert "onnx (True) needs onnx, onnxruntime, onnxscript: pip" in refused(
+        script, capsys, str(run), "org/run", "--onnx"
+    )
+    assert not hub.requests
 
 
 def test_without_a_token_or_a_right_nothing_happens(hub, run, script, capsys, monkeypatch):
