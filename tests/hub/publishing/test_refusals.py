@@ -64,6 +64,17 @@ def test_packages_that_a_format_takes_are_asked_for_before_anything_is_made(hub,
     assert not hub.requests
 
 
+@pytest.mark.parametrize("command", [("push_to_hub", "org/probe", "--dry_run"), ("export", "exported", "--timm")])
+def test_a_checkpoint_of_a_probe_is_not_taken_for_its_encoder(command, run, script, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (checkpoint,) = (run / "linear_probe").glob("checkpoint-*")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        script(command[0]).main([str(checkpoint), *command[1:]])
+    assert "is a checkpoint of a linear probe" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_token_or_a_right_nothing_happens(hub, run, script, capsys, monkeypatch):
     hub.may_write = False
     assert "use a token that may write there" in refused(script, capsys, str(run), "org/run")
