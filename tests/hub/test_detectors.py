@@ -200,6 +200,25 @@ def test_the_card_says_that_the_encoder_was_fine_tuned_in_between(detector, scri
         assert re.search(words, capsys.readouterr().out.partition("## Use")[0])
 
 
+def test_the_card_of_one_that_lies_elsewhere_says_so_too(detector, script, tmp_path, capsys):
+    run, folder = tmp_path / "run", tmp_path / "elsewhere" / "detector"
+    shutil.copytree(detector.parent, run, ignore=shutil.ignore_patterns(detector.name))
+    images = yaml.safe_load((detector / "recipe.yaml").read_text())["data"]["dataset_name"]
+    flags = ["--use_cpu", "--num_train_epochs", "1", "--disable_tqdm", "True", "--global_batch_size", "16"]
+    script("finetune").main([str(run), *flags])
+    tuned = str(run / "finetune_100pct")
+    script("detect").main([tuned, *DETECTOR, "--dataset_name", images, "--output_dir", str(folder)])
+    for gone, words in (
+        (False, "on digits without labels and fine-tuned with labels before."),
+        (True, "began with the weights of finetune_100pct, which had been fine-tuned with labels."),
+    ):
+        if gone:
+            run.rename(tmp_path / "moved")
+        capsys.readouterr()
+        push(script, str(folder), "org/detector", "--dry_run")
+        assert words in capsys.readouterr().out.partition("## Use")[0]
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [

@@ -55,7 +55,13 @@ def test_a_published_set_opens_by_its_name_and_shows_no_place_of_this_machine(hu
 
     command.main([*argv, "--push_to_hub", "org/photos-embedded", "--include_pictures", "--license", "mit"])
     assert "duplicates_0.5.png" in hub.files(NAME)
-    assert len(hub.repos[NAME].log) == 2
+    repo = hub.repos[NAME]
+    assert len(repo.log) == 2
+
+    there = repo.commits[repo.branches["main"]]
+    there["logo.png"] = there["duplicates_0.5.png"]
+    command.main([*argv, "--push_to_hub", "org/photos-embedded"])
+    assert {"logo.png", "duplicates_0.5.png"} & hub.files(NAME).keys() == {"logo.png"}
 
 
 def test_a_private_set_is_seen_by_its_owner_alone_and_a_public_one_does_not_become_private(hub, argv, tmp_path, capsys):

@@ -3,6 +3,7 @@
 Only this module names these files, so that writers, evaluations, the report and the Hub agree on them.
 """
 
+import os
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from itertools import chain, count
@@ -94,6 +95,9 @@ FREE_TO_CHANGE = {
 }
 NOT_OF_THE_RUN = ("probe",)  # section of a recipe for later commands
 START = "start"  # section of a recipe.yaml about the weights that a pretraining run began with
+SEEN_LABELS = (
+    "seen_labels"  # in the section "encoder" of an evaluation: the encoder had been trained with labels before
+)
 WEIGHTS = "weights"  # there, and in the section "encoder" of an evaluation: digest of the weights that it began with
 PATHS = ("dataset_name", "model", "init_from")  # settings that may be folders
 
@@ -174,6 +178,29 @@ def read_sections(path: Path, remedy: str) -> dict[str, dict[str, Any]]:
     return content
 
 
+def begin_with(source: str, random: bool) -> dict[str, Any]:
+    """What a training records of the encoder that it begins with.
+
+    Args:
+        source: folder, checkpoint or Hub repository of a model.
+        random: whether only the architecture is that model's.
+
+    Raises:
+        ValueError: what lies beside the model is damaged.
+    """
+    place = Path(source)
+    about: dict[str, Any] = {
+        "model": os.path.abspath(source) if place.is_dir() else source,  # known from anywhere, and no name on the Hub
+        "random_encoder": random,
+    }
+    home = place.parent if (place / MANIFEST).is_file() else place
+    if not random and (home / SAVED_RECIPE).is_file():
+        began = read_sections(home / SAVED_RECIPE, "correct it, or move it away").get("encoder", {})
+        if began.get("fine_tuned") or began.get(SEEN_LABELS):
+            about[SEEN_LABELS] = True
+    return about
+
+
 def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     """Begin a run in its folder."""
     write_whole(folder / SAVED_RECIPE, yaml.safe_dump(recipe, sort_keys=False))
@@ -197,7 +224,7 @@ def check_same_run(folder: Path, settings: dict[str, dict[str, Any]], defaults: 
     for section in (name for name in settings if name not in NOT_OF_THE_RUN):
         usual = defaults.get(section, {})
         then, now = usual | saved.get(section, {}), usual | settings[section]
-        for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE - {WEIGHTS}):
+        for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE - {WEIGHTS, SEEN_LABELS}):
             if not _are_same(key, then.get(key), now.get(key)):
                 raise ValueError(
                     f"output_dir ({folder}) already holds another run: {shown(key)} is {shown(then.get(key))} there and "

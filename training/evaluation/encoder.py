@@ -20,7 +20,16 @@ from ..data.sources import DataArguments, EvaluationDataArguments, ImageSplits, 
 from ..engine.checkpoints import has_ended
 from ..engine.files import below, check_model_files
 from ..engine.results import Result, encoder_digest, read_results, table
-from ..engine.run_folder import METRICS, OF_TASKS, SAVED_RECIPE, WEIGHTS, read_metrics, read_sections, recorded_content
+from ..engine.run_folder import (
+    METRICS,
+    OF_TASKS,
+    SAVED_RECIPE,
+    WEIGHTS,
+    begin_with,
+    read_metrics,
+    read_sections,
+    recorded_content,
+)
 from ..engine.sgd_trainer import PUBLISHING, SGDTrainingArguments
 from ..model_folder import check_size, load_model, read_config
 from .knn import KNNArguments
@@ -301,5 +310,5 @@ def parse_evaluation(
         settings["data"]["dataset_name"] = data.dataset_name
     for folder in _folders_of(known.model):
         data.content = data.content or recorded_content(folder, data.dataset_name)
-    settings["encoder"] = {"model": encoder.source, "random_encoder": encoder.random}
+    settings["encoder"] = begin_with(encoder.source, encoder.random)
     return encoder, instances, settings, given

@@ -25,10 +25,10 @@ from modeling_moco import MoCoForImageClassification, MoCoImageProcessor, MoCoMo
 from modeling_moco.encoder_moco import build_encoder
 
 from ..engine.files import read_object, write_json
+from .methods import papers_of
 
 Model = MoCoModel | MoCoForImageClassification
 
-PAPERS = ("arXiv:1911.05722", "arXiv:2003.04297")
 RESNETS = {  # block and blocks per stage of those that transformers' ResNet can express
     "resnet18": ("basic", [2, 2, 2, 2]),
     "resnet34": ("basic", [3, 4, 6, 3]),
@@ -103,10 +103,11 @@ def data_config(processor: MoCoImageProcessor) -> dict[str, Any]:
 def to_timm(model: Model) -> nn.Module | None:
     """The timm model of the same weights, with the classifier as its own; None where timm has no such model.
 
-    timm has no ResNet with the stems for small images, and no name for the classifiers of a few models.
+    timm has no ResNet with the stems for small images, and no name for the classifiers of a few models. The stem of MoCo v3 is
+    timm's with other first values, which training keeps.
     """
     encoder, classifier = encoder_and_classifier(model)
-    if model.config.stem != "default":
+    if model.config.stem not in ("default", "moco_v3"):
         return None
     exported = timm.create_model(
         model.config.architecture,
@@ -135,7 +136,8 @@ def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license
     exported = to_timm(model)
     if exported is None:
         return False
-    told = {"tag": "moco", "paper_ids": list(PAPERS)} | ({} if license is None else {"license": license})
+    papers = [f"arXiv:{paper}" for paper in papers_of(model.config.to_dict())]
+    told = {"tag": "moco", "paper_ids": papers} | ({} if license is None else {"license": license})
     about: dict[str, Any] = {"pretrained_cfg": told}
     if isinstance(model, MoCoForImageClassification):
         about["label_names"] = class_names(model)
@@ -147,8 +149,15 @@ def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license
     arguments |= model.config.model_args or {}
     # For transformers, which asks the configuration of a Hub repository which processor to take.
     config |= {"image_processor_type": "TimmWrapperImageProcessor"} | ({"model_args": arguments} if arguments else {})
+    config |= _problem(model)
     write_json(folder / "config.json", config)
     return True
+
+
+def _problem(model: Model) -> dict[str, str]:
+    """What pipelines of transformers ask a classifier: whether logits become probabilities, and together or one by one."""
+    kind = model.config.problem_type
+    return {"problem_type": kind} if isinstance(model, MoCoForImageClassification) and kind is not None else {}
 
 
 def read_written(path: Path) -> dict[str, Any]:
@@ -197,7 +206,7 @@ def save_resnet(model: Model, folder: Path, timm_config: dict[str, Any]) -> bool
     block, depths = RESNETS[config.architecture]
     widths = [stage["num_chs"] for stage in encoder.feature_info[1:]]
     labels = {} if classifier is None else {"id2label": config.id2label, "label2id": config.label2id}
-    resnet_config = ResNetConfig(layer_type=block, depths=depths, hidden_sizes=widths, **labels)
+    resnet_config = ResNetConfig(layer_type=block, depths=depths, hidden_sizes=widths, **labels, **_problem(model))
     state = {_resnet_name(name): tensor for name, tensor in encoder.state_dict().items()}
     if classifier is None:
         exported = ResNetModel(resnet_config)

@@ -104,6 +104,7 @@ SEGMENTATION = Kind(
     MAP_OF_SEGMENTATION,
     OF_SEGMENTATION,
 )
+HEADS_OF_PROBE = "LinearHeads"  # the class that the official probe trains
 KINDS = (ENCODER, CLASSIFIER, DETECTOR, SEGMENTATION)
 
 
@@ -112,9 +113,14 @@ def read_kind(source: str) -> tuple[Kind, MoCoConfig]:
 
     Raises:
         OSError: there is none of these kinds.
-        ValueError: its configuration is damaged.
+        ValueError: its configuration is damaged, or it is a checkpoint of a linear probe.
     """
     config = read_config(source, [kind.config for kind in KINDS])
+    if config.architectures == [HEADS_OF_PROBE]:
+        raise ValueError(
+            f"{source} is a checkpoint of a linear probe, with classifiers that were still compared: give the same command "
+            "again to end the probe, and pass its folder"
+        )
     if config.architectures == [CLASSIFIER.model.__name__]:
         return CLASSIFIER, config
     return next(kind for kind in KINDS if kind.config is type(config)), config

@@ -23,6 +23,7 @@ from ..engine.results import OF_PIXELS, has_interval, spread
 from ..optimization.schedules import recorded_rate
 from .exports import Model, encoder_and_classifier, output_name
 from .kinds import Processor, Published, Transferred, kind_of
+from .methods import CITATIONS, method_of, papers_of
 from .origin import Origin
 
 # Beside this file in an installation, at the top of a checkout.
@@ -34,13 +35,6 @@ WORDS = (
     *("optim", "optim_args", "learning_rate_scaling", "lr_scheduler_type", "eval_strategy", "save_strategy"),
     *("knn_features", "queue_start", "bank_start", "key_momentum_schedule", "mode"),
 )
-# What a dictionary and who encodes its keys make, and where it was published; of a queue the head tells which version.
-METHODS = {
-    ("batch", "momentum"): ("MoCo v3", "2104.02057"),
-    ("batch", "shared"): ("the end-to-end dictionary of MoCo v1", "1911.05722"),
-    ("batch_both_views", "none"): ("SimCLR", "2002.05709"),
-    ("bank", "none"): ("a memory bank", "1805.01978"),
-}
 
 
 def escape(text: object) -> str:
@@ -106,13 +100,15 @@ def render_card(
         auto_class=kind.auto_class,
         moco_class=type(model).__name__,
         training_state=_state_of_training(model.config) if training_state else None,
-        fine_tuned=origin.fine_tuned or origin.fine_tuned_before,
+        without_labels=_without_labels(model, origin),
+        began=_start(origin) is not None,
         size=processor.crop_size["height"] if isinstance(processor, MoCoImageProcessor) else None,
         preparation=_preparation(processor),
         training=_training(origin),
         settings=yaml.safe_dump(settings, sort_keys=False) if (settings := _settings(origin)) else "",
         figures=[(path.name, *kind.figures[path.stem]) for path in origin.figures],
         results=[list(map(escape, _row(entry))) for entry in results],
+        citations="\n".join(CITATIONS[paper] for paper in _cited(model, origin)),
         **own,
     )
     return card
@@ -165,29 +161,61 @@ def _preparation(processor: Processor) -> str:
     return f"Images are RGB, their short side is resized to {short} px{how}, {standard}"
 
 
-def _method(config: MoCoConfig, told: bool) -> tuple[str, str]:
-    # A classifier that nobody tells about has no projection head that could tell.
-    if (other := METHODS.get((config.dictionary, config.key_encoder))) is not None:
-        return f"{other[0]} (", other[1]
-    if not told:
-        return "Momentum Contrast (MoCo, ", "1911.05722"
-    v2 = config.projection_head == "mlp"
-    return f"Momentum Contrast (MoCo {'v2' if v2 else 'v1'}, ", "2003.04297" if v2 else "1911.05722"
-
-
 def _summary(model: Model, origin: Origin) -> str:
-    config, classifies = model.config, isinstance(model, MoCoForImageClassification)
-    method, paper = _method(config, told=bool(origin.recipe) or not classifies)
-    dataset = _dataset(origin)
-    images = f" on {escape(dataset)}" if dataset else ""
-    source = f"[arXiv:{paper}](https://arxiv.org/abs/{paper})"
-    tuned = ", fine-tuned with labels" if origin.fine_tuned_before else ""
-    sentence = f"A {config.architecture} trained by {method}{source}){images} without labels{tuned}"
+    architecture = model.config.architecture
+    if isinstance(model, MoCoForImageClassification):
+        return _summary_of_classifier(model, origin)
+    features = "it turns an image into features for kNN, linear classifiers, fine-tuning and detection."
+    if origin.recipe or origin.conversion:
+        return f"A {architecture} {_pretrained(model.config.to_dict(), origin, told=True)}: {features}"
+    method, paper = method_of(model.config.to_dict())
+    return f"A {architecture} for {method}{_arxiv(paper)}), of whose training nothing is recorded: {features}"
+
+
+def _summary_of_classifier(model: MoCoForImageClassification, origin: Origin) -> str:
+    architecture, classes = model.config.architecture, f"{model.config.num_labels} classes"
+    if not origin.encoder and not origin.conversion:
+        return f"A {architecture} with a classifier of {classes}; nothing is recorded of how they were trained."
+    baseline = ""
+    if origin.encoder.get("random_encoder"):
+        before, baseline = "that began with random weights", ": a baseline, nothing was pretrained"
+    elif origin.recipe or origin.conversion:
+        before = _pretrained(model.config.to_dict(), origin, told=bool(origin.recipe))
+        before += ", fine-tuned with labels" * origin.fine_tuned_before
+    else:
+        before = f"that began with the weights of {_began_with(origin)}"
+        before += ", which had been fine-tuned with labels" * origin.fine_tuned_before
     if origin.fine_tuned:
-        return f"{sentence}, and then as a whole, with labels, as a classifier of {config.num_labels} classes."
-    if classifies:
-        return f"{sentence}, and a classifier of {config.num_labels} classes that was trained on it with labels."
-    return f"{sentence}: it turns an image into features for kNN, linear classifiers, fine-tuning and detection."
+        return f"A {architecture} {before}, and then as a whole, with labels, as a classifier of {classes}{baseline}."
+    return f"A {architecture} {before}, and a classifier of {classes} that was trained on it with labels{baseline}."
+
+
+def _cited(model: Published, origin: Origin) -> list[str]:
+    """Papers of what the encoder went through; the configuration of a detector has nothing of that."""
+    settings = origin.recipe.get("model", {}) if isinstance(model, Transferred) else model.config.to_dict()
+    return papers_of(settings)
+
+
+def _without_labels(model: Published, origin: Origin) -> bool:
+    """Whether the encoder was trained without labels, as far as is known."""
+    known = bool(origin.recipe or origin.conversion)
+    return known and not isinstance(model, Transferred) and not origin.fine_tuned and not origin.fine_tuned_before
+
+
+def _pretrained(settings: dict[str, Any], origin: Origin, told: bool) -> str:
+    """What an encoder has gone through, as an attribute of it."""
+    (method, paper), dataset, start = method_of(settings, told), _dataset(origin), _start(origin)
+    images = f" on {escape(dataset)}" if dataset else ""
+    began = f", beginning with the weights of {escape(start)}" if start else ""
+    return f"trained by {method}{_arxiv(paper)}){images} without labels{began}"
+
+
+def _arxiv(paper: str) -> str:
+    return f"[arXiv:{paper}](https://arxiv.org/abs/{paper})"
+
+
+def _began_with(origin: Origin) -> str:
+    return escape(public_name(str(origin.encoder.get("model"))))
 
 
 def _summary_of_transfer(model: Transferred, origin: Origin) -> str:
@@ -205,24 +233,16 @@ def _summary_of_transfer(model: Transferred, origin: Origin) -> str:
 
 def _began(model: Transferred, origin: Origin) -> str:
     """What the encoder had seen before it was trained as a part of the model."""
-    encoder, architecture = origin.transfer.get("encoder", {}), model.config.architecture
+    encoder, architecture = origin.encoder, model.config.architecture
     if encoder.get("random_encoder"):
         return f"Its {architecture} began with random weights: it is a baseline, and nothing was pretrained."
     if not encoder:
         return f"Around a {architecture}; nothing is recorded of what that was pretrained on."
     if not origin.recipe:
-        tuned = ", which had been fine-tuned with labels" if origin.fine_tuned_before else ""
-        return f"Its {architecture} began with the weights of {escape(public_name(str(encoder.get('model'))))}{tuned}."
-    method, paper = _method(MoCoConfig(**_known(origin.recipe.get("model", {}))), told=True)
-    source, dataset = f"[arXiv:{paper}](https://arxiv.org/abs/{paper})", _dataset(origin)
-    images = f" on {escape(dataset)}" if dataset else ""
-    tuned = " and fine-tuned with labels" if origin.fine_tuned_before else ""
-    return f"Its {architecture} was trained by {method}{source}){images} without labels{tuned} before."
-
-
-def _known(settings: dict[str, Any]) -> dict[str, Any]:
-    # What tells the method of a run.
-    return {name: settings[name] for name in ("dictionary", "key_encoder", "projection_head") if name in settings}
+        tuned = ", which had been fine-tuned with labels" * origin.fine_tuned_before
+        return f"Its {architecture} began with the weights of {_began_with(origin)}{tuned}."
+    tuned = " and fine-tuned with labels" * origin.fine_tuned_before
+    return f"Its {architecture} was {_pretrained(origin.recipe.get('model', {}), origin, told=True)}{tuned} before."
 
 
 def _state_of_training(config: MoCoConfig) -> str:
@@ -237,8 +257,12 @@ def _training(origin: Origin) -> str:
     about, metrics = (origin.transfer or origin.recipe).get("about", {}), origin.metrics
     source = f" (source: {escape(about['source'])})" if "source" in about else ""
     sentences = [f"Recipe: {escape(about['title'])}{source}." if "title" in about else "", *_ran(metrics)]
+    if origin.reached:
+        sentences.append("These are the weights after step {:,} of {:,}.".format(*origin.reached))
+    if origin.pretrained_to:
+        sentences.append("The pretraining was at step {:,} of {:,} then.".format(*origin.pretrained_to))
     if (began := _start(origin)) is not None:
-        sentences.append(f"It began with the weights of {escape(began)}.")
+        sentences.append(f"The pretraining began with the weights of {escape(began)}.")
     if converted := origin.conversion:
         epoch = f", epoch {converted['epoch']:g}" if "epoch" in converted else ""
         sentences.append(f"Converted from {escape(converted['file'])} ({escape(converted['format'])}{epoch}).")
@@ -309,8 +333,8 @@ def _start(origin: Origin) -> str | None:
 
 def _base_model(origin: Origin) -> str | None:
     source, name = origin.recipe.get("model", {}).get("init_from"), _start(origin)
-    if origin.transfer and not origin.recipe and not origin.transfer.get("encoder", {}).get("random_encoder"):
-        source = str(origin.transfer.get("encoder", {}).get("model", ""))
+    if origin.encoder and not origin.recipe and not origin.encoder.get("random_encoder"):
+        source = str(origin.encoder.get("model", ""))
         name = public_name(source)
     return name if name is not None and name == source and "/" in name else None
 

@@ -8,20 +8,10 @@ from modeling_moco import MoCoForImageClassification
 
 from ..engine.files import read_object
 from ..engine.results import encoder_digest, model_digest, read_results
-from ..engine.run_folder import (
-    CONVERSION,
-    MANIFEST,
-    METRICS,
-    SAVED_RECIPE,
-    drawn,
-    may_leave,
-    read_metrics,
-    read_sections,
-)
+from ..engine.run_folder import CONVERSION, METRICS, SAVED_RECIPE, drawn, may_leave, read_metrics
 from ..errors import visible
 from .kinds import Published, Transferred, kind_of
-
-REMEDY = "correct it, or move it away"
+from .lineage import REMEDY, Steps, home_of, read_yaml, trace
 
 
 @dataclass(frozen=True)
@@ -30,10 +20,13 @@ class Origin:
 
     Args:
         recipe: sections of the settings of the pretraining.
+        encoder: what a probe, a fine-tuning or a training around the encoder has recorded of the model that it began with.
         evaluation: settings of the probe or the fine-tuning that followed.
         transfer: sections of the settings of a detector or segmentation model that was trained around the encoder.
         fine_tuned: whether this model's own training changed the encoder by labels.
         fine_tuned_before: whether the encoder with which that training began had been fine-tuned with labels.
+        reached: steps that this model's own training had made when it saved a checkpoint, and those that it was to make.
+        pretrained_to: those of the pretraining, with a checkpoint of which the next training began.
         metrics: of the pretraining's `metrics.json`, if the weights are the run's final ones or were trained from them; of a
             detector its own.
         conversion: of the `conversion.json` of a converted checkpoint.
@@ -43,10 +36,13 @@ class Origin:
     """
 
     recipe: dict[str, dict[str, Any]]
+    encoder: dict[str, Any]
     evaluation: dict[str, Any]
     transfer: dict[str, dict[str, Any]]
     fine_tuned: bool
     fine_tuned_before: bool
+    reached: Steps | None
+    pretrained_to: Steps | None
     metrics: dict[str, Any]
     conversion: dict[str, Any]
     results: list[dict[str, Any]]
@@ -90,101 +86,81 @@ def read_origin(source: Path, model: Published) -> Origin:
     """
     if isinstance(model, Transferred):
         return _read_origin_of_transfer(source, model)
-    home = _home(source)
-    settings = _read_yaml(home / SAVED_RECIPE)
-    evaluated = settings.get("encoder", {})  # of a probe or a fine-tuning, which began with that model
-    run, final = _find_run(source)
-    recipe = {} if run is None else _plain(_read_yaml(run / SAVED_RECIPE))
+    home, lineage = home_of(source), trace(source)
+    settings, run = read_yaml(home / SAVED_RECIPE), lineage.run
+    began = settings.get("encoder", {})  # of a probe or a fine-tuning
+    recipe = {} if run is None else _plain(read_yaml(run / SAVED_RECIPE))
     encoder = model.moco if isinstance(model, MoCoForImageClassification) else model
     metrics = {} if run is None else _plain(_read_metrics(run))
-    fine_tuned, before = bool(evaluated.get("fine_tuned")), _fine_tuned_before(home)
-    if not final:  # of later weights: what was read is all that is the same
+    fine_tuned, before = bool(began.get("fine_tuned")), lineage.fine_tuned
+    if not lineage.final:  # of later weights: what was read is all that is the same
         metrics = {key: metrics[key] for key in ("data",) if key in metrics}
+    results = _on(encoder_digest(encoder), [entry for folder in lineage.folders for entry in read_results(folder)])
     return Origin(
         recipe={key: value for key, value in recipe.items() if key != "probe"},  # what a probe would begin with
-        evaluation=_plain(settings.get("training", {})) if evaluated else {},
+        encoder=_plain(began),
+        evaluation=_plain(settings.get("training", {})) if began else {},
         transfer={},
         fine_tuned=fine_tuned,
         fine_tuned_before=before,
+        reached=lineage.reached,
+        pretrained_to=lineage.pretrained_to,
         metrics=metrics,
         conversion=_read_conversion((run or source) / CONVERSION),
-        results=_plain(_read_own_results(home, run, encoder_digest(encoder), about_encoder=not evaluated)),
-        figures=drawn(run) if run and final and not fine_tuned and not before else [],
+        results=_plain(_of_this_classifier(results, _read_metrics(home)) if began else results),
+        figures=drawn(run) if run and lineage.final and not fine_tuned and not before else [],
         pictured=metrics.get("data", {}),
     )
 
 
 def _read_origin_of_transfer(source: Path, model: Transferred) -> Origin:
-    home = _home(source)
-    run, _ = _find_run(home)
-    digest = model_digest(model)
-    measured = read_results(home) if home.is_dir() else []
-    results = [entry for entry in measured if entry.get("model") == digest]
+    home, lineage = home_of(source), trace(source)
+    transfer, run, digest = _plain(read_yaml(home / SAVED_RECIPE)), lineage.run, model_digest(model)
+    measured = [entry for folder in {home, source} if folder.is_dir() for entry in read_results(folder)]
     # Any of the evaluations may have drawn the figures.
     public = bool(measured) and all(entry["data"].get("local") is False for entry in measured)
     return Origin(
-        recipe={} if run is None else _plain(_read_yaml(run / SAVED_RECIPE)),
+        recipe={} if run is None else _plain(read_yaml(run / SAVED_RECIPE)),
+        encoder=transfer.get("encoder", {}),
         evaluation={},
-        transfer=_plain(_read_yaml(home / SAVED_RECIPE)),
+        transfer=transfer,
         fine_tuned=True,
-        fine_tuned_before=_fine_tuned_before(home),
+        fine_tuned_before=lineage.fine_tuned,
+        reached=lineage.reached,
+        pretrained_to=lineage.pretrained_to,
         metrics=_plain(_read_metrics(home)),
         conversion=_read_conversion(home / CONVERSION),
-        results=_plain(results),
+        results=_plain(_on(digest, measured)),
         figures=drawn(source, kind_of(model).figures) if home == source else [],
         pictured={"local": not public},
     )
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
+def _on(digest: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results that were measured on the weights with this digest, the oldest first."""
+    return sorted((entry for entry in results if entry["model"] == digest), key=lambda entry: str(entry["date"]))
 
 
-def _home(source: Path) -> Path:
-    return source.parent if _is_checkpoint(source) else source
+def _of_this_classifier(results: list[dict[str, Any]], metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of the features, and those that a probe or a fine-tuning has in its own `metrics.json`.
+
+    Other probes of the same encoder, though by the same protocol, are of another classifier.
+    """
+    measured = [metrics, *metrics.get("probes", [])]
+    return [
+        entry
+        for entry in results
+        if entry["protocol"].startswith("weighted kNN") or any(_is_in(entry, numbers) for numbers in measured)
+    ]
 
 
-def _find_run(folder: Path) -> tuple[Path | None, bool]:
-    """The folder of the pretraining run that a model came from, if it is known, and whether from its final weights."""
-    if not folder.is_dir():
-        return None, False
-    folder = folder.resolve()
-    if _is_checkpoint(folder):
-        return _find_run(folder.parent)[0], False
-    began = _read_yaml(folder / SAVED_RECIPE).get("encoder")
-    if began is None:
-        return folder, True
-    return _find_run(folder.parent) if _began_above(folder, began) else (None, False)
-
-
-def _fine_tuned_before(home: Path) -> bool:
-    """Whether a training above a folder, with whose encoder that of the folder began, had fine-tuned it."""
-    home = home.resolve()
-    began = _read_yaml(home / SAVED_RECIPE).get("encoder")
-    if not began or not _began_above(home, began):
-        return False
-    above = _home(home.parent)
-    return bool(_read_yaml(above / SAVED_RECIPE).get("encoder", {}).get("fine_tuned")) or _fine_tuned_before(above)
-
-
-def _began_above(folder: Path, encoder: dict[str, Any]) -> bool:
-    """Whether a training, of which this is the section "encoder", began with the model in the folder around its own."""
-    return not encoder.get("random_encoder") and Path(str(encoder.get("model"))).name == folder.parent.name
-
-
-def _read_own_results(home: Path, run: Path | None, digest: str, about_encoder: bool) -> list[dict[str, Any]]:
-    """Results that were measured on the weights with this digest. Of a classifier none that another classifier had."""
-    folders = {folder.resolve(): None for folder in (run, home) if folder is not None and folder.is_dir()}
-    results = [(folder, entry) for folder in folders for entry in read_results(folder) if entry.get("model") == digest]
-    if about_encoder:
-        return [entry for _, entry in results]
-    own = ("weighted kNN", *(probe["protocol"] for probe in _read_metrics(home).get("probes", [])))
-    return [entry for folder, entry in results if folder == home.resolve() or entry["protocol"].startswith(own)]
-
-
-def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
-    """Sections of a file beside a model; none if it is not there."""
-    return read_sections(path, REMEDY) if path.is_file() else {}
+def _is_in(entry: dict[str, Any], numbers: dict[str, Any]) -> bool:
+    final = numbers.get("final")
+    best = final.get("best") if isinstance(final, dict) else None
+    same = (
+        "protocol" in numbers and entry["protocol"].startswith(numbers["protocol"]) and entry["n"] == numbers.get("n")
+    )
+    return same and entry["value"] in (numbers.get("top1"), numbers.get("top5"), best)
 
 
 def _read_conversion(path: Path) -> dict[str, Any]:

@@ -106,12 +106,14 @@ def load_published(source: str, training_state: bool) -> tuple[Published, Proces
 def check_formats(model: Published, args: PublishArguments) -> None:
     """
     Raises:
-        ValueError: a format was asked for that this model does not have.
+        ValueError: a format was asked for that this model does not have, or for which packages are missing.
     """
     for name in ("onnx", "torch_export"):
         if isinstance(model, Transferred) and getattr(args, name):
             what = kind_of(model).name
             raise ValueError(f"{name} (True) is for encoders and classifiers, and this is a {what}: leave it out")
+    if args.onnx:
+        exports.check_onnx()
 
 
 def _forget_unknown(settings: Any, known: Any) -> None:

@@ -25,9 +25,9 @@ from .publish import PublishArguments, load_published, make_folder, publish
 logger = logging.getLogger(__name__)
 
 # Files that a push deletes unless it uploads them again: old weights must not stay under the new name.
-WRITTEN_DATASET = ("data/*.parquet", "*.png")
+WRITTEN_DATASET = ("data/*.parquet", "search*.png", "duplicates*.png")
 WRITTEN = (
-    *("onnx/*", "torch_export/*", "resnet/*", "*.safetensors", "*_moco.py"),
+    *("onnx/*", "torch_export/*", "resnet/*", "model.safetensors", "moco.safetensors", "*_moco.py"),
     *(f"{name}.png" for name in {*FIGURES, *OF_DETECTOR, *OF_SEGMENTATION}),
 )
 MADE_BY_HAND = {".gitattributes", "README.md", "LICENSE"}  # files of a repository that was created on the website
@@ -105,13 +105,14 @@ class Repository:
             made = self.api.create_repo(self.name, private=self.private or None, exist_ok=True, repo_type=self.kind)
             whole = made.repo_id
             about = self.api.repo_info(whole, repo_type=self.kind)
-            if self.revision is not None:
-                self.api.create_branch(whole, branch=self.revision, exist_ok=True, repo_type=self.kind)
         there = {file.rfilename for file in about.siblings or []}
         if OURS[self.kind] not in there and (others := sorted(there - MADE_BY_HAND)):
             raise ValueError(f"{whole} holds something else ({', '.join(others[:3])}): choose another name")
         if self.private and not about.private:
             raise ValueError(f"private (True) does not change {whole}, which is public: make it private on its page")
+        if self.revision is not None:
+            with hub_errors(f"opening {self.revision} of {whole}"):
+                self.api.create_branch(whole, branch=self.revision, exist_ok=True, repo_type=self.kind)
         return replace(self, name=whole)
 
     def upload(self, folder: Path, message: str) -> str:

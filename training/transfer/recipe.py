@@ -23,7 +23,14 @@ from ..cli import (
 from ..engine.checkpoints import decided_by_main
 from ..engine.files import below
 from ..engine.results import read_results
-from ..engine.run_folder import FREE_TO_CHANGE, SAVED_RECIPE, content_to_continue, read_sections, recorded_content
+from ..engine.run_folder import (
+    FREE_TO_CHANGE,
+    SAVED_RECIPE,
+    begin_with,
+    content_to_continue,
+    read_sections,
+    recorded_content,
+)
 from ..errors import shown
 from ..evaluation.encoder import Encoder, check_exists
 from ..model_folder import read_config
@@ -142,7 +149,7 @@ class Task:
         of_run = place.parent if known.eval_only and place.name.startswith(PREFIX_CHECKPOINT_DIR) else place
         recorded = recorded_content if known.eval_only else content_to_continue
         data.content = decided_by_main(lambda: recorded(of_run, data.dataset_name))
-        settings["encoder"] = {"model": encoder.source, "random_encoder": encoder.random, "task": self.command}
+        settings["encoder"] = begin_with(encoder.source, encoder.random) | {"task": self.command}
         read_results(Path(str(training.output_dir)))
         return known, {
             **{"task": self, "encoder": encoder, "recipe": recipe, "settings": settings},
