@@ -132,6 +132,25 @@ def test_results_of_a_model_on_the_hub_have_a_folder_that_no_run_and_no_other_mo
     assert Encoder("other/quickstart", random=True).results_dir == Path("runs/other--quickstart/random_encoder")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_evaluated_and_trained_in_single_precision(dtype, tmp_path):
+    half = MoCoModel(moco_config()).to(dtype)
+    half.save_pretrained(tmp_path)
+    assert MoCoModel.from_pretrained(tmp_path).dtype == dtype
+    model, classifier = (Encoder(str(tmp_path)).load(kind, 0) for kind in (MoCoModel, MoCoForImageClassification))
+    assert {p.dtype for p in [*model.parameters(), *classifier.parameters()]} == {torch.float32}
+    assert same(model.encoder_q, half.encoder_q)
+    assert encoder_digest(model) == encoder_digest(classifier.moco) == encoder_digest(half)
+
+
+def test_an_encoder_whose_weights_have_other_shapes_than_its_configuration_is_not_evaluated(tmp_path):
+    MoCoModel(moco_config("test_vit")).save_pretrained(tmp_path)
+    moco_config("test_vit", model_args={"img_size": 48}).save_pretrained(tmp_path)
+    for kind in (MoCoModel, MoCoForImageClassification):
+        with pytest.raises(ValueError, match=r"encoder_q\.pos_embed \(1, 5, 64\) in its weights, .* \(1, 10, 64\)"):
+            Encoder(str(tmp_path)).load(kind, 0)
+
+
 def test_the_heads_output_needs_a_saved_head(saved):
     assert Encoder(str(saved / "model")).load(MoCoModel, 0, head=True).projector_q
     with pytest.raises(ValueError, match=r"holds a model without projector_q\.0"):

@@ -22,7 +22,7 @@ from ..engine.files import below, check_model_files
 from ..engine.results import Result, encoder_digest, read_results, table
 from ..engine.run_folder import METRICS, OF_TASKS, SAVED_RECIPE, WEIGHTS, read_metrics, read_sections, recorded_content
 from ..engine.sgd_trainer import PUBLISHING, SGDTrainingArguments
-from ..model_folder import check_size, load_model, read_config
+from ..model_folder import TO_TRAIN, check_size, load_model, read_config
 from .knn import KNNArguments
 
 Model = TypeVar("Model", MoCoModel, MoCoForImageClassification)
@@ -72,7 +72,7 @@ class Encoder:
                 return _new(kind, loaded, seed).eval()
             # Projectors come with the key encoder and the dictionary, which may be a class that is not registered here.
             options = {"momentum_encoder": head} if kind is MoCoModel else {}
-            model, report = load_model(self.source, loaded, kind, {"ignore_mismatched_sizes": True}, **options)
+            model, report = load_model(self.source, loaded, kind, TO_TRAIN, new="classifier.", **options)
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"{self.source} holds no MoCo model ({error}): pass the folder that a run saved to, e.g. runs/quickstart"
