@@ -1,6 +1,7 @@
 """Embed a dataset, search it, find near-duplicates: `python scripts/embed.py runs/quickstart --duplicates 0.98`."""
 
 import sys
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,10 @@ def embed_queries(model: MoCoModel, queries: MapImages, args: EmbedArguments) ->
 def show_set(folder: Path, shards: list[Shard]) -> None:
     rows = count_rows(shards)
     counts = ", ".join(f"{split} {count:,}" for split, count in rows.items())
-    print(f"{sum(rows.values()):,} rows ({counts}): datasets.load_dataset({str(folder)!r})")
+    use = f"datasets.load_dataset({str(folder)!r})"
+    if escape(place := str(folder.resolve())) != place:
+        use = "`datasets` takes *, ? and [ in the name of a folder for a pattern, so that only another name opens it"
+    print(f"{sum(rows.values()):,} rows ({counts}): {use}")
     if left_out := sum(map(len, shards)) - sum(rows.values()):
         print(f"warning: {left_out:,} images cannot be read and are left out: {folder / UNREADABLE}", file=sys.stderr)
 
