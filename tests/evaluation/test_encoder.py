@@ -235,6 +235,41 @@ def test_a_mistyped_folder_is_called_one_and_a_model_of_unknown_data_asks_for_th
         parse([str(saved / "model")])
 
 
+ON_DIGITS = ["--dataset_name", "digits", "--use_cpu"]
+
+
+@pytest.mark.parametrize("name", ["knn", "linear_probe", "finetune", "embed"])
+def test_images_of_a_size_that_the_encoder_does_not_take_are_refused_in_one_line(name, tmp_path, script, capsys):
+    arguments = {"img_size": 32, "dynamic_img_size": False}
+    MoCoModel(moco_config("test_vit", model_args=arguments)).save_pretrained(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        script(name).main([str(tmp_path), *ON_DIGITS, "--image_size", "48"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: image_size (48) is refused by test_vit (Input height (48) doesn't match model (32)")
+    assert error.endswith("pass the --image_size that it was trained with\n")
+    assert not list(tmp_path.glob("*/*"))
+
+
+@pytest.mark.parametrize("name", ["knn", "linear_probe", "finetune"])
+def test_a_place_where_results_cannot_be_written_is_refused_before_any_time_is_spent(
+    name, saved, tmp_path, script, capsys
+):
+    model = shutil.copytree(saved / "model", tmp_path / "model")
+    (model / "random_encoder").write_text("no folder")
+    with pytest.raises(SystemExit) as end:
+        script(name).main(
+            [str(model), *ON_DIGITS, "--image_size", "32", "--random_encoder"]
+            + ["--output_dir", str(tmp_path / "out")] * (name != "knn")
+        )
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: results cannot be written to {model / 'random_encoder'} (File exists)")
+    assert "kNN" not in said.out
+    assert not list(tmp_path.glob("out/*"))
+
+
 # An evaluation that has ended
 
 SHORT = ["--image_size", "32", "--eval_resize", "32", "--use_cpu", "--num_train_epochs", "1", "--disable_tqdm", "True"]

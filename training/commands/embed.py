@@ -24,7 +24,7 @@ from ..embedding.shards import Shard, count_rows, read_places
 from ..engine.checkpoints import decided_by_main
 from ..engine.run_folder import EMBEDDINGS, UNREADABLE
 from ..errors import one_line_errors
-from ..evaluation.encoder import Encoder, parse_evaluation
+from ..evaluation.encoder import Encoder, check_image_size, parse_evaluation
 from ..evaluation.features import encode_in_order
 from ..hub.publish import check_private, make_folder
 from ..hub.repository import Repository
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
         images = load_splits(data)
         queries = read_queries(args.search, images, data)
         model = encoder.load(MoCoModel, args.seed, head=args.features == "head").to(state.device)
+        check_image_size(model, data.image_size)
         stage_number(model, args.stage)
         folder, record = Path(args.output_dir), describe(model, data, images, args)
         if repository is not None and not args.dry_run:

@@ -19,7 +19,7 @@ from ...engine.sgd_trainer import train
 from ...errors import one_line_errors
 from ...evaluation import linear_probe as lp
 from ...evaluation.cached_probe import build_cached
-from ...evaluation.encoder import open_images, show_recorded
+from ...evaluation.encoder import check_image_size, check_writable, open_images, show_recorded
 from ...evaluation.probe_results import Probe
 from ...process import command, keep_freed_memory
 from ...reports.compare import OF_DATA
@@ -45,6 +45,8 @@ def main(argv: list[str]) -> None:
         if has_ended(run.training, run.settings, run.defaults, splits.place):
             show_recorded(run.training)
             return
+        check_writable(run.encoder.results_dir)
+        check_image_size(model.moco, run.data.image_size)
         trainer = None
         probes: Iterable[Probe] = []
         if run.training.mode == "official":
