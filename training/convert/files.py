@@ -22,12 +22,12 @@ from modeling_moco import (
     MoCoConfig,
     MoCoDetectionImageProcessor,
     MoCoForObjectDetection,
-    MoCoImageProcessor,
     MoCoModel,
     MoCoRCNNConfig,
 )
 
 from ..cli import build_parser, how_to_run, nearest_name
+from ..data.sources import EvaluationDataArguments
 from ..engine.files import check_model_files, read_json, write_json
 from ..engine.run_folder import CONVERSION
 from ..errors import first_line, one_line
@@ -273,19 +273,28 @@ def _processor(checkpoint: Checkpoint) -> Any:
     Raises:
         ValueError: it is damaged.
     """
-    kind = MoCoDetectionImageProcessor if checkpoint.is_detector else MoCoImageProcessor
-    mean, std = list(checkpoint.config.image_mean), list(checkpoint.config.image_std)
-    usual = kind(image_mean=mean, image_std=std)
+    config = checkpoint.config
+    if checkpoint.is_detector:
+        mean, std = list(config.image_mean), list(config.image_std)
+        usual: Any = MoCoDetectionImageProcessor(image_mean=mean, image_std=std)
+    else:
+        usual = EvaluationDataArguments(image_size=_image_size(config)).image_processor(config)
     if not _has_processor(checkpoint.source):
         return usual
     try:
-        settings = kind.from_pretrained(checkpoint.source).to_dict()
-        return kind(**{name: value for name, value in settings.items() if name in usual.to_dict()})
+        settings = type(usual).from_pretrained(checkpoint.source).to_dict()
+        return type(usual)(**{name: value for name, value in settings.items() if name in usual.to_dict()})
     except (OSError, *DAMAGED) as error:
         raise ValueError(
             f"{checkpoint.source} has a {IMAGE_PROCESSOR_NAME} that cannot be read ({one_line(first_line(error))}): correct "
             "it, or move it away"
         ) from error
+
+
+def _image_size(config: MoCoConfig) -> int:
+    """Pixels of a side of the images that an encoder takes: those of a ViT's positions, else the papers'."""
+    size = (config.model_args or {}).get("img_size")
+    return size if isinstance(size, int) else EvaluationDataArguments.image_size
 
 
 def _has_processor(source: str) -> bool:
