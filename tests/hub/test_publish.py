@@ -232,6 +232,15 @@ def test_the_card_of_a_fine_tuned_model_tells_it_from_a_probe(run, tmp_path):
     digest = encoder_digest(MoCoModel.from_pretrained(run))
     data = {"dataset": "digits", "split": "test"}
     append_results(run, [Result("linear probe, cached features", "top1", 50.0, 16)], model=digest, data=data)
+    tuned = MoCoForImageClassification.from_pretrained(run / "finetune_100pct").moco
+    others = [Result(f"{kind} of 30 epochs", "top1", 99.0, 16) for kind in ("linear probe", "fine-tuning")]
+    append_results(run / "finetune_100pct", others, model=encoder_digest(tuned), data=data)
+    knn = Result("weighted kNN, k 5, T 0.1", "top1", 75.0, 16)
+    append_results(run / "finetune_100pct", [knn], model=encoder_digest(tuned), data=data)
+    _, card = card_of(run / "finetune_100pct", tmp_path / "evaluated")  # by classifiers that began with its encoder
+    names = [result.metric_name for result in card.data.eval_results]
+    assert any("weighted kNN" in name for name in names)
+    assert not any("of 30 epochs" in name for name in names)
     probed, card = card_of(run / "linear_probe", tmp_path / "probed")
     names = [result.metric_name for result in card.data.eval_results]
     assert {"official", "kNN"} == {word for word in ("official", "kNN", "cached", "fine-tuning") if word in str(names)}

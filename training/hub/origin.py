@@ -108,7 +108,7 @@ def read_origin(source: Path, model: Published) -> Origin:
         fine_tuned_before=before,
         metrics=metrics,
         conversion=_read_conversion((run or source) / CONVERSION),
-        results=_plain(_read_own_results(home, run, encoder_digest(encoder), about_encoder=not evaluated)),
+        results=_plain(_read_own_results(home, run, encoder_digest(encoder), about_encoder=encoder is model)),
         figures=drawn(run) if run and final and not fine_tuned and not before else [],
         pictured=metrics.get("data", {}),
     )
@@ -173,13 +173,18 @@ def _began_above(folder: Path, encoder: dict[str, Any]) -> bool:
 
 
 def _read_own_results(home: Path, run: Path | None, digest: str, about_encoder: bool) -> list[dict[str, Any]]:
-    """Results that were measured on the weights with this digest. Of a classifier none that another classifier had."""
+    """Results that were measured on the weights with this digest.
+
+    Args:
+        about_encoder: whether classifiers that were trained on it tell of it. Of a classifier, they are other classifiers.
+    """
     folders = {folder.resolve(): None for folder in (run, home) if folder is not None and folder.is_dir()}
-    results = [(folder, entry) for folder in folders for entry in read_results(folder) if entry.get("model") == digest]
+    results = [entry for folder in folders for entry in read_results(folder) if entry.get("model") == digest]
     if about_encoder:
-        return [entry for _, entry in results]
-    own = ("weighted kNN", *(probe["protocol"] for probe in _read_metrics(home).get("probes", [])))
-    return [entry for folder, entry in results if folder == home.resolve() or entry["protocol"].startswith(own)]
+        return results
+    metrics = _read_metrics(home)  # of a fine-tuning, or of probes
+    protocols = [entry["protocol"] for entry in (metrics, *metrics.get("probes", [])) if "protocol" in entry]
+    return [entry for entry in results if entry["protocol"].startswith(("weighted kNN", *protocols))]
 
 
 def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
