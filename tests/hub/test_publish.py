@@ -25,6 +25,7 @@ from tiny_trainer import TINY, build, image_rows
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessorPil, MoCoModel
 from training.engine.checkpoints import newest_complete
 from training.engine.results import Result, append_results, encoder_digest
+from training.evaluation.linear_probe import parse_linear_probe
 from training.evaluation.probe_arguments import LinearProbeArguments
 from training.hub.model_card import public_name
 from training.hub.origin import read_origin
@@ -261,6 +262,23 @@ def test_the_card_of_a_probe_on_a_fine_tuned_model_does_not_hide_its_labels(run,
         assert ("without labels, fine-tuned with labels, and a classifier" in text) == (probe.parent == tuned)
         assert ("It was trained without labels" in text) == (probe.parent == copy)
         assert ("neighbours.png" in text or "tsne.png" in text) == (probe.parent == copy)  # of the encoder before
+
+
+def test_a_probe_elsewhere_says_that_its_encoder_was_fine_tuned(run, tmp_path):
+    for source, tuned in ((run, False), (run / "finetune_100pct", True)):
+        probe = shutil.copytree(run / "linear_probe", tmp_path / f"of_{source.name}")
+        again = probe
+        for _ in range(2):  # of that model, and of the probe of it
+            recipe = yaml.safe_load((probe / "recipe.yaml").read_text())
+            parsed = parse_linear_probe([str(source), "--output_dir", str(tmp_path / "new"), "--use_cpu"])
+            recipe["encoder"] = parsed.settings["encoder"]
+            (again / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+            text, _ = card_of(again, tmp_path / f"published_{again.name}")
+            assert ("without labels, fine-tuned with labels, and a classifier" in text) == tuned
+            assert ("It was trained without labels" in text) == (not tuned)
+            source, again = again, shutil.copytree(run / "linear_probe", tmp_path / f"{again.name}_again")
+    random = parse_linear_probe([str(run / "finetune_100pct"), "--random_encoder", "--use_cpu"])
+    assert "fine_tuned_before" not in random.settings["encoder"]
 
 
 def test_what_lies_around_a_model_that_is_not_its_run_stays_out(run, tmp_path):

@@ -95,6 +95,7 @@ FREE_TO_CHANGE = {
 NOT_OF_THE_RUN = ("probe",)  # section of a recipe for later commands
 START = "start"  # section of a recipe.yaml about the weights that a pretraining run began with
 WEIGHTS = "weights"  # there, and in the section "encoder" of an evaluation: digest of the weights that it began with
+FINE_TUNED_BEFORE = "fine_tuned_before"  # there, where the encoder that it began with had been trained with labels
 PATHS = ("dataset_name", "model", "init_from")  # settings that may be folders
 
 
@@ -197,7 +198,7 @@ def check_same_run(folder: Path, settings: dict[str, dict[str, Any]], defaults: 
     for section in (name for name in settings if name not in NOT_OF_THE_RUN):
         usual = defaults.get(section, {})
         then, now = usual | saved.get(section, {}), usual | settings[section]
-        for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE - {WEIGHTS}):
+        for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE - {WEIGHTS, FINE_TUNED_BEFORE}):
             if not _are_same(key, then.get(key), now.get(key)):
                 raise ValueError(
                     f"output_dir ({folder}) already holds another run: {shown(key)} is {shown(then.get(key))} there and "

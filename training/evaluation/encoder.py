@@ -21,7 +21,16 @@ from ..data.sources import DataArguments, EvaluationDataArguments, ImageSplits, 
 from ..engine.checkpoints import has_ended
 from ..engine.files import below, check_model_files
 from ..engine.results import Result, encoder_digest, read_results, table
-from ..engine.run_folder import METRICS, OF_TASKS, SAVED_RECIPE, WEIGHTS, read_metrics, read_sections, recorded_content
+from ..engine.run_folder import (
+    FINE_TUNED_BEFORE,
+    METRICS,
+    OF_TASKS,
+    SAVED_RECIPE,
+    WEIGHTS,
+    read_metrics,
+    read_sections,
+    recorded_content,
+)
 from ..engine.sgd_trainer import PUBLISHING, SGDTrainingArguments
 from ..errors import first_line, one_line
 from ..model_folder import TO_TRAIN, check_size, load_model, read_config
@@ -48,6 +57,12 @@ class Encoder:
         # With its owner: `runs/NAME` may be a run of this machine, or of another owner's model.
         folder = Path(self.source) if Path(self.source).is_dir() else Path("runs") / self.source.replace("/", "--")
         return below(folder, "random_encoder") if self.random else folder
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the settings of an evaluation or a training say of it."""
+        about = {"model": self.source, "random_encoder": self.random}
+        return about | ({FINE_TUNED_BEFORE: True} if not self.random and _is_fine_tuned(self.source) else {})
 
     def __str__(self) -> str:
         return f"a random encoder like {self.source}" if self.random else self.source
@@ -151,6 +166,15 @@ def pretraining_recipe(source: str, kind: type[EvaluationDataArguments] = Evalua
     except OSError:
         return {"data": {}}  # `Encoder.load` will say that there is no model
     return {"data": {"image_size": processor.crop_size["height"], "eval_resize": processor.size["shortest_edge"]}}
+
+
+def _is_fine_tuned(source: str) -> bool:
+    """Whether the training that saved a model, or one that it began with, has trained its encoder with labels."""
+    for folder in _folders_of(source):
+        if (folder / SAVED_RECIPE).is_file():
+            began = read_sections(folder / SAVED_RECIPE, "correct it, or move it away").get("encoder", {})
+            return bool(began.get("fine_tuned") or began.get(FINE_TUNED_BEFORE))
+    return False
 
 
 def _folders_of(source: str) -> tuple[Path, Path]:
@@ -346,5 +370,5 @@ def parse_evaluation(
         settings["data"]["dataset_name"] = data.dataset_name
     for folder in _folders_of(known.model):
         data.content = data.content or recorded_content(folder, data.dataset_name)
-    settings["encoder"] = {"model": encoder.source, "random_encoder": encoder.random}
+    settings["encoder"] = encoder.about
     return encoder, instances, settings, given

@@ -10,6 +10,7 @@ from ..engine.files import read_object
 from ..engine.results import encoder_digest, model_digest, read_results
 from ..engine.run_folder import (
     CONVERSION,
+    FINE_TUNED_BEFORE,
     MANIFEST,
     METRICS,
     SAVED_RECIPE,
@@ -158,9 +159,11 @@ def _find_run(folder: Path) -> tuple[Path | None, bool]:
 
 
 def _fine_tuned_before(home: Path) -> bool:
-    """Whether a training above a folder, with whose encoder that of the folder began, had fine-tuned it."""
+    """Whether the encoder that the training of a folder began with had been fine-tuned, as it recorded or those above did."""
     home = home.resolve()
     began = _read_yaml(home / SAVED_RECIPE).get("encoder")
+    if began and began.get(FINE_TUNED_BEFORE):
+        return True
     if not began or not _began_above(home, began):
         return False
     above = _home(home.parent)

@@ -142,7 +142,7 @@ class Task:
         of_run = place.parent if known.eval_only and place.name.startswith(PREFIX_CHECKPOINT_DIR) else place
         recorded = recorded_content if known.eval_only else content_to_continue
         data.content = decided_by_main(lambda: recorded(of_run, data.dataset_name))
-        settings["encoder"] = {"model": encoder.source, "random_encoder": encoder.random, "task": self.command}
+        settings["encoder"] = encoder.about | {"task": self.command}
         read_results(Path(str(training.output_dir)))
         return known, {
             **{"task": self, "encoder": encoder, "recipe": recipe, "settings": settings},
