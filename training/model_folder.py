@@ -30,6 +30,8 @@ OF_THE_CLASSIFIER = ("num_classes", "in_chans")  # model_args of timm that an en
 MOST_CLASSES = 1_000_000  # each gets a name
 # Numbers of a model beyond the bytes of its file: a queue, a second encoder and heads need not be saved.
 MUCH = 2**28
+# Arguments of `from_pretrained`: weights that are saved in half precision would lose the small steps of training.
+TO_TRAIN = {"dtype": torch.float32}
 # What transformers and timm raise for values of another kind.
 DAMAGED = (
     *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, ImportError, RecursionError),
@@ -128,20 +130,30 @@ def check_size(source: str, config: MoCoConfig, kind: type[PreTrainedModel], **o
 
 
 def load_model(
-    source: str, config: MoCoConfig, kind: type[Model], loading: dict[str, Any], **options: Any
+    source: str, config: MoCoConfig, kind: type[Model], loading: dict[str, Any], new: str | None = None, **options: Any
 ) -> tuple[Model, Any]:
     """The model of a folder or repository, and transformers' account of what was loaded.
 
     Args:
         loading: arguments of `from_pretrained`.
+        new: beginning of the names of tensors that may be new where theirs have another shape.
         options: arguments of `kind`.
 
     Raises:
         OSError: there is no model.
-        ValueError: as `check_size`.
+        ValueError: as `check_size`, or a tensor has another shape than by the configuration.
         SafetensorError: its weights are damaged.
     """
     check_size(source, config, kind, **options)
-    return kind.from_pretrained(
+    # transformers' own error names no tensor; where it is told to ignore them, it makes them new.
+    loading = loading | {"ignore_mismatched_sizes": True}
+    model, report = kind.from_pretrained(
         source, config=config, output_loading_info=True, use_safetensors=True, **loading, **options
     )
+    for name, there, here in sorted(report["mismatched_keys"]):
+        if new is None or not name.startswith(new):
+            raise ValueError(
+                f"{source} has {name} {tuple(there)} in its weights, which by its {CONFIG_NAME} is {tuple(here)}: one of the "
+                "two is of another model"
+            )
+    return model, report

@@ -27,6 +27,7 @@ from .engine.page import read_run, write_report
 from .engine.record import record
 from .engine.results import Result, conditions, encoder_digest, read_results
 from .engine.run_folder import FIGURES, METRICS, drawn, mark_ended, unused
+from .evaluation.encoder import encode_blank
 from .evaluation.knn import protocol
 from .recipe import PretrainArguments
 from .reports.run import chance_loss, draw_curves, draw_features
@@ -95,7 +96,6 @@ def images_at_once(training: MoCoTrainingArguments, config: MoCoConfig) -> int:
     return training.per_device_train_batch_size // (config.batch_norm_splits if config.batch_norm == "split" else 1)
 
 
-@torch.no_grad()
 def check_image_size(model: MoCoModel, size: int, group: int) -> None:
     """Try the encoder on one blank image.
 
@@ -105,13 +105,8 @@ def check_image_size(model: MoCoModel, size: int, group: int) -> None:
     Raises:
         ValueError: it takes no images of that size, or a BatchNorm would have one value to normalise.
     """
-    try:
-        last = model.eval().features(torch.zeros(1, 3, size, size)).last_hidden_state
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f"image_size ({size}) is refused by {model.config.architecture} ({error}): choose another, or for a ViT pass "
-            f"--model_args '{{\"img_size\": {size}}}'"
-        ) from error
+    remedy = f"choose another, or for a ViT pass --model_args '{{\"img_size\": {size}}}'"
+    last = encode_blank(model.eval(), size, remedy)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     pixels = 1 if any(isinstance(norm, torch.nn.BatchNorm1d) for norm in norms) else last[0, 0].numel()
     if norms and group * pixels == 1:

@@ -12,6 +12,8 @@ from modeling_moco import MoCoModel
 from training.convert.files import FORMATS
 from training.hub.publish import PublishArguments, load_published, publish
 
+ENDINGS = dict.fromkeys(FORMATS, "") | {"detectron2": ".pkl"}  # which detectron2 goes by
+
 
 def test_wrong_commands_are_told_what_would_be_right(refuse, tmp_path):
     lincls(tmp_path / "there.pth.tar")
@@ -37,10 +39,20 @@ def test_wrong_commands_are_told_what_would_be_right(refuse, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_folder_without_a_model_and_the_weights_of_one_are_called_what_they_are(refuse, tmp_path):
+    (tmp_path / "photos").mkdir()
+    assert "photos does not contain a MoCo model" in refuse(tmp_path / "photos", tmp_path / "out")
+    for name, options in (("whole", {}), ("encoder", {"momentum_encoder": False})):
+        MoCoModel(moco_config("resnet18"), **options).save_pretrained(tmp_path / name)
+        error = refuse(tmp_path / name / "model.safetensors", tmp_path / "out")
+        assert f"has the weights of a model directory without its settings: pass {tmp_path / name}" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_longer_than_a_file_system_takes_are_refused(refuse, tmp_path):
     lincls(tmp_path / "there.pth.tar")
     for to in FORMATS:
-        error = refuse(tmp_path / "there.pth.tar", tmp_path / ("n" * 300), "--to", to)
+        error = refuse(tmp_path / "there.pth.tar", tmp_path / ("n" * 300 + ENDINGS[to]), "--to", to)
         assert "File name too long" in error
         assert "name another output" in error
     assert "is not a file, a folder or a Hub repository" in refuse("n" * 300, tmp_path / "out")
@@ -74,11 +86,12 @@ def files_no_larger_than(size):
 def test_nothing_is_half_written(refuse, tmp_path, to):
     lincls(tmp_path / "there.pth.tar")
     with files_no_larger_than(1_000_000):  # as on a full disk
-        error = refuse(tmp_path / "there.pth.tar", tmp_path / "new" / "out", "--to", to)
+        error = refuse(tmp_path / "there.pth.tar", tmp_path / "new" / f"out{ENDINGS[to]}", "--to", to)
     print(error.replace(str(tmp_path), ""))
     assert "cannot be written" in error
     assert not list((tmp_path / "new").iterdir())
-    assert "cannot be written" in refuse(tmp_path / "there.pth.tar", tmp_path / "there.pth.tar" / "out", "--to", to)
+    below_a_file = tmp_path / "there.pth.tar" / f"out{ENDINGS[to]}"
+    assert "cannot be written" in refuse(tmp_path / "there.pth.tar", below_a_file, "--to", to)
 
 
 def test_what_was_published_is_converted_too_and_its_card_says_where_it_came_from(convert, tmp_path):

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from foreign_checkpoints import C, OfficialV3, lincls, official_v3, pixels, resave
 from methods import method_config
+from PIL import Image
 from tiny_models import assert_equal
 from torch import nn
 
-from modeling_moco import MoCoForImageClassification, MoCoModel
+from modeling_moco import MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 from training.convert.files import read, write
 
 HIDDEN = 24
@@ -77,6 +78,17 @@ def test_a_vit_computes_what_its_modules_do_and_comes_back_bit_for_bit(tmp_path)
     write(checkpoint, tmp_path / "back.pth.tar", "official")
     resave(tmp_path / "back.pth.tar", arch="vit_tiny")  # moco-v3 has none of this size, and ours has timm's name
     assert_comes_back(tmp_path / "there.pth.tar", tmp_path / "back.pth.tar")
+
+
+def test_the_images_of_a_vit_have_the_size_of_its_positions(convert, tmp_path):
+    for size, resize in ((32, 37), (224, 256)):
+        official_v3(tmp_path / f"{size}.pth.tar", "vit_tiny", size)
+        convert(tmp_path / f"{size}.pth.tar", tmp_path / str(size))
+        processor = MoCoImageProcessor.from_pretrained(tmp_path / str(size))
+        assert dict(processor.crop_size) == {"height": size, "width": size}
+        assert dict(processor.size) == {"shortest_edge": resize}
+        model = MoCoModel.from_pretrained(tmp_path / str(size), momentum_encoder=False).eval()
+        assert model(**processor(Image.new("RGB", (300, 280)), return_tensors="pt")).pooler_output.shape == (1, 192)
 
 
 @pytest.mark.slow

@@ -85,6 +85,32 @@ def test_torchvision_loads_encoder_and_classifier_strictly(convert, tmp_path):
         assert torch.equal(loaded(x), classifier(x))
 
 
+def test_detectron2_gets_a_name_by_which_it_knows_the_file(refuse, tmp_path):
+    official(tmp_path / "there.pth.tar")
+    for name in ("out.pth", "out"):
+        error = refuse(tmp_path / "there.pth.tar", tmp_path / name, "--to", "detectron2")
+        assert f"{name} must end in .pkl, or detectron2 reads it as another kind of file: rename it" in error
+
+
+def test_settings_that_a_file_of_weights_does_not_have_are_said(convert, tmp_path):
+    images = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    for name, config in {
+        "published": {"temperature": 0.2, "key_momentum": 0.999},
+        "own": {"temperature": 0.1, "key_momentum": 0.99, **images},
+    }.items():
+        MoCoModel(moco_config("resnet18", projection_head="mlp", **config)).save_pretrained(tmp_path / name)
+    of_images = "image_mean [0.1, 0.2, 0.3], image_std [0.4, 0.5, 0.6]"
+    of_training = ", temperature 0.1, key_momentum 0.99"
+    for to, ending, lost in (
+        ("official", "pth.tar", of_images + of_training),
+        ("torchvision", "pth", of_images),
+        ("detectron2", "pkl", of_images),
+    ):
+        said = convert(tmp_path / "own", tmp_path / f"own.{ending}", "--to", to)
+        assert f"\n  the file does not have {lost}: what reads it must be told\n" in said
+        assert "does not have" not in convert(tmp_path / "published", tmp_path / f"published.{ending}", "--to", to)
+
+
 @pytest.mark.parametrize("config", [{"architecture": "test_resnet"}, {"architecture": "resnet18", "stem": "small"}])
 def test_models_that_the_others_cannot_hold_are_refused(refuse, tmp_path, config):
     MoCoModel(moco_config(**config)).save_pretrained(tmp_path / "ours")

@@ -135,6 +135,31 @@ def test_an_official_checkpoint_of_v3_gives_what_fits(tmp_path):
     assert_equal(taken, {name: x for name, x in checkpoint.state.items() if name in taken})
 
 
+@pytest.mark.parametrize(
+    ("part", "there", "here", "norm"),
+    [
+        ("predictor_q", {"prediction_head": "mlp_bn"}, {"prediction_head": "mlp"}, "4.num_batches_tracked ()"),
+        ("projector_q", {"projection_head": "simclr"}, {"projection_head": "mlp_bn"}, "4.weight (16,)"),
+    ],
+)
+def test_a_head_with_one_more_layer_or_scale_is_not_taken_without_it(part, there, here, norm, tmp_path):
+    heads = {"projection_head": "mlp_bn", "prediction_head": "mlp_bn", "dictionary": "batch", "symmetric_loss": True}
+    MoCoModel(moco_config(**heads | there)).save_pretrained(tmp_path)
+    model = new_model(**heads | here)
+    before = {name: x.clone() for name, x in model.state_dict().items() if name.startswith(part)}
+    words = {"projector_q": "the projector", "predictor_q": "the predictor"}[part]
+    assert f"{words} is new: {part}.{norm} is not here" in start(model, tmp_path)
+    assert_equal({name: x for name, x in model.state_dict().items() if name in before}, before)
+    if part == "projector_q":
+        assert_equal(key_parts(model), query_parts(model, rename=True))
+
+
+def test_other_arguments_of_the_encoder_that_no_tensor_shows_are_said(tmp_path):
+    MoCoModel(moco_config("test_vit", model_args={"img_size": 32, "act_layer": "relu"})).save_pretrained(tmp_path)
+    said = start(MoCoModel(moco_config("test_vit")), tmp_path)
+    assert said == ["model_args are {} here and {'act_layer': 'relu'} there"]
+
+
 def test_other_heads_of_attention_are_refused(tmp_path):
     vit = moco_config("test_vit")
     MoCoModel(vit).save_pretrained(tmp_path / "vit")

@@ -89,6 +89,19 @@ def test_rows_are_the_embeddings_of_all_images_of_all_splits_in_order(encoder, t
         torch.testing.assert_close(embeddings, pooled, atol=2e-3, rtol=2e-3)
 
 
+def test_a_folder_that_datasets_takes_for_a_pattern_is_said_to_be_one(encoder, tmp_path, capsys):
+    few = [*DIGITS, "--max_samples", "4"]
+    for name in ("one", "one [1]"):
+        command.main([str(encoder), *few, "--output_dir", str(tmp_path / name)])
+        said = capsys.readouterr().out
+        try:
+            opens = len(datasets.load_dataset(str(tmp_path / name), split="train")) == 4
+        except datasets.exceptions.DataFilesNotFoundError:
+            opens = False
+        assert (f"datasets.load_dataset({str(tmp_path / name)!r})" in said) == opens
+        assert ("for a pattern, so that only another name opens it" in said) != opens
+
+
 def test_a_stage_is_the_mean_of_its_map_and_float32_is_exact(encoder, tmp_path):
     argv = [str(encoder), *DIGITS, "--output_dir", str(tmp_path / "set"), "--splits", "test"]
     command.main([*argv, "--stage", "layer3", "--dtype", "float32"])

@@ -132,6 +132,25 @@ def test_results_of_a_model_on_the_hub_have_a_folder_that_no_run_and_no_other_mo
     assert Encoder("other/quickstart", random=True).results_dir == Path("runs/other--quickstart/random_encoder")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_evaluated_and_trained_in_single_precision(dtype, tmp_path):
+    half = MoCoModel(moco_config()).to(dtype)
+    half.save_pretrained(tmp_path)
+    assert MoCoModel.from_pretrained(tmp_path).dtype == dtype
+    model, classifier = (Encoder(str(tmp_path)).load(kind, 0) for kind in (MoCoModel, MoCoForImageClassification))
+    assert {p.dtype for p in [*model.parameters(), *classifier.parameters()]} == {torch.float32}
+    assert same(model.encoder_q, half.encoder_q)
+    assert encoder_digest(model) == encoder_digest(classifier.moco) == encoder_digest(half)
+
+
+def test_an_encoder_whose_weights_have_other_shapes_than_its_configuration_is_not_evaluated(tmp_path):
+    MoCoModel(moco_config("test_vit")).save_pretrained(tmp_path)
+    moco_config("test_vit", model_args={"img_size": 48}).save_pretrained(tmp_path)
+    for kind in (MoCoModel, MoCoForImageClassification):
+        with pytest.raises(ValueError, match=r"encoder_q\.pos_embed \(1, 5, 64\) in its weights, .* \(1, 10, 64\)"):
+            Encoder(str(tmp_path)).load(kind, 0)
+
+
 def test_the_heads_output_needs_a_saved_head(saved):
     assert Encoder(str(saved / "model")).load(MoCoModel, 0, head=True).projector_q
     with pytest.raises(ValueError, match=r"holds a model without projector_q\.0"):
@@ -214,6 +233,41 @@ def test_a_mistyped_folder_is_called_one_and_a_model_of_unknown_data_asks_for_th
             parse([str(place)])
     with pytest.raises(ValueError, match="does not say what it was trained on: pass --dataset_name"):
         parse([str(saved / "model")])
+
+
+ON_DIGITS = ["--dataset_name", "digits", "--use_cpu"]
+
+
+@pytest.mark.parametrize("name", ["knn", "linear_probe", "finetune", "embed"])
+def test_images_of_a_size_that_the_encoder_does_not_take_are_refused_in_one_line(name, tmp_path, script, capsys):
+    arguments = {"img_size": 32, "dynamic_img_size": False}
+    MoCoModel(moco_config("test_vit", model_args=arguments)).save_pretrained(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        script(name).main([str(tmp_path), *ON_DIGITS, "--image_size", "48"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: image_size (48) is refused by test_vit (Input height (48) doesn't match model (32)")
+    assert error.endswith("pass the --image_size that it was trained with\n")
+    assert not list(tmp_path.glob("*/*"))
+
+
+@pytest.mark.parametrize("name", ["knn", "linear_probe", "finetune"])
+def test_a_place_where_results_cannot_be_written_is_refused_before_any_time_is_spent(
+    name, saved, tmp_path, script, capsys
+):
+    model = shutil.copytree(saved / "model", tmp_path / "model")
+    (model / "random_encoder").write_text("no folder")
+    with pytest.raises(SystemExit) as end:
+        script(name).main(
+            [str(model), *ON_DIGITS, "--image_size", "32", "--random_encoder"]
+            + ["--output_dir", str(tmp_path / "out")] * (name != "knn")
+        )
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: results cannot be written to {model / 'random_encoder'} (File exists)")
+    assert "kNN" not in said.out
+    assert not list(tmp_path.glob("out/*"))
 
 
 # An evaluation that has ended

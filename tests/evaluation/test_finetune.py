@@ -293,6 +293,13 @@ def test_the_script_can_be_stopped_continued_and_leaves_a_classifier_with_its_re
     assert changed(saved.moco, copy_of(Encoder(str(encoder)).load(MoCoForImageClassification, 0).moco))
 
 
+def test_a_training_of_so_many_steps_is_recorded_without_epochs(encoder, tmp_path):
+    finetune.main([str(encoder), *TINY, "--max_steps", "1", "--output_dir", str(tmp_path / "run")])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [result["protocol"].split(", ")[1] for result in results] == ["1 steps", "1 steps"]
+    assert all(result["settings"]["steps"] == 1 and "epochs" not in result["settings"] for result in results)
+
+
 def test_the_split_is_saved_reread_and_refused_once_the_data_has_changed(encoder, tmp_path):
     run = parse_finetune([str(encoder), *TINY, "--label_fraction", "0.1", "--output_dir", str(tmp_path)])
     splits = load_images(run.data, labelled=True)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from ranks import run_ranks
 from sklearn.neighbors import KNeighborsClassifier
+from tiny_models import save_encoder
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_moco import MoCoConfig, MoCoModel
@@ -263,6 +264,31 @@ def test_kept_features_are_those_extracted_and_belong_to_one_model_and_one_view(
     assert not torch.allclose(changed, kept)
     cached_features(model, queries, tmp_path, feature="head")
     assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.parametrize("flags", [["knn"], ["linear_probe", "--mode", "cached"]], ids=["knn", "linear_probe"])
+def test_a_damaged_file_of_kept_features_is_one_line(flags, script, tmp_path, capsys):
+    name, *flags = flags
+    few = ["--dataset_name", "digits", "--max_train_samples", "60", "--max_eval_samples", "20", "--use_cpu"]
+    sizes = ["--image_size", "32", "--eval_resize", "32"]
+    knn = ["--knn_k", "5"] if name == "knn" else []
+    command = [str(save_encoder(tmp_path)), *few, *sizes, *flags, *knn]
+    script("knn").main([*command[:1], *few, *sizes, "--knn_k", "5"])
+    (path, *_) = sorted(tmp_path.glob("features/*/000000000.arrow"))
+    whole = path.read_bytes()
+    for content in (b"", whole[:1000], whole.replace(b"features", b"somewhat")):
+        path.write_bytes(content)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            script(name).main(command)
+        assert end.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {path} is damaged (")
+        assert error.endswith("): delete it, and it is made again\n")
+    path.unlink()
+    if name == "knn":
+        script(name).main(command)
+        assert path.read_bytes() == whole
 
 
 # Three processes

@@ -1,6 +1,7 @@
 """Embed a dataset, search it, find near-duplicates: `python scripts/embed.py runs/quickstart --duplicates 0.98`."""
 
 import sys
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..embedding.shards import Shard, count_rows, read_places
 from ..engine.checkpoints import decided_by_main
 from ..engine.run_folder import EMBEDDINGS, UNREADABLE
 from ..errors import one_line_errors
-from ..evaluation.encoder import Encoder, parse_evaluation
+from ..evaluation.encoder import Encoder, check_image_size, parse_evaluation
 from ..evaluation.features import encode_in_order
 from ..hub.publish import check_private, make_folder
 from ..hub.repository import Repository
@@ -44,6 +45,7 @@ def main(argv: list[str]) -> None:
         images = load_splits(data)
         queries = read_queries(args.search, images, data)
         model = encoder.load(MoCoModel, args.seed, head=args.features == "head").to(state.device)
+        check_image_size(model, data.image_size)
         stage_number(model, args.stage)
         folder, record = Path(args.output_dir), describe(model, data, images, args)
         if repository is not None and not args.dry_run:
@@ -110,7 +112,10 @@ def embed_queries(model: MoCoModel, queries: MapImages, args: EmbedArguments) ->
 def show_set(folder: Path, shards: list[Shard]) -> None:
     rows = count_rows(shards)
     counts = ", ".join(f"{split} {count:,}" for split, count in rows.items())
-    print(f"{sum(rows.values()):,} rows ({counts}): datasets.load_dataset({str(folder)!r})")
+    use = f"datasets.load_dataset({str(folder)!r})"
+    if escape(place := str(folder.resolve())) != place:
+        use = "`datasets` takes *, ? and [ in the name of a folder for a pattern, so that only another name opens it"
+    print(f"{sum(rows.values()):,} rows ({counts}): {use}")
     if left_out := sum(map(len, shards)) - sum(rows.values()):
         print(f"warning: {left_out:,} images cannot be read and are left out: {folder / UNREADABLE}", file=sys.stderr)
 

@@ -8,7 +8,7 @@ import io
 import os
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from modeling_moco import (
     MoCoConfig,
     MoCoDetectionImageProcessor,
     MoCoForObjectDetection,
-    MoCoImageProcessor,
     MoCoModel,
     MoCoRCNNConfig,
 )
 
 from ..cli import build_parser, how_to_run, nearest_name
+from ..data.sources import EvaluationDataArguments
 from ..engine.files import check_model_files, read_json, write_json
 from ..engine.run_folder import CONVERSION
 from ..errors import first_line, one_line
@@ -56,6 +56,8 @@ from .shapes import few
 
 # What the official code's file must be read back with.
 SETTINGS_OF_THE_ENCODER = ("architecture", "stem", "model_args")
+# What no file of weights has, and what a model directory has of its training.
+OF_IMAGES, OF_TRAINING = ("image_mean", "image_std"), ("temperature", "key_momentum")
 SUFFIXES = (".tar", ".pth", ".pt", ".pkl", ".ckpt")  # suffixes of checkpoint files
 
 
@@ -104,7 +106,7 @@ def parse_convert(argv: list[str]) -> tuple[str, Path, str]:
         raise ValueError(f"{args.checkpoint} does not exist: pass a checkpoint, or the folder that a run saved to")
     if os.path.lexists(out):
         raise ValueError(f"{out} exists and is not overwritten: name another output")
-    if to == "moco" and os.path.isdir(args.checkpoint):
+    if to == "moco" and os.path.isfile(os.path.join(args.checkpoint, CONFIG_NAME)):
         raise ValueError(f"{args.checkpoint} is already a model directory: pass --to official or another format")
     if to == "moco" and Path(out).suffix in SUFFIXES:
         raise ValueError(
@@ -126,6 +128,9 @@ def read(source: str, timm_too: bool = False) -> Checkpoint:
         ValueError: the source does not exist, is damaged, is of another kind or needs code; or its tensors are not a complete
             model.
     """
+    folder, name = os.path.split(source)
+    if name == SAFE_WEIGHTS_NAME and os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+        raise ValueError(f"{source} has the weights of a model directory without its settings: pass {folder or '.'}")
     return read_file(Path(source)) if os.path.isfile(source) else _read_model(source, timm_too)
 
 
@@ -193,10 +198,12 @@ def write(checkpoint: Checkpoint, out: Path, to: str) -> list[str]:
             raise ValueError(f"{checkpoint.source} is a detector, which --to {to} cannot hold: pass --to detectron2")
         check_detector(checkpoint.source, checkpoint.config, out)
     elif to != "moco":
-        _check_encoder(checkpoint, to)
-    if to == "official":
-        _check_official(checkpoint)
+        _check_encoder(checkpoint, to, out)
+    theirs = _check_official(checkpoint) if to == "official" else MoCoConfig()
     needs = []
+    if to != "moco" and not checkpoint.is_detector:
+        of_training = OF_TRAINING if to == "official" and "projector_q" in checkpoint.parts else ()
+        needs = _not_in_the_file(checkpoint, theirs, [*OF_IMAGES, *of_training])
     if checkpoint.is_detector and to == "detectron2":
         settings = detectron2_settings(checkpoint.source, checkpoint.config, _processor(checkpoint).size)
         needs.append(f"beside a *_moco.yaml of the official code, detectron2 needs {settings}")
@@ -211,7 +218,24 @@ def write(checkpoint: Checkpoint, out: Path, to: str) -> list[str]:
     return needs
 
 
-def _check_encoder(checkpoint: Checkpoint, to: str) -> None:
+def _not_in_the_file(checkpoint: Checkpoint, theirs: MoCoConfig, names: Sequence[str]) -> list[str]:
+    """A sentence about settings that a file of weights does not have, where they are others than its readers take.
+
+    Args:
+        theirs: what is taken where the file is read.
+        names: of the settings.
+    """
+
+    def value(config: MoCoConfig, name: str) -> Any:
+        setting = getattr(config, name)
+        return list(setting) if isinstance(setting, tuple) else setting
+
+    ours = {name: value(checkpoint.config, name) for name in names}
+    unlike = [f"{name} {mine}" for name, mine in ours.items() if mine != value(theirs, name)]
+    return [f"the file does not have {', '.join(unlike)}: what reads it must be told"] if unlike else []
+
+
+def _check_encoder(checkpoint: Checkpoint, to: str, out: Path) -> None:
     config = checkpoint.config
     if to == "official" and config.architecture in VITS:
         return
@@ -221,10 +245,13 @@ def _check_encoder(checkpoint: Checkpoint, to: str) -> None:
         raise ValueError(
             f"{checkpoint.source} is {model}, but --to {to} writes torchvision's ResNets alone{too}: keep it as it is"
         )
+    if to == "detectron2" and out.suffix != ".pkl":
+        raise ValueError(f"{out} must end in .pkl, or detectron2 reads it as another kind of file: rename it")
 
 
-def _check_official(checkpoint: Checkpoint) -> None:
-    """
+def _check_official(checkpoint: Checkpoint) -> MoCoConfig:
+    """The configuration by which the official file of this model would be read back.
+
     Raises:
         ValueError: the official file of this model would be read as another model, of which this names settings.
     """
@@ -242,6 +269,7 @@ def _check_official(checkpoint: Checkpoint) -> None:
             "without BatchNorm, those of v3 a batch, heads with BatchNorm, and a ViT-S with 12 heads of attention; keep it as "
             "it is"
         )
+    return theirs
 
 
 def _official_names(checkpoint: Checkpoint) -> Names:
@@ -273,19 +301,28 @@ def _processor(checkpoint: Checkpoint) -> Any:
     Raises:
         ValueError: it is damaged.
     """
-    kind = MoCoDetectionImageProcessor if checkpoint.is_detector else MoCoImageProcessor
-    mean, std = list(checkpoint.config.image_mean), list(checkpoint.config.image_std)
-    usual = kind(image_mean=mean, image_std=std)
+    config = checkpoint.config
+    if checkpoint.is_detector:
+        mean, std = list(config.image_mean), list(config.image_std)
+        usual: Any = MoCoDetectionImageProcessor(image_mean=mean, image_std=std)
+    else:
+        usual = EvaluationDataArguments(image_size=_image_size(config)).image_processor(config)
     if not _has_processor(checkpoint.source):
         return usual
     try:
-        settings = kind.from_pretrained(checkpoint.source).to_dict()
-        return kind(**{name: value for name, value in settings.items() if name in usual.to_dict()})
+        settings = type(usual).from_pretrained(checkpoint.source).to_dict()
+        return type(usual)(**{name: value for name, value in settings.items() if name in usual.to_dict()})
     except (OSError, *DAMAGED) as error:
         raise ValueError(
             f"{checkpoint.source} has a {IMAGE_PROCESSOR_NAME} that cannot be read ({one_line(first_line(error))}): correct "
             "it, or move it away"
         ) from error
+
+
+def _image_size(config: MoCoConfig) -> int:
+    """Pixels of a side of the images that an encoder takes: those of a ViT's positions, else the papers'."""
+    size = (config.model_args or {}).get("img_size")
+    return size if isinstance(size, int) else EvaluationDataArguments.image_size
 
 
 def _has_processor(source: str) -> bool:

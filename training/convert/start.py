@@ -14,6 +14,7 @@ from .key_maps import State
 from .shapes import few
 
 PREFIXES = ("hf-hub:", "local-dir:")  # that timm writes before the name of a repository or a folder
+OF_SHAPES = ("img_size", "patch_size")  # model_args that are seen by the tensors, which are then resampled
 KEY_SIDE = ("encoder_k", "projector_k")
 NOT_TAKEN = {
     "projector_q": "the projector is new",
@@ -82,7 +83,7 @@ def read_start(source: str, config: MoCoConfig) -> Start:
 
 
 def _heads(config: MoCoConfig) -> int | None:
-    # Of all arguments only this one changes what an encoder computes, and no shape of its tensors.
+    # A ViT with other heads computes nothing of what it did. Other arguments that no shape shows are noted.
     return (config.model_args or {}).get("num_heads")
 
 
@@ -101,7 +102,7 @@ def begin_with(model: MoCoModel, start: Start) -> None:
     there = _resampled(model, start)
     there.pop("dictionary.bank", None)  # it is of other images
     fits = {name: x for name, x in there.items() if name in here and x.shape == here[name].shape}
-    whole = {part for part in _parts(here) if all(name in fits for name in here if name.startswith(f"{part}."))}
+    whole = {part for part in _parts(here) if _names(here, part) == _names(there, part) == _names(fits, part)}
     taken = {"encoder_q"} | (whole & {"projector_q"})
     if {"encoder_q", "projector_q", *_parts(here).intersection(KEY_SIDE)} <= whole:
         taken |= whole
@@ -111,7 +112,7 @@ def begin_with(model: MoCoModel, start: Start) -> None:
     start.has_queue = "dictionary" in taken
     start.notes += [
         *_notes(here, there, fits, taken, model.config.dictionary),
-        *_stem(model.config, start.checkpoint.config),
+        *_settings(model.config, start.checkpoint.config),
     ]
 
 
@@ -143,16 +144,26 @@ def _notes(here: State, there: State, fits: State, taken: set[str], dictionary: 
         if part not in taken and part not in _parts(there):
             notes.append(words)
         elif part not in taken:
-            reason = next(
-                (differs(name) for name in missed if name.startswith(f"{part}.")), "it depends on the parts above"
-            )
-            notes.append(f"{words}: {reason}")
+            more = sorted(_names(there, part) - _names(here, part))
+            reasons = [differs(name) for name in missed if name.startswith(f"{part}.")]
+            reasons += [f"{_shape(name, there[name])} is not here" for name in more]
+            notes.append(f"{words}: {next(iter(reasons), 'it depends on the parts above')}")
     spare = [name for name in there if name.startswith("encoder_q.") and name not in here]
     return notes + ([f"left out: {few(spare)}"] if spare else [])
 
 
-def _stem(here: MoCoConfig, there: MoCoConfig) -> list[str]:
-    return [f"the stem is {here.stem!r} here and {there.stem!r} there"] if here.stem != there.stem else []
+def _settings(here: MoCoConfig, there: MoCoConfig) -> list[str]:
+    """Notes on what the encoder computes by its settings, whichever tensors it has."""
+    notes = [f"the stem is {here.stem!r} here and {there.stem!r} there"] if here.stem != there.stem else []
+    ours, theirs = (
+        {name: value for name, value in (config.model_args or {}).items() if name not in OF_SHAPES}
+        for config in (here, there)
+    )
+    return notes + ([f"model_args are {ours} here and {theirs} there"] if ours != theirs else [])
+
+
+def _names(state: State, part: str) -> set[str]:
+    return {name for name in state if name.startswith(f"{part}.")}
 
 
 def _parts(state: State) -> set[str]:

@@ -48,6 +48,8 @@ def _digest(modules: list[nn.Module], config: MoCoConfig) -> str:
     for module in modules:
         for name, tensor in module.state_dict().items():
             digest.update(name.encode())
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                tensor = tensor.float()  # evaluations compute in single precision with the same weights
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -31,7 +32,8 @@ from ..engine.run_folder import (
     recorded_content,
 )
 from ..engine.sgd_trainer import PUBLISHING, SGDTrainingArguments
-from ..model_folder import check_size, load_model, read_config
+from ..errors import first_line, one_line
+from ..model_folder import TO_TRAIN, check_size, load_model, read_config
 from .knn import KNNArguments
 
 Model = TypeVar("Model", MoCoModel, MoCoForImageClassification)
@@ -81,7 +83,7 @@ class Encoder:
                 return _new(kind, loaded, seed).eval()
             # Projectors come with the key encoder and the dictionary, which may be a class that is not registered here.
             options = {"momentum_encoder": head} if kind is MoCoModel else {}
-            model, report = load_model(self.source, loaded, kind, {"ignore_mismatched_sizes": True}, **options)
+            model, report = load_model(self.source, loaded, kind, TO_TRAIN, new="classifier.", **options)
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"{self.source} holds no MoCo model ({error}): pass the folder that a run saved to, e.g. runs/quickstart"
@@ -196,6 +198,49 @@ def check_results(folder: Path) -> None:
     read_results(folder)
     for path in (folder / METRICS, *folder.glob(f"*/{METRICS}")):  # of the run, and of the probes in it
         read_metrics(path, "correct it, or move it away")
+
+
+def check_writable(folder: Path) -> None:
+    """Try to write in the folder of an encoder's results, before any time is spent on one.
+
+    Raises:
+        ValueError: it is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"results cannot be written to {folder} ({error.strerror}): copy the model to a folder of your own"
+        ) from error
+
+
+@torch.no_grad()
+def encode_blank(model: MoCoModel, size: int, remedy: str) -> torch.Tensor:
+    """The last map of one blank image, by a model in evaluation mode.
+
+    Args:
+        size: its side in pixels.
+        remedy: what to do about an encoder that takes no images of this size.
+
+    Raises:
+        ValueError: it takes none.
+    """
+    try:
+        last: torch.Tensor = model.features(torch.zeros(1, 3, size, size, device=model.device)).last_hidden_state
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"image_size ({size}) is refused by {model.config.architecture} ({one_line(first_line(error))}): {remedy}"
+        ) from error
+    return last
+
+
+def check_image_size(model: MoCoModel, size: int) -> None:
+    """
+    Raises:
+        ValueError: the encoder takes no images of this size.
+    """
+    encode_blank(model, size, "pass the --image_size that it was trained with")
 
 
 class Evaluation(Protocol):

@@ -24,7 +24,9 @@ from ..data.images import MapImages
 from ..engine.files import below, whole_file, write_json
 from ..engine.preemption import outlive_signals
 from ..engine.results import Feature, behind, encoder_digest
+from ..errors import DataError, one_line
 
+COLUMNS = ("features", "label")  # of a file of kept features
 Batch = dict[str, torch.Tensor]
 ROWS_PER_FILE = 16_384  # what an interrupted extraction repeats at most
 
@@ -156,6 +158,9 @@ def cached_features(
     Arguments and returns are those of `extract_features`.
 
     An interrupted extraction goes on where it was; `datasets.Dataset.from_file` opens a file.
+
+    Raises:
+        DataError: a file that is there is damaged.
     """
     about = {
         "model": encoder_digest(model, feature),
@@ -184,18 +189,17 @@ def cached_features(
     count, done = len(range(first, len(images), step)), 0
     features, labels = torch.empty(0), torch.empty(count, dtype=torch.long)
     for start, path in files.items():
-        with pa.memory_map(str(path)) as file:
-            x, y = _rows_of(file, slice((first - start) % step, None, step))
-            if done == 0:
-                features = torch.empty(count, x.shape[1])
-            features[done : done + len(x)], labels[done : done + len(x)] = x, y
-            done += len(x)
+        x, y = _read(path, min(ROWS_PER_FILE, len(images) - start), slice((first - start) % step, None, step))
+        if done == 0:
+            features = torch.empty(count, x.shape[1])
+        features[done : done + len(x)], labels[done : done + len(x)] = x, y
+        done += len(x)
     return features, labels
 
 
 def _write(path: Path, features: torch.Tensor, labels: torch.Tensor) -> None:
     values = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1).numpy()), features.shape[1])
-    table = pa.table({"features": values, "label": labels.numpy()})
+    table = pa.table(dict(zip(COLUMNS, (values, labels.numpy()), strict=True)))
     with (
         whole_file(path) as unfinished,
         pa.OSFile(str(unfinished), "wb") as file,
@@ -204,8 +208,15 @@ def _write(path: Path, features: torch.Tensor, labels: torch.Tensor) -> None:
         writer.write_table(table)
 
 
-def _rows_of(file: pa.MemoryMappedFile, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    table = pa.ipc.open_stream(file).read_all()
-    features = table["features"].combine_chunks()
-    values = features.values.to_numpy().reshape(len(table), features.type.list_size)[rows]
-    return torch.tensor(values), torch.tensor(table["label"].to_numpy()[rows])
+def _read(path: Path, count: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some of the `count` rows of a file."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            table = pa.ipc.open_stream(file).read_all()
+            if len(table) != count or table.column_names != [*COLUMNS]:
+                raise pa.ArrowInvalid(f"{len(table):,} rows of {', '.join(table.column_names)}")
+            features = table["features"].combine_chunks()
+            values = features.values.to_numpy().reshape(count, features.type.list_size)[rows]
+            return torch.tensor(values), torch.tensor(table["label"].to_numpy()[rows])
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} is damaged ({one_line(error)}): delete it, and it is made again") from error

@@ -347,7 +347,7 @@ def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> S
         settings = args.rates | {
             "label_fraction": args.label_fraction,
             "labelled_images": images,
-            "epochs": args.num_train_epochs,
+            **({"steps": args.max_steps} if args.max_steps > 0 else {"epochs": args.num_train_epochs}),
             "global_batch": args.global_batch_size,
             "weight_decay": args.weight_decay,
         }

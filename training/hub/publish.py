@@ -83,7 +83,7 @@ def load_published(source: str, training_state: bool) -> tuple[Published, Proces
                 f"include_training_state (True) is for encoders, and {source} is a {kind.name}: leave it out, or publish the "
                 "run that it was trained on"
             )
-        options = {"momentum_encoder": training_state} if kind is ENCODER else {}
+        options: dict[str, Any] = {"momentum_encoder": training_state} if kind is ENCODER else {}
         model, report = load_model(source, config, kind.model, {}, **options)
         processor = kind.processor.from_pretrained(source)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last for weights of another shape

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..engine.files import check_model_files
 from ..evaluation.encoder import Encoder
-from ..model_folder import load_model, read_config
+from ..model_folder import TO_TRAIN, load_model, read_config
 from .recipe import Task
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -48,7 +48,7 @@ def build_around(
         config: Any = config_kind.from_pretrained(source, **names, **settings)
         if encoder.random:
             return kind(config)
-        model, report = load_model(source, config, kind, {})
+        model, report = load_model(source, config, kind, TO_TRAIN)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{source} holds no MoCo model ({error}): pass the folder that a run saved to, e.g. runs/quickstart"

@@ -9,7 +9,7 @@ from ...engine.checkpoints import claim_output_dir, has_ended
 from ...engine.run_folder import RESULTS, WEIGHTS
 from ...engine.sgd_trainer import train
 from ...errors import one_line_errors
-from ...evaluation.encoder import open_images, show_recorded
+from ...evaluation.encoder import check_image_size, check_writable, open_images, show_recorded
 from ...evaluation.finetune import announce, build_trainer, choose_labelled, finish, parse_finetune, save_split
 from ...process import command, keep_freed_memory
 
@@ -29,6 +29,8 @@ def main(argv: list[str]) -> None:
         if has_ended(run.training, run.settings, run.defaults, splits.place):
             show_recorded(run.training)
             return
+        check_writable(run.encoder.results_dir)
+        check_image_size(trainer.model.moco, run.data.image_size)
         about = {"title": f"fine-tuning {run.encoder}"}
         checkpoint = claim_output_dir(
             run.training, trainer.batch_layout, run.settings, run.defaults, about, splits.place

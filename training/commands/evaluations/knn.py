@@ -15,8 +15,8 @@ from ...data.sources import EvaluationDataArguments, load_images
 from ...engine.record import Trackers, record, run_name
 from ...engine.results import encoder_digest, table
 from ...engine.run_folder import FEATURES
-from ...errors import one_line_errors
-from ...evaluation.encoder import Encoder, parse_evaluation
+from ...errors import DataError, one_line_errors
+from ...evaluation.encoder import Encoder, check_image_size, check_writable, parse_evaluation
 from ...evaluation.knn import KNNArguments, evaluate_knn
 from ...process import command, keep_freed_memory
 
@@ -33,14 +33,17 @@ def main(argv: list[str]) -> None:
             raise ValueError(
                 f"knn_k ({max(args.knn_k)}) is larger than the train split ({len(splits.train)} images): lower it"
             )
+        check_writable(encoder.results_dir)
         model = load_model(encoder, args).to(state.device)
+        check_image_size(model, data.image_size)
         trackers = Trackers(args.report_to, args.project, run_name(encoder.results_dir), encoder.results_dir)
         trackers.check()
     view, decode = data.evaluation_view(), splits.decoder.image
     bank, queries = (MapImages(split, view, decode=decode) for split in (splits.train, splits.eval))
     if state.is_main_process:
         print(f"kNN of {encoder}: {args.knn_features} feature, bank {len(bank):,} images, {len(queries):,} queries")
-    results = evaluate_knn(model, bank, queries, args, cache=encoder.results_dir / FEATURES)
+    with one_line_errors((DataError,)):
+        results = evaluate_knn(model, bank, queries, args, cache=encoder.results_dir / FEATURES)
     if state.is_main_process:
         digest = encoder_digest(model, args.knn_features)
         record(encoder.results_dir, results, model=digest, data=splits.about, trackers=trackers)

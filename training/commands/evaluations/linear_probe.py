@@ -16,10 +16,10 @@ from ...engine.checkpoints import claim_output_dir, has_ended
 from ...engine.results import encoder_digest, read_results
 from ...engine.run_folder import FEATURES, METRICS, WEIGHTS, mark_ended, read_metrics, unused
 from ...engine.sgd_trainer import train
-from ...errors import one_line_errors
+from ...errors import DataError, one_line_errors
 from ...evaluation import linear_probe as lp
 from ...evaluation.cached_probe import build_cached
-from ...evaluation.encoder import open_images, show_recorded
+from ...evaluation.encoder import check_image_size, check_writable, open_images, show_recorded
 from ...evaluation.probe_results import Probe
 from ...process import command, keep_freed_memory
 from ...reports.compare import OF_DATA
@@ -45,6 +45,8 @@ def main(argv: list[str]) -> None:
         if has_ended(run.training, run.settings, run.defaults, splits.place):
             show_recorded(run.training)
             return
+        check_writable(run.encoder.results_dir)
+        check_image_size(model.moco, run.data.image_size)
         trainer = None
         probes: Iterable[Probe] = []
         if run.training.mode == "official":
@@ -62,11 +64,12 @@ def main(argv: list[str]) -> None:
         train(trainer, checkpoint)
         probes = [lp.finish(trainer, model)]
     top1 = {}
-    for probe in probes:
-        if main_process:
-            lp.save_probe(probe, run, splits, model.moco)
-            print(probe.table())
-            top1[f"linear probe, {probe.name}"] = probe.scores.top1
+    with one_line_errors((DataError,)):  # features are read where the first probe is asked for
+        for probe in probes:
+            if main_process:
+                lp.save_probe(probe, run, splits, model.moco)
+                print(probe.table())
+                top1[f"linear probe, {probe.name}"] = probe.scores.top1
     if main_process:
         print_table(run.encoder.results_dir, encoder_digest(model.moco), splits.about, top1)
         mark_ended(folder)
