@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 from modeling_moco.distributed_moco import world_size
 
 from ..cli import how_to_run
-from ..errors import DataError, TrainingError, one_line_errors
+from ..errors import DataError, TrainingError, data_reason, one_line_errors
 from ..optimization.choice import DEFAULTS, LARS, check_name, optimizer_in_words, parse_arguments
 from ..optimization.lars import Lars
 from ..optimization.schedules import Scaling, epoch_schedule, rates_in_words, scaled_rate, warmup_schedule
@@ -432,11 +432,9 @@ class SGDTrainer(Trainer):
             with self._stop.receiving():
                 result = super().train(checkpoint, *args, **kwargs)
         except DataError as error:
-            # From a worker process it comes with the traceback there, whose last line it is.
-            reason = (
-                str(error).rstrip().rpartition("\n")[2].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
-            )
-            raise TrainingError(f"{reason}; {self._last_checkpoint()}. Give the same command to continue") from error
+            raise TrainingError(
+                f"{data_reason(error)}; {self._last_checkpoint()}. Give the same command to continue"
+            ) from error
         except (OSError, RuntimeError, SafetensorError) as error:
             if (failure := self._checkpoints.explain(error)) is None:
                 raise
