@@ -265,12 +265,13 @@ def _look_into(root: Path, asked: set[str], label_column: str) -> _Index | dict[
 def _refuse_unfinished(root: Path) -> None:
     """
     Raises:
-        ValueError: the folder is that of a prepared dataset, some files of which are still to be written.
+        ValueError: the folder is that of a prepared dataset, some files of which are still to be written; or the one of its
+            files, which does not say whether they are all there.
     """
-    if not (root / PREPARED).is_file():
-        return
-    record = read_json(root / PREPARED, "bring it back")
-    if not isinstance(record, dict) or "images_per_shard" not in record:  # something else of this name
+    if root.name == "data" and _prepared(root.parent) is not None:
+        raise ValueError(f"{root} has the files of a prepared dataset, without their record: pass {root.parent}")
+    record = _prepared(root)
+    if record is None:
         return
     files = record.get("files")  # which are written last
     if not isinstance(files, dict) or not all((root / "data" / name).is_file() for name in files):
@@ -278,6 +279,14 @@ def _refuse_unfinished(root: Path) -> None:
             f"{root} is a prepared dataset that is not finished: give the command again that began it "
             f"({how_to_run('prepare')} SOURCE {shlex.quote(str(root))}, with its flags)"
         )
+
+
+def _prepared(folder: Path) -> dict[str, Any] | None:
+    """The record of a prepared dataset; None for another folder."""
+    if not (folder / PREPARED).is_file():
+        return None
+    record = read_json(folder / PREPARED, "bring it back")
+    return record if isinstance(record, dict) and "images_per_shard" in record else None
 
 
 def _no_images(root: Path, folder: FolderOfImages) -> str:
