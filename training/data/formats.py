@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from modeling_moco.distributed_moco import rank
 
 from ..cli import how_to_run
 from ..engine.checkpoints import decided_by_main
-from ..engine.files import read_json, whole_file
+from ..engine.files import read_json, whole_file, write_json
 from ..engine.run_folder import PREPARED
 from ..errors import DataError, one_line
 from .folders import (
@@ -63,8 +64,8 @@ class Opened:
         splits: a `datasets.Dataset`, or with `--streaming` an `IterableDataset`, by name.
         files: data files of each split, where it has some.
         lengths: rows of each shard of a split that is streamed, where they are known.
-        content: what identifies the rows of each split: number and digest of local files, with that of their metadata, or the
-            commit on the Hub.
+        content: what identifies the rows of each split: number and digest of local files, with their labels, or the commit on
+            the Hub.
         from_folders: whether the classes are names of folders.
         account: of the files of a folder, or of the commit on the Hub, in words.
         places: see `Decoder`.
@@ -181,7 +182,7 @@ def _check_files_on_the_hub(builder: datasets.DatasetBuilder, name: str, streami
     if not streaming:  # to where `download_and_prepare` finds them
         with _one_line_of(name):
             addresses = datasets.DownloadManager(record_checksums=False).download(addresses)
-    _check_once(_digest(addresses), addresses)
+    _look_once(_digest(addresses), addresses, identify=False)  # its commit identifies it
 
 
 def _in_the_cache(urls: list[str]) -> list[str]:
@@ -384,11 +385,13 @@ def _open_data_files(root: Path, splits: dict[str, list[FoundFile]], streaming: 
     kinds = {file.extension for files in splits.values() for file in files}
     if len(kinds) > 1:
         raise ValueError(f"dataset_name ({root}) has {' and '.join(sorted(kinds))} files: pass a folder with one kind")
-    content = {
-        split: f"{len(files):,} files {_digest((f.path, f.size) for f in files)}" for split, files in splits.items()
-    }
     state = _digest((f.path, f.size, f.stamp) for files in splits.values() for f in files)
-    decided_by_main(lambda: _check_once(state, [root / file.path for files in splits.values() for file in files]))
+    paths = [root / file.path for files in splits.values() for file in files]
+    digests = dict(zip(paths, decided_by_main(lambda: _look_once(_digest([root, state]), paths)), strict=True))
+    content = {
+        split: f"{len(files):,} files {_digest((f.path, f.size, digests[root / f.path]) for f in files)}"
+        for split, files in splits.items()
+    }
     # The paths are patterns to `datasets`, and its cache goes by a file's time alone: names are escaped, and the name of the
     # configuration has what else may change.
     names = {split: [glob.escape(f"{root}/{file.path}") for file in files] for split, files in splits.items()}
@@ -398,16 +401,31 @@ def _open_data_files(root: Path, splits: dict[str, list[FoundFile]], streaming: 
     return replace(_read(builder, str(root), streaming), content=content)
 
 
-def _check_once(state: str, files: Sequence[str | Path]) -> None:
+def _look_once(state: str, files: Sequence[str | Path], identify: bool = True) -> list[str]:
+    """Check data files (`check_data_file`), and what tells each from others of its size.
+
+    Args:
+        state: identifies the files and when they were changed.
+    """
     # The members of large tars take a minute, and each request to the Hub a while.
-    passed = Path(datasets.config.HF_DATASETS_CACHE) / "checked_files" / state
-    if not passed.exists():
-        with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
-            checks = pool.map(check_data_file, files)
-            for _ in tqdm(checks, "checking", len(files), unit=" files", disable=None, leave=False, dynamic_ncols=True):
-                pass
-        passed.parent.mkdir(parents=True, exist_ok=True)
-        passed.touch()
+    kept = Path(datasets.config.HF_DATASETS_CACHE) / "known_files" / f"{state}.json"
+    if kept.is_file():
+        digests: list[str] = read_json(kept, "delete it")
+        return digests
+    look = partial(_look_at_data_file, identify=identify)
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        looked_at = pool.map(look, files)
+        bar = tqdm(looked_at, "checking", len(files), unit=" files", disable=None, leave=False, dynamic_ncols=True)
+        digests = list(bar)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_json(kept, digests)
+    return digests
+
+
+def _look_at_data_file(file: str | Path, identify: bool) -> str:
+    digest = hashlib.sha256()
+    check_data_file(file, digest if identify else None)
+    return digest.hexdigest()
 
 
 def _open_file(path: Path, streaming: bool, split: str) -> Opened:
