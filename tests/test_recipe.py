@@ -1,12 +1,16 @@
 """Recipes hold the published numbers, the command line goes over them, and an output directory belongs to one run."""
 
 import dataclasses
+import os
+import sys
+import warnings
 
 import pytest
+import torch
 import yaml
 
 from modeling_moco import MoCoConfig
-from training.cli import names_in_files, offered
+from training.cli import cores, names_in_files, offered
 from training.engine.checkpoints import BatchLayout, claim_output_dir, write_manifest
 from training.errors import one_line_errors
 from training.recipe import PARTS, RECIPES, load_recipe, parse_pretrain, recipe_names
@@ -170,7 +174,10 @@ def test_parsed_arguments_are_the_recipes_values(name):
     content = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     args = parse_pretrain(["--recipe", name, *CPU])
     for section, parsed in (("data", args.data), ("model", args.config), ("training", args.training)):
-        assert {key: getattr(parsed, key) for key in content[section]} == content[section]
+        expected = dict(content[section])
+        if "dataloader_num_workers" in expected:
+            expected["dataloader_num_workers"] = min(expected["dataloader_num_workers"], cores())
+        assert {key: getattr(parsed, key) for key in expected} == expected
         assert content[section].items() <= args.settings[section].items()
     assert args.settings["probe"] == content.get("probe", {})
     assert args.training.output_dir == f"runs/{name}"
@@ -191,6 +198,33 @@ def test_a_reproduction_has_the_published_numbers(name):
 
 def test_without_a_recipe_the_quickstart_runs():
     assert parse_pretrain(CPU).recipe == load_recipe("quickstart")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process is not bound to a core there")
+@pytest.mark.parametrize(
+    ("flags", "started"),
+    [
+        ([], 1),
+        (["--streaming", "True"], 8),  # whose order depends on them
+        (["--dataloader_num_workers", "3"], 3),  # a flag is what is asked for
+        (["--dataloader_num_workers", "1"], 1),
+    ],
+)
+def test_a_recipe_starts_as_many_workers_as_there_are_cores(flags, started, capsys):
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            args = parse_pretrain(["--recipe", "photos_gpu", "--dataset_name", "digits", *flags, *CPU])
+            torch.utils.data.DataLoader([0], num_workers=args.training.dataloader_num_workers)
+    finally:
+        os.sched_setaffinity(0, cores)
+    asked = int(flags[1]) if "--dataloader_num_workers" in flags else 8
+    assert args.training.dataloader_num_workers == started
+    assert args.settings["training"]["dataloader_num_workers"] == asked  # which another machine may have cores for
+    said = f"dataloader_num_workers ({asked}) is more than the cores here (1): {started} processes read images\n"
+    assert capsys.readouterr().err == said * (asked > 1)
 
 
 def test_flags_override_the_recipe():

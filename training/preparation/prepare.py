@@ -29,6 +29,7 @@ from PIL import features
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..cli import cores
 from ..data.decode import public_path
 from ..data.sources import AllSplits, SplitDataArguments
 from ..embedding.shards import DATA, Shard, find_missing
@@ -96,7 +97,7 @@ class PrepareArguments:
     @property
     def workers(self) -> int:
         """Processes that read and resize images."""
-        return (os.cpu_count() or 1) if self.dataloader_num_workers is None else self.dataloader_num_workers
+        return cores() if self.dataloader_num_workers is None else self.dataloader_num_workers
 
 
 def describe(data: PrepareDataArguments, images: AllSplits, args: PrepareArguments) -> dict[str, Any]:
