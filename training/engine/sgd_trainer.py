@@ -450,7 +450,8 @@ class SGDTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):  # a checkpoint is begun with its model
+        of_step = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if _internal_call and folder == of_step:  # a checkpoint is begun with its model
             self._check_finite(weights=True)
             self._checkpoints.begin(folder)
             super().save_model(str(folder), _internal_call=True)

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from modeling_moco import MoCoConfig, MoCoFCNConfig, MoCoRCNNConfig
 
 from ..cli import (
@@ -20,7 +18,7 @@ from ..cli import (
     parse_flags,
     section_of_file,
 )
-from ..engine.checkpoints import decided_by_main
+from ..engine.checkpoints import decided_by_main, is_checkpoint
 from ..engine.files import below
 from ..engine.results import read_results
 from ..engine.run_folder import FREE_TO_CHANGE, SAVED_RECIPE, content_to_continue, read_sections, recorded_content
@@ -139,7 +137,7 @@ class Task:
             settings["training"]["global_batch_size"] = training.global_batch_size
         settings["data"]["dataset_name"] = data.dataset_name
         place = Path(known.model) if known.eval_only else Path(str(training.output_dir))
-        of_run = place.parent if known.eval_only and place.name.startswith(PREFIX_CHECKPOINT_DIR) else place
+        of_run = place.parent if known.eval_only and is_checkpoint(place) else place
         recorded = recorded_content if known.eval_only else content_to_continue
         data.content = decided_by_main(lambda: recorded(of_run, data.dataset_name))
         settings["encoder"] = {"model": encoder.source, "random_encoder": encoder.random, "task": self.command}
