@@ -500,6 +500,22 @@ def test_a_run_goes_on_with_the_images_that_it_was_begun_with(claim, tmp_path):
         claim(place=now)
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_run_does_not_lie_in_its_dataset(linked, claim, tmp_path):
+    """Or the next one would train on its figures, and no evaluation would find the images that it has seen."""
+    photos = tmp_path / "photos"
+    (photos / "a").mkdir(parents=True)
+    folder = photos / "a" / "run"
+    if linked:
+        (tmp_path / "link").symlink_to(photos / "a")
+        folder = tmp_path / "link" / "run"
+    place = {"dataset": str(photos), "content": {"train": "1 images 0"}}
+    with pytest.raises(ValueError, match=f"^{folder} lies in {photos}, and would be read as part of it"):
+        claim(folder=folder, place=place)
+    assert not folder.exists()
+    claim(folder=tmp_path / "photos_run", place=place)
+
+
 def test_files_of_something_else_are_left_alone(claim, tmp_path):
     folder = tmp_path / "thesis"
     folder.mkdir()

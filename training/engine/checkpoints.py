@@ -22,7 +22,17 @@ from modeling_moco.distributed_moco import rank, world_size
 from ..errors import one_line
 from . import lock
 from .files import check_model_files, inside, read_json, write_json
-from .run_folder import DATASET, MANIFEST, check_free, check_same_data, check_same_run, ended, has_begun, write_recipe
+from .run_folder import (
+    DATASET,
+    MANIFEST,
+    check_free,
+    check_same_data,
+    check_same_run,
+    ended,
+    has_begun,
+    refuse_inside,
+    write_recipe,
+)
 
 T = TypeVar("T")
 
@@ -272,13 +282,14 @@ def claim_output_dir(
         the checkpoint to continue from, if any.
 
     Raises:
-        ValueError: another process is writing to it, it holds another run or something else, its dataset has changed, or it
-            cannot be written. All processes raise it, whichever of them has noticed.
+        ValueError: another process is writing to it, it holds another run or something else, it lies in the dataset, the
+            dataset has changed, or it cannot be written. All processes raise it, whichever of them has noticed.
     """
     folder = Path(str(training.output_dir))
 
     def claim() -> str | None:
         check_free(folder)
+        refuse_inside(folder, place["dataset"])
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.take(folder)

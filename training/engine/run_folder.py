@@ -113,6 +113,19 @@ def check_free(folder: Path) -> None:
         raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
 
 
+def refuse_inside(folder: Path, dataset: str) -> None:
+    """
+    Args:
+        folder: to write to.
+        dataset: its name, or absolute path.
+
+    Raises:
+        ValueError: the folder lies in that of the dataset, whose images or data files those of a run would become.
+    """
+    if Path(dataset).is_dir() and folder.resolve().is_relative_to(Path(dataset).resolve()):
+        raise ValueError(f"{folder} lies in {dataset}, and would be read as part of it: name another folder")
+
+
 NUMBER = int | float | None  # None is what was not measured
 METRICS_KINDS: dict[str, Any] = {  # of the values in `metrics.json`
     **{"ended": str, "protocol": str, "data": dict, "probes": list},
