@@ -100,6 +100,20 @@ def test_a_dataset_saved_to_disk_is_read(tmp_path):
     assert len(load(tmp_path / "one", streaming=True).train) == 6
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("kind", ["torch", "arrow", "pandas", "hidden columns", "few rows"])
+def test_a_dataset_is_read_whatever_format_was_saved_with_it(kind, streaming, tmp_path):
+    rows = table(range(1 if kind == "few rows" else 6))
+    if kind == "hidden columns":
+        rows = rows.with_format(None, columns=["label"])
+    elif kind != "few rows":
+        rows = rows.with_format(kind)
+    rows.save_to_disk(tmp_path / "saved")
+    found = list(load(tmp_path / "saved", streaming=streaming).train)
+    assert [number(decode_image(row["image"])) for row in found] == list(range(len(rows)))
+    assert [(type(row["label"]), row["label"]) for row in found] == [(int, i % 3) for i in range(len(rows))]
+
+
 def test_parquet_files_are_divided_by_their_own_names(tmp_path):
     source = write_parquet(tmp_path / "my test data", [range(3), range(3, 6)])
     write_parquet(source, [range(6, 9)], split="validation")

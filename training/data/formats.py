@@ -52,6 +52,7 @@ DIGITS = "digits"
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 FILES_AT_A_TIME = 16  # to check
 ROWS_PER_SHARD = 1000  # of a folder of images that is read as a stream
+STREAMED_SHARDS = 4  # of a dataset that has no files
 ON_THE_HUB = re.compile(r"hf://datasets/(?P<repo_id>[^@]+)@(?P<revision>[0-9a-f]{40})/(?P<filename>.+)")
 COMMIT = "commit "  # and its digest: what identifies the rows of a dataset on the Hub
 
@@ -112,7 +113,7 @@ def open_dataset(
     if name == DIGITS:
         digits: dict[str, Any] = dict(load_digits())
         if streaming:
-            digits = {split: rows.to_iterable_dataset(num_shards=4) for split, rows in digits.items()}
+            digits = {split: _as_stream(rows) for split, rows in digits.items()}
         return Opened(digits)
     path = Path(name)
     if path.is_dir() and config is None:
@@ -448,9 +449,15 @@ def _open_saved(root: Path, streaming: bool) -> Opened:
         ) from error
     splits: dict[str, Any] = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     content = {split: f"{len(rows):,} rows {rows._fingerprint}" for split, rows in splits.items()}
+    # A format that was saved with the rows would make other things of them, or hide columns.
+    splits = {split: rows.with_format(None) for split, rows in splits.items()}
     if streaming:
-        splits = {split: rows.to_iterable_dataset(num_shards=4) for split, rows in splits.items()}
+        splits = {split: _as_stream(rows) for split, rows in splits.items()}
     return Opened(splits, content=content)
+
+
+def _as_stream(rows: datasets.Dataset) -> datasets.IterableDataset:
+    return rows.to_iterable_dataset(num_shards=min(STREAMED_SHARDS, max(1, len(rows))))
 
 
 def load_digits() -> datasets.DatasetDict:

@@ -164,6 +164,12 @@ def as_training_images(
 
 def _indexed(dataset: Any, views: Views | OwnViews, seed: int, bank: bool) -> MapImages:
     if isinstance(dataset, datasets.Dataset):
+        if dataset.format["type"] == "custom":
+            raise ValueError(
+                "train_dataset has a transform (set_transform), but the trainer makes the views of its images: take it away by "
+                "with_format(None), and pass a view of your own as view="
+            )
+        dataset = dataset.with_format(None)  # which would make other things of its rows, or hide columns
         columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
         if len(columns) != 1:
             raise ValueError(
