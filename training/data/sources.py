@@ -205,6 +205,8 @@ class DataArguments(CropDataArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer ({self.shuffle_buffer}) must be at least 1 image, which shuffles nothing")
         if self.crop_min_scale is not None and not 0 < self.crop_min_scale <= 1:
             raise ValueError(
                 f"crop_min_scale ({self.crop_min_scale}) must lie in (0, 1]: it is a fraction of the image's area"

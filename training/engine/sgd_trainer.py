@@ -44,6 +44,10 @@ REQUEUE = (
     75  # exit status after a SIGTERM or Ctrl-C: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
 )
 NEVER = torch.iinfo(torch.int64).max
+LEAST = {
+    **dict.fromkeys(("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"), 1),
+    **dict.fromkeys(("learning_rate", "weight_decay", "dataloader_num_workers"), 0),
+}
 # What transformers calls its settings for the Hub. Only pretraining publishes while it runs.
 PUBLISHING = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")
 
@@ -197,13 +201,16 @@ class SGDTrainingArguments(TrainingArguments):
         self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
 
     def _check_values(self) -> None:
+        for name, least in LEAST.items():
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be a number of at least {least}")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
                 f"max_steps ({self.max_steps}) must be at least 1: leave it out to train for num_train_epochs"
             )
-        if self.max_steps < 0 and self.num_train_epochs <= 0:
+        if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(
-                f"num_train_epochs ({self.num_train_epochs}) must be above 0: there is nothing to train for"
+                f"num_train_epochs ({self.num_train_epochs}) must be a number above 0: there is nothing to train for"
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns (True) would remove the views: leave it off")
