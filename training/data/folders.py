@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from datasets.utils.file_utils import xopen
 from tqdm import tqdm
 
-from ..errors import one_line
+from ..errors import one_line, shown
 from .decode import EXTENSIONS, is_an_image
 
 SPLITS = {"training": "train", "testing": "test"} | {
@@ -194,6 +194,8 @@ def arrange(root: Path, files: Iterable[FoundFile], asked: Iterable[str] = ()) -
     folder = FolderOfImages(root, {"train": images} if splits is None else splits, level, left_out)
     if splits is None:
         _refuse_splits_in_classes(root, images)
+    else:
+        _refuse_splits_in_splits(root, splits)
     _refuse_masks(folder)
     _refuse_two_names_of_one_file(folder)
     return folder
@@ -279,6 +281,16 @@ def _refuse_splits_in_classes(root: Path, images: list[FoundFile]) -> None:
             only = len({file.parts[0] for file in images}) == 1
             remedy = f"pass {root / top}" if only else f"arrange the folders as {HOW}"
             raise ValueError(f"{root / top} has the splits {', '.join(sorted(words))} inside it: {remedy}")
+
+
+def _refuse_splits_in_splits(root: Path, splits: dict[str, list[FoundFile]]) -> None:
+    # As an archive is unpacked into a folder of its own name. A class may be called train, but not all of them.
+    for files in splits.values():
+        inside = {file.parts[1] for file in files if len(file.parts) > 2}
+        deep = {file.parts[1] for file in files if len(file.parts) > 3}
+        if len(inside) > 1 and inside == deep and all(name.lower() in SPLITS for name in inside):
+            place = root / files[0].parts[0]
+            raise ValueError(f"{place} has the splits {', '.join(sorted(inside))} inside it: pass {place}")
 
 
 def _refuse_masks(folder: FolderOfImages) -> None:
@@ -460,7 +472,7 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
         strings or integers by path; None where no metadata has that column.
 
     Raises:
-        ValueError: the metadata cannot be read, lists no image, or one that is not there.
+        ValueError: the metadata cannot be read, lists no image, one that is not there, or one with two labels.
     """
     labels: dict[str, Any] = {}
     found = False
@@ -468,7 +480,12 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
         if (columns := _read_metadata(path, column)) is not None:
             found = True
             names = (f"{place}/{name}".removeprefix("/") for name in columns[FILE_NAME])
-            labels |= dict(zip(names, columns[column], strict=True))
+            for name, label in zip(names, columns[column], strict=True):
+                if labels.setdefault(name, label) != label:
+                    raise ValueError(
+                        f"metadata of {folder.root} lists {name} twice, with {shown(labels[name])} and {shown(label)}: leave "
+                        "one line for each image"
+                    )
     if not found:
         return None
     if not labels:
@@ -507,8 +524,12 @@ def _read_metadata(path: Path, column: str) -> dict[str, list[Any]] | None:
         raise ValueError(
             f"{path} cannot be read ({one_line(error)}): mend it, or remove it to take the classes from folders"
         ) from error
+    if FILE_NAME not in used and (joined := next((name for name in columns if FILE_NAME in name), None)):
+        raise ValueError(f"{path} has the column {shown(joined)!r}: separate its columns by commas")
     if column not in used:
         return None
+    if path.suffix == ".csv":  # a cell without text is no label, and no class of that name
+        used[column] = [None if label == "" else label for label in used[column]]
     if FILE_NAME not in used:
         raise ValueError(f"{path} has no column {FILE_NAME!r}, only {', '.join(columns)}: rename the one with paths")
     return used

@@ -52,6 +52,7 @@ DIGITS = "digits"
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 FILES_AT_A_TIME = 16  # to check
 ROWS_PER_SHARD = 1000  # of a folder of images that is read as a stream
+TABLES = (".csv", ".jsonl", ".json")
 STREAMED_SHARDS = 4  # of a dataset that has no files
 ON_THE_HUB = re.compile(r"hf://datasets/(?P<repo_id>[^@]+)@(?P<revision>[0-9a-f]{40})/(?P<filename>.+)")
 COMMIT = "commit "  # and its digest: what identifies the rows of a dataset on the Hub
@@ -294,12 +295,19 @@ def _prepared(folder: Path) -> dict[str, Any] | None:
 def _no_images(root: Path, folder: FolderOfImages) -> str:
     if not folder.left_out:
         return f"dataset_name ({root}) is an empty folder: pass one with images as in {HOW}"
-    tables = [name for name in ("csv", "jsonl", "json") if any(root.rglob(f"*.{name}"))]
+    tables = [extension for extension in TABLES if any(root.rglob(f"*{extension}"))]
     remedy = f"pass a folder as in {HOW}, or one with parquet or tar files"
     if tables:
-        name = f"metadata.{tables[0]}"
-        remedy += f"; a list of images must be called {name}, lie beside them, and have the columns file_name and label"
+        remedy += f"; {_as_metadata(tables[0])}"
     return f"dataset_name ({root}) has {folder.account()}: {remedy}"
+
+
+def _as_metadata(extension: str) -> str:
+    name = "metadata.csv" if extension == ".csv" else "metadata.jsonl"
+    return (
+        f"a list of images must be called {name}, lie beside them in the folder that is passed, and have the columns "
+        "file_name and label"
+    )
 
 
 def _write_index(folder: FolderOfImages, column: str, feature: Any, labels: dict[str, list[Any]]) -> _Index:
@@ -432,6 +440,8 @@ def _look_at_data_file(file: str | Path, identify: bool) -> str:
 def _open_file(path: Path, streaming: bool, split: str) -> Opened:
     if path.suffix.lower() not in BUILDERS:
         remedy = NEEDS.get(path.suffix.lower(), "pass the folder that contains it")
+        if path.suffix.lower() in TABLES:
+            remedy = _as_metadata(path.suffix.lower())
         raise ValueError(f"dataset_name ({path}) is a file, but neither .parquet nor .tar: {remedy}")
     stat = path.stat()
     file = FoundFile(path.name, stat.st_size, stat.st_ino, max(stat.st_mtime_ns, stat.st_ctime_ns))
