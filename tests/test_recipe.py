@@ -450,6 +450,35 @@ def test_a_folder_of_images_is_the_same_by_any_of_its_paths(claim, tmp_path, mon
             claim("--dataset_name", path)
 
 
+@pytest.mark.parametrize(
+    ("then", "now"), [("digits", "./digits"), ("org/photos", "org/photos"), ("./digits", "digits")]
+)
+def test_a_folder_is_not_the_dataset_of_its_name_on_the_hub_or_built_in(then, now, claim, tmp_path, monkeypatch):
+    """A run went on with the images of the folder, if it had as many."""
+    monkeypatch.chdir(tmp_path)
+    if then.startswith("."):
+        (tmp_path / then).mkdir()
+    claim("--dataset_name", then)
+    (tmp_path / "run" / "checkpoint-9").mkdir()
+    (tmp_path / now).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(ValueError, match="another run: dataset_name is "):
+        claim("--dataset_name", now)
+
+
+def test_a_dataset_that_was_moved_behind_a_link_is_compared_with_what_it_was(claim, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    content = {"train": "12 images 1"}
+    claim("--dataset_name", str(photos), place={"dataset": str(photos), "content": content})
+    (tmp_path / "run" / "checkpoint-9").mkdir()
+    photos.rename(tmp_path / "moved")
+    photos.symlink_to(tmp_path / "moved")
+    moved = {"dataset": str(tmp_path / "moved"), "content": content}
+    assert claim("--dataset_name", str(photos), place=moved) is None
+    with pytest.raises(ValueError, match="split 'train' was 12 images 1 and is 12 images 2"):
+        claim("--dataset_name", str(photos), place=moved | {"content": {"train": "12 images 2"}})
+
+
 def test_another_probe_section_of_a_recipe_does_not_make_another_run(claim, tmp_path):
     claim()
     path = tmp_path / "run" / "recipe.yaml"

@@ -30,7 +30,7 @@ from modeling_moco.distributed_moco import rank
 from ..cli import how_to_run
 from ..engine.checkpoints import decided_by_main
 from ..engine.files import read_json, whole_file, write_json
-from ..engine.run_folder import PREPARED
+from ..engine.run_folder import DIGITS, PREPARED
 from ..errors import DataError, one_line
 from .folders import (
     HOW,
@@ -48,7 +48,6 @@ from .folders import (
 )
 from .hub import commit_on_the_hub, wait_for_the_hub
 
-DIGITS = "digits"
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 FILES_AT_A_TIME = 16  # to check
 ROWS_PER_SHARD = 1000  # of a folder of images that is read as a stream

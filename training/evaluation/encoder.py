@@ -20,7 +20,16 @@ from ..data.sources import DataArguments, EvaluationDataArguments, ImageSplits, 
 from ..engine.checkpoints import has_ended
 from ..engine.files import below, check_model_files
 from ..engine.results import Result, encoder_digest, read_results, table
-from ..engine.run_folder import METRICS, OF_TASKS, SAVED_RECIPE, WEIGHTS, read_metrics, read_sections, recorded_content
+from ..engine.run_folder import (
+    METRICS,
+    OF_TASKS,
+    SAVED_RECIPE,
+    WEIGHTS,
+    read_metrics,
+    read_sections,
+    recorded_content,
+    refuse_namesake,
+)
 from ..engine.sgd_trainer import PUBLISHING, SGDTrainingArguments
 from ..model_folder import check_size, load_model, read_config
 from .knn import KNNArguments
@@ -297,6 +306,8 @@ def parse_evaluation(
         values = {"output_dir": str(encoder.results_dir / output)} | values
     _, instances, settings = parse_flags(parser, parts, argv, values)
     data = instances[list(parts).index("data")]
+    if "dataset_name" not in given:
+        refuse_namesake(recipe["data"].get("dataset_name"), data.dataset_name)
     if "dataset_name" in settings["data"]:
         settings["data"]["dataset_name"] = data.dataset_name
     for folder in _folders_of(known.model):

@@ -21,7 +21,14 @@ from ..cli import (
 from ..engine.checkpoints import decided_by_main, is_checkpoint
 from ..engine.files import below
 from ..engine.results import read_results
-from ..engine.run_folder import FREE_TO_CHANGE, SAVED_RECIPE, content_to_continue, read_sections, recorded_content
+from ..engine.run_folder import (
+    FREE_TO_CHANGE,
+    SAVED_RECIPE,
+    content_to_continue,
+    read_sections,
+    recorded_content,
+    refuse_namesake,
+)
 from ..errors import shown
 from ..evaluation.encoder import Encoder, check_exists
 from ..model_folder import read_config
@@ -135,6 +142,8 @@ class Task:
         _, (data, model, training), settings = parse_flags(parser, self.parts, argv, {"output_dir": folder} | values)
         if settings["training"].get("global_batch_size", 0) is None:  # the devices' batches were given
             settings["training"]["global_batch_size"] = training.global_batch_size
+        if of_model and "dataset_name" not in given:
+            refuse_namesake(recipe.values.get("dataset_name"), data.dataset_name)
         settings["data"]["dataset_name"] = data.dataset_name
         place = Path(known.model) if known.eval_only else Path(str(training.output_dir))
         of_run = place.parent if known.eval_only and is_checkpoint(place) else place
