@@ -215,9 +215,8 @@ def _workers_here(asked: int, keep: bool) -> int:
     # torch's own warning, which is for each of its loaders.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     started = asked if keep else cores()
-    _say_once(
-        f"dataloader_num_workers ({asked}) is more than the cores here ({cores()}): {started} processes read images"
-    )
+    becomes = "stays" if keep else f"becomes {started}"
+    _say_once(f"dataloader_num_workers ({asked}) is more than the cores here ({cores()}), and {becomes}")
     return started
 
 
