@@ -34,7 +34,7 @@ def script():
 def _strict_processes():
     """Warnings are errors in every process that a test starts, spawned ranks and scripts alike: pytest's filters end here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONWARNINGS", "error")
+        patch.setenv("PYTHONWARNINGS", "error,ignore:This DataLoader will create")
         patch.setenv("OMP_NUM_THREADS", "1")  # for the reason above; accelerate warns where it has to choose itself
         yield
 

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from training.engine import lock
 from training.engine.checkpoints import newest_complete
 from training.engine.results import read_results
 from training.engine.run_folder import LOCK, METRICS, RESULTS
+from training.errors import DataError, one_line_errors
 from training.process import command
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +70,29 @@ def test_names_that_the_terminal_cannot_encode_do_not_end_a_command(encoder, tmp
 
 
 # What stops a command
+
+
+class _Exchanged(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise DataError("0.png has 30 x 40 pixels: bring it back")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("inside", [True, False])
+def test_images_that_are_gone_are_one_line_after_a_training_too(workers, inside, capsys):
+    """Where a worker process meets them, its error comes with a traceback."""
+
+    def main(argv):
+        with one_line_errors() if inside else nullcontext():
+            list(torch.utils.data.DataLoader(_Exchanged(), num_workers=workers))
+
+    status, lines = ends(main, capsys)
+    assert status == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("error: 0.png has 30 x 40 pixels: bring it back")
 
 
 def test_ctrl_c_is_one_line_with_the_status_of_an_interrupt(capsys):

@@ -1,12 +1,16 @@
 """Recipes hold the published numbers, the command line goes over them, and an output directory belongs to one run."""
 
 import dataclasses
+import os
+import sys
+import warnings
 
 import pytest
+import torch
 import yaml
 
 from modeling_moco import MoCoConfig
-from training.cli import names_in_files, offered
+from training.cli import cores, names_in_files, offered
 from training.engine.checkpoints import BatchLayout, claim_output_dir, write_manifest
 from training.errors import one_line_errors
 from training.recipe import PARTS, RECIPES, load_recipe, parse_pretrain, recipe_names
@@ -170,7 +174,10 @@ def test_parsed_arguments_are_the_recipes_values(name):
     content = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     args = parse_pretrain(["--recipe", name, *CPU])
     for section, parsed in (("data", args.data), ("model", args.config), ("training", args.training)):
-        assert {key: getattr(parsed, key) for key in content[section]} == content[section]
+        expected = dict(content[section])
+        if "dataloader_num_workers" in expected:
+            expected["dataloader_num_workers"] = min(expected["dataloader_num_workers"], cores())
+        assert {key: getattr(parsed, key) for key in expected} == expected
         assert content[section].items() <= args.settings[section].items()
     assert args.settings["probe"] == content.get("probe", {})
     assert args.training.output_dir == f"runs/{name}"
@@ -191,6 +198,34 @@ def test_a_reproduction_has_the_published_numbers(name):
 
 def test_without_a_recipe_the_quickstart_runs():
     assert parse_pretrain(CPU).recipe == load_recipe("quickstart")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process is not bound to a core there")
+@pytest.mark.parametrize(
+    ("flags", "started"),
+    [
+        ([], 1),
+        (["--streaming", "True"], 8),  # whose order depends on them
+        (["--dataloader_num_workers", "3"], 3),  # a flag is what is asked for
+        (["--dataloader_num_workers", "1"], 1),
+    ],
+)
+def test_a_recipe_starts_as_many_workers_as_there_are_cores(flags, started, capsys):
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            args = parse_pretrain(["--recipe", "photos_gpu", "--dataset_name", "digits", *flags, *CPU])
+            torch.utils.data.DataLoader([0], num_workers=args.training.dataloader_num_workers)
+    finally:
+        os.sched_setaffinity(0, cores)
+    asked = int(flags[1]) if "--dataloader_num_workers" in flags else 8
+    assert args.training.dataloader_num_workers == started
+    assert args.settings["training"]["dataloader_num_workers"] == asked  # which another machine may have cores for
+    becomes = "stays" if started == asked else "becomes 1"
+    said = f"dataloader_num_workers ({asked}) is more than the cores here (1), and {becomes}\n"
+    assert capsys.readouterr().err == said * (asked > 1)
 
 
 def test_flags_override_the_recipe():
@@ -416,6 +451,35 @@ def test_a_folder_of_images_is_the_same_by_any_of_its_paths(claim, tmp_path, mon
             claim("--dataset_name", path)
 
 
+@pytest.mark.parametrize(
+    ("then", "now"), [("digits", "./digits"), ("org/photos", "org/photos"), ("./digits", "digits")]
+)
+def test_a_folder_is_not_the_dataset_of_its_name_on_the_hub_or_built_in(then, now, claim, tmp_path, monkeypatch):
+    """A run went on with the images of the folder, if it had as many."""
+    monkeypatch.chdir(tmp_path)
+    if then.startswith("."):
+        (tmp_path / then).mkdir()
+    claim("--dataset_name", then)
+    (tmp_path / "run" / "checkpoint-9").mkdir()
+    (tmp_path / now).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(ValueError, match="another run: dataset_name is "):
+        claim("--dataset_name", now)
+
+
+def test_a_dataset_that_was_moved_behind_a_link_is_compared_with_what_it_was(claim, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    content = {"train": "12 images 1"}
+    claim("--dataset_name", str(photos), place={"dataset": str(photos), "content": content})
+    (tmp_path / "run" / "checkpoint-9").mkdir()
+    photos.rename(tmp_path / "moved")
+    photos.symlink_to(tmp_path / "moved")
+    moved = {"dataset": str(tmp_path / "moved"), "content": content}
+    assert claim("--dataset_name", str(photos), place=moved) is None
+    with pytest.raises(ValueError, match="split 'train' was 12 images 1 and is 12 images 2"):
+        claim("--dataset_name", str(photos), place=moved | {"content": {"train": "12 images 2"}})
+
+
 def test_another_probe_section_of_a_recipe_does_not_make_another_run(claim, tmp_path):
     claim()
     path = tmp_path / "run" / "recipe.yaml"
@@ -464,6 +528,22 @@ def test_a_run_goes_on_with_the_images_that_it_was_begun_with(claim, tmp_path):
     now = {"dataset": "/data/birds", "content": {"train": "13 images cc", "test": "3 images bb"}}
     with pytest.raises(ValueError, match="split 'train' was 12 images aa and is 13 images cc"):
         claim(place=now)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_run_does_not_lie_in_its_dataset(linked, claim, tmp_path):
+    """Or the next one would train on its figures, and no evaluation would find the images that it has seen."""
+    photos = tmp_path / "photos"
+    (photos / "a").mkdir(parents=True)
+    folder = photos / "a" / "run"
+    if linked:
+        (tmp_path / "link").symlink_to(photos / "a")
+        folder = tmp_path / "link" / "run"
+    place = {"dataset": str(photos), "content": {"train": "1 images 0"}}
+    with pytest.raises(ValueError, match=f"^{folder} lies in {photos}, and would be read as part of it"):
+        claim(folder=folder, place=place)
+    assert not folder.exists()
+    claim(folder=tmp_path / "photos_run", place=place)
 
 
 def test_files_of_something_else_are_left_alone(claim, tmp_path):

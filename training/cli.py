@@ -5,9 +5,13 @@ import copy
 import dataclasses
 import difflib
 import json
+import os
 import re
 import shlex
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from inspect import get_annotations
 from pathlib import Path
 from types import MappingProxyType
@@ -185,11 +189,41 @@ def parse_flags(
             raise ValueError(
                 f"model_args ({namespace.model_args}) is not JSON: write it like '{{\"img_size\": 32}}'"
             ) from error
+    keep_workers = "dataloader_num_workers" in given or bool(getattr(namespace, "streaming", False))
     chosen = {name for name in given | set(defaults) if not DESTINATIONS.fullmatch(name)}
     keys = {section: [f.name for f in offered(kind)] for section, kind in parts.items()}
-    instances = [kind(**{key: getattr(namespace, key) for key in keys[section]}) for section, kind in parts.items()]
     settings = {section: {key: getattr(namespace, key) for key in keys[section] if key in chosen} for section in parts}
+    if asked := getattr(namespace, "dataloader_num_workers", None):
+        namespace.dataloader_num_workers = _workers_here(asked, keep_workers)
+    instances = [kind(**{key: getattr(namespace, key) for key in keys[section]}) for section, kind in parts.items()]
     return namespace, instances, settings
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _workers_here(asked: int, keep: bool) -> int:
+    """How many processes read images: those that a recipe asks for, or as many as there are cores.
+
+    Args:
+        keep: whether to start them all, since the command line asks for them, or the order of a stream depends on them.
+    """
+    if asked <= cores():
+        return asked
+    # torch's own warning, which is for each of its loaders.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    started = asked if keep else cores()
+    becomes = "stays" if keep else f"becomes {started}"
+    _say_once(f"dataloader_num_workers ({asked}) is more than the cores here ({cores()}), and {becomes}")
+    return started
+
+
+@cache
+def _say_once(line: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(line, file=sys.stderr)
 
 
 def names_in_files(kind: Any) -> list[str]:

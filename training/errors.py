@@ -38,8 +38,15 @@ def one_line_errors(
         alone = isinstance(error, DataError) or (isinstance(error, TrainingError) and error.__cause__ is not None)
         if alone or int(os.environ.get("RANK", "0")) == 0:
             reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
-            print("error: " + one_line(reason), file=sys.stderr)
+            print(
+                "error: " + one_line(data_reason(reason) if isinstance(reason, DataError) else reason), file=sys.stderr
+            )
         raise SystemExit(2) from None
+
+
+def data_reason(error: DataError) -> str:
+    """What a `DataError` says. One of a worker process comes with the traceback there, whose last line it is."""
+    return str(error).rstrip().rpartition("\n")[2].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
 
 
 def one_line(text: object) -> str:

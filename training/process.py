@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from .engine import lock
 from .engine.sgd_trainer import REQUEUE
-from .errors import first_line, visible
+from .errors import DataError, data_reason, first_line, one_line, visible
 
 INTERRUPTED = 130  # exit status after Ctrl-C where nothing had to be saved: 128 + SIGINT
 CURSOR_UP = "\x1b[A"
@@ -33,7 +33,8 @@ HEAP_GROWTH = 100_000_000  # bytes by which the heap grows
 def command(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     """A command that ends in order.
 
-    - After Ctrl-C and on a full disk it says one line; a run that is training saves first (`SaveAndStop`).
+    - After Ctrl-C, on a full disk, and where images are gone it says one line; a run that is training saves first
+      (`SaveAndStop`).
     - Its processes leave their group together before Python finalizes: a thread of Gloo that then still wants the
       interpreter aborts the process.
     - It has let go of its folders when it returns.
@@ -56,6 +57,9 @@ def command(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
             if int(os.environ.get("RANK", "0")) == 0:
                 print("Interrupted. What was complete is kept; give the same command again.", file=sys.stderr)
             _end_alone(INTERRUPTED)
+        except DataError as error:  # after the training, whose own are caught there
+            print(f"error: {one_line(data_reason(error))}. Give the same command again", file=sys.stderr)
+            _end_alone(2)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not _tells_of_a_full_disk(error):
                 raise

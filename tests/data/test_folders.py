@@ -1,6 +1,7 @@
 """Folders as people keep them are read as they are meant, or refused in one line that says what to do."""
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -284,3 +285,53 @@ def test_labels_are_those_of_the_column_of_the_metadata_that_is_asked_for(stream
         splits = load_images(DataArguments(dataset_name=str(tmp_path), streaming=streaming, label_column=column))
         assert splits.about["label_column"] == column
     assert "label_column ('weight') is not in" in refusal(tmp_path, streaming=streaming, label_column="weight")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["twice in a file", "in two files"])
+def test_an_image_with_two_labels_in_the_metadata_is_refused(elsewhere, tmp_path):
+    """As where each line is an object of it. The last one was taken."""
+    put(tmp_path / "train", 4)
+    lines = [f"{i}.png,{'ab'[i % 2]}" for i in range(4)]
+    twice = [] if elsewhere else ["1.png,b", "2.png,c"]
+    (tmp_path / "train" / "metadata.csv").write_text("\n".join(["file_name,label", *lines, *twice]))
+    if elsewhere:
+        (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/1.png,b\ntrain/2.png,c\n")
+    assert re.search(
+        r"lists train/2.png twice, with (a and c|c and a): leave one line for each image", refusal(tmp_path)
+    )
+
+
+def test_a_cell_without_text_is_no_label(tmp_path):
+    put(tmp_path / "train", 4)
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n0.png,a\n1.png,\n2.png,NA\n3.png,a\n")
+    splits = load_images(DataArguments(dataset_name=str(tmp_path)))
+    assert splits.class_names == ["NA", "a"]
+    assert splits.train["label"][:] == [1, None, 0, 1]
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_metadata_whose_columns_are_not_separated_by_commas_is_refused(mark, tmp_path):
+    put(tmp_path / "train" / "a", 1)
+    (tmp_path / "train" / "metadata.csv").write_text(f"file_name{mark}label\na/0.png{mark}b\n")
+    assert re.search(
+        r"metadata.csv has the column 'file_name.label': separate its columns by commas", refusal(tmp_path)
+    )
+
+
+def test_a_dataset_that_lies_in_a_folder_of_a_splits_name_is_refused(tmp_path):
+    for part in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        put(tmp_path / "train" / part)
+    assert re.search(
+        rf"^{tmp_path}/train has the splits test, train inside it: pass {tmp_path}/train$", refusal(tmp_path)
+    )
+    assert found(tmp_path / "train") == {"train": {"cat": 3, "dog": 3}, "test": {"cat": 3, "dog": 3}}
+    for part in ("train/a", "test/b", "car/c"):  # classes, one of which is none of these words
+        put(tmp_path / "vehicles" / "train" / part)
+    assert found(tmp_path / "vehicles") == {"train": {"car": 3, "test": 3, "train": 3}}
+
+
+def test_the_remedy_for_a_table_is_not_the_folder_that_passes_over_it(tmp_path):
+    (tmp_path / "list.csv").write_text("path,label\n")
+    assert "is a file, but neither .parquet nor .tar: a list of images must be called metadata.csv" in refusal(
+        tmp_path / "list.csv"
+    )

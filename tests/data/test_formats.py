@@ -9,7 +9,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from numbered_images import CLASSES, encoded, number, table, write_folders, write_parquet
+from numbered_images import CLASSES, encoded, number, table, write_folders, write_parquet, write_tars
 
 from training.data.decode import decode_image
 from training.data.sources import DataArguments, load_images
@@ -100,6 +100,20 @@ def test_a_dataset_saved_to_disk_is_read(tmp_path):
     assert len(load(tmp_path / "one", streaming=True).train) == 6
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("kind", ["torch", "arrow", "pandas", "hidden columns", "few rows"])
+def test_a_dataset_is_read_whatever_format_was_saved_with_it(kind, streaming, tmp_path):
+    rows = table(range(1 if kind == "few rows" else 6))
+    if kind == "hidden columns":
+        rows = rows.with_format(None, columns=["label"])
+    elif kind != "few rows":
+        rows = rows.with_format(kind)
+    rows.save_to_disk(tmp_path / "saved")
+    found = list(load(tmp_path / "saved", streaming=streaming).train)
+    assert [number(decode_image(row["image"])) for row in found] == list(range(len(rows)))
+    assert [(type(row["label"]), row["label"]) for row in found] == [(int, i % 3) for i in range(len(rows))]
+
+
 def test_parquet_files_are_divided_by_their_own_names(tmp_path):
     source = write_parquet(tmp_path / "my test data", [range(3), range(3, 6)])
     write_parquet(source, [range(6, 9)], split="validation")
@@ -170,13 +184,13 @@ def rename(source: Path) -> None:
     (source / "train" / "cat").rename(source / "train" / "kitten")
 
 
-def assert_train_split_is_other_content(source: Path, before: dict[str, str]) -> None:
+def assert_train_split_is_other_content(source: Path, before: dict[str, str], was: str = "12 images") -> None:
     after = load(source).place["content"]
     assert after["train"] != before["train"]
     assert after["test"] == before["test"]
     args = DataArguments(dataset_name=str(source))
     args.content = before
-    with pytest.raises(ValueError, match="is not what the run was begun with: split 'train' was 12 images"):
+    with pytest.raises(ValueError, match=f"is not what the run was begun with: split 'train' was {was}"):
         load_images(args)
 
 
@@ -209,6 +223,48 @@ def test_changed_labels_of_metadata_are_another_content(kind, tmp_path):
     assert before["train"].startswith(f"{bare['train']} with metadata ")  # the images are the same
     label("train", ["b", "a"])
     assert_train_split_is_other_content(source, before)
+
+
+@pytest.mark.parametrize("changed", ["labels", "class names", "paths"])
+def test_a_parquet_file_of_the_same_size_with_other_labels_is_another_content(changed, tmp_path):
+    """Also where its footer is the same, which has the least and the largest label of a group of rows."""
+    source = tmp_path / "source"
+
+    def write(split: str, labels: list[int], names: list[str], paths: str) -> None:
+        images = [{"bytes": encoded(i), "path": f"{paths}{i}.png"} for i in range(6)]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+        source.mkdir(exist_ok=True)
+        pq.write_table(rows.data.table, source / f"{split}.parquet", compression="none", row_group_size=3)
+
+    for split in ("train", "test"):
+        write(split, [0, 1, 2, 0, 1, 2], ["a", "b", "c"], "x")
+    before, size = load(source).place["content"], (source / "train.parquet").stat().st_size
+    assert load(source).place["content"] == before
+    os.utime(source / "train.parquet")
+    assert load(source).place["content"] == before  # it says the same
+    labels = [0, 1, 2, 1, 0, 2] if changed == "labels" else [0, 1, 2, 0, 1, 2]
+    names = ["b", "a", "c"] if changed == "class names" else ["a", "b", "c"]
+    write("train", labels, names, "y" if changed == "paths" else "x")
+    assert (source / "train.parquet").stat().st_size == size
+    for streaming in (False, True):
+        assert load(source, streaming=streaming).place["content"]["train"] != before["train"]
+    assert_train_split_is_other_content(source, before, "1 files")
+
+
+def test_a_tar_of_the_same_size_with_other_labels_is_another_content(tmp_path):
+    source = write_tars(tmp_path / "source")
+    before = load(source).place["content"]
+    assert load(source).place["content"] == before
+    path = source / "train-0.tar"
+    size = path.stat().st_size
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(path, "w") as tar:
+        for member, content in members:
+            tar.addfile(member, io.BytesIO({b"0": b"1", b"1": b"0"}.get(content, content)))
+    assert path.stat().st_size == size
+    assert_train_split_is_other_content(source, before, "2 files")
 
 
 def test_metadata_beside_the_splits_belongs_to_all_of_them(tmp_path):

@@ -127,6 +127,22 @@ def test_images_of_ones_own_know_their_rows_too(dataset):
     assert as_training_images(own, PROCESSOR, seed=0, bank=True) is own
 
 
+@pytest.mark.parametrize("kind", ["torch", "arrow", "pandas", "hidden columns"])
+def test_a_format_of_a_dataset_changes_none_of_its_views(kind):
+    rows = table(range(ROWS)).cast_column("image", datasets.Image())
+    formatted = rows.with_format(None, columns=["label"]) if kind == "hidden columns" else rows.with_format(kind)
+    expected, found = (as_training_images(one, PROCESSOR, seed=0) for one in (rows, formatted))
+    for i in range(ROWS):
+        for name, view in expected[i].items():
+            assert torch.equal(found[i][name], view)
+
+
+def test_a_dataset_with_a_transform_of_its_own_is_refused_in_one_line():
+    rows = table(range(ROWS)).cast_column("image", datasets.Image())
+    with pytest.raises(ValueError, match=r"train_dataset has a transform .*: take it away by with_format\(None\), and"):
+        as_training_images(rows.with_transform(lambda batch: {"pixel_values": batch["image"]}), PROCESSOR, seed=0)
+
+
 def test_views_of_another_number_than_the_run_takes_are_refused():
     both = MapImages(table(range(4)), Views(build_policies("v2"), SIZE))
     of_dicts = Numbered(lambda image: {"pixel_values": image, "key_pixel_values": image})

@@ -175,6 +175,11 @@ def test_sizes_that_would_pad_the_evaluation_crop_are_refused():
     assert DataArguments().evaluation_view() == EvaluationView(256, 224)
 
 
+def test_a_buffer_without_images_is_refused():
+    with pytest.raises(ValueError, match=r"^shuffle_buffer \(-5\) must be at least 1 image, which shuffles nothing$"):
+        DataArguments(shuffle_buffer=-5)
+
+
 @pytest.mark.parametrize("name", ["max_train_samples", "max_eval_samples"])
 @pytest.mark.parametrize("count", [0, -3])
 def test_no_samples_are_refused(name, count):

@@ -223,6 +223,28 @@ def test_rotation_keeps_complete_checkpoints_and_the_best(tmp_path, monkeypatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
 
 
+def test_a_copy_of_a_checkpoint_is_the_users(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-3", "checkpoint-1-good", "checkpoint-9_before", "checkpoints-7"):
+        (tmp_path / name).mkdir()
+        write_manifest(tmp_path / name, layout())
+    assert newest_complete(tmp_path) == (tmp_path / "checkpoint-3", [])
+    rotate(tmp_path, 1, None)
+    left = ["checkpoint-1-good", "checkpoint-3", "checkpoint-9_before", "checkpoints-7"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoint-6"])
+def test_a_run_may_be_called_checkpoint(rows, tmp_path, name):
+    """Its folder was begun anew as a checkpoint when the model was saved there."""
+    folder = tmp_path / name
+    trainer = build(rows, folder, num_train_epochs=1, **SAVING)
+    trainer.train()
+    before = {path.name for path in folder.iterdir()}
+    trainer.save_model(str(folder))
+    assert {path.name for path in folder.iterdir()} >= before | {"model.safetensors"}
+    assert newest_complete(folder)[0] == folder / "checkpoint-6"
+
+
 def test_only_the_newest_checkpoints_are_kept(rows, tmp_path):
     build(rows, tmp_path, num_train_epochs=1, **SAVING | {"save_total_limit": 2}).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]

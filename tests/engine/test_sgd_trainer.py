@@ -142,6 +142,14 @@ REFUSED = [
     ({"warmup_epochs": 3, "num_train_epochs": 3}, "warmup_epochs (3) must be below num_train_epochs (3)"),
     ({"warmup_epochs": 2, "lr_scheduler_type": "linear"}, "and not before linear: pass --warmup_steps"),
     ({"lr_milestones": [1], "warmup_steps": 5}, "warmup_steps (5) does not go with lr_milestones"),
+    ({"learning_rate": -1}, "learning_rate (-1) must be a number of at least 0"),
+    ({"learning_rate": math.nan}, "learning_rate (nan) must be a number of at least 0"),
+    ({"weight_decay": math.inf}, "weight_decay (inf) must be a number of at least 0"),
+    ({"num_train_epochs": math.inf}, "num_train_epochs (inf) must be a number above 0"),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps (0) must be a number of at least 1"),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size (0) must be a number of at least 1"),
+    ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size (0) must be a number of at least 1"),
+    ({"dataloader_num_workers": -1}, "dataloader_num_workers (-1) must be a number of at least 0"),
     ({"lr_milestones": [1], "lr_scheduler_type": "linear"}, "(linear) and lr_milestones (1) are two schedules"),
 ]
 

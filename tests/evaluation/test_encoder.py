@@ -207,6 +207,22 @@ def test_an_evaluation_stops_where_the_images_of_the_run_are_others_now(saved, t
     assert len(load_images(parse_knn([str(run), "--dataset_name", "data"])[1]).train) == 11
 
 
+def test_a_folder_here_is_not_the_dataset_of_its_name_that_a_run_was_trained_on(saved, tmp_path, monkeypatch):
+    """But one on the Hub, with which an evaluation would compare nothing."""
+    run = tmp_path / "run"
+    shutil.copytree(saved / "model", run)
+    (run / SAVED_RECIPE).write_text(yaml.safe_dump({"data": {"dataset_name": "org/photos", "image_size": 16}}))
+    assert parse_knn([str(run)])[1].dataset_name == "org/photos"
+    monkeypatch.chdir(tmp_path)
+    folder = write_folders(tmp_path / "org" / "photos")
+    for parse in (parse_knn, parse_linear_probe, parse_finetune):
+        with pytest.raises(
+            ValueError, match=rf"^org/photos was no folder .* pass --dataset_name {folder} if it is meant"
+        ):
+            parse([str(run), "--use_cpu"])
+    assert len(load_images(parse_knn([str(run), "--dataset_name", "org/photos"])[1]).train) == 12
+
+
 DAMAGED = {
     "metrics.json": ('{"knn_top1_after": 9', "metrics.json is not JSON"),
     "another/metrics.json": ('{"probes": ["official"]}', "metrics.json has official for a probe"),

@@ -1,5 +1,7 @@
 """The kNN monitor against scikit-learn, and features that leave the model as it was."""
 
+import math
+
 import datasets
 import numpy as np
 import pytest
@@ -359,3 +361,17 @@ def test_the_monitor_decodes_small_images_once_and_sees_the_same_again(kept_byte
         monkeypatch.setattr(images, "decode", lambda row, decode=images.decode: decoded.append(row) or decode(row))
     assert watching.look_at_features() == first
     assert len(decoded) == (0 if kept_bytes else len(bank) + len(queries))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"knn_k": [5, 5]}, r"knn_k \(\[5, 5\]\) has a number twice: name each once"),
+        ({"knn_temperature": math.nan}, r"knn_temperature \(nan\) must be above 0"),
+        ({"per_device_eval_batch_size": 0}, r"per_device_eval_batch_size \(0\) must be at least 1"),
+        ({"dataloader_num_workers": -1}, r"dataloader_num_workers \(-1\) must be at least 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_encoded(settings, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        KNNArguments(**settings)

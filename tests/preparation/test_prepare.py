@@ -364,6 +364,16 @@ def test_an_unfinished_folder_is_no_dataset(stopped, streaming, prepared, tmp_pa
     assert "is not finished" in refuse([str(folder), str(tmp_path / "again"), *FLAGS], capsys)
 
 
+def test_the_files_of_a_prepared_dataset_are_not_read_without_its_record(prepared, tmp_path):
+    """Which says whether the last ones were written."""
+    folder = tmp_path / "photos"
+    shutil.copytree(prepared, folder)
+    with pytest.raises(ValueError, match=rf"^{folder}/data has the files of a prepared dataset.*: pass {folder}$"):
+        load_images(DataArguments(dataset_name=str(folder / "data"), image_size=SIDE))
+    (folder / "prepared.json").unlink()
+    assert len(load_images(DataArguments(dataset_name=str(folder / "data"), image_size=SIDE)).train)
+
+
 def test_a_finished_folder_that_has_lost_a_split_is_no_dataset(prepared, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(prepared, folder)

@@ -20,6 +20,7 @@ from masked_images import (
 from PIL import Image
 
 from modeling_moco import MoCoConfig, MoCoModel
+from training.errors import DataError
 from training.segmentation.dataset.layouts import CITYSCAPES_CLASSES
 from training.segmentation.dataset.opening import SegmentationDataArguments, load_segmentation
 
@@ -43,6 +44,31 @@ CITY[:3] = (0, 13, 11)  # road, car, person
 def load(folder, train="train", test="test", **flags):
     names = {"train_split": train, "eval_split": test}
     return load_segmentation(SegmentationDataArguments(dataset_name=str(folder), **names | flags))
+
+
+def test_what_is_exchanged_in_a_training_ends_it_and_a_removed_image_is_unreadable(tmp_path):
+    folder = write_folder(tmp_path / "data")
+    split = load(folder).train
+    images, masks = folder / "train" / "images", folder / "train" / "masks"
+    Image.new("RGB", (30, 40)).save(images / "00.png")
+    with pytest.raises(DataError, match=r"00.png has 30 x 40 pixels, and had 72 x 48 when the split was opened"):
+        split.image(0)
+    (images / "01.png").unlink()
+    with pytest.raises(FileNotFoundError):
+        split.image(1)
+    Image.new("L", (30, 40)).save(masks / "02.png")
+    Image.fromarray(np.zeros((72, 48), np.uint8)).save(masks / "03.png")
+    for number in (2, 3):
+        with pytest.raises(
+            DataError, match=rf"the mask of .*0{number}.png is not the one with which the split was opened"
+        ):
+            split.mask(number)
+    (masks / "04.png").unlink()
+    with pytest.raises(
+        DataError, match=r"the mask of .*04.png cannot be read \(.*No such file.*\): bring its file back"
+    ):
+        split.mask(4)
+    split.mask(5)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -12,7 +12,7 @@ from modeling_moco import MoCoModel
 from ..cli import build_parser, how_to_run, section_of_file
 from ..data.sources import DataArguments
 from ..engine.page import read_run, write_report
-from ..engine.run_folder import SAVED_RECIPE, TRAINING, recorded_content
+from ..engine.run_folder import SAVED_RECIPE, TRAINING, recorded_content, refuse_namesake
 from ..errors import one_line_errors
 from ..evaluation.encoder import Encoder, not_there
 from ..process import command, keep_freed_memory
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
         missing = None
         try:
             data = DataArguments(**section_of_file(folder / SAVED_RECIPE, "data", run.recipe["data"], DataArguments))
+            refuse_namesake(run.recipe["data"].get("dataset_name"), data.dataset_name)
             data.content = recorded_content(folder, data.dataset_name)
             draw_features(model, open_images(data), data, folder)
         except ValueError as error:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from datasets.utils.file_utils import xopen
 from tqdm import tqdm
 
-from ..errors import one_line
+from ..errors import one_line, shown
 from .decode import EXTENSIONS, is_an_image
 
 SPLITS = {"training": "train", "testing": "test"} | {
@@ -49,6 +49,8 @@ OF_MASKS = {"annotations", "ground_truth", "gt", "labels", "mask", "masks", "seg
 SCANNERS = 16  # threads that list folders: a network file system answers each request after a while
 NO_FILE = -2  # as a size
 MOST_UNPACKED = 10  # times the size of a file of images, which are compressed already: what unpacks to more is a trap
+FOOTER_END = 8  # bytes behind a footer of parquet
+PIECE = 2**20  # bytes that are read at once
 LITTLE = 2**28  # bytes that any file may unpack to
 FEW_ROWS = 100_000  # that any file may have
 LEAST_ROW = 16  # bytes of a file for each of more rows: no image takes less
@@ -192,6 +194,8 @@ def arrange(root: Path, files: Iterable[FoundFile], asked: Iterable[str] = ()) -
     folder = FolderOfImages(root, {"train": images} if splits is None else splits, level, left_out)
     if splits is None:
         _refuse_splits_in_classes(root, images)
+    else:
+        _refuse_splits_in_splits(root, splits)
     _refuse_masks(folder)
     _refuse_two_names_of_one_file(folder)
     return folder
@@ -279,6 +283,16 @@ def _refuse_splits_in_classes(root: Path, images: list[FoundFile]) -> None:
             raise ValueError(f"{root / top} has the splits {', '.join(sorted(words))} inside it: {remedy}")
 
 
+def _refuse_splits_in_splits(root: Path, splits: dict[str, list[FoundFile]]) -> None:
+    # As an archive is unpacked into a folder of its own name. A class may be called train, but not all of them.
+    for files in splits.values():
+        inside = {file.parts[1] for file in files if len(file.parts) > 2}
+        deep = {file.parts[1] for file in files if len(file.parts) > 3}
+        if len(inside) > 1 and inside == deep and all(name.lower() in SPLITS for name in inside):
+            place = root / files[0].parts[0]
+            raise ValueError(f"{place} has the splits {', '.join(sorted(inside))} inside it: pass {place}")
+
+
 def _refuse_masks(folder: FolderOfImages) -> None:
     for name, files in folder.splits.items():
         classes = {label.lower(): label for file in files if (label := folder.class_of(file)) is not None}
@@ -303,11 +317,13 @@ def _refuse_two_names_of_one_file(folder: FolderOfImages) -> None:
             )
 
 
-def check_data_file(address: str | Path) -> None:
+def check_data_file(address: str | Path, digest: Any = None) -> None:
     """Look at what a data file unpacks to, by its footer or the headers of its members, before memory is taken.
 
     Args:
         address: path of a parquet, tar or zip file, or where one lies on the Hub; files of other formats pass.
+        digest: of hashlib. It takes what tells a parquet or tar file from others of its size: labels and all else beside the
+            images, and how large these are.
 
     Raises:
         ValueError: it is damaged, or unpacks to far more than images do.
@@ -319,7 +335,7 @@ def check_data_file(address: str | Path) -> None:
         with xopen(str(address), "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
-            reason = why_not(file, size)
+            reason = why_not(file, size, digest)
     except (OSError, tarfile.TarError, BadZipFile, pa.ArrowException) as error:
         raise ValueError(
             f"{address} cannot be read ({one_line(error)}): see that it is whole, and a tar without compression"
@@ -328,25 +344,49 @@ def check_data_file(address: str | Path) -> None:
         raise ValueError(f"{address} ({size:,} bytes) {reason}: it is not read, because it would fill the memory")
 
 
-def _why_not_this_parquet(file: BinaryIO, size: int) -> str | None:
+def _why_not_this_parquet(file: BinaryIO, size: int, digest: Any) -> str | None:
     footer = pq.read_metadata(file)
     if footer.num_rows > max(FEW_ROWS, size // LEAST_ROW):
         return f"claims {footer.num_rows:,} rows, more than it can have images"
-    return _why_not_so_many(
-        max((footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)), default=0), size
-    )
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    reason = _why_not_so_many(max((group.total_byte_size for group in groups), default=0), size)
+    if reason is None and digest is not None:
+        length = footer.serialized_size + FOOTER_END
+        _update(digest, file, size - length, length)
+        others = [i for i in range(footer.num_columns) if not _has_bytes(footer.schema.column(i))]
+        for column in (group.column(i) for group in groups for i in others):
+            starts = [column.data_page_offset, column.dictionary_page_offset]
+            _update(digest, file, min(start for start in starts if start is not None), column.total_compressed_size)
+    return reason
 
 
-def _why_not_this_tar(file: BinaryIO, size: int) -> str | None:
+def _has_bytes(column: Any) -> bool:
+    """Whether a column of a parquet file may have images: bytes that are no text."""
+    return bool(column.physical_type == "BYTE_ARRAY" and column.logical_type.type == "NONE")
+
+
+def _update(digest: Any, file: BinaryIO, start: int, count: int) -> None:
+    """Give a digest `count` bytes of a file, or as many as there are, whatever the file claims."""
+    file.seek(max(0, start))
+    while count > 0 and (piece := file.read(min(count, PIECE))):
+        digest.update(piece)
+        count -= len(piece)
+
+
+def _why_not_this_tar(file: BinaryIO, size: int, digest: Any) -> str | None:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while member := tar.next():
             tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
             if member.issparse() or member.name.lower().endswith(PACKED):
                 return f"has a packed member, {one_line(member.name)}"
+            if digest is not None:
+                digest.update(f"{member.name}\n{member.size}\n".encode(errors="surrogateescape"))
+                if splitext(member.name)[1].lower() not in EXTENSIONS:
+                    _update(digest, file, member.offset_data, member.size)
     return None
 
 
-def _why_not_this_zip(file: BinaryIO, size: int) -> str | None:
+def _why_not_this_zip(file: BinaryIO, size: int, digest: Any) -> str | None:
     with ZipFile(file) as archive:
         return _why_not_so_many(sum(member.file_size for member in archive.infolist()), size)
 
@@ -432,7 +472,7 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
         strings or integers by path; None where no metadata has that column.
 
     Raises:
-        ValueError: the metadata cannot be read, lists no image, or one that is not there.
+        ValueError: the metadata cannot be read, lists no image, one that is not there, or one with two labels.
     """
     labels: dict[str, Any] = {}
     found = False
@@ -440,7 +480,12 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
         if (columns := _read_metadata(path, column)) is not None:
             found = True
             names = (f"{place}/{name}".removeprefix("/") for name in columns[FILE_NAME])
-            labels |= dict(zip(names, columns[column], strict=True))
+            for name, label in zip(names, columns[column], strict=True):
+                if labels.setdefault(name, label) != label:
+                    raise ValueError(
+                        f"metadata of {folder.root} lists {name} twice, with {shown(labels[name])} and {shown(label)}: leave "
+                        "one line for each image"
+                    )
     if not found:
         return None
     if not labels:
@@ -479,8 +524,12 @@ def _read_metadata(path: Path, column: str) -> dict[str, list[Any]] | None:
         raise ValueError(
             f"{path} cannot be read ({one_line(error)}): mend it, or remove it to take the classes from folders"
         ) from error
+    if FILE_NAME not in used and (joined := next((name for name in columns if FILE_NAME in name), None)):
+        raise ValueError(f"{path} has the column {shown(joined)!r}: separate its columns by commas")
     if column not in used:
         return None
+    if path.suffix == ".csv":  # a cell without text is no label, and no class of that name
+        used[column] = [None if label == "" else label for label in used[column]]
     if FILE_NAME not in used:
         raise ValueError(f"{path} has no column {FILE_NAME!r}, only {', '.join(columns)}: rename the one with paths")
     return used

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from modeling_moco.distributed_moco import rank
 
 from ..cli import how_to_run
 from ..engine.checkpoints import decided_by_main
-from ..engine.files import read_json, whole_file
-from ..engine.run_folder import PREPARED
+from ..engine.files import read_json, whole_file, write_json
+from ..engine.run_folder import DIGITS, PREPARED
 from ..errors import DataError, one_line
 from .folders import (
     HOW,
@@ -47,10 +48,11 @@ from .folders import (
 )
 from .hub import commit_on_the_hub, wait_for_the_hub
 
-DIGITS = "digits"
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 FILES_AT_A_TIME = 16  # to check
 ROWS_PER_SHARD = 1000  # of a folder of images that is read as a stream
+TABLES = (".csv", ".jsonl", ".json")
+STREAMED_SHARDS = 4  # of a dataset that has no files
 ON_THE_HUB = re.compile(r"hf://datasets/(?P<repo_id>[^@]+)@(?P<revision>[0-9a-f]{40})/(?P<filename>.+)")
 COMMIT = "commit "  # and its digest: what identifies the rows of a dataset on the Hub
 
@@ -63,8 +65,8 @@ class Opened:
         splits: a `datasets.Dataset`, or with `--streaming` an `IterableDataset`, by name.
         files: data files of each split, where it has some.
         lengths: rows of each shard of a split that is streamed, where they are known.
-        content: what identifies the rows of each split: number and digest of local files, with that of their metadata, or the
-            commit on the Hub.
+        content: what identifies the rows of each split: number and digest of local files, with their labels, or the commit on
+            the Hub.
         from_folders: whether the classes are names of folders.
         account: of the files of a folder, or of the commit on the Hub, in words.
         places: see `Decoder`.
@@ -111,7 +113,7 @@ def open_dataset(
     if name == DIGITS:
         digits: dict[str, Any] = dict(load_digits())
         if streaming:
-            digits = {split: rows.to_iterable_dataset(num_shards=4) for split, rows in digits.items()}
+            digits = {split: _as_stream(rows) for split, rows in digits.items()}
         return Opened(digits)
     path = Path(name)
     if path.is_dir() and config is None:
@@ -181,7 +183,7 @@ def _check_files_on_the_hub(builder: datasets.DatasetBuilder, name: str, streami
     if not streaming:  # to where `download_and_prepare` finds them
         with _one_line_of(name):
             addresses = datasets.DownloadManager(record_checksums=False).download(addresses)
-    _check_once(_digest(addresses), addresses)
+    _look_once(_digest(addresses), addresses, identify=False)  # its commit identifies it
 
 
 def _in_the_cache(urls: list[str]) -> list[str]:
@@ -265,12 +267,13 @@ def _look_into(root: Path, asked: set[str], label_column: str) -> _Index | dict[
 def _refuse_unfinished(root: Path) -> None:
     """
     Raises:
-        ValueError: the folder is that of a prepared dataset, some files of which are still to be written.
+        ValueError: the folder is that of a prepared dataset, some files of which are still to be written; or the one of its
+            files, which does not say whether they are all there.
     """
-    if not (root / PREPARED).is_file():
-        return
-    record = read_json(root / PREPARED, "bring it back")
-    if not isinstance(record, dict) or "images_per_shard" not in record:  # something else of this name
+    if root.name == "data" and _prepared(root.parent) is not None:
+        raise ValueError(f"{root} has the files of a prepared dataset, without their record: pass {root.parent}")
+    record = _prepared(root)
+    if record is None:
         return
     files = record.get("files")  # which are written last
     if not isinstance(files, dict) or not all((root / "data" / name).is_file() for name in files):
@@ -280,15 +283,30 @@ def _refuse_unfinished(root: Path) -> None:
         )
 
 
+def _prepared(folder: Path) -> dict[str, Any] | None:
+    """The record of a prepared dataset; None for another folder."""
+    if not (folder / PREPARED).is_file():
+        return None
+    record = read_json(folder / PREPARED, "bring it back")
+    return record if isinstance(record, dict) and "images_per_shard" in record else None
+
+
 def _no_images(root: Path, folder: FolderOfImages) -> str:
     if not folder.left_out:
         return f"dataset_name ({root}) is an empty folder: pass one with images as in {HOW}"
-    tables = [name for name in ("csv", "jsonl", "json") if any(root.rglob(f"*.{name}"))]
+    tables = [extension for extension in TABLES if any(root.rglob(f"*{extension}"))]
     remedy = f"pass a folder as in {HOW}, or one with parquet or tar files"
     if tables:
-        name = f"metadata.{tables[0]}"
-        remedy += f"; a list of images must be called {name}, lie beside them, and have the columns file_name and label"
+        remedy += f"; {_as_metadata(tables[0])}"
     return f"dataset_name ({root}) has {folder.account()}: {remedy}"
+
+
+def _as_metadata(extension: str) -> str:
+    name = "metadata.csv" if extension == ".csv" else "metadata.jsonl"
+    return (
+        f"a list of images must be called {name}, lie beside them in the folder that is passed, and have the columns "
+        "file_name and label"
+    )
 
 
 def _write_index(folder: FolderOfImages, column: str, feature: Any, labels: dict[str, list[Any]]) -> _Index:
@@ -375,11 +393,13 @@ def _open_data_files(root: Path, splits: dict[str, list[FoundFile]], streaming: 
     kinds = {file.extension for files in splits.values() for file in files}
     if len(kinds) > 1:
         raise ValueError(f"dataset_name ({root}) has {' and '.join(sorted(kinds))} files: pass a folder with one kind")
-    content = {
-        split: f"{len(files):,} files {_digest((f.path, f.size) for f in files)}" for split, files in splits.items()
-    }
     state = _digest((f.path, f.size, f.stamp) for files in splits.values() for f in files)
-    decided_by_main(lambda: _check_once(state, [root / file.path for files in splits.values() for file in files]))
+    paths = [root / file.path for files in splits.values() for file in files]
+    digests = dict(zip(paths, decided_by_main(lambda: _look_once(_digest([root, state]), paths)), strict=True))
+    content = {
+        split: f"{len(files):,} files {_digest((f.path, f.size, digests[root / f.path]) for f in files)}"
+        for split, files in splits.items()
+    }
     # The paths are patterns to `datasets`, and its cache goes by a file's time alone: names are escaped, and the name of the
     # configuration has what else may change.
     names = {split: [glob.escape(f"{root}/{file.path}") for file in files] for split, files in splits.items()}
@@ -389,21 +409,38 @@ def _open_data_files(root: Path, splits: dict[str, list[FoundFile]], streaming: 
     return replace(_read(builder, str(root), streaming), content=content)
 
 
-def _check_once(state: str, files: Sequence[str | Path]) -> None:
+def _look_once(state: str, files: Sequence[str | Path], identify: bool = True) -> list[str]:
+    """Check data files (`check_data_file`), and what tells each from others of its size.
+
+    Args:
+        state: identifies the files and when they were changed.
+    """
     # The members of large tars take a minute, and each request to the Hub a while.
-    passed = Path(datasets.config.HF_DATASETS_CACHE) / "checked_files" / state
-    if not passed.exists():
-        with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
-            checks = pool.map(check_data_file, files)
-            for _ in tqdm(checks, "checking", len(files), unit=" files", disable=None, leave=False, dynamic_ncols=True):
-                pass
-        passed.parent.mkdir(parents=True, exist_ok=True)
-        passed.touch()
+    kept = Path(datasets.config.HF_DATASETS_CACHE) / "known_files" / f"{state}.json"
+    if kept.is_file():
+        digests: list[str] = read_json(kept, "delete it")
+        return digests
+    look = partial(_look_at_data_file, identify=identify)
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        looked_at = pool.map(look, files)
+        bar = tqdm(looked_at, "checking", len(files), unit=" files", disable=None, leave=False, dynamic_ncols=True)
+        digests = list(bar)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_json(kept, digests)
+    return digests
+
+
+def _look_at_data_file(file: str | Path, identify: bool) -> str:
+    digest = hashlib.sha256()
+    check_data_file(file, digest if identify else None)
+    return digest.hexdigest()
 
 
 def _open_file(path: Path, streaming: bool, split: str) -> Opened:
     if path.suffix.lower() not in BUILDERS:
         remedy = NEEDS.get(path.suffix.lower(), "pass the folder that contains it")
+        if path.suffix.lower() in TABLES:
+            remedy = _as_metadata(path.suffix.lower())
         raise ValueError(f"dataset_name ({path}) is a file, but neither .parquet nor .tar: {remedy}")
     stat = path.stat()
     file = FoundFile(path.name, stat.st_size, stat.st_ino, max(stat.st_mtime_ns, stat.st_ctime_ns))
@@ -421,9 +458,15 @@ def _open_saved(root: Path, streaming: bool) -> Opened:
         ) from error
     splits: dict[str, Any] = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     content = {split: f"{len(rows):,} rows {rows._fingerprint}" for split, rows in splits.items()}
+    # A format that was saved with the rows would make other things of them, or hide columns.
+    splits = {split: rows.with_format(None) for split, rows in splits.items()}
     if streaming:
-        splits = {split: rows.to_iterable_dataset(num_shards=4) for split, rows in splits.items()}
+        splits = {split: _as_stream(rows) for split, rows in splits.items()}
     return Opened(splits, content=content)
+
+
+def _as_stream(rows: datasets.Dataset) -> datasets.IterableDataset:
+    return rows.to_iterable_dataset(num_shards=min(STREAMED_SHARDS, max(1, len(rows))))
 
 
 def load_digits() -> datasets.DatasetDict:

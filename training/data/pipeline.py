@@ -193,16 +193,17 @@ def _indexed(dataset: Any, views: Views | OwnViews, seed: int, bank: bool) -> Ma
     if isinstance(dataset, datasets.Dataset):
         if dataset.format["type"] == "custom":
             raise ValueError(
-                "train_dataset has a transform of its own (set_transform), and views are made of its images as they are "
-                "stored: pass train_dataset.with_format(None), and what it does as view"
+                "train_dataset has a transform (set_transform), but the trainer makes the views of its images: take it away by "
+                "with_format(None), and pass a view of your own as view="
             )
+        dataset = dataset.with_format(None)  # which would make other things of its rows, or hide columns
         columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
         if len(columns) != 1:
             raise ValueError(
                 f"train_dataset has {len(columns)} image columns among {', '.join(dataset.column_names)}: keep one, and cast "
                 "it to datasets.Image"
             )
-        rows = dataset.with_format(None).select_columns(columns)
+        rows = dataset.select_columns(columns)
         if columns != ["image"]:
             rows = rows.rename_column(columns[0], "image")
         own = Decoder(places=("",))  # whoever made it in Python has chosen its paths

@@ -16,10 +16,11 @@ import numpy as np
 from modeling_moco import MoCoConfig, MoCoImageProcessor
 from modeling_moco.distributed_moco import rank
 
+from ..engine.run_folder import DIGITS
 from ..errors import shown
 from ..views.pil import EvaluationView
 from .decode import MAX_PIXELS, Decoder, Unreadable, name_of
-from .formats import COMMIT, DIGITS, Opened, absolute_name, open_dataset
+from .formats import COMMIT, Opened, absolute_name, open_dataset
 from .images import MapImages
 from .labels import SplitLabels, find_label_problem, find_renamed_class, number_classes, read_labels, subset_warnings
 from .shards import ShardedRows, are_parquet, count_rows
@@ -205,6 +206,8 @@ class DataArguments(CropDataArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer ({self.shuffle_buffer}) must be at least 1 image, which shuffles nothing")
         if self.crop_min_scale is not None and not 0 < self.crop_min_scale <= 1:
             raise ValueError(
                 f"crop_min_scale ({self.crop_min_scale}) must lie in (0, 1]: it is a fraction of the image's area"

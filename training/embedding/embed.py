@@ -27,7 +27,7 @@ from ..engine import lock
 from ..engine.checkpoints import decided_by_main
 from ..engine.files import UNFINISHED, read_object, write_json, write_whole
 from ..engine.results import Feature, encoder_digest
-from ..engine.run_folder import EMBEDDED, LOCK, UNREADABLE
+from ..engine.run_folder import EMBEDDED, LOCK, UNREADABLE, refuse_inside
 from ..errors import one_line, shown
 from ..evaluation.features import encode_in_order
 from .shards import DATA, Shard, find_missing, row_features, shards_of, write_shard
@@ -142,12 +142,13 @@ def claim(folder: Path, record: dict[str, Any]) -> None:
     """Make a folder the place of this set, and this process's own until its end.
 
     Raises:
-        ValueError: it holds another set or something else, another process is writing to it, or it cannot be written. All
-            processes raise it.
+        ValueError: it holds another set or something else, it lies in the dataset, another process is writing to it, or it
+            cannot be written. All processes raise it.
     """
 
     def decide() -> None:
         check_place(folder, record)
+        refuse_inside(folder, record["dataset"])
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.take(folder)

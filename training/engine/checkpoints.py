@@ -5,6 +5,7 @@ A checkpoint counts from the moment that its manifest, written last, is there an
 
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,14 +15,24 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_moco.distributed_moco import rank, world_size
 
 from ..errors import one_line
 from . import lock
 from .files import check_model_files, inside, read_json, write_json
-from .run_folder import DATASET, MANIFEST, check_free, check_same_data, check_same_run, ended, has_begun, write_recipe
+from .run_folder import (
+    DATASET,
+    MANIFEST,
+    check_free,
+    check_same_data,
+    check_same_run,
+    ended,
+    has_begun,
+    refuse_inside,
+    write_recipe,
+)
 
 T = TypeVar("T")
 
@@ -185,7 +196,14 @@ def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
 
 
 def _by_step(output_dir: Path) -> list[Path]:
-    return [Path(path) for path in sort_checkpoints(str(output_dir), PREFIX_CHECKPOINT_DIR)]
+    # Other names may be a user's, as that of a copy, checkpoint-500-good.
+    found = filter(is_checkpoint, output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder has the name of a checkpoint."""
+    return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-[0-9]+", path.name) is not None and path.is_dir()
 
 
 def newest_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -264,13 +282,14 @@ def claim_output_dir(
         the checkpoint to continue from, if any.
 
     Raises:
-        ValueError: another process is writing to it, it holds another run or something else, its dataset has changed, or it
-            cannot be written. All processes raise it, whichever of them has noticed.
+        ValueError: another process is writing to it, it holds another run or something else, it lies in the dataset, the
+            dataset has changed, or it cannot be written. All processes raise it, whichever of them has noticed.
     """
     folder = Path(str(training.output_dir))
 
     def claim() -> str | None:
         check_free(folder)
+        refuse_inside(folder, place["dataset"])
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.take(folder)

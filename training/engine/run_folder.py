@@ -15,6 +15,7 @@ import yaml
 from ..errors import one_line, shown
 from .files import UNFINISHED, inside, leads_out, read_object, write_json, write_whole
 
+DIGITS = "digits"  # name of the dataset that is built in
 SAVED_RECIPE = "recipe.yaml"  # the settings of a run, in its output directory
 MANIFEST = "manifest.json"  # of a checkpoint, written last
 METRICS = "metrics.json"  # what a run, a probe or a fine-tuning came to
@@ -115,6 +116,19 @@ def check_free(folder: Path) -> None:
         return
     if not folder.is_dir() or any(not path.name.startswith(FIRST_FILES) for path in folder.iterdir()):
         raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
+
+
+def refuse_inside(folder: Path, dataset: str) -> None:
+    """
+    Args:
+        folder: to write to.
+        dataset: its name, or absolute path.
+
+    Raises:
+        ValueError: the folder lies in that of the dataset, whose images or data files those of a run would become.
+    """
+    if Path(dataset).is_dir() and folder.resolve().is_relative_to(Path(dataset).resolve()):
+        raise ValueError(f"{folder} lies in {dataset}, and would be read as part of it: name another folder")
 
 
 NUMBER = int | float | None  # None is what was not measured
@@ -284,13 +298,33 @@ def recorded_content(folder: Path, dataset: str) -> dict[str, str]:
         isinstance(text, str) for text in (place.get("dataset"), *content.values())
     ):
         raise ValueError(f"{path} has no dataset with the content of its splits: {remedy}")
-    return content if place["dataset"] == dataset else {}
+    return content if _are_same("dataset_name", place["dataset"], dataset) else {}
+
+
+def refuse_namesake(recorded: Any, now: str) -> None:
+    """
+    Args:
+        recorded: the name of a run's dataset, which is an absolute path if that was a folder.
+        now: what that name is here.
+
+    Raises:
+        ValueError: it is a folder here, and was none.
+    """
+    if isinstance(recorded, str) and Path(now).is_absolute() and not Path(recorded).is_absolute():
+        raise ValueError(
+            f"{recorded} was no folder where the run was trained on it, and here is one of that name: give the command from "
+            f"another folder, or pass --dataset_name {now} if it is meant"
+        )
 
 
 def _are_same(key: str, then: Any, now: Any) -> bool:
-    # A run keeps the absolute path of a folder, which may be gone when the same command names it from here.
-    paths = key in PATHS and isinstance(then, str) and isinstance(now, str)
-    return then == now or (paths and Path(then).resolve() == Path(now).resolve())
+    if then == now or key not in PATHS or not (isinstance(then, str) and isinstance(now, str)):
+        return bool(then == now)
+    # A run keeps the absolute path of a folder, which may be gone when the same command names it from here. Another name of a
+    # dataset is that of one on the Hub, or built in, whatever folder has it here.
+    if key == "dataset_name" and (DIGITS in (then, now) or not Path(then).is_absolute()):
+        return False
+    return Path(then).resolve() == Path(now).resolve()
 
 
 def drawn(folder: Path, names: Iterable[str] = FIGURES) -> list[Path]:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 from modeling_moco.distributed_moco import world_size
 
 from ..cli import how_to_run
-from ..errors import DataError, TrainingError, one_line_errors
+from ..errors import DataError, TrainingError, data_reason, one_line_errors
 from ..optimization.choice import DEFAULTS, LARS, check_name, optimizer_in_words, parse_arguments
 from ..optimization.lars import Lars
 from ..optimization.schedules import Scaling, epoch_schedule, rates_in_words, scaled_rate, warmup_schedule
@@ -44,6 +44,10 @@ REQUEUE = (
     75  # exit status after a SIGTERM or Ctrl-C: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
 )
 NEVER = torch.iinfo(torch.int64).max
+LEAST = {
+    **dict.fromkeys(("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"), 1),
+    **dict.fromkeys(("learning_rate", "weight_decay", "dataloader_num_workers"), 0),
+}
 # What transformers calls its settings for the Hub. Only pretraining publishes while it runs.
 PUBLISHING = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")
 
@@ -197,13 +201,16 @@ class SGDTrainingArguments(TrainingArguments):
         self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
 
     def _check_values(self) -> None:
+        for name, least in LEAST.items():
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be a number of at least {least}")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
                 f"max_steps ({self.max_steps}) must be at least 1: leave it out to train for num_train_epochs"
             )
-        if self.max_steps < 0 and self.num_train_epochs <= 0:
+        if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(
-                f"num_train_epochs ({self.num_train_epochs}) must be above 0: there is nothing to train for"
+                f"num_train_epochs ({self.num_train_epochs}) must be a number above 0: there is nothing to train for"
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns (True) would remove the views: leave it off")
@@ -432,11 +439,9 @@ class SGDTrainer(Trainer):
             with self._stop.receiving():
                 result = super().train(checkpoint, *args, **kwargs)
         except DataError as error:
-            # From a worker process it comes with the traceback there, whose last line it is.
-            reason = (
-                str(error).rstrip().rpartition("\n")[2].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
-            )
-            raise TrainingError(f"{reason}; {self._last_checkpoint()}. Give the same command to continue") from error
+            raise TrainingError(
+                f"{data_reason(error)}; {self._last_checkpoint()}. Give the same command to continue"
+            ) from error
         except (OSError, RuntimeError, SafetensorError) as error:
             if (failure := self._checkpoints.explain(error)) is None:
                 raise
@@ -452,7 +457,8 @@ class SGDTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):  # a checkpoint is begun with its model
+        of_step = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if _internal_call and folder == of_step:  # a checkpoint is begun with its model
             self._check_finite(weights=True)
             self._checkpoints.begin(folder)
             super().save_model(str(folder), _internal_call=True)

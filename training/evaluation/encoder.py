@@ -30,6 +30,7 @@ from ..engine.run_folder import (
     read_metrics,
     read_sections,
     recorded_content,
+    refuse_namesake,
 )
 from ..engine.sgd_trainer import PUBLISHING, SGDTrainingArguments
 from ..errors import first_line, one_line
@@ -351,6 +352,8 @@ def parse_evaluation(
         values = {"output_dir": str(encoder.results_dir / output)} | values
     _, instances, settings = parse_flags(parser, parts, argv, values)
     data = instances[list(parts).index("data")]
+    if "dataset_name" not in given:
+        refuse_namesake(recipe["data"].get("dataset_name"), data.dataset_name)
     if "dataset_name" in settings["data"]:
         settings["data"]["dataset_name"] = data.dataset_name
     for folder in _folders_of(known.model):

@@ -4,6 +4,7 @@ The bank stays divided over the processes: each finds the nearest neighbours of 
 chunk on its device, and the best of all parts vote. Shapes: `B` bank, `Q` queries, `D` feature width, `k` neighbours.
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,12 @@ class KNNArguments:
             raise ValueError(f"report_to ({', '.join(unknown)}) must be of {', '.join(TRACKERS)}")
         if not self.knn_k or min(self.knn_k) < 1:
             raise ValueError(f"knn_k ({self.knn_k}) must be at least 1: the papers' protocol has 200")
-        if self.knn_temperature <= 0:
+        for name, least in (("per_device_eval_batch_size", 1), ("dataloader_num_workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
+        if len(set(self.knn_k)) < len(self.knn_k):
+            raise ValueError(f"knn_k ({self.knn_k}) has a number twice: name each once")
+        if not 0 < self.knn_temperature < math.inf:
             raise ValueError(f"knn_temperature ({self.knn_temperature}) must be above 0: the papers' protocol has 0.07")
 
 

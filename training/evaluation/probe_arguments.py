@@ -72,12 +72,12 @@ class LinearProbeArguments(SGDTrainingArguments):
             for f in fields(self):
                 if f.name in OF_OFFICIAL:
                     setattr(self, f.name, f.default)
-        super().__post_init__()
         name = "learning_rate" if self.learning_rates is None else "learning_rates"
         if not self.given_rates or not all(0 < rate < math.inf for rate in self.given_rates):
             raise ValueError(f"{name} ({_listed(self.given_rates)}) must be above 0: the published one is 30")
         if len({f"{rate:g}" for rate in self.given_rates}) < len(self.given_rates):
             raise ValueError(f"{name} ({_listed(self.given_rates)}) has a learning rate twice: name each once")
+        super().__post_init__()
 
     @property
     def rates(self) -> list[float]:

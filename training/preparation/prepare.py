@@ -29,13 +29,14 @@ from PIL import features
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..cli import cores
 from ..data.decode import public_path
 from ..data.sources import AllSplits, SplitDataArguments
 from ..embedding.shards import DATA, Shard, find_missing
 from ..engine import lock
 from ..engine.files import UNFINISHED, below, read_object, write_json, write_whole
 from ..engine.preemption import outlive_signals
-from ..engine.run_folder import LOCK, PREPARED, UNREADABLE
+from ..engine.run_folder import LOCK, PREPARED, UNREADABLE, refuse_inside
 from ..errors import one_line, shown
 from ..hub.model_card import public_name
 from .resize import Resizer, Stored
@@ -96,7 +97,7 @@ class PrepareArguments:
     @property
     def workers(self) -> int:
         """Processes that read and resize images."""
-        return (os.cpu_count() or 1) if self.dataloader_num_workers is None else self.dataloader_num_workers
+        return cores() if self.dataloader_num_workers is None else self.dataloader_num_workers
 
 
 def describe(data: PrepareDataArguments, images: AllSplits, args: PrepareArguments) -> dict[str, Any]:
@@ -135,8 +136,7 @@ def check_place(folder: Path, source: str, record: dict[str, Any]) -> dict[str, 
     Raises:
         ValueError: it holds another dataset or something else, or it lies in the source.
     """
-    if Path(source).is_dir() and folder.resolve().is_relative_to(source):
-        raise ValueError(f"{folder} lies in {source}, and would be read as part of it: name another folder")
+    refuse_inside(folder, source)
     if not (folder / PREPARED).is_file():
         ours = (LOCK, UNFINISHED)
         if folder.exists() and (

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from modeling_moco import MoCoConfig, MoCoFCNConfig, MoCoRCNNConfig
 
 from ..cli import (
@@ -20,7 +18,7 @@ from ..cli import (
     parse_flags,
     section_of_file,
 )
-from ..engine.checkpoints import decided_by_main
+from ..engine.checkpoints import decided_by_main, is_checkpoint
 from ..engine.files import below
 from ..engine.results import read_results
 from ..engine.run_folder import (
@@ -30,6 +28,7 @@ from ..engine.run_folder import (
     content_to_continue,
     read_sections,
     recorded_content,
+    refuse_namesake,
 )
 from ..errors import shown
 from ..evaluation.encoder import Encoder, check_exists
@@ -144,9 +143,11 @@ class Task:
         _, (data, model, training), settings = parse_flags(parser, self.parts, argv, {"output_dir": folder} | values)
         if settings["training"].get("global_batch_size", 0) is None:  # the devices' batches were given
             settings["training"]["global_batch_size"] = training.global_batch_size
+        if of_model and "dataset_name" not in given:
+            refuse_namesake(recipe.values.get("dataset_name"), data.dataset_name)
         settings["data"]["dataset_name"] = data.dataset_name
         place = Path(known.model) if known.eval_only else Path(str(training.output_dir))
-        of_run = place.parent if known.eval_only and place.name.startswith(PREFIX_CHECKPOINT_DIR) else place
+        of_run = place.parent if known.eval_only and is_checkpoint(place) else place
         recorded = recorded_content if known.eval_only else content_to_continue
         data.content = decided_by_main(lambda: recorded(of_run, data.dataset_name))
         settings["encoder"] = begin_with(encoder.source, encoder.random) | {"task": self.command}

@@ -18,7 +18,7 @@ from modeling_moco.distributed_moco import rank
 
 from ...data.decode import Decoder, Unreadable
 from ...data.sources import SourceArguments
-from ...errors import one_line, shown
+from ...errors import DataError, one_line, shown
 from ...transfer.source import Source, find_eval_split, identify, look_at_all
 from .layouts import (
     IGNORED,
@@ -98,12 +98,36 @@ class SegmentationSplit:
 
         Raises:
             OSError: it cannot be read.
+            DataError: it has another size than when the split was opened, so that its mask would be elsewhere.
         """
-        return self.decoder.image(self.rows[index]["image"])
+        image = self.decoder.image(self.rows[index]["image"])
+        if image.size != (size := tuple(self.sizes[index].tolist())):
+            raise DataError(
+                f"{self.names[index]} has {image.size[0]} x {image.size[1]} pixels, and had {size[0]} x {size[1]} when the "
+                "split was opened: bring its file back"
+            )
+        return image
 
     def mask(self, index: int) -> np.ndarray:
-        """The class of each pixel, uint8 (H, W); 255 counts nowhere."""
-        return np.asarray(self.classes[self.decoder.mask(self.rows[index]["mask"])])
+        """The class of each pixel, uint8 (H, W); 255 counts nowhere.
+
+        Raises:
+            DataError: it cannot be read, or is not the one with which the split was opened.
+        """
+        try:
+            mask = self.decoder.mask(self.rows[index]["mask"])
+        except OSError as error:
+            raise DataError(
+                f"the mask of {self.names[index]} cannot be read ({one_line(error)}): bring its file back"
+            ) from error
+        if (
+            mask.shape[::-1] != tuple(self.sizes[index].tolist())
+            or zlib.crc32(mask.tobytes()) != self.digests[index, 1]
+        ):
+            raise DataError(
+                f"the mask of {self.names[index]} is not the one with which the split was opened: bring its file back"
+            )
+        return np.asarray(self.classes[mask])
 
     def select(self, indices: Sequence[int]) -> "SegmentationSplit":
         """The split with these images alone."""
