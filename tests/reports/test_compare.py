@@ -135,7 +135,22 @@ def test_only_the_same_measurement_shares_a_column(make):
     ], digits
     expected = [[f"{90 + i:.2f}" if i == j else "–" for j in range(9)] for i in range(9)]
     assert measured == [*expected, ["–"] * 9]
-    assert f"Not measured by {head[3]}: fewer, bank, train, birds, k, images, labels, revision, nothing." in notes(runs)
+    assert f"Not measured by {head[3]}: {', '.join(map(str, runs[1:]))}." in notes(runs)
+
+
+def test_folders_of_one_name_are_columns_that_can_be_told_apart(make):
+    places = {"/data/old/birds": "a", "/data/new/birds": "b", "/data/fish": "c"}
+    head, *_ = table([make(name, [90.0], data=DATA | {"dataset": place}) for place, name in places.items()])
+    assert head[-3:] == [
+        f"{KNN}, top-1, {name}, test, n 360" for name in ("/data/old/birds", "/data/new/birds", "fish")
+    ]
+
+
+def test_a_run_is_named_as_it_was_given(make, tmp_path, monkeypatch):
+    make("a", [90.0]), make("other/a")
+    monkeypatch.chdir(make("b"))
+    said = notes([Path("."), Path("../a"), Path("../other/a")])
+    assert f"Not measured by {KNN}, top-1, digits, test, n 360: ., ../other/a." in said
 
 
 def test_results_of_other_weights_are_left_out_and_the_last_one_counts(make):
@@ -146,7 +161,7 @@ def test_results_of_other_weights_are_left_out_and_the_last_one_counts(make):
     out = notes([run, other])
     assert f"Left out: 1 results of {other}, which are of other weights than it has now." in out
     assert f"Left out: 1 results of {run}," in out
-    assert "top-1, digits, test, n 360: b." in out
+    assert f"top-1, digits, test, n 360: {other}." in out
 
 
 def test_a_seed_that_comes_twice_is_said(make):
@@ -170,13 +185,35 @@ def test_every_run_has_a_line_in_the_colour_of_its_row(make, script, tmp_path):
     assert "://" not in page
 
 
-def test_knn_curves_of_other_neighbours_are_not_laid_over_each_other(make, tmp_path):
-    comparison = compare([make("a", knn_k=[5]), make("b", knn_k=[200])], default_values(PARTS))
-    assert "The kNN curves are left out" in "".join(comparison.notes())
+@pytest.mark.parametrize(
+    ("section", "one", "other", "same"),
+    [
+        ("training", {"knn_k": [5]}, {"knn_k": [10]}, False),
+        ("training", {"knn_k": [200]}, {}, True),  # which is the default
+        ("data", {"augmentation": "v1"}, {"augmentation": "v2"}, True),  # of the training views alone
+        ("data", {"image_size": 32}, {"image_size": 64}, False),
+        ("data", {"max_eval_samples": 8}, {}, False),
+        ("seen", DATA | {"split_revision": "8 files, digest 0"}, DATA | {"split_revision": "8 files, digest 1"}, False),
+        ("seen", DATA, {}, True),  # one has not ended
+    ],
+)
+def test_knn_curves_are_laid_over_each_other_where_they_are_the_same_measurement(
+    section, one, other, same, make, tmp_path
+):
+    runs = [make("a"), make("b", seed=1)]
+    for run, values in zip(runs, (one, other), strict=True):
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        if section == "seen":
+            (run / "metrics.json").write_text(json.dumps({"data": values}))
+        else:
+            recipe[section] |= values
+            (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    comparison = compare(runs, default_values(PARTS))
+    assert ("The kNN curves are left out" in "".join(comparison.notes())) != same
     assert draw(comparison, tmp_path / "curves")
     svg = (tmp_path / "curves.svg").read_text()
     assert "InfoNCE loss 0" in svg
-    assert "kNN top-1" not in svg
+    assert ("kNN top-1" in svg) == same
 
 
 def test_words_and_histories_of_strangers_are_shown_as_words(make, script, tmp_path):

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from modeling_moco import MoCoModel
 
 from .. import plots
-from ..cli import DESTINATIONS
+from ..cli import DESTINATIONS, names_in_files
+from ..data.sources import EvaluationDataArguments
 from ..engine.files import whole_files
 from ..engine.page import Run, document, embedded, escape, read_run, words
 from ..engine.results import encoder_digest
@@ -90,8 +91,27 @@ class Column(NamedTuple):
         """The protocol in words, with as much of the rest as tells it from others."""
         others = list(others)
         differ = {name for name in self._fields if len({getattr(other, name) for other in others}) > 1}
-        rest = [self._words(name) for name in ("feature", *OF_DATA, "bank") if name in differ | {"dataset", "split"}]
-        return ", ".join([self.protocol, self.metric.replace("top", "top-"), *filter(None, rest), f"n {self.n:,}"])
+        shown = (
+            ["feature"] * ("feature" in differ),
+            [name for name in (*OF_DATA[1:], "bank") if name in differ | {"split"}],
+        )
+        feature, rest = ([self._words(name) for name in names] for names in shown)
+        measured = [
+            self.protocol,
+            self.metric.replace("top", "top-"),
+            *feature,
+            self._images(others),
+            *filter(None, rest),
+        ]
+        return ", ".join([*measured, f"n {self.n:,}"])
+
+    def _images(self, others: Iterable["Column"]) -> str:
+        """The dataset in words: its whole path only where another folder has the same name."""
+        if not self.dataset:
+            return "unknown images"
+        name = public_name(self.dataset)
+        alike = {x.dataset for x in others if x.dataset and public_name(x.dataset) == name}
+        return self.dataset if len(alike) > 1 else name
 
     @property
     def learned_from(self) -> str:
@@ -100,8 +120,6 @@ class Column(NamedTuple):
 
     def _words(self, name: str) -> str:
         value = getattr(self, name)
-        if name == "dataset":
-            return public_name(value) if value else "unknown images"
         return IN_WORDS.get(name, "{}").format(value) if value else ""
 
 
@@ -118,6 +136,7 @@ class Measured:
         results: of these weights, per cent.
         older: number of results that are of other weights.
         data: the images that it has recorded (`ImageSplits.about`); empty where it has not.
+        monitor: how its kNN is measured while it trains: neighbours, feature and view, and where the images are.
     """
 
     run: Run
@@ -127,6 +146,7 @@ class Measured:
     results: dict[Column, float]
     older: int
     data: dict[str, Any]
+    monitor: dict[str, Any]
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -192,7 +212,7 @@ class Comparison:
     def notes(self) -> Iterator[str]:
         """What a reader of the table must know, in sentences."""
         for column in self.columns:
-            lacking = [x.run.folder.name for row in self.rows for x in row.runs if column not in x.results]
+            lacking = [str(x.run.folder) for row in self.rows for x in row.runs if column not in x.results]
             if lacking:
                 yield f"Not measured by {column.describe(self.columns)}: {', '.join(lacking)}."
         if not self.columns:
@@ -225,7 +245,9 @@ def read_measured(folder: Path, defaults: Defaults) -> Measured:
     settings, seed = settings_of(run.recipe, defaults, metrics.get(PROCESSES))
     state = "ended" if run.source == folder else f"step {run.state.get('global_step')} of {run.state.get('max_steps')}"
     results, older = _results(run)
-    return Measured(run, settings, seed, state, results, older, metrics.get("data", {}))
+    given = _given(run.recipe, defaults)
+    monitor = {name: given.get(name) for name in (*sorted(OF_MONITOR), *names_in_files(EvaluationDataArguments))}
+    return Measured(run, settings, seed, state, results, older, metrics.get("data", {}), monitor)
 
 
 def settings_of(
@@ -237,13 +259,18 @@ def settings_of(
         recipe: what the run was given, by section.
         processes: None where it is not known.
     """
-    given = {key: value for name in SECTIONS for key, value in (defaults[name] | recipe.get(name, {})).items()}
+    given = _given(recipe, defaults)
     if START in recipe:
         given["weights to begin with"] = recipe[START].get(WEIGHTS)
     given[PROCESSES] = processes
     free = {"seed", *FREE_TO_CHANGE, *OF_MONITOR}
     settings = {key: x for key, x in given.items() if key not in free and not DESTINATIONS.fullmatch(key)}
     return settings, given.get("seed")
+
+
+def _given(recipe: Mapping[str, dict[str, Any]], defaults: Defaults) -> dict[str, Any]:
+    """The values of all flags of a run, by name."""
+    return {key: value for name in SECTIONS for key, value in (defaults[name] | recipe.get(name, {})).items()}
 
 
 def _results(run: Run) -> tuple[dict[Column, float], int]:
@@ -318,12 +345,10 @@ def draw(comparison: Comparison, path: Path) -> bool:
 
 def _same_monitor(rows: list[Row]) -> bool:
     """Whether the kNN of all monitors is the same measurement."""
-    monitors = {
-        canonical([x.run.recipe["data"], {name: x.run.recipe.get("training", {}).get(name) for name in OF_MONITOR}])
-        for row in rows
-        for x in row.runs
-    }
-    return len(monitors) == 1
+    runs = [x for row in rows for x in row.runs]
+    asked = {canonical(x.monitor) for x in runs}
+    seen = {canonical({name: x.data.get(name) for name in OF_DATA}) for x in runs if x.data}
+    return len(asked) == 1 and len(seen) <= 1
 
 
 def title(comparison: Comparison) -> str:
