@@ -91,6 +91,21 @@ def test_defaults_are_settings_and_what_changes_no_weight_is_none(make):
     assert [row[:3] for row in rows] == [["A", "0.2", "2"], ["B", "0.07", "1"]]
 
 
+def test_runs_of_other_images_under_one_name_are_rows_of_their_own(make):
+    runs = [make(name, [90.0 + i], i) for i, name in enumerate("abcd")]
+    seen = {0: "8 files, digest 0", 1: "8 files, digest 1", 2: "8 files, digest 0"}
+    for i, revision in seen.items():
+        data = DATA | {"train_images": 8, "revision": revision}
+        (runs[i] / "metrics.json").write_text(json.dumps({"data": data}))
+    head, *rows = table(runs)
+    assert head[:3] == ["", "trained on", "n"]
+    assert [row[1:] for row in rows] == [
+        ["8 images, 8 files, digest 0", "2", "91.00 ± 1.41"],
+        ["8 images, 8 files, digest 1", "1", "91.00"],
+        ["–", "1", "93.00"],
+    ]
+
+
 def test_a_run_that_has_not_ended_is_a_row_of_its_own(make):
     ended, other = make("a", [90.0]), make("b", [80.0], 1)
     checkpoint = other / "checkpoint-4"

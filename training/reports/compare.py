@@ -34,6 +34,7 @@ CURVES = "curves"  # of the figure
 Defaults = Mapping[str, dict[str, Any]]
 SECTIONS = ("data", "model", "training")  # of a recipe, whose settings a result depends on
 PROCESSES = "processes"  # not a setting, but the groups of BatchNorm are theirs; unknown until a run has ended
+TRAINED_ON = "trained on"  # not a setting either: the images that were there under the name of the dataset
 EMPTY = "–"
 READING = (
     "Per cent of the images: mean ± sample standard deviation over the runs of a row, which differ in their seed alone; a "
@@ -83,27 +84,23 @@ class Column(NamedTuple):
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Column":
-        data = {name: in_words(entry["data"].get(name)) for name in OF_DATA}
+        data = cls.of_data(entry["data"])
         bank = in_words(entry["settings"].get("bank"))
         return cls(entry["protocol"], entry["metric"], entry["feature"], **data, bank=bank, n=entry["n"])
+
+    @staticmethod
+    def of_data(about: Mapping[str, Any]) -> dict[str, str]:
+        """What `ImageSplits.about` says of the images, in words."""
+        return {name: in_words(about.get(name)) for name in OF_DATA}
 
     def describe(self, others: Iterable["Column"]) -> str:
         """The protocol in words, with as much of the rest as tells it from others."""
         others = list(others)
         differ = {name for name in self._fields if len({getattr(other, name) for other in others}) > 1}
-        shown = (
-            ["feature"] * ("feature" in differ),
-            [name for name in (*OF_DATA[1:], "bank") if name in differ | {"split"}],
-        )
-        feature, rest = ([self._words(name) for name in names] for names in shown)
-        measured = [
-            self.protocol,
-            self.metric.replace("top", "top-"),
-            *feature,
-            self._images(others),
-            *filter(None, rest),
-        ]
-        return ", ".join([*measured, f"n {self.n:,}"])
+        feature = self.feature if "feature" in differ else ""
+        rest = [self._words(name) for name in (*OF_DATA[1:], "bank") if name in differ | {"split"}]
+        measured = [self.protocol, self.metric.replace("top", "top-"), feature, self._images(others), *rest]
+        return ", ".join([*filter(None, measured), f"n {self.n:,}"])
 
     def _images(self, others: Iterable["Column"]) -> str:
         """The dataset in words: its whole path only where another folder has the same name."""
@@ -149,6 +146,14 @@ class Measured:
     monitor: dict[str, Any]
 
     @property
+    def trained_on(self) -> str:
+        """The images in words; empty where they are not recorded."""
+        data = Column.of_data(self.data)
+        return ", ".join(
+            filter(None, [f"{data['train_images']} images" * bool(data["train_images"]), data["revision"]])
+        )
+
+    @property
     def history(self) -> list[dict[str, Any]]:
         logged = self.run.state.get("log_history")
         return [entry for entry in logged if isinstance(entry, dict)] if isinstance(logged, list) else []
@@ -162,7 +167,8 @@ class Row:
     runs: list[Measured]
 
     def value(self, setting: str) -> str:
-        return words(self.runs[0].settings.get(setting))
+        run = self.runs[0]
+        return run.trained_on or EMPTY if setting == TRAINED_ON else words(run.settings.get(setting))
 
     def result(self, column: Column) -> str:
         found = [run.results[column] for run in self.runs if column in run.results]
@@ -293,12 +299,14 @@ def compare(folders: list[Path], defaults: Defaults) -> Comparison:
     groups: dict[str, list[Measured]] = {}
     for folder in tqdm(folders, "reading runs", disable=None):
         measured = read_measured(folder, defaults)
-        groups.setdefault(canonical([measured.settings, measured.state]), []).append(measured)
+        groups.setdefault(canonical([measured.settings, measured.state, measured.trained_on]), []).append(measured)
     rows = [Row(_letter(i), runs) for i, runs in enumerate(groups.values())]
     names = list(dict.fromkeys(name for row in rows for name in row.runs[0].settings))
     values = {name: [row.runs[0].settings.get(name) for row in rows] for name in names}
     values[PROCESSES] = [value for value in values[PROCESSES] if value is not None]
     differ = [name for name in names if len(set(map(canonical, values[name]))) > 1]
+    if len({row.runs[0].trained_on for row in rows} - {""}) > 1:
+        differ.append(TRAINED_ON)
     columns = list(dict.fromkeys(column for row in rows for x in row.runs for column in x.results))
     return Comparison(rows, differ, columns)
 
@@ -347,7 +355,7 @@ def _same_monitor(rows: list[Row]) -> bool:
     """Whether the kNN of all monitors is the same measurement."""
     runs = [x for row in rows for x in row.runs]
     asked = {canonical(x.monitor) for x in runs}
-    seen = {canonical({name: x.data.get(name) for name in OF_DATA}) for x in runs if x.data}
+    seen = {canonical(Column.of_data(x.data)) for x in runs if x.data}
     return len(asked) == 1 and len(seen) <= 1
 
 
