@@ -184,6 +184,18 @@ def test_a_seed_that_comes_twice_is_said(make):
     assert "Row A has 2 runs of seed 0, which are not independent." in said
 
 
+def test_the_commit_of_every_run_is_shown_and_other_commits_in_a_row_are_said(make):
+    runs = [make("a", [90.0]), make("b", [91.0], 1), make("c", [92.0], 2), make("d", queue_size=64)]
+    commits = ("0123456789ab", "ba9876543210", None, "0123456789ab")
+    for run, commit in zip(runs, commits, strict=True):
+        (run / "metrics.json").write_text(json.dumps({"commit": commit}))
+    comparison = compare(runs, default_values(PARTS))
+    assert [row[3] for row in comparison.runs] == ["0123456789ab", "ba9876543210", "–", "0123456789ab"]
+    said = "\n".join(comparison.notes())
+    assert "Row A has runs of different commits of the code: 0123456789ab, ba9876543210." in said
+    assert "Row B has" not in said
+
+
 def test_every_run_has_a_line_in_the_colour_of_its_row(make, script, tmp_path):
     runs = [make("a", seed=0), make("b", seed=1, logged=7), make("c", queue_size=64)]
     script("compare").main([*map(str, runs), "--output_dir", str(tmp_path / "out")])

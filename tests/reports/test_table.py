@@ -19,7 +19,7 @@ from tiny_models import save_encoder
 from modeling_moco import MoCoModel
 from training.commands import table as command
 from training.commands.table import parse_table
-from training.engine.results import Result, append_results, encoder_digest
+from training.engine.results import Result, append_results, conditions, encoder_digest
 from training.engine.run_folder import write_recipe
 from training.recipe import load_recipe, parse_pretrain
 from training.reports.children import Children
@@ -76,7 +76,9 @@ def encoder(tmp_path_factory) -> tuple[Path, str]:
 def ran(encoder):
     """Leaves in a cell's folder what its run leaves: `ran(plan, 0, 91.5, protocol=...)`; without a value it has not ended."""
 
-    def leave(plan, number, value=None, protocol=KNN, processes=1, n=360, model=None, bank=1437, **data) -> Path:
+    def leave(
+        plan, number, value=None, protocol=KNN, processes=1, n=360, model=None, bank=1437, commit=None, **data
+    ) -> Path:
         cell = plan.cells[number]
         settings = parse_pretrain([*plan.rows[cell.row.folder].words, "--seed", str(cell.seed), "--use_cpu"]).settings
         shutil.copytree(encoder[0], cell.folder)
@@ -87,7 +89,7 @@ def ran(encoder):
             return cell.folder
         (cell.folder / "trainer_state.json").write_text(json.dumps(state))
         (cell.folder / "metrics.json").write_text(
-            json.dumps({"ended": "2026-01-01", "processes": processes, "data": DIGITS})
+            json.dumps({"ended": "2026-01-01", "processes": processes, "commit": commit, "data": DIGITS})
         )
         knn = {"bank": bank} if protocol.startswith("weighted kNN") else {}
         result = Result(protocol, "top1", value, n, settings=knn, seed=cell.seed)
@@ -319,6 +321,29 @@ def test_runs_that_are_not_alike_are_not_put_together(definition, tmp_path, ran)
     assert [row[1:3] for row in body] == [["90.00", "1 of 2"], ["–", "0 of 2"], ["–", "0 of 2"]]
     assert f"Left out: {odd}, whose settings are changed in another way" in notes
     assert f"Left out: 1 results of {stale}, which are of other weights" in notes
+
+
+def test_a_cell_that_was_measured_otherwise_is_left_out_with_a_word(definition, tmp_path, ran):
+    plan = plan_of(definition(rows=NO_NUMBERS), tmp_path, "--seeds", "0", "1")
+    ran(plan, 0, 90.0), ran(plan, 1, 80.0, protocol="linear probe, official")
+    odd = ran(plan, 2, 95.0, split_revision="other images")
+    _, body, notes = shown(plan)
+    assert [row[1:3] for row in body] == [["90.00", "1 of 2"], ["–", "0 of 2"]]
+    how = f"{KNN}, top-1, digits, test, evaluated images other images, n 360"
+    assert f"Left out: {odd}, which was measured otherwise: {how}." in notes
+    assert notes.count("Left out") == 1
+
+
+def test_the_commits_of_a_cells_training_and_of_its_result_are_shown(definition, tmp_path, ran):
+    plan = plan_of(definition(rows=NO_NUMBERS), tmp_path)
+    ran(plan, 0, 90.0, commit="0123456789ab")
+    assert "different commits" not in shown(plan)[2]
+    ran(plan, 1, 90.0, commit="ba9876543210")
+    measured = conditions()["commit"]
+    assert [row[6] for row in plan.fill().cells] == [
+        ", ".join(filter(None, (trained, measured))) for trained in ("0123456789ab", "ba9876543210")
+    ]
+    assert "Ours were trained by different commits of the code: 0123456789ab, ba9876543210." in shown(plan)[2]
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from ..hub.model_card import public_name
 
 NAME = "comparison"  # of the Markdown and HTML files
 CURVES = "curves"  # of the figure
+RUNS = ["row", "seed", "state", "commit", "folder"]
 Defaults = Mapping[str, dict[str, Any]]
 SECTIONS = ("data", "model", "training")  # of a recipe, whose settings a result depends on
 PROCESSES = "processes"  # not a setting, but the groups of BatchNorm are theirs; unknown until a run has ended
@@ -133,6 +134,7 @@ class Measured:
         results: of these weights, per cent.
         older: number of results that are of other weights.
         data: the images that it has recorded (`ImageSplits.about`); empty where it has not.
+        commit: of the code that it was trained with; None where it is not recorded.
         monitor: how its kNN is measured while it trains: neighbours, feature and view, and where the images are.
     """
 
@@ -143,6 +145,7 @@ class Measured:
     results: dict[Column, float]
     older: int
     data: dict[str, Any]
+    commit: str | None
     monitor: dict[str, Any]
 
     @property
@@ -212,8 +215,12 @@ class Comparison:
 
     @property
     def runs(self) -> list[list[str]]:
-        """Row, seed, state and folder of every run."""
-        return [[row.name, str(x.seed), x.state, str(x.run.folder)] for row in self.rows for x in row.runs]
+        """Of every run what `RUNS` names."""
+        return [
+            [row.name, str(x.seed), x.state, x.commit or EMPTY, str(x.run.folder)]
+            for row in self.rows
+            for x in row.runs
+        ]
 
     def notes(self) -> Iterator[str]:
         """What a reader of the table must know, in sentences."""
@@ -230,6 +237,8 @@ class Comparison:
             for seed, times in Counter(str(x.seed) for x in row.runs).items():
                 if times > 1:
                     yield f"Row {row.name} has {times} runs of seed {seed}, which are not independent."
+            if len(commits := sorted({x.commit for x in row.runs if x.commit})) > 1:
+                yield f"Row {row.name} has runs of different commits of the code: {', '.join(commits)}."
         if not _same_monitor(self.rows):
             yield "The kNN curves are left out: the monitors of these runs have other neighbours, features or images."
 
@@ -253,7 +262,8 @@ def read_measured(folder: Path, defaults: Defaults) -> Measured:
     results, older = _results(run)
     given = _given(run.recipe, defaults)
     monitor = {name: given.get(name) for name in (*sorted(OF_MONITOR), *names_in_files(EvaluationDataArguments))}
-    return Measured(run, settings, seed, state, results, older, metrics.get("data", {}), monitor)
+    data, commit = metrics.get("data", {}), metrics.get("commit")
+    return Measured(run, settings, seed, state, results, older, data, commit, monitor)
 
 
 def settings_of(
@@ -368,7 +378,7 @@ def to_markdown(comparison: Comparison, drawn: bool) -> str:
     lines += [line for note in comparison.notes() for line in ("", escape_markdown(visible(note)))]
     if drawn:
         lines += ["", f"![Curves of all runs]({CURVES}.png)", "", OF_CURVES]
-    lines += ["", "## Runs", "", *markdown_table(["row", "seed", "state", "folder"], comparison.runs)]
+    lines += ["", "## Runs", "", *markdown_table(RUNS, comparison.runs)]
     return "\n".join(lines) + "\n"
 
 
@@ -387,7 +397,7 @@ def to_html(comparison: Comparison, figure: Path | None) -> str:
     parts += [f'<p class="missing">{escape(note)}</p>' for note in comparison.notes()]
     if figure is not None:
         parts += ["<h2>Curves</h2>", embedded(figure, "Curves of all runs", OF_CURVES)]
-    parts += ["<h2>Runs</h2>", html_table(["row", "seed", "state", "folder"], comparison.runs)]
+    parts += ["<h2>Runs</h2>", html_table(RUNS, comparison.runs)]
     return document(title(comparison), parts)
 
 

@@ -313,12 +313,13 @@ class Filled:
         ]
 
     def _measured_with(self, found: Found) -> tuple[str, str, str]:
-        """Value, hardware and commit of a cell's result."""
+        """Value and hardware of a cell's result, and the commits of its training and its measurement."""
         column = self.scores[found.cell.row.folder].column
         if found.measured is None or column not in found.results or found not in self.counted:
             return EMPTY, EMPTY, EMPTY
         entry = next(x for x in reversed(found.measured.run.results) if Column.of(x) == column)
-        return f"{found.results[column]:.2f}", entry["hardware"], str(entry.get("commit") or EMPTY)
+        commits = dict.fromkeys(filter(None, (found.measured.commit, entry.get("commit"))))
+        return f"{found.results[column]:.2f}", entry["hardware"], ", ".join(map(str, commits)) or EMPTY
 
     def notes(self) -> Iterator[str]:
         """What a reader of the table must know, in sentences."""
@@ -333,11 +334,23 @@ class Filled:
             yield APART
         if len(processes := {x.settings[PROCESSES] for x in self.counted} - {None}) > 1:
             yield f"Ours were trained by different numbers of processes: {', '.join(map(str, sorted(processes)))}."
+        if len(commits := sorted({x.measured.commit for x in self.counted if x.measured and x.measured.commit})) > 1:
+            yield f"Ours were trained by different commits of the code: {', '.join(commits)}."
         for x in self.found:
             if x.measured is not None and x not in self.counted:
                 yield f"Left out: {x.cell.folder}, whose settings are changed in another way than those of the other rows."
+            elif (otherwise := self._measured_otherwise(x)) is not None:
+                yield f"Left out: {x.cell.folder}, which was measured otherwise: {otherwise}."
             if x.measured is not None and x.measured.older:
                 yield f"Left out: {x.measured.older} results of {x.cell.folder}, which are of other weights than it has now."
+
+    def _measured_otherwise(self, found: Found) -> str | None:
+        """How a cell that has a result of this measure, and none in the column of its row, was measured."""
+        column = self.scores[found.cell.row.folder].column
+        others = [c for c in found.results if of_measure(c, self.table.measure)]
+        if column is None or column in found.results or not others:
+            return None
+        return others[-1].describe([others[-1], column])
 
     def _change(self, name: str, value: Any) -> str:
         published = {canonical(x := row.settings.get(name)): _value(name, x) for row in self.published.values()}
