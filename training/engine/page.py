@@ -42,9 +42,10 @@ UNMEASURED = (
 )
 PER_CLASS = "_per_class"  # end of the names of numbers of a detector, by class
 # Numbers of `metrics.json` that are shown, and in which words.
-NUMBERS = {
+NUMBERS: dict[str, tuple[str, str | None]] = {
     "knn_top1_before": ("kNN top-1 before training", "{:.2f} %"),
     "knn_top1_after": ("kNN top-1 of the saved weights", "{:.2f} %"),
+    "knn": ("how that kNN is measured", None),
     "miou": ("mean IoU", "{:.2f} %"),
     "pixel_accuracy": ("pixel accuracy", "{:.2f} %"),
     "loss": ("loss, last logged", "{:.4g}"),

@@ -115,7 +115,7 @@ def check_free(folder: Path) -> None:
 
 NUMBER = int | float | None  # None is what was not measured
 METRICS_KINDS: dict[str, Any] = {  # of the values in `metrics.json`
-    **{"ended": str, "protocol": str, "data": dict, "probes": list},
+    **{"ended": str, "protocol": str, "data": dict, "probes": list, "knn": dict},
     **dict.fromkeys(("knn_top1_before", "knn_top1_after", "loss", "contrast_top1"), NUMBER),
     **dict.fromkeys(("waiting_for_data", "peak_memory", "top1", "top5", "n"), NUMBER),
     **{
