@@ -19,6 +19,7 @@ from tiny_models import save_encoder
 from modeling_moco import MoCoModel
 from training.commands import table as command
 from training.commands.table import parse_table
+from training.engine.files import UNFINISHED
 from training.engine.results import Result, append_results, conditions, encoder_digest
 from training.engine.run_folder import write_recipe
 from training.recipe import load_recipe, parse_pretrain
@@ -225,6 +226,10 @@ def test_a_folder_of_a_table_says_which_and_can_be_read_as_one(definition, tmp_p
     other = load_table(definition(about=ABOUT | {"title": "Another"}))
     with pytest.raises(ValueError, match="holds the table 'Temperatures', and this is 'Another': pass another"):
         command.claim(other, tmp_path / "out")
+    begun = tmp_path / "begun" / f"{UNFINISHED}abc"  # by another job of an array, or by one that was killed
+    begun.mkdir(parents=True)
+    command.claim(table, begun.parent)
+    assert load_table(str(begun.parent / "table.yaml")).rows == table.rows
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "table.md").write_text("mine")
     with pytest.raises(ValueError, match="holds files of something else"):
