@@ -27,9 +27,11 @@ from training.plots import (
     embedding,
     image_rows,
     neighbour_grid,
+    short_names,
     training_curves,
     view_pairs,
 )
+from training.transfer.figures import draw_bars
 from training.views.policy import ViewParams
 
 NS = {"svg": "http://www.w3.org/2000/svg"}
@@ -388,6 +390,46 @@ def test_any_class_name_is_drawn_as_it_is_written(tmp_path):
         }
         assert set(names) <= shown, name
     assert "$\\frac{a$" in words(tmp_path / "grid")
+
+
+LONG = "a_class_of_a_name_that_is_long_"
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["dog, hound", "cat, tom"], ["dog", "cat"]),
+        (["maillot", "maillot, tank suit", "dog, hound"], ["maillot", "maillot, tank suit", "dog"]),
+        (["crane", "crane", "dog"], ["crane 0", "crane 1", "dog"]),
+        ([f"{LONG}1", f"{LONG}2"], ["a_class_o…_is_long_1", "a_class_o…_is_long_2"]),
+        ([f"{LONG}1{LONG}", f"{LONG}2{LONG}"], ["a_class_of_a_name… 0", "a_class_of_a_name… 1"]),
+        ([f"{LONG}1"], ["a_class_of_a_name_t…"]),
+        (["\x1b, a", "\x1b, b"], ["\\x1b, a", "\\x1b, b"]),
+        ([], []),
+    ],
+)
+def test_no_two_classes_are_called_alike_in_a_figure(names, shown):
+    assert short_names(names, 20) == shown
+    assert all(len(name) <= 20 for name in shown)
+
+
+def test_classes_that_share_a_synonym_can_be_told_apart_in_every_figure(tmp_path):
+    names = ["maillot", "maillot, tank suit"]
+    confusion(counts(50, (0, 1, 5)), names + [f"class {i}" for i in range(48)], tmp_path / "pairs")
+    assert "maillot is called maillot, tank suit" in words(tmp_path / "pairs")
+    confusion(counts(2), names, tmp_path / "matrix")
+    draw_grid(tmp_path / "grid", names)
+    features, labels = clusters(30, 2)
+    embedding(features, labels, names, tmp_path / "tsne")
+    draw_bars({"": {f"{LONG}1": 50.0, f"{LONG}2": 60.0, "\x1b": 40.0}}, "IoU", tmp_path / "bars")
+    for figure, shown in {
+        "matrix": ("maillot", "maillot…ank suit"),
+        "grid": ("maillot", "maill… suit"),
+        "tsne": ("maillot", "maillot…ank suit"),
+        "bars": ("a_class_of_…at_is_long_1", "\\x1b"),
+    }.items():
+        assert set(shown) <= set(words(tmp_path / figure)), (figure, words(tmp_path / figure))
+        svg(tmp_path / figure)  # is XML
 
 
 def test_signs_that_xml_and_terminals_know_are_drawn_as_escapes(tmp_path):

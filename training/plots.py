@@ -4,6 +4,7 @@ Every function takes data and a path without suffix.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -325,6 +326,7 @@ def neighbour_grid(
     gap, space = 0.1, 0.15
     tile = (WIDTH - 2 * gap - space - (columns - 1) * gap) / (columns + 1)
     row = tile + 0.28
+    names = short_names(class_names, 11)
     with figure(path, 0.42 + row * len(queries)) as fig:
         sheet = Sheet(fig)
         sheet.text(gap, 0.1, "query", weight="bold", color=BLUE)
@@ -334,13 +336,13 @@ def neighbour_grid(
         for i, query in enumerate(queries):
             y = 0.34 + i * row
             sheet.image(query, gap, y, tile, tile, BLUE, 2)
-            sheet.text(gap, y + tile + 0.04, _name(query_labels[i], class_names), color=BLUE, fontsize=7.5)
+            sheet.text(gap, y + tile + 0.04, names[query_labels[i]] if names else "", color=BLUE, fontsize=7.5)
             for j, (pixels, label) in enumerate(zip(neighbours[i], neighbour_labels[i], strict=True)):
                 x, other = gap + tile + space + j * (tile + gap), bool(class_names) and label != query_labels[i]
                 colour = VERMILION if other else PALE
                 sheet.image(pixels, x, y, tile, tile, colour, 2 if other else 0.8)
                 sheet.text(
-                    x, y + tile + 0.04, _name(label, class_names), color=VERMILION if other else INK, fontsize=7.5
+                    x, y + tile + 0.04, names[label] if names else "", color=VERMILION if other else INK, fontsize=7.5
                 )
                 if other:
                     sheet.text(x + tile - 0.05, y + 0.06, "≠", color=VERMILION, ha="right", weight="bold", bbox=BADGE)
@@ -379,7 +381,7 @@ def image_rows(title: str, rows: list[list[Tile]], path: Path, columns: int = NE
             for j, (pixels, words, number, colour) in enumerate(row):
                 x, strong = gap + j * (tile + gap), colour != INK
                 sheet.image(pixels, x, y, tile, tile, colour if strong else PALE, 2 if strong else 0.8)
-                sheet.text(x, y + tile + 0.04, _short(words, 12), color=colour, fontsize=7)
+                sheet.text(x, y + tile + 0.04, _cut(visible(words), 12), color=colour, fontsize=7)
                 sheet.text(x + tile, y + tile + 0.04, number, color=GRAY, fontsize=7, ha="right")
         sheet.finish()
 
@@ -388,16 +390,24 @@ def _pixels(image: torch.Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def _name(label: int, class_names: list[str]) -> str:
-    return _short(class_names[label], 11) if class_names else ""
+def short_names(class_names: list[str], length: int) -> list[str]:
+    """What classes are called in a figure, each otherwise: the first of several synonyms, as ImageNet has them, if it can be.
+
+    ImageNet has "maillot" beside "maillot, tank suit", and "crane" twice. Where the first synonyms are the same, it is all of
+    them, cut in the middle; and where these are, the number of the class is added.
+    """
+    names = [_cut(visible(name.split(",")[0]), length) for name in class_names]
+    whole = [_cut(visible(name), length, length // 2) for name in class_names]
+    numbered = [f"{_cut(name, length - len(f' {i}'))} {i}" for i, name in enumerate(names)]
+    for others in (whole, numbered):
+        times = Counter(names)
+        names = [name if times[name] == 1 else other for name, other in zip(names, others, strict=True)]
+    return names
 
 
-def _short(name: str, length: int) -> str:
-    return _cut(visible(name.split(",")[0]), length)  # ImageNet's are lists of synonyms
-
-
-def _cut(name: str, length: int) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+def _cut(name: str, length: int, end: int = 0) -> str:
+    """At most `length` signs of a name, `end` of them its last ones."""
+    return name if len(name) <= length else f"{name[: length - 1 - end]}…{name[len(name) - end :]}"
 
 
 class DrawnImage(NamedTuple):
@@ -455,6 +465,7 @@ def embedding(features: torch.Tensor, labels: torch.Tensor, class_names: list[st
     """
     places = _tsne(features.double().numpy())
     present = labels.unique().tolist() if class_names else []
+    names = short_names(class_names, 16)
     title = f"t-SNE of the features of {len(places):,} images" + (f", {len(present)} classes" if present else "")
     with figure(path, 5.6, layout="constrained") as fig:
         axis = fig.add_subplot()
@@ -469,10 +480,14 @@ def embedding(features: torch.Tensor, labels: torch.Tensor, class_names: list[st
             for i, label in enumerate(present):
                 x, y = places[labels.numpy() == label].T
                 colour, marker = COLOURS[i % len(COLOURS)], "o^"[i // len(COLOURS)]
-                name = _short(class_names[label], 16)
-                axis.scatter(x, y, color=colour, marker=marker, label=name, **dots)
+                axis.scatter(x, y, color=colour, marker=marker, label=names[label], **dots)
                 axis.annotate(
-                    name, (np.median(x), np.median(y)), ha="center", va="center", path_effects=[HALO], weight="bold"
+                    names[label],
+                    (np.median(x), np.median(y)),
+                    ha="center",
+                    va="center",
+                    path_effects=[HALO],
+                    weight="bold",
                 )
             fig.legend(loc="outside right center", markerscale=1.6, handletextpad=0.1)
 
@@ -506,7 +521,7 @@ def confusion(counts: torch.Tensor, class_names: list[str], path: Path) -> None:
 def _confusion_matrix(counts: torch.Tensor, class_names: list[str], path: Path) -> None:
     # Images of each class (rows) by the class that they are called (columns), coloured by their share of the row.
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    names = [_short(name, 16) for name in class_names]
+    names = short_names(class_names, 16)
     with figure(path, WIDTH - 1.4, layout="constrained") as fig:
         axis = fig.add_subplot()
         axis.grid(False)
@@ -524,10 +539,8 @@ def _confusion_matrix(counts: torch.Tensor, class_names: list[str], path: Path) 
 def _confused_pairs(counts: torch.Tensor, class_names: list[str], path: Path) -> None:
     mistakes = counts[counts[:, 0] != counts[:, 1]]
     most = mistakes[mistakes[:, 2].argsort(descending=True, stable=True)[:SHOWN_PAIRS]].tolist()
-    pairs, shown = (
-        [(_short(class_names[i], 22), _short(class_names[j], 22)) for i, j, _ in most],
-        [n for _, _, n in most],
-    )
+    names = short_names(class_names, 22)
+    pairs, shown = [(names[i], names[j]) for i, j, _ in most], [n for _, _, n in most]
     with figure(path, 0.8 + 0.2 * max(1, len(pairs)), layout="constrained") as fig:
         axis = fig.add_subplot()
         axis.barh(range(len(pairs)), shown, color=BLUE, height=0.7)
