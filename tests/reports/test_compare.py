@@ -11,25 +11,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_models import save_encoder
 
-from modeling_moco import MoCoModel
 from training.cli import default_values
 from training.engine.checkpoints import BatchLayout, write_manifest
-from training.engine.results import Result, append_results, encoder_digest
+from training.engine.results import Result, append_results
 from training.recipe import PARTS, parse_pretrain
 from training.reports.compare import compare, draw
 
 ROOT = Path(__file__).parents[2]
 KNN = "weighted kNN, k 20, T 0.07"
 DATA = {"dataset": "digits", "split": "test", "view": "short side 32 px, centre 32 px"}
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> tuple[Path, str]:
-    """A model on disk, and the digest of its features."""
-    folder = save_encoder(tmp_path_factory.mktemp("encoder"))
-    return folder, encoder_digest(MoCoModel.from_pretrained(folder))
 
 
 @pytest.fixture
