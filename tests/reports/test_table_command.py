@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from paper_tables import NO_NUMBERS, plan_of
 
-from training.commands import table as command
-from training.commands.table import parse_table
-from training.reports.table import load_table
+from training.commands.tables.plan import parse_table
+from training.reports.table import claim, load_table
 
 ROOT = Path(__file__).parents[2]
 STUB = """#!/bin/bash
@@ -46,7 +45,7 @@ def run(script, *words) -> int:
 
 def test_a_cell_with_its_result_is_passed_over(definition, launcher, tmp_path, ran, script, capsys):
     name, words = definition(rows=NO_NUMBERS), ["--output_dir", tmp_path / "out", "--launcher", launcher]
-    command.claim(load_table(name), tmp_path / "out")
+    claim(load_table(name), tmp_path / "out")
     ran(plan_of(name, tmp_path), 0, 90.0)
     (tmp_path / "status").write_text("75")
     assert run(script, name, *words) == 75
@@ -61,7 +60,7 @@ def test_a_cell_with_its_result_is_passed_over(definition, launcher, tmp_path, r
 def test_what_is_missing_is_run_and_a_failed_cell_is_named(definition, launcher, tmp_path, ran, script, capsys):
     name, out = definition(rows=NO_NUMBERS), tmp_path / "out"
     ran(plan_of(name, tmp_path, "--seeds", "0", "1"), 1, 90.0)
-    command.claim(load_table(name), tmp_path / "elsewhere")
+    claim(load_table(name), tmp_path / "elsewhere")
     shutil.copy(tmp_path / "elsewhere" / "table.yaml", out)
     words = [name, "--seeds", "0", "1", "--output_dir", out, "--launcher", launcher]
     (tmp_path / "status").write_text("3")

@@ -8,11 +8,10 @@ import pytest
 import setuptools
 from paper_tables import ABOUT, ROWS
 
-from training.commands import table as command
-from training.commands.table import parse_table
+from training.commands.tables.plan import flags, parse_table, plan_row
 from training.engine.files import UNFINISHED
 from training.recipe import load_recipe
-from training.reports.table import TABLES, load_table, table_names
+from training.reports.table import TABLES, claim, load_table, table_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +33,7 @@ def test_every_kind_of_row_of_every_table_is_parsed():
         assert re.match(r"arXiv:\d{4}\.\d{5}|official CIFAR-10 notebook", table.about["paper"])
         kinds |= {(row.base, *row.settings): (table, row) for row in table.rows}
     for table, row in kinds.values():
-        plan = command.plan_row(table, row, [], [])
+        plan = plan_row(table, row, [], [])
         assert {name: getattr_of(plan.args, name) for name in row.settings} == row.settings
 
 
@@ -80,7 +79,7 @@ def test_a_row_is_its_base_with_the_settings_of_the_table_and_its_own(definition
     table = load_table(definition(set={"queue_size": 4, "lr_milestones": [1, 2]}, rows=[*rows, *ROWS], x=None))
     (row, first, *_), seeds = table.rows, (3, 5)
     assert (row.title, row.folder, row.base, first.base) == ("a, b/c", "a_b_c", "cifar10_small", "quickstart")
-    words = command.flags(row.settings)
+    words = flags(row.settings)
     assert words == ["--lr_milestones", "1", "2", "--queue_size", "8", "--model_args", '{"x": 1}']
     cells = table.cells(Path("out"), seeds)
     assert [(cell.number, cell.seed) for cell in cells] == [(i, seeds[i // 4]) for i in range(8)]
@@ -124,19 +123,19 @@ def test_a_wrong_table_is_named_in_one_line(changed, words, definition):
 
 def test_a_folder_of_a_table_says_which_and_can_be_read_as_one(definition, tmp_path):
     table = load_table(definition(rows=[*ROWS, {"group": "g", "label": "x"}]))
-    command.claim(table, tmp_path / "out")
-    command.claim(table, tmp_path / "out")
+    claim(table, tmp_path / "out")
+    claim(table, tmp_path / "out")
     again = load_table(str(tmp_path / "out" / "table.yaml"))
     assert (again.rows, again.about, again.measure, again.x) == (table.rows, table.about, table.measure, table.x)
     other = load_table(definition(about=ABOUT | {"title": "Another"}))
     with pytest.raises(ValueError, match="holds the table 'Temperatures', and this is 'Another': pass another"):
-        command.claim(other, tmp_path / "out")
+        claim(other, tmp_path / "out")
     begun = tmp_path / "begun" / f"{UNFINISHED}abc"  # by another job of an array, or by one that was killed
     begun.mkdir(parents=True)
-    command.claim(table, begun.parent)
+    claim(table, begun.parent)
     assert load_table(str(begun.parent / "table.yaml")).rows == table.rows
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "table.md").write_text("mine")
     with pytest.raises(ValueError, match="holds files of something else"):
-        command.claim(table, tmp_path / "work")
+        claim(table, tmp_path / "work")
     assert (tmp_path / "work" / "table.md").read_text() == "mine"

@@ -1,6 +1,6 @@
 """A small table of a paper, and the command that runs it."""
 
-from training.commands.table import Plan, parse_table
+from training.commands.tables.plan import Plan, parse_table
 
 KNN = "weighted kNN, k 200, T 0.07"  # the monitor of the quickstart
 DIGITS = {
