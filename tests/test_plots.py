@@ -19,6 +19,7 @@ from training.evaluation.scores import score
 from training.plots import (
     BLUE,
     COLOURS,
+    DPI,
     VERMILION,
     DrawnImage,
     Tile,
@@ -359,6 +360,24 @@ def test_no_legend_lies_on_curves_and_no_word_is_cut(knn_k, drawn, tmp_path):
         others = [other.get_tightbbox(renderer) for other in fig.axes if other is not axis]
         assert not any(box.overlaps(other) for other in others), title
     assert legends == 3 + (knn_k is not None)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
+@pytest.mark.parametrize("name", ["golden retriever", "mushroom_p", "MMMMMMMMMMMMMMM", "猫" * 12])
+def test_no_name_lies_on_a_number_or_on_the_name_beside_it(name, drawn, tmp_path):
+    pixels = np.zeros((2, 7, 8, 8, 3), np.uint8)
+    similarities, labels = np.full((2, 7), -0.97), np.ones((2, 7), int)
+    neighbour_grid(
+        pixels[:, 0], pixels, similarities, np.zeros(2, int), labels, [name, f"{name}, 2"], 9, tmp_path / "grid"
+    )
+    image_rows("What was found", [[Tile(pixels[0, 0], name, "0.999")] * 8], tmp_path / "rows")
+    for fig in drawn[::2]:
+        fig.set_dpi(DPI)
+        renderer = FigureCanvasAgg(fig).get_renderer()
+        texts = [text for text in fig.axes[0].texts if text.get_text() not in ("≠", "")]
+        boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts]
+        assert len(boxes) > 16
+        assert [(a, b) for i, (a, box) in enumerate(boxes) for b, other in boxes[:i] if box.overlaps(other)] == []
 
 
 @pytest.mark.parametrize("side", [8, 32, 60, 96])

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from threadpoolctl import threadpool_limits
@@ -77,11 +79,16 @@ def figure(path: Path, height: float, **kwargs: Any) -> Iterator[Figure]:
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(WIDTH, height), **kwargs)
         yield fig
-        with warnings.catch_warnings():  # matplotlib's own font lacks the characters of most languages
-            warnings.filterwarnings("ignore", r"Glyph .* missing from font")
-            with whole_files(path.parent) as fresh:
-                fig.savefig(fresh / f"{path.name}.png", dpi=DPI)
-                fig.savefig(fresh / f"{path.name}.svg", dpi=DPI, metadata={"Date": None})
+        with _without_warnings_of_characters(), whole_files(path.parent) as fresh:
+            fig.savefig(fresh / f"{path.name}.png", dpi=DPI)
+            fig.savefig(fresh / f"{path.name}.svg", dpi=DPI, metadata={"Date": None})
+
+
+@contextmanager
+def _without_warnings_of_characters() -> Iterator[None]:
+    with warnings.catch_warnings():  # matplotlib's own font lacks the characters of most languages
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")
+        yield
 
 
 class Panel(NamedTuple):
@@ -273,6 +280,13 @@ def _lines(panel: Panel, group: Overlaid) -> list[tuple[list[float], list[float]
     return drawn
 
 
+def text_width(words: str, size: float) -> float:
+    """Width of words in letters of that size, all in points."""
+    with _without_warnings_of_characters():
+        width, _, _ = text_to_path.get_text_width_height_descent(words, FontProperties(size=size), ismath=False)
+    return float(width)
+
+
 class Sheet:
     """A page on which images are placed in inches from its top left corner."""
 
@@ -292,7 +306,10 @@ class Sheet:
     def frame(self, x: float, y: float, width: float, height: float, colour: str, line: float) -> None:
         self.axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line, zorder=3))
 
-    def text(self, x: float, y: float, words: str, **kwargs: Any) -> None:
+    def text(self, x: float, y: float, words: str, width: float | None = None, **kwargs: Any) -> None:
+        """Words, in smaller letters where they would take more than `width` inches."""
+        if width is not None:
+            kwargs["fontsize"] *= min(1.0, POINTS * width / max(1.0, text_width(words, kwargs["fontsize"])))
         self.axis.text(x, y, words, **({"va": "top"} | kwargs))
 
     def finish(self) -> None:
@@ -336,17 +353,17 @@ def neighbour_grid(
         for i, query in enumerate(queries):
             y = 0.34 + i * row
             sheet.image(query, gap, y, tile, tile, BLUE, 2)
-            sheet.text(gap, y + tile + 0.04, names[query_labels[i]] if names else "", color=BLUE, fontsize=7.5)
+            sheet.text(gap, y + tile + 0.04, names[query_labels[i]] if names else "", tile, color=BLUE, fontsize=7.5)
             for j, (pixels, label) in enumerate(zip(neighbours[i], neighbour_labels[i], strict=True)):
                 x, other = gap + tile + space + j * (tile + gap), bool(class_names) and label != query_labels[i]
-                colour = VERMILION if other else PALE
+                colour, number = VERMILION if other else PALE, f"{similarities[i, j]:.2f}"
+                space_of_name = tile - text_width(number, 7.5) / POINTS - 0.05
                 sheet.image(pixels, x, y, tile, tile, colour, 2 if other else 0.8)
-                sheet.text(
-                    x, y + tile + 0.04, names[label] if names else "", color=VERMILION if other else INK, fontsize=7.5
-                )
+                name, ink = names[label] if names else "", VERMILION if other else INK
+                sheet.text(x, y + tile + 0.04, name, space_of_name, color=ink, fontsize=7.5)
                 if other:
                     sheet.text(x + tile - 0.05, y + 0.06, "≠", color=VERMILION, ha="right", weight="bold", bbox=BADGE)
-                sheet.text(x + tile, y + tile + 0.04, f"{similarities[i, j]:.2f}", color=GRAY, fontsize=7.5, ha="right")
+                sheet.text(x + tile, y + tile + 0.04, number, color=GRAY, fontsize=7.5, ha="right")
         sheet.finish()
 
 
@@ -381,7 +398,8 @@ def image_rows(title: str, rows: list[list[Tile]], path: Path, columns: int = NE
             for j, (pixels, words, number, colour) in enumerate(row):
                 x, strong = gap + j * (tile + gap), colour != INK
                 sheet.image(pixels, x, y, tile, tile, colour if strong else PALE, 2 if strong else 0.8)
-                sheet.text(x, y + tile + 0.04, _cut(visible(words), 12), color=colour, fontsize=7)
+                space_of_words = tile - text_width(number, 7) / POINTS - 0.05
+                sheet.text(x, y + tile + 0.04, _cut(visible(words), 12), space_of_words, color=colour, fontsize=7)
                 sheet.text(x + tile, y + tile + 0.04, number, color=GRAY, fontsize=7, ha="right")
         sheet.finish()
 
