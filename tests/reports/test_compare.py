@@ -170,6 +170,12 @@ def test_results_of_other_weights_are_left_out_and_the_last_one_counts(make):
     assert f"top-1, digits, test, n 360: {other}." in out
 
 
+def test_losses_of_other_negatives_are_not_taken_for_a_comparison(make):
+    first = make("a")
+    assert "depend on queue_size itself" in notes([first, make("b", queue_size=64)])
+    assert "depend on" not in notes([first, make("c", weight_decay=0.5)])
+
+
 def test_a_seed_that_comes_twice_is_said(make):
     said = notes([make("a", [90.0]), make("b", [90.0])])
     assert "Row A has 2 runs of seed 0, which are not independent." in said

@@ -37,6 +37,8 @@ SECTIONS = ("data", "model", "training")  # of a recipe, whose settings a result
 PROCESSES = "processes"  # not a setting, but the groups of BatchNorm are theirs; unknown until a run has ended
 TRAINED_ON = "trained on"  # not a setting either: the images that were there under the name of the dataset
 EMPTY = "–"
+# What the loss and the contrast accuracy depend on by their definition: how many negatives there are, and what is summed up.
+OF_LOSS = ("dictionary", "queue_size", "temperature", "symmetric_loss", "loss_scale")
 READING = (
     "Per cent of the images: mean ± sample standard deviation over the runs of a row, which differ in their seed alone; a "
     "single run has no deviation."
@@ -239,6 +241,11 @@ class Comparison:
                     yield f"Row {row.name} has {times} runs of seed {seed}, which are not independent."
             if len(commits := sorted({x.commit for x in row.runs if x.commit})) > 1:
                 yield f"Row {row.name} has runs of different commits of the code: {', '.join(commits)}."
+        if other := [name for name in OF_LOSS if name in self.settings]:
+            yield (
+                f"The loss and the contrast accuracy depend on {', '.join(other)} itself: which of two such curves is higher "
+                "does not say which row is better."
+            )
         if not _same_monitor(self.rows):
             yield "The kNN curves are left out: the monitors of these runs have other neighbours, features or images."
 
