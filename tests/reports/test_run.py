@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shlex
 import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -23,6 +24,7 @@ from training.engine.results import Result, append_results, encoder_digest, read
 from training.evaluation.features import extract_features, unit
 from training.reports.run import draw_features, spread_over_classes
 
+ROOT = Path(__file__).parents[2]
 FIGURES = ("training_curves", "neighbours", "tsne")
 FLAGS = [
     *("--dataset_name", "digits", "--max_train_samples", "64", "--max_eval_samples", "24", "--image_size", "32"),
@@ -187,6 +189,15 @@ def test_its_commands_can_be_given_to_a_shell(ended, tmp_path):
     assert f"neighbours is missing: draw it by python scripts/report.py {quoted}\n" in text
     for name in ("knn", "linear_probe"):
         assert f"python scripts/{name}.py {quoted}" in text.splitlines()
+
+
+@pytest.mark.parametrize(("place", "path"), [(ROOT, "scripts/knn.py"), (ROOT / "scripts", "knn.py"), (None, None)])
+def test_its_commands_are_those_of_the_place_where_it_is_written(place, path, run, tmp_path, monkeypatch):
+    (run / "results.json").unlink()
+    monkeypatch.chdir(place or tmp_path)
+    write_report(read_run(run))
+    (command,) = re.findall(r"^python .*knn\.py.*$", Page(run / "report.html").text, re.M)
+    assert shlex.split(command) == ["python", path or str(ROOT / "scripts" / "knn.py"), str(run)]
 
 
 def test_a_run_under_way_is_not_to_be_measured(killed):
