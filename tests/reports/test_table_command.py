@@ -10,6 +10,8 @@ import pytest
 from paper_tables import NO_NUMBERS, plan_of
 
 from training.commands.tables.plan import parse_table
+from training.engine.run_folder import write_recipe
+from training.evaluation.linear_probe import parse_linear_probe
 from training.reports.table import claim, load_table
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +111,37 @@ def test_an_evaluation_follows_in_a_process_of_its_own(definition, launcher, tmp
     ran(plan, 0, 90.0, protocol=plan.rows["t_0.1"].planned.protocol)
     assert run(script, name, *words) == 0
     assert started(tmp_path) == []
+
+
+def test_a_probe_of_other_settings_gets_a_folder_of_its_own(definition, tmp_path, ran):
+    def probe_of(evaluation: str) -> tuple[list[str], dict]:
+        """The words behind those of the evaluation, and what the probe would be."""
+        plan = plan_of(name, tmp_path, f"--evaluation={evaluation}", "--use_cpu")
+        (cell,) = plan.cells
+        words = plan.steps(cell)["linear_probe"]
+        words = words[words.index(str(cell.folder)) :]
+        probe = parse_linear_probe(words)
+        return words[1 + len(plan.evaluation) :], {"folder": Path(probe.training.output_dir), "recipe": probe.settings}
+
+    name = definition(measure="linear probe", rows=NO_NUMBERS[:1])
+    ran(plan_of(name, tmp_path), 0, 90.0)
+    said, first = probe_of("--mode cached --num_train_epochs 2 --lr_milestones 1")
+    assert said == []
+    first["folder"].mkdir()
+    write_recipe(first["folder"], first["recipe"])
+    (first["folder"] / "metrics.json").write_text("{}")
+    assert probe_of("--mode cached --num_train_epochs 2 --lr_milestones 1")[0] == []  # continues
+    said, second = probe_of("--mode cached --num_train_epochs 3 --lr_milestones 1")
+    assert said == ["--output_dir", f"{first['folder']}_2"]
+    second["folder"].mkdir()
+    write_recipe(second["folder"], second["recipe"])
+    (second["folder"] / "metrics.json").write_text("{}")
+    assert probe_of("--mode cached --num_train_epochs 3 --lr_milestones 1")[0] == said
+    assert probe_of("--mode cached --num_train_epochs 4 --lr_milestones 1")[0] == [
+        "--output_dir",
+        f"{first['folder']}_3",
+    ]
+    assert probe_of("--num_train_epochs 4 --lr_milestones 1")[0] == []  # of the other mode
 
 
 @pytest.mark.parametrize(

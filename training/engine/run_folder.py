@@ -3,7 +3,7 @@
 Only this module names these files, so that writers, evaluations, the report and the Hub agree on them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
@@ -283,8 +283,12 @@ def may_leave(figure: Path, data: dict[str, Any], include_pictures: bool) -> boo
 
 def unused(name: str) -> str:
     """A path for a new run: this one, or with the first number behind it that makes it free."""
-    numbered = (f"{name}_{number}" for number in count(2))
-    return next(path for path in chain([name], numbered) if not Path(path).exists())
+    return next(path for path in numbered(name) if not Path(path).exists())
+
+
+def numbered(name: str) -> Iterator[str]:
+    """A name, and the same with numbers behind it."""
+    return chain([name], (f"{name}_{number}" for number in count(2)))
 
 
 def mark_ended(folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ...cli import build_parser, default_values, how_to_run, refuse_secrets
-from ...engine.run_folder import check_same_run, has_begun, write_recipe
+from ...engine.run_folder import check_same_run, has_begun, numbered, write_recipe
 from ...evaluation.knn import protocol as knn_protocol
 from ...evaluation.linear_probe import ProbeRun, parse_linear_probe
 from ...recipe import PARTS, PretrainArguments, parse_pretrain
@@ -117,8 +117,18 @@ class Plan:
                 *program("evaluations.linear_probe"),
                 str(cell.folder),
                 *self.evaluation,
+                *self._beside_other_probes(cell),
             ]
         return steps
+
+    def _beside_other_probes(self, cell: Cell) -> list[str]:
+        """Words that give a probe a folder of its own where its default one holds a probe of other settings."""
+        if not any(cell.folder.glob("linear_probe*")):
+            return []
+        probe = parse_linear_probe([str(cell.folder), *self.evaluation, *ON_THE_CPU])
+        usual = str(probe.training.output_dir)
+        folder = next(name for name in numbered(usual) if _may_hold(Path(name), probe))
+        return [] if folder == usual else ["--output_dir", folder]
 
     def check(self) -> None:
         """
@@ -158,6 +168,17 @@ class Plan:
     def _seeds_there(self) -> set[int]:
         names = [path.name.removeprefix("seed") for path in self.folder.glob("*/seed*")]
         return {int(name) for name in names if name.isdecimal()}
+
+
+def _may_hold(folder: Path, probe: ProbeRun) -> bool:
+    """Whether a folder is free, or holds this very probe."""
+    if not has_begun(folder):
+        return True
+    try:
+        check_same_run(folder, probe.settings, probe.defaults)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_table(argv: list[str]) -> Plan:
