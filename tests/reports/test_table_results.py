@@ -95,6 +95,15 @@ def test_a_cell_is_done_by_a_probe_of_the_images_and_labels_that_were_asked_for(
         assert not plan.is_done(plan.find(cell))
 
 
+def test_rows_that_are_measured_in_different_ways_are_not_compared(definition, tmp_path, ran):
+    apart = "Rows that the table measures alike were measured in different ways"
+    rows = [row | {"set": row["set"] | {"knn_k": k}} for row, k in zip(NO_NUMBERS, ([200], [5]), strict=True)]
+    plan = plan_of(definition(rows=NO_NUMBERS), tmp_path)
+    ran(plan, 0, 90.0), ran(plan, 1, 80.0, protocol="weighted kNN, k 5, T 0.07")
+    assert apart in shown(plan)[2]
+    assert apart not in shown(plan_of(definition(rows=rows), tmp_path))[2]  # which is what this table is of
+
+
 def test_runs_that_are_not_alike_are_not_put_together(definition, tmp_path, ran):
     plan = plan_of(definition(), tmp_path, "--seeds", "0", "1")
     other = plan_of(definition(), tmp_path, "--seeds", "0", "1", "--queue_size", "64")

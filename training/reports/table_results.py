@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import plots
+from ..cli import names_in_files
 from ..data.sources import EvaluationDataArguments
 from ..engine.files import whole_files
 from ..engine.page import document, embedded, escape, words
@@ -49,6 +50,7 @@ OF_DOTS = "Filled: ours, with the standard deviation of the seeds. Open circles:
 APART = "The paper's numbers were measured under other conditions, and are not compared with ours."
 
 
+UNLIKE = "Rows that the table measures alike were measured in different ways, and are not compared with each other."
 SOURCE = (
     *("dataset_name", "dataset_config_name", "train_split", "eval_split", "image_column", "label_column"),
     "max_image_pixels",
@@ -87,6 +89,12 @@ class Measurement:
             and _fits(str(column.n), data.max_eval_samples, of_run.max_eval_samples, counts["split_images"])
             and _fits(column.bank, self.bank_size, None, _number(column.train_images))
         )
+
+    @property
+    def kind(self) -> str:
+        """The same text for measurements whose numbers can be compared."""
+        view = [getattr(self.data, name) for name in names_in_files(EvaluationDataArguments)]
+        return canonical([self.protocol, self.feature, self.bank_size, view])
 
     @property
     def _same_source(self) -> bool:
@@ -361,10 +369,16 @@ class Filled:
         for score in self.scores.values():
             if score.column is not None:
                 rows.setdefault(score.column, []).append(score.row.title)
+        kinds: dict[str, set[Column]] = {}
+        for score in self.scores.values():
+            if score.column is not None:
+                kinds.setdefault(self.planned[score.row.folder].kind, set()).add(score.column)
         for column, titles in rows.items():
             of = f" of {', '.join(titles)}" if len(rows) > 1 else ""
             learned = f", {column.learned_from}" if column.learned_from else ""
             yield f"Ours{of}: {column.describe([column])}, {column.feature} feature{learned}."
+        if any(len(columns) > 1 for columns in kinds.values()):
+            yield UNLIKE
 
 
 def _value(name: str, value: Any) -> str:
