@@ -1,14 +1,16 @@
 """What a table shows of ours beside the paper's."""
 
 import html
+import json
 import re
 import shutil
 
 import pytest
+import yaml
 from paper_tables import ABOUT, KNN, NO_NUMBERS, ROWS, plan_of
 
 from training.engine.results import conditions
-from training.reports.table_results import to_html, to_markdown, write
+from training.reports.table_results import draw, to_html, to_markdown, write
 
 WILSON = {91.5: (88.16, 93.96)}  # of 360 images, computed with 40 digits
 
@@ -206,6 +208,25 @@ def test_the_curves_of_a_figure_are_those_that_were_logged(definition, tmp_path,
     svg = (plan.folder / "table.svg").read_text()
     lines = re.findall(r'<g id="Contrast top-1, % (\d)">\s*<path d="(.*?)"', svg, re.S)
     assert [(row, len(re.findall("[ML]", path))) for row, path in lines] == [("0", 3), ("1", 3)]
+
+
+def test_knn_curves_of_other_monitors_are_left_out_of_a_table(definition, tmp_path, ran):
+    plan = plan_of(definition(rows=NO_NUMBERS, x="epoch"), tmp_path)
+    for number in range(2):
+        ran(plan, number, 90.0)
+        path = plan.cells[number].folder / "trainer_state.json"
+        state = json.loads(path.read_text())
+        history = [entry | {"eval_knn_top1": 50.0} for entry in state["log_history"]]
+        path.write_text(json.dumps(state | {"log_history": history}))
+    assert draw(plan.fill(), tmp_path / "same")
+    assert "kNN top-1" in (tmp_path / "same.svg").read_text()
+    assert "curves are left out" not in shown(plan)[2]
+    path = plan.cells[0].folder / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(recipe | {"training": recipe["training"] | {"knn_k": [5]}}))
+    assert draw(plan.fill(), tmp_path / "other")
+    assert "kNN top-1" not in (tmp_path / "other.svg").read_text()
+    assert "The kNN curves are left out" in shown(plan)[2]
 
 
 def test_words_of_strangers_are_shown_as_words(definition, tmp_path):

@@ -43,6 +43,7 @@ READING = (
     "Per cent of the images: mean ± sample standard deviation over the runs of a row, which differ in their seed alone; a "
     "single run has no deviation."
 )
+NO_KNN_CURVES = "The kNN curves are left out: the monitors of these runs have other neighbours, features or images."
 OF_CURVES = "A line for every run, in the colour of its row."
 
 
@@ -211,6 +212,10 @@ class Comparison:
         ]
 
     @property
+    def measured(self) -> list[Measured]:
+        return [x for row in self.rows for x in row.runs]
+
+    @property
     def states(self) -> bool:
         """Whether some runs have not ended."""
         return len({row.runs[0].state for row in self.rows}) > 1
@@ -246,8 +251,8 @@ class Comparison:
                 f"The loss and the contrast accuracy depend on {', '.join(other)} itself: which of two such curves is higher "
                 "does not say which row is better."
             )
-        if not _same_monitor(self.rows):
-            yield "The kNN curves are left out: the monitors of these runs have other neighbours, features or images."
+        if not same_monitor(self.measured):
+            yield NO_KNN_CURVES
 
 
 def read_measured(folder: Path, defaults: Defaults) -> Measured:
@@ -357,23 +362,32 @@ def draw(comparison: Comparison, path: Path) -> bool:
     Returns:
         whether a figure was drawn.
     """
-    hidden = () if _same_monitor(comparison.rows) else ("eval_knn_top1",)
+    names = [", ".join([row.name, *(f"{x} {row.value(x)}" for x in comparison.settings)]) for row in comparison.rows]
+    return draw_curves(names, [row.runs for row in comparison.rows], path)
+
+
+def draw_curves(names: list[str], rows: list[list[Measured]], path: Path) -> bool:
+    """The curves of rows of runs, those of kNN only where all monitors measure the same.
+
+    Returns:
+        whether there was any.
+    """
+    hidden = () if same_monitor(x for runs in rows for x in runs) else ("eval_knn_top1",)
     groups = [
         plots.Overlaid(
-            ", ".join([row.name, *(f"{name} {row.value(name)}" for name in comparison.settings)]),
-            [[{k: v for k, v in entry.items() if k not in hidden} for entry in x.history] for x in row.runs],
+            name, [[{k: v for k, v in entry.items() if k not in hidden} for entry in x.history] for x in runs]
         )
-        for row in comparison.rows
+        for name, runs in zip(names, rows, strict=True)
     ]
     return plots.compared_curves(groups, path)
 
 
-def _same_monitor(rows: list[Row]) -> bool:
+def same_monitor(runs: Iterable[Measured]) -> bool:
     """Whether the kNN of all monitors is the same measurement."""
-    runs = [x for row in rows for x in row.runs]
+    runs = list(runs)
     asked = {canonical(x.monitor) for x in runs}
     seen = {canonical(Column.of_data(x.data)) for x in runs if x.data}
-    return len(asked) == 1 and len(seen) <= 1
+    return len(asked) <= 1 and len(seen) <= 1
 
 
 def title(comparison: Comparison) -> str:

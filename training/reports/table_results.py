@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .. import plots
 from ..cli import names_in_files
 from ..data.sources import EvaluationDataArguments
 from ..engine.files import whole_files
@@ -25,6 +24,7 @@ from ..hub.model_card import escape as escape_markdown
 from ..hub.model_card import public_name
 from .compare import (
     EMPTY,
+    NO_KNN_CURVES,
     OF_CURVES,
     OF_DATA,
     PROCESSES,
@@ -32,10 +32,12 @@ from .compare import (
     Defaults,
     Measured,
     canonical,
+    draw_curves,
     html_table,
     in_words,
     markdown_table,
     read_measured,
+    same_monitor,
     text_table,
 )
 from .table import EPOCH, MEASURES, Cell, Row, Table
@@ -340,6 +342,8 @@ class Filled:
             yield f"Changed in ours: {', '.join(map(self._change, *zip(*self.changed.items(), strict=True)))}."
         if not self.reproduced:
             yield APART
+        if self.table.x == EPOCH and not same_monitor(x.measured for x in self.counted if x.measured):
+            yield NO_KNN_CURVES
         if len(processes := {x.settings[PROCESSES] for x in self.counted} - {None}) > 1:
             yield f"Ours were trained by different numbers of processes: {', '.join(map(str, sorted(processes)))}."
         if len(commits := sorted({x.measured.commit for x in self.counted if x.measured and x.measured.commit})) > 1:
@@ -404,11 +408,12 @@ def draw(filled: Filled, path: Path) -> bool:
         whether it was drawn.
     """
     if filled.table.x == EPOCH:
-        groups = [
-            plots.Overlaid(row.title, [x.measured.history for x in filled.counted if x.measured and x.cell.row == row])
+        rows = {
+            row.title: [x.measured for x in filled.counted if x.measured and x.cell.row == row]
             for row in filled.table.rows
-        ]
-        return plots.compared_curves([group for group in groups if group.histories], path)
+        }
+        there = {title: runs for title, runs in rows.items() if any(run.history for run in runs)}
+        return draw_curves(list(there), list(there.values()), path)
     lines = [
         Line(s.row.group, s.row.label, s.values, s.row.paper if isinstance(s.row.paper, float | int) else None)
         for s in filled.scores.values()
