@@ -117,6 +117,16 @@ def test_runs_that_are_not_alike_are_not_put_together(definition, tmp_path, ran)
     assert f"Left out: 1 results of {stale}, which are of other weights" in notes
 
 
+def test_a_row_that_the_table_had_before_is_left_out_with_a_word(definition, tmp_path, ran):
+    plan = plan_of(definition(rows=NO_NUMBERS), tmp_path, "--seeds", "0", "5")
+    ran(plan, 0, 90.0)
+    gone = ran(plan, 3, 80.0)  # the second row with seed 5
+    now = plan_of(definition(rows=NO_NUMBERS[:1]), tmp_path)
+    _, body, notes = shown(now)
+    assert [row[:3] for row in body] == [["T 0.1", "90.00", "1 of 1"]]
+    assert f"Left out: {gone}, which is of no row of this table." in notes
+
+
 def test_a_cell_that_was_measured_otherwise_is_left_out_with_a_word(definition, tmp_path, ran):
     plan = plan_of(definition(rows=NO_NUMBERS), tmp_path, "--seeds", "0", "1")
     ran(plan, 0, 90.0), ran(plan, 1, 80.0, protocol="linear probe, official")

@@ -236,6 +236,7 @@ class Filled:
         planned: how a row is to be measured, by its folder.
         published: of every row, by its folder.
         overrides: what the cells to come have instead of published settings.
+        outside: runs in the table's folder that are of none of its rows.
     """
 
     table: Table
@@ -243,6 +244,7 @@ class Filled:
     published: Mapping[str, Published]
     planned: Mapping[str, Measurement]
     overrides: Mapping[str, Any]
+    outside: list[Path]
 
     @cached_property
     def counted(self) -> list[Found]:
@@ -355,6 +357,9 @@ class Filled:
                 yield f"Left out: {x.cell.folder}, which was measured otherwise: {otherwise}."
             if x.measured is not None and x.measured.older:
                 yield f"Left out: {x.measured.older} results of {x.cell.folder}, which are of other weights than it has now."
+
+        for folder in self.outside:
+            yield f"Left out: {folder}, which is of no row of this table."
 
     def _measured_otherwise(self, found: Found) -> str | None:
         """How a cell that has a result of this measure, and none in the column of its row, was measured."""

@@ -155,7 +155,9 @@ class Plan:
 
     def fill(self) -> Filled:
         """The table with all that is there now: of the seeds that were asked for, and of others."""
-        seeds = [*self.seeds, *sorted(self._seeds_there() - {*self.seeds})]
+        there = self._runs_there()
+        seeds_there = {int(run.name.removeprefix("seed")) for run in there if run.parent.name in self.rows}
+        seeds = [*self.seeds, *sorted(seeds_there - {*self.seeds})]
         cells = self.table.cells(self.folder, seeds)
         found = [self.find(cell) for cell in tqdm(cells, "reading cells", disable=None, leave=False)]
         overrides: dict[str, Any] = {}
@@ -163,11 +165,13 @@ class Plan:
             to_come = settings(row.args, None)
             overrides |= {name: to_come[name] for name in changes(to_come, row.published.settings)}
         published = {name: row.published for name, row in self.rows.items()}
-        return Filled(self.table, found, published, {name: row.planned for name, row in self.rows.items()}, overrides)
+        planned = {name: row.planned for name, row in self.rows.items()}
+        outside = [run for run in there if run.parent.name not in self.rows]
+        return Filled(self.table, found, published, planned, overrides, outside)
 
-    def _seeds_there(self) -> set[int]:
-        names = [path.name.removeprefix("seed") for path in self.folder.glob("*/seed*")]
-        return {int(name) for name in names if name.isdecimal()}
+    def _runs_there(self) -> list[Path]:
+        """Folders of cells, also of rows that the table does not have any more."""
+        return sorted(path for path in self.folder.glob("*/seed*") if path.name.removeprefix("seed").isdecimal())
 
 
 def _may_hold(folder: Path, probe: ProbeRun) -> bool:
