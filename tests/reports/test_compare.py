@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from modeling_moco import MoCoModel
 from training.cli import default_values
 from training.engine.checkpoints import BatchLayout, write_manifest
-from training.engine.results import Result, append_results
+from training.engine.results import Result, append_results, encoder_digest
 from training.recipe import PARTS, parse_pretrain
 from training.reports.compare import compare, draw
 
@@ -259,6 +260,24 @@ def test_words_and_histories_of_strangers_are_shown_as_words(make, script, tmp_p
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "\\<script\\>x\\|y\\</script\\>\\\\u202e\\[a\\](b)" in text
     assert all(line.isprintable() for line in text.splitlines())
+
+
+def test_the_table_of_a_terminal_is_as_narrow_as_its_numbers(make, script, tmp_path, capsys):
+    runs = [make("a", [90.0]), make("b", [91.0], queue_size=64)]
+    append_results(runs[0], [Result("probe", "top1", 50.0, 360)], model=digest_of(runs[0]), data=DATA)
+    script("compare").main([*map(str, runs), "--output_dir", str(tmp_path / "out")])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in said[:3]] == [
+        ["queue_size", "n", "(1)", "(2)"],
+        ["A", "65536", "1", "90.00", "50.00"],
+        ["B", "64", "1", "91.00", "–"],
+    ]
+    assert said[3:5] == [f"(1) {KNN}, top-1, digits, test, bank 100, n 360", "(2) probe, top-1, digits, test, n 360"]
+    assert f"Not measured by (2): {runs[1]}." in said
+
+
+def digest_of(run: Path) -> str:
+    return encoder_digest(MoCoModel.from_pretrained(run))
 
 
 def test_nothing_is_overwritten_and_bad_input_is_one_line(make, script, tmp_path, capsys):

@@ -44,6 +44,7 @@ READING = (
     "single run has no deviation."
 )
 NO_KNN_CURVES = "The kNN curves are left out: the monitors of these runs have other neighbours, features or images."
+NOT_MEASURED = "Not measured by"
 OF_CURVES = "A line for every run, in the colour of its row."
 
 
@@ -234,7 +235,7 @@ class Comparison:
         for column in self.columns:
             lacking = [str(x.run.folder) for row in self.rows for x in row.runs if column not in x.results]
             if lacking:
-                yield f"Not measured by {column.describe(self.columns)}: {', '.join(lacking)}."
+                yield f"{NOT_MEASURED} {column.describe(self.columns)}: {', '.join(lacking)}."
         if not self.columns:
             yield "No result was recorded yet for the weights of these runs."
         for row in self.rows:
@@ -430,8 +431,14 @@ def html_table(head: list[str], body: list[list[str]]) -> str:
 
 
 def to_text(comparison: Comparison) -> str:
-    """The table for a terminal, with its notes."""
-    return "\n".join([*text_table(comparison.head, comparison.body), READING, *comparison.notes()])
+    """The table for a terminal, with its notes. What was measured stands below it, for lines would not hold the heads."""
+    first = len(comparison.head) - len(comparison.columns)
+    heads = {f"({i})": head for i, head in enumerate(comparison.head[first:], 1)}
+    notes = [*comparison.notes()]
+    for number, head in heads.items():
+        notes = [note.replace(f"{NOT_MEASURED} {head}:", f"{NOT_MEASURED} {number}:") for note in notes]
+    table = text_table([*comparison.head[:first], *heads], comparison.body)
+    return "\n".join([*table, *(f"{number} {head}" for number, head in heads.items()), READING, *notes])
 
 
 def text_table(head: list[str], body: list[list[str]]) -> list[str]:
