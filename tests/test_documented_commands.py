@@ -12,7 +12,7 @@ from training.commands import COMMANDS
 from training.commands.embed import parse_embed
 from training.commands.evaluations.knn import parse_knn
 from training.commands.prepare import parse_prepare
-from training.commands.table import parse_table
+from training.commands.tables.plan import parse_table
 from training.evaluation.finetune import parse_finetune
 from training.evaluation.linear_probe import parse_linear_probe
 from training.recipe import parse_pretrain

@@ -19,6 +19,7 @@ from training.evaluation.scores import score
 from training.plots import (
     BLUE,
     COLOURS,
+    DPI,
     VERMILION,
     DrawnImage,
     Tile,
@@ -27,9 +28,11 @@ from training.plots import (
     embedding,
     image_rows,
     neighbour_grid,
+    short_names,
     training_curves,
     view_pairs,
 )
+from training.transfer.figures import draw_bars
 from training.views.policy import ViewParams
 
 NS = {"svg": "http://www.w3.org/2000/svg"}
@@ -359,6 +362,24 @@ def test_no_legend_lies_on_curves_and_no_word_is_cut(knn_k, drawn, tmp_path):
     assert legends == 3 + (knn_k is not None)
 
 
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
+@pytest.mark.parametrize("name", ["golden retriever", "mushroom_p", "MMMMMMMMMMMMMMM", "猫" * 12])
+def test_no_name_lies_on_a_number_or_on_the_name_beside_it(name, drawn, tmp_path):
+    pixels = np.zeros((2, 7, 8, 8, 3), np.uint8)
+    similarities, labels = np.full((2, 7), -0.97), np.ones((2, 7), int)
+    neighbour_grid(
+        pixels[:, 0], pixels, similarities, np.zeros(2, int), labels, [name, f"{name}, 2"], 9, tmp_path / "grid"
+    )
+    image_rows("What was found", [[Tile(pixels[0, 0], name, "0.999")] * 8], tmp_path / "rows")
+    for fig in drawn[::2]:
+        fig.set_dpi(DPI)
+        renderer = FigureCanvasAgg(fig).get_renderer()
+        texts = [text for text in fig.axes[0].texts if text.get_text() not in ("≠", "")]
+        boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts]
+        assert len(boxes) > 16
+        assert [(a, b) for i, (a, box) in enumerate(boxes) for b, other in boxes[:i] if box.overlaps(other)] == []
+
+
 @pytest.mark.parametrize("side", [8, 32, 60, 96])
 def test_small_images_are_enlarged_in_whole_squares_of_their_own_colours(side, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -388,6 +409,46 @@ def test_any_class_name_is_drawn_as_it_is_written(tmp_path):
         }
         assert set(names) <= shown, name
     assert "$\\frac{a$" in words(tmp_path / "grid")
+
+
+LONG = "a_class_of_a_name_that_is_long_"
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["dog, hound", "cat, tom"], ["dog", "cat"]),
+        (["maillot", "maillot, tank suit", "dog, hound"], ["maillot", "maillot, tank suit", "dog"]),
+        (["crane", "crane", "dog"], ["crane 0", "crane 1", "dog"]),
+        ([f"{LONG}1", f"{LONG}2"], ["a_class_o…_is_long_1", "a_class_o…_is_long_2"]),
+        ([f"{LONG}1{LONG}", f"{LONG}2{LONG}"], ["a_class_of_a_name… 0", "a_class_of_a_name… 1"]),
+        ([f"{LONG}1"], ["a_class_of_a_name_t…"]),
+        (["\x1b, a", "\x1b, b"], ["\\x1b, a", "\\x1b, b"]),
+        ([], []),
+    ],
+)
+def test_no_two_classes_are_called_alike_in_a_figure(names, shown):
+    assert short_names(names, 20) == shown
+    assert all(len(name) <= 20 for name in shown)
+
+
+def test_classes_that_share_a_synonym_can_be_told_apart_in_every_figure(tmp_path):
+    names = ["maillot", "maillot, tank suit"]
+    confusion(counts(50, (0, 1, 5)), names + [f"class {i}" for i in range(48)], tmp_path / "pairs")
+    assert "maillot is called maillot, tank suit" in words(tmp_path / "pairs")
+    confusion(counts(2), names, tmp_path / "matrix")
+    draw_grid(tmp_path / "grid", names)
+    features, labels = clusters(30, 2)
+    embedding(features, labels, names, tmp_path / "tsne")
+    draw_bars({"": {f"{LONG}1": 50.0, f"{LONG}2": 60.0, "\x1b": 40.0}}, "IoU", tmp_path / "bars")
+    for figure, shown in {
+        "matrix": ("maillot", "maillot…ank suit"),
+        "grid": ("maillot", "maill… suit"),
+        "tsne": ("maillot", "maillot…ank suit"),
+        "bars": ("a_class_of_…at_is_long_1", "\\x1b"),
+    }.items():
+        assert set(shown) <= set(words(tmp_path / figure)), (figure, words(tmp_path / figure))
+        svg(tmp_path / figure)  # is XML
 
 
 def test_signs_that_xml_and_terminals_know_are_drawn_as_escapes(tmp_path):

@@ -35,7 +35,7 @@ from training.evaluation.finetune import FinetuneArguments
 from training.evaluation.knn import evaluate_knn
 from training.evaluation.linear_probe import parse_linear_probe
 from training.evaluation.probe_arguments import LinearProbeArguments
-from training.pretrain import announce, build_trainer, drawn_images, finish, saved_step
+from training.pretrain import announce, build_trainer, drawn_images, finish, monitored, saved_step
 from training.recipe import RECIPES, load_recipe, parse_pretrain, recipe_names
 from training.views.device import sample_operations, unpack_params
 from training.views.opencv import crop_and_resize
@@ -531,16 +531,23 @@ def test_the_table_of_a_probe_has_a_knn_that_was_measured_later(tmp_path, capsys
 
 def test_the_table_of_a_probe_has_the_same_knn_before_and_after_and_none_of_other_weights_or_images(tmp_path, capsys):
     digits = {"dataset": "digits", "split": "test", "train_images": 1437}
-    write_json(tmp_path / "metrics.json", {"knn_top1_before": 69.25, "knn_top1_after": 94.25, "data": digits})
-    monitored = Result("weighted kNN, k 200, T 0.07", "top1", 94.25, 360)
-    append_results(tmp_path, [monitored], model="digest", data=digits)
-    later = replace(monitored, protocol="weighted kNN, k 1, T 0.07", value=12.5)
+    by_monitor = Result("weighted kNN, k 200, T 0.07", "top1", 94.25, 360, settings={"bank": 1437})
+    metrics = {"knn_top1_before": 69.25, "knn_top1_after": 94.25, "knn": monitored(by_monitor), "data": digits}
+    write_json(tmp_path / "metrics.json", metrics)
+    # Other measurements of the same value, by chance.
+    others = [{"protocol": "weighted kNN, k 1, T 0.07"}, {"feature": "head"}, {"settings": {"bank": 500}}]
+    alike = [replace(by_monitor, **other) for other in others]
+    append_results(tmp_path, [*alike, by_monitor], model="digest", data=digits)
+    later = replace(by_monitor, protocol="weighted kNN, k 1, T 0.07", value=12.5)
     append_results(tmp_path, [later], model="digest", data=digits)
     append_results(tmp_path, [later], model="digest", data=digits | {"dataset": "birds"})
     print_table(tmp_path, "digest", digits, {"linear probe, official": 50.0})
     before, after, probe = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"kNN before training +\|  69\.2 %  weighted kNN, k 200, T 0\.07", before)
     assert re.fullmatch(r"kNN after +\|  94\.2 %  weighted kNN, k 200, T 0\.07", after)
+    write_json(tmp_path / "metrics.json", metrics | {"knn": monitored(replace(by_monitor, settings={"bank": 9}))})
+    print_table(tmp_path, "digest", digits, {})  # the monitor's is not there
+    assert capsys.readouterr().out == "kNN after |  12.5 %  weighted kNN, k 1, T 0.07\n"
     for digest, data in (("of other weights", digits), ("digest", digits | {"label_column": "parity"})):
         print_table(tmp_path, digest, data, {"linear probe, official": 50.0})
         assert capsys.readouterr().out == f"{probe.split('|')[0].strip()} |  50.0 %\n"

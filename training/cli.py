@@ -33,6 +33,7 @@ INCLUDE_PICTURES = (
 LOG_IN = "For the Hub log in by `hf auth login`, or set HF_TOKEN"
 WITHOUT_VALUE = ("lr_milestones",)  # lists that a flag without a value takes away
 INHERITED = "transformers.TrainingArguments"  # section of the flags that transformers documents
+CHECKOUT = Path(__file__).parents[1]  # if this is no installation
 SCRIPTS = {"probe": "linear_probe", "publish": "push_to_hub"}  # of the commands whose script has another name
 
 
@@ -299,10 +300,19 @@ def nearest_name(word: str, known: list[str]) -> str:
 
 
 def how_to_run(command: str) -> str:
-    """How a user starts a command here: `moco probe` in an installation, `python scripts/linear_probe.py` in a checkout."""
+    """How a user starts a command here: `moco probe` in an installation, `python scripts/linear_probe.py` in a checkout.
+
+    Outside the checkout it is the script's whole path.
+    """
     if __name__.startswith("moco_hf."):
         return f"moco {command}"
-    return f"python scripts/{SCRIPTS.get(command, command)}.py"
+    return f"python {shlex.quote(script_here(SCRIPTS.get(command, command)))}"
+
+
+def script_here(name: str) -> str:
+    """The path of a script of the checkout, from the working directory if it is below it."""
+    script = CHECKOUT / "scripts" / f"{name}.py"
+    return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def how_to_classify(folder: str) -> str:

@@ -4,6 +4,7 @@ Every function takes data and a path without suffix.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from threadpoolctl import threadpool_limits
@@ -76,11 +79,16 @@ def figure(path: Path, height: float, **kwargs: Any) -> Iterator[Figure]:
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(WIDTH, height), **kwargs)
         yield fig
-        with warnings.catch_warnings():  # matplotlib's own font lacks the characters of most languages
-            warnings.filterwarnings("ignore", r"Glyph .* missing from font")
-            with whole_files(path.parent) as fresh:
-                fig.savefig(fresh / f"{path.name}.png", dpi=DPI)
-                fig.savefig(fresh / f"{path.name}.svg", dpi=DPI, metadata={"Date": None})
+        with _without_warnings_of_characters(), whole_files(path.parent) as fresh:
+            fig.savefig(fresh / f"{path.name}.png", dpi=DPI)
+            fig.savefig(fresh / f"{path.name}.svg", dpi=DPI, metadata={"Date": None})
+
+
+@contextmanager
+def _without_warnings_of_characters() -> Iterator[None]:
+    with warnings.catch_warnings():  # matplotlib's own font lacks the characters of most languages
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")
+        yield
 
 
 class Panel(NamedTuple):
@@ -272,6 +280,13 @@ def _lines(panel: Panel, group: Overlaid) -> list[tuple[list[float], list[float]
     return drawn
 
 
+def text_width(words: str, size: float) -> float:
+    """Width of words in letters of that size, all in points."""
+    with _without_warnings_of_characters():
+        width, _, _ = text_to_path.get_text_width_height_descent(words, FontProperties(size=size), ismath=False)
+    return float(width)
+
+
 class Sheet:
     """A page on which images are placed in inches from its top left corner."""
 
@@ -291,7 +306,10 @@ class Sheet:
     def frame(self, x: float, y: float, width: float, height: float, colour: str, line: float) -> None:
         self.axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line, zorder=3))
 
-    def text(self, x: float, y: float, words: str, **kwargs: Any) -> None:
+    def text(self, x: float, y: float, words: str, width: float | None = None, **kwargs: Any) -> None:
+        """Words, in smaller letters where they would take more than `width` inches."""
+        if width is not None:
+            kwargs["fontsize"] *= min(1.0, POINTS * width / max(1.0, text_width(words, kwargs["fontsize"])))
         self.axis.text(x, y, words, **({"va": "top"} | kwargs))
 
     def finish(self) -> None:
@@ -325,6 +343,7 @@ def neighbour_grid(
     gap, space = 0.1, 0.15
     tile = (WIDTH - 2 * gap - space - (columns - 1) * gap) / (columns + 1)
     row = tile + 0.28
+    names = short_names(class_names, 11)
     with figure(path, 0.42 + row * len(queries)) as fig:
         sheet = Sheet(fig)
         sheet.text(gap, 0.1, "query", weight="bold", color=BLUE)
@@ -334,17 +353,17 @@ def neighbour_grid(
         for i, query in enumerate(queries):
             y = 0.34 + i * row
             sheet.image(query, gap, y, tile, tile, BLUE, 2)
-            sheet.text(gap, y + tile + 0.04, _name(query_labels[i], class_names), color=BLUE, fontsize=7.5)
+            sheet.text(gap, y + tile + 0.04, names[query_labels[i]] if names else "", tile, color=BLUE, fontsize=7.5)
             for j, (pixels, label) in enumerate(zip(neighbours[i], neighbour_labels[i], strict=True)):
                 x, other = gap + tile + space + j * (tile + gap), bool(class_names) and label != query_labels[i]
-                colour = VERMILION if other else PALE
+                colour, number = VERMILION if other else PALE, f"{similarities[i, j]:.2f}"
+                space_of_name = tile - text_width(number, 7.5) / POINTS - 0.05
                 sheet.image(pixels, x, y, tile, tile, colour, 2 if other else 0.8)
-                sheet.text(
-                    x, y + tile + 0.04, _name(label, class_names), color=VERMILION if other else INK, fontsize=7.5
-                )
+                name, ink = names[label] if names else "", VERMILION if other else INK
+                sheet.text(x, y + tile + 0.04, name, space_of_name, color=ink, fontsize=7.5)
                 if other:
                     sheet.text(x + tile - 0.05, y + 0.06, "≠", color=VERMILION, ha="right", weight="bold", bbox=BADGE)
-                sheet.text(x + tile, y + tile + 0.04, f"{similarities[i, j]:.2f}", color=GRAY, fontsize=7.5, ha="right")
+                sheet.text(x + tile, y + tile + 0.04, number, color=GRAY, fontsize=7.5, ha="right")
         sheet.finish()
 
 
@@ -379,7 +398,8 @@ def image_rows(title: str, rows: list[list[Tile]], path: Path, columns: int = NE
             for j, (pixels, words, number, colour) in enumerate(row):
                 x, strong = gap + j * (tile + gap), colour != INK
                 sheet.image(pixels, x, y, tile, tile, colour if strong else PALE, 2 if strong else 0.8)
-                sheet.text(x, y + tile + 0.04, _short(words, 12), color=colour, fontsize=7)
+                space_of_words = tile - text_width(number, 7) / POINTS - 0.05
+                sheet.text(x, y + tile + 0.04, _cut(visible(words), 12), space_of_words, color=colour, fontsize=7)
                 sheet.text(x + tile, y + tile + 0.04, number, color=GRAY, fontsize=7, ha="right")
         sheet.finish()
 
@@ -388,16 +408,24 @@ def _pixels(image: torch.Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def _name(label: int, class_names: list[str]) -> str:
-    return _short(class_names[label], 11) if class_names else ""
+def short_names(class_names: list[str], length: int) -> list[str]:
+    """What classes are called in a figure, each otherwise: the first of several synonyms, as ImageNet has them, if it can be.
+
+    ImageNet has "maillot" beside "maillot, tank suit", and "crane" twice. Where the first synonyms are the same, it is all of
+    them, cut in the middle; and where these are, the number of the class is added.
+    """
+    names = [_cut(visible(name.split(",")[0]), length) for name in class_names]
+    whole = [_cut(visible(name), length, length // 2) for name in class_names]
+    numbered = [f"{_cut(name, length - len(f' {i}'))} {i}" for i, name in enumerate(names)]
+    for others in (whole, numbered):
+        times = Counter(names)
+        names = [name if times[name] == 1 else other for name, other in zip(names, others, strict=True)]
+    return names
 
 
-def _short(name: str, length: int) -> str:
-    return _cut(visible(name.split(",")[0]), length)  # ImageNet's are lists of synonyms
-
-
-def _cut(name: str, length: int) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+def _cut(name: str, length: int, end: int = 0) -> str:
+    """At most `length` signs of a name, `end` of them its last ones."""
+    return name if len(name) <= length else f"{name[: length - 1 - end]}…{name[len(name) - end :]}"
 
 
 class DrawnImage(NamedTuple):
@@ -455,6 +483,7 @@ def embedding(features: torch.Tensor, labels: torch.Tensor, class_names: list[st
     """
     places = _tsne(features.double().numpy())
     present = labels.unique().tolist() if class_names else []
+    names = short_names(class_names, 16)
     title = f"t-SNE of the features of {len(places):,} images" + (f", {len(present)} classes" if present else "")
     with figure(path, 5.6, layout="constrained") as fig:
         axis = fig.add_subplot()
@@ -469,10 +498,14 @@ def embedding(features: torch.Tensor, labels: torch.Tensor, class_names: list[st
             for i, label in enumerate(present):
                 x, y = places[labels.numpy() == label].T
                 colour, marker = COLOURS[i % len(COLOURS)], "o^"[i // len(COLOURS)]
-                name = _short(class_names[label], 16)
-                axis.scatter(x, y, color=colour, marker=marker, label=name, **dots)
+                axis.scatter(x, y, color=colour, marker=marker, label=names[label], **dots)
                 axis.annotate(
-                    name, (np.median(x), np.median(y)), ha="center", va="center", path_effects=[HALO], weight="bold"
+                    names[label],
+                    (np.median(x), np.median(y)),
+                    ha="center",
+                    va="center",
+                    path_effects=[HALO],
+                    weight="bold",
                 )
             fig.legend(loc="outside right center", markerscale=1.6, handletextpad=0.1)
 
@@ -506,7 +539,7 @@ def confusion(counts: torch.Tensor, class_names: list[str], path: Path) -> None:
 def _confusion_matrix(counts: torch.Tensor, class_names: list[str], path: Path) -> None:
     # Images of each class (rows) by the class that they are called (columns), coloured by their share of the row.
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    names = [_short(name, 16) for name in class_names]
+    names = short_names(class_names, 16)
     with figure(path, WIDTH - 1.4, layout="constrained") as fig:
         axis = fig.add_subplot()
         axis.grid(False)
@@ -524,10 +557,8 @@ def _confusion_matrix(counts: torch.Tensor, class_names: list[str], path: Path) 
 def _confused_pairs(counts: torch.Tensor, class_names: list[str], path: Path) -> None:
     mistakes = counts[counts[:, 0] != counts[:, 1]]
     most = mistakes[mistakes[:, 2].argsort(descending=True, stable=True)[:SHOWN_PAIRS]].tolist()
-    pairs, shown = (
-        [(_short(class_names[i], 22), _short(class_names[j], 22)) for i, j, _ in most],
-        [n for _, _, n in most],
-    )
+    names = short_names(class_names, 22)
+    pairs, shown = [(names[i], names[j]) for i, j, _ in most], [n for _, _, n in most]
     with figure(path, 0.8 + 0.2 * max(1, len(pairs)), layout="constrained") as fig:
         axis = fig.add_subplot()
         axis.barh(range(len(pairs)), shown, color=BLUE, height=0.7)

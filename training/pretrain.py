@@ -242,9 +242,11 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
     trainer.save_state()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     step, knn = saved_step(trainer), _knn_at(trainer, saved_step(trainer))
+    results = list(_results(trainer, knn))
     metrics = {
         "knn_top1_before": _knn_at(trainer, 0).get("eval_knn_top1"),
         "knn_top1_after": knn.get("eval_knn_top1"),
+        "knn": monitored(results[0]) if results else None,
         "loss": steps[-1]["loss"],
         "contrast_top1": steps[-1]["contrast_top1"],
         "images_per_second": median(entry["images_per_second"] for entry in steps),
@@ -263,7 +265,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
         draw_curves(read_run(folder))
         record(
             folder,
-            list(_results(trainer, knn)),
+            results,
             model=encoder_digest(trainer.model, args.training.knn_features),
             data=splits.about,
             trackers=args.training.trackers,
@@ -273,6 +275,11 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
         write_report(read_run(folder))
         mark_ended(folder)
     return metrics
+
+
+def monitored(result: Result) -> dict[str, Any]:
+    """What says that a result is the kNN of a run's monitor, as `metrics.json` has it and results have it too."""
+    return {"protocol": result.protocol, "feature": result.feature, "settings": result.settings}
 
 
 def describe_bottleneck(metrics: dict[str, Any]) -> str:

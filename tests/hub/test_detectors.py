@@ -389,7 +389,7 @@ def test_a_detector_is_no_encoder_to_train_around_and_is_told_before_any_data_is
         script(command).main([str(detector), "--dataset_name", "no/such-dataset", "--use_cpu"])
     assert (
         f"{detector} is no encoder but was trained around one (moco_rcnn): pass the folder of a pretraining run, or measure it "
-        "by scripts/detect.py --eval_only" in capsys.readouterr().err
+        f"by python scripts/detect.py {detector} --eval_only" in capsys.readouterr().err
     )
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_models import save_encoder
 
 from modeling_moco import MoCoModel
 from training.cli import default_values
@@ -23,13 +22,6 @@ from training.reports.compare import compare, draw
 ROOT = Path(__file__).parents[2]
 KNN = "weighted kNN, k 20, T 0.07"
 DATA = {"dataset": "digits", "split": "test", "view": "short side 32 px, centre 32 px"}
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> tuple[Path, str]:
-    """A model on disk, and the digest of its features."""
-    folder = save_encoder(tmp_path_factory.mktemp("encoder"))
-    return folder, encoder_digest(MoCoModel.from_pretrained(folder))
 
 
 @pytest.fixture
@@ -91,6 +83,21 @@ def test_defaults_are_settings_and_what_changes_no_weight_is_none(make):
     assert [row[:3] for row in rows] == [["A", "0.2", "2"], ["B", "0.07", "1"]]
 
 
+def test_runs_of_other_images_under_one_name_are_rows_of_their_own(make):
+    runs = [make(name, [90.0 + i], i) for i, name in enumerate("abcd")]
+    seen = {0: "8 files, digest 0", 1: "8 files, digest 1", 2: "8 files, digest 0"}
+    for i, revision in seen.items():
+        data = DATA | {"train_images": 8, "revision": revision}
+        (runs[i] / "metrics.json").write_text(json.dumps({"data": data}))
+    head, *rows = table(runs)
+    assert head[:3] == ["", "trained on", "n"]
+    assert [row[1:] for row in rows] == [
+        ["8 images, 8 files, digest 0", "2", "91.00 ± 1.41"],
+        ["8 images, 8 files, digest 1", "1", "91.00"],
+        ["–", "1", "93.00"],
+    ]
+
+
 def test_a_run_that_has_not_ended_is_a_row_of_its_own(make):
     ended, other = make("a", [90.0]), make("b", [80.0], 1)
     checkpoint = other / "checkpoint-4"
@@ -135,7 +142,22 @@ def test_only_the_same_measurement_shares_a_column(make):
     ], digits
     expected = [[f"{90 + i:.2f}" if i == j else "–" for j in range(9)] for i in range(9)]
     assert measured == [*expected, ["–"] * 9]
-    assert f"Not measured by {head[3]}: fewer, bank, train, birds, k, images, labels, revision, nothing." in notes(runs)
+    assert f"Not measured by {head[3]}: {', '.join(map(str, runs[1:]))}." in notes(runs)
+
+
+def test_folders_of_one_name_are_columns_that_can_be_told_apart(make):
+    places = {"/data/old/birds": "a", "/data/new/birds": "b", "/data/fish": "c"}
+    head, *_ = table([make(name, [90.0], data=DATA | {"dataset": place}) for place, name in places.items()])
+    assert head[-3:] == [
+        f"{KNN}, top-1, {name}, test, n 360" for name in ("/data/old/birds", "/data/new/birds", "fish")
+    ]
+
+
+def test_a_run_is_named_as_it_was_given(make, tmp_path, monkeypatch):
+    make("a", [90.0]), make("other/a")
+    monkeypatch.chdir(make("b"))
+    said = notes([Path("."), Path("../a"), Path("../other/a")])
+    assert f"Not measured by {KNN}, top-1, digits, test, n 360: ., ../other/a." in said
 
 
 def test_results_of_other_weights_are_left_out_and_the_last_one_counts(make):
@@ -146,12 +168,30 @@ def test_results_of_other_weights_are_left_out_and_the_last_one_counts(make):
     out = notes([run, other])
     assert f"Left out: 1 results of {other}, which are of other weights than it has now." in out
     assert f"Left out: 1 results of {run}," in out
-    assert "top-1, digits, test, n 360: b." in out
+    assert f"top-1, digits, test, n 360: {other}." in out
+
+
+def test_losses_of_other_negatives_are_not_taken_for_a_comparison(make):
+    first = make("a")
+    assert "depend on queue_size itself" in notes([first, make("b", queue_size=64)])
+    assert "depend on" not in notes([first, make("c", weight_decay=0.5)])
 
 
 def test_a_seed_that_comes_twice_is_said(make):
     said = notes([make("a", [90.0]), make("b", [90.0])])
     assert "Row A has 2 runs of seed 0, which are not independent." in said
+
+
+def test_the_commit_of_every_run_is_shown_and_other_commits_in_a_row_are_said(make):
+    runs = [make("a", [90.0]), make("b", [91.0], 1), make("c", [92.0], 2), make("d", queue_size=64)]
+    commits = ("0123456789ab", "ba9876543210", None, "0123456789ab")
+    for run, commit in zip(runs, commits, strict=True):
+        (run / "metrics.json").write_text(json.dumps({"commit": commit}))
+    comparison = compare(runs, default_values(PARTS))
+    assert [row[3] for row in comparison.runs] == ["0123456789ab", "ba9876543210", "–", "0123456789ab"]
+    said = "\n".join(comparison.notes())
+    assert "Row A has runs of different commits of the code: 0123456789ab, ba9876543210." in said
+    assert "Row B has" not in said
 
 
 def test_every_run_has_a_line_in_the_colour_of_its_row(make, script, tmp_path):
@@ -170,13 +210,35 @@ def test_every_run_has_a_line_in_the_colour_of_its_row(make, script, tmp_path):
     assert "://" not in page
 
 
-def test_knn_curves_of_other_neighbours_are_not_laid_over_each_other(make, tmp_path):
-    comparison = compare([make("a", knn_k=[5]), make("b", knn_k=[200])], default_values(PARTS))
-    assert "The kNN curves are left out" in "".join(comparison.notes())
+@pytest.mark.parametrize(
+    ("section", "one", "other", "same"),
+    [
+        ("training", {"knn_k": [5]}, {"knn_k": [10]}, False),
+        ("training", {"knn_k": [200]}, {}, True),  # which is the default
+        ("data", {"augmentation": "v1"}, {"augmentation": "v2"}, True),  # of the training views alone
+        ("data", {"image_size": 32}, {"image_size": 64}, False),
+        ("data", {"max_eval_samples": 8}, {}, False),
+        ("seen", DATA | {"split_revision": "8 files, digest 0"}, DATA | {"split_revision": "8 files, digest 1"}, False),
+        ("seen", DATA, {}, True),  # one has not ended
+    ],
+)
+def test_knn_curves_are_laid_over_each_other_where_they_are_the_same_measurement(
+    section, one, other, same, make, tmp_path
+):
+    runs = [make("a"), make("b", seed=1)]
+    for run, values in zip(runs, (one, other), strict=True):
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        if section == "seen":
+            (run / "metrics.json").write_text(json.dumps({"data": values}))
+        else:
+            recipe[section] |= values
+            (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    comparison = compare(runs, default_values(PARTS))
+    assert ("The kNN curves are left out" in "".join(comparison.notes())) != same
     assert draw(comparison, tmp_path / "curves")
     svg = (tmp_path / "curves.svg").read_text()
     assert "InfoNCE loss 0" in svg
-    assert "kNN top-1" not in svg
+    assert ("kNN top-1" in svg) == same
 
 
 def test_words_and_histories_of_strangers_are_shown_as_words(make, script, tmp_path):
@@ -198,6 +260,24 @@ def test_words_and_histories_of_strangers_are_shown_as_words(make, script, tmp_p
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "\\<script\\>x\\|y\\</script\\>\\\\u202e\\[a\\](b)" in text
     assert all(line.isprintable() for line in text.splitlines())
+
+
+def test_the_table_of_a_terminal_is_as_narrow_as_its_numbers(make, script, tmp_path, capsys):
+    runs = [make("a", [90.0]), make("b", [91.0], queue_size=64)]
+    append_results(runs[0], [Result("probe", "top1", 50.0, 360)], model=digest_of(runs[0]), data=DATA)
+    script("compare").main([*map(str, runs), "--output_dir", str(tmp_path / "out")])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in said[:3]] == [
+        ["queue_size", "n", "(1)", "(2)"],
+        ["A", "65536", "1", "90.00", "50.00"],
+        ["B", "64", "1", "91.00", "–"],
+    ]
+    assert said[3:5] == [f"(1) {KNN}, top-1, digits, test, bank 100, n 360", "(2) probe, top-1, digits, test, n 360"]
+    assert f"Not measured by (2): {runs[1]}." in said
+
+
+def digest_of(run: Path) -> str:
+    return encoder_digest(MoCoModel.from_pretrained(run))
 
 
 def test_nothing_is_overwritten_and_bad_input_is_one_line(make, script, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shlex
 import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -23,6 +24,7 @@ from training.engine.results import Result, append_results, encoder_digest, read
 from training.evaluation.features import extract_features, unit
 from training.reports.run import draw_features, spread_over_classes
 
+ROOT = Path(__file__).parents[2]
 FIGURES = ("training_curves", "neighbours", "tsne")
 FLAGS = [
     *("--dataset_name", "digits", "--max_train_samples", "64", "--max_eval_samples", "24", "--image_size", "32"),
@@ -150,7 +152,7 @@ def test_the_numbers_come_first_and_each_once(run):
     rows = rows_of_results(run / "report.html")
     assert rows[0] == ["protocol", "value", "95 % interval", "n"]
     low, high = knn["interval"]
-    under = f"top-1 · backbone · digits, test · {knn['date'][:10]}"
+    under = f"top-1 · backbone · weights {knn['model']} · digits, test · {knn['date'][:10]}"
     assert rows[1] == [knn["protocol"], under, f"{knn['value']:.2f} %", f"{low:.2f} to {high:.2f}", "24"]
     assert [(row[0], row[2]) for row in rows[2:]] == [
         (third["protocol"], f"{third['value']:.2f} %"),
@@ -160,6 +162,49 @@ def test_the_numbers_come_first_and_each_once(run):
     assert page.source.count("<h3>weighted kNN") == 5  # every measurement has its conditions
     headings = re.findall(r"<h2>(.*?)</h2>", page.source)
     assert headings[:2] == ["Results", "Numbers of the run"]
+
+
+def test_numbers_of_other_weights_are_told_apart(run):
+    (knn, _), path = read_results(run), run / "results.json"
+    path.write_text(json.dumps([knn | {"feature": "head", "model": "1" * 16}, knn]))  # a digest for each feature
+    write_report(read_run(run))
+    assert not any("weights" in row[1] for row in rows_of_results(run / "report.html")[1:])
+    path.write_text(json.dumps([*read_results(run), knn | {"model": "0" * 16, "value": 1.25}]))
+    write_report(read_run(run))
+    under = {row[2]: row[1] for row in rows_of_results(run / "report.html")[2:]}
+    end = f"digits, test · {knn['date'][:10]}"
+    assert under == {
+        f"{knn['value']:.2f} %": f"top-1 · backbone · weights {knn['model']} · {end}",
+        "1.25 %": f"top-1 · backbone · weights {'0' * 16} · {end}",
+    }
+
+
+def test_its_commands_can_be_given_to_a_shell(ended, tmp_path):
+    folder = Path(shutil.copytree(ended, tmp_path / "my runs" / "a & b"))
+    (folder / "results.json").unlink()
+    (folder / "neighbours.svg").unlink()
+    write_report(read_run(folder))
+    text = Page(folder / "report.html").text
+    quoted = f"'{folder}'"
+    assert f"neighbours is missing: draw it by python scripts/report.py {quoted}\n" in text
+    for name in ("knn", "linear_probe"):
+        assert f"python scripts/{name}.py {quoted}" in text.splitlines()
+
+
+@pytest.mark.parametrize(("place", "path"), [(ROOT, "scripts/knn.py"), (ROOT / "scripts", "knn.py"), (None, None)])
+def test_its_commands_are_those_of_the_place_where_it_is_written(place, path, run, tmp_path, monkeypatch):
+    (run / "results.json").unlink()
+    monkeypatch.chdir(place or tmp_path)
+    write_report(read_run(run))
+    (command,) = re.findall(r"^python .*knn\.py.*$", Page(run / "report.html").text, re.M)
+    assert shlex.split(command) == ["python", path or str(ROOT / "scripts" / "knn.py"), str(run)]
+
+
+def test_a_run_under_way_is_not_to_be_measured(killed):
+    write_report(read_run(killed), missing="no images")
+    page = Page(killed / "report.html")
+    assert "None yet: they are measured of the weights that the run ends with." in page.text
+    assert "scripts/knn.py" not in page.text
 
 
 def test_what_was_not_measured_is_said_in_words(run):

@@ -20,7 +20,7 @@ COMMANDS = {
     "embed": ("embed", "embed a dataset, search it and find near-duplicates"),
     "report": ("report", "draw the figures of a run and write its report.html"),
     "compare": ("compare", "compare runs in a table and a figure"),
-    "table": ("table", "run a table of a paper and show ours beside theirs"),
+    "table": ("tables.table", "run a table of a paper and show ours beside theirs"),
     "convert": ("models.convert", "convert a checkpoint of other MoCo code, or back"),
     "export": ("models.export", "write a model in formats of other libraries"),
     "publish": ("models.push_to_hub", "publish a run or a model on the Hub"),

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from ..plots import BLUE, GREEN, HALO, INK, VERMILION, figure
+from ..plots import BLUE, GREEN, HALO, INK, VERMILION, figure, short_names
 from ..transfer.figures import draw_bars
 from .average_precision import AveragePrecision, Found
 from .dataset.opening import DetectionSplit
@@ -43,11 +43,12 @@ def draw_detections(split: DetectionSplit, found: list[Found], class_names: list
 def _draw(axis: Axes, image: np.ndarray, boxes: Any, labels: Any, words: list[str], class_names: list[str]) -> None:
     axis.imshow(image)
     axis.set_axis_off()
+    names = short_names(class_names, 14)
     colours = (BLUE, VERMILION, GREEN, INK)
     for (left, top, right, bottom), label, word in zip(boxes, labels, words, strict=True):
         colour = colours[label % len(colours)]
         axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.1))
-        name = f"{class_names[label][:14]} {word}".strip()
+        name = f"{names[label]} {word}".strip()
         place = "bottom" if top > 0.05 * len(image) else "top"  # into the box where there is no room above it
         axis.text(left, top, name, color=colour, fontsize=6, va=place, path_effects=[HALO], clip_on=True)
 

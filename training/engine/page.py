@@ -7,6 +7,7 @@ import base64
 import html
 import json
 import platform
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -41,9 +42,10 @@ UNMEASURED = (
 )
 PER_CLASS = "_per_class"  # end of the names of numbers of a detector, by class
 # Numbers of `metrics.json` that are shown, and in which words.
-NUMBERS = {
+NUMBERS: dict[str, tuple[str, str | None]] = {
     "knn_top1_before": ("kNN top-1 before training", "{:.2f} %"),
     "knn_top1_after": ("kNN top-1 of the saved weights", "{:.2f} %"),
+    "knn": ("how that kNN is measured", None),
     "miou": ("mean IoU", "{:.2f} %"),
     "pixel_accuracy": ("pixel accuracy", "{:.2f} %"),
     "loss": ("loss, last logged", "{:.4g}"),
@@ -174,7 +176,7 @@ def _page(run: Run, missing: str | None) -> str:
         f"<p>{escape(ended)}. Step {step:,} of {steps:,}, epoch {run.state['epoch'] or 0:.4g} of "
         f"{run.state['num_train_epochs']:,}. Folder: {escape(str(run.folder))}</p>",
         "<h2>Results</h2>",
-        *_results(run.results, (run.task,) if run.task else ("knn", "linear_probe")),
+        *_results(run),
         *_numbers(run.folder / METRICS),
         *_figures(run, missing),
         "<h2>Settings</h2>",
@@ -211,26 +213,41 @@ def escape(text: str) -> str:
 # Numbers
 
 
-def _results(results: list[dict[str, Any]], measured_by: tuple[str, ...]) -> Iterator[str]:
-    if not results:
-        yield f"<p>None yet: {' and '.join(f'<code>scripts/{name}.py</code>' for name in measured_by)} measure some.</p>"
+def _results(run: Run) -> Iterator[str]:
+    if not run.results:
+        yield f"<p>{_how_to_measure(run)}</p>"
         return
+    models: dict[str, set[str]] = {}
+    for entry in run.results:
+        models.setdefault(entry["feature"], set()).add(entry["model"])
     rows = []
-    for entry in _once(results):
+    for entry in _once(run.results):
         data = ", ".join(str(entry["data"][key]) for key in ("dataset", "split") if entry["data"].get(key))
-        measured = " · ".join((_metric(entry), entry["feature"], data, entry["date"][:10]))
+        several = [f"weights {entry['model']}"] if len(models[entry["feature"]]) > 1 else []
+        measured = " · ".join((_metric(entry), entry["feature"], *several, data, entry["date"][:10]))
         numbers = (f"{entry['value']:.2f} %", spread(entry), f"{entry['n']:,}")
         protocol = f"<td>{escape(str(entry['protocol']))}<small>{escape(measured)}</small></td>"
         rows.append(f"<tr>{protocol}" + "".join(f"<td>{escape(number)}</td>" for number in numbers) + "</tr>")
     head = "".join(f"<th>{column}</th>" for column in ("protocol", "value", "95 % interval", "n"))
     yield f'<table class="results"><tr>{head}</tr>\n' + "\n".join(rows) + "</table>"
     yield "<details><summary>Conditions of every measurement</summary>"
-    for entry in results:
+    for entry in run.results:
         conditions = {
             key: entry[key] for key in entry if key not in ("protocol", "feature", "metric", "value", "interval")
         }
         yield f"<h3>{escape(', '.join((entry['protocol'], entry['feature'], _metric(entry))))}</h3>{_pairs(conditions)}"
     yield "</details>"
+
+
+def _how_to_measure(run: Run) -> str:
+    if run.source != run.folder:
+        return "None yet: they are measured of the weights that the run ends with."
+    commands = (
+        [_command(run.task, run.folder, "--eval_only")]
+        if run.task
+        else [_command(name, run.folder) for name in ("knn", "probe")]
+    )
+    return f"None yet. Measure some by {' or '.join(f'<code>{escape(command)}</code>' for command in commands)}."
 
 
 def _once(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -270,9 +287,9 @@ def _figures(run: Run, missing: str | None) -> Iterator[str]:
 def _figures_of_task(folder: Path, task: str) -> Iterator[str]:
     measured = read_metrics(folder / METRICS, "correct it, or move it away")
     metric = (
-        f" --metric {measured['metric']}" if "metric" in measured else ""
+        ("--metric", str(measured["metric"])) if "metric" in measured else ()
     )  # another draws no figure of these numbers
-    again = f"{how_to_run(task)} {folder} --eval_only{metric}"
+    again = _command(task, folder, "--eval_only", *metric)
     for name, (title, reading) in OF_TASKS[task].items():
         drawn_by = None if name == TRAINING else again
         yield f"<h2>{title}</h2>\n" + _figure(folder / f"{name}.svg", title, reading, None, drawn_by)
@@ -330,10 +347,15 @@ def _confusions(run: Path) -> Iterator[str]:
 
 def _figure(path: Path, title: str, reading: str, missing: str | None, drawn_by: str | None = None) -> str:
     if not path.is_file() or leads_out(path):  # the report may be shown to anybody
-        why = missing or f"draw it by {drawn_by or how_to_run('report') + f' {path.parent}'}"
+        why = missing or f"draw it by {drawn_by or _command('report', path.parent)}"
         return f'<p class="missing">{path.stem} is missing: {escape(why)}</p>'
     note = f" Drawn earlier; not drawn again, because {missing}" if missing else ""
     return embedded(path, title, reading + note)
+
+
+def _command(name: str, folder: Path, *flags: str) -> str:
+    """A command of this project about a folder, for a shell."""
+    return f"{how_to_run(name)} {shlex.join([str(folder), *flags])}"
 
 
 def embedded(path: Path, title: str, reading: str) -> str:

@@ -4,7 +4,7 @@ Only this module names these files, so that writers, evaluations, the report and
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
@@ -133,7 +133,7 @@ def refuse_inside(folder: Path, dataset: str) -> None:
 
 NUMBER = int | float | None  # None is what was not measured
 METRICS_KINDS: dict[str, Any] = {  # of the values in `metrics.json`
-    **{"ended": str, "protocol": str, "data": dict, "probes": list},
+    **{"ended": str, "protocol": str, "data": dict, "probes": list, "knn": dict},
     **dict.fromkeys(("knn_top1_before", "knn_top1_after", "loss", "contrast_top1"), NUMBER),
     **dict.fromkeys(("waiting_for_data", "peak_memory", "top1", "top5", "n"), NUMBER),
     **{
@@ -344,8 +344,12 @@ def may_leave(figure: Path, data: dict[str, Any], include_pictures: bool) -> boo
 
 def unused(name: str) -> str:
     """A path for a new run: this one, or with the first number behind it that makes it free."""
-    numbered = (f"{name}_{number}" for number in count(2))
-    return next(path for path in chain([name], numbered) if not Path(path).exists())
+    return next(path for path in numbered(name) if not Path(path).exists())
+
+
+def numbered(name: str) -> Iterator[str]:
+    """A name, and the same with numbers behind it."""
+    return chain([name], (f"{name}_{number}" for number in count(2)))
 
 
 def mark_ended(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -171,7 +172,7 @@ class SGDTrainingArguments(TrainingArguments):
             )
         if self.push_to_hub and "push_to_hub" in self.NOT_OFFERED:
             raise ValueError(
-                "push_to_hub (True) is for pretraining: publish the folder that this saves to with scripts/push_to_hub.py"
+                f"push_to_hub (True) is for pretraining: publish the folder that this saves to by {how_to_run('publish')}"
             )
         if self.hub_token is not None:
             raise ValueError(
@@ -477,9 +478,9 @@ class SGDTrainer(Trainer):
         Raises:
             ValueError: always. transformers' own would upload the folder of a run as it is.
         """
+        folder = shlex.quote(str(self.args.output_dir))
         raise ValueError(
-            f"a trainer does not publish: use `{how_to_run('publish')} {self.args.output_dir} ORG/NAME`, or pretrain "
-            "with --push_to_hub"
+            f"a trainer does not publish: use `{how_to_run('publish')} {folder} ORG/NAME`, or pretrain with --push_to_hub"
         )
 
     def _note(self, finite: torch.Tensor, step: int) -> None:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from ..cli import script_here
+
 PACKAGE = __name__.partition(".")[0]  # moco_hf in an installation
 PATIENCE = 60  # seconds for what a launcher has left behind
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -23,9 +24,9 @@ def program(module: str) -> list[str]:
     Args:
         module: of `commands`, whose last word is the name of its script.
     """
-    script = ROOT / "scripts" / f"{module.rpartition('.')[2]}.py"
-    if PACKAGE == "training" and script.is_file():
-        return [os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)]
+    script = script_here(module.rpartition(".")[2])
+    if PACKAGE == "training" and Path(script).is_file():
+        return [script]
     return ["-m", f"{PACKAGE}.commands.{module}"]
 
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from modeling_moco import MoCoModel
 
 from .. import plots
-from ..cli import DESTINATIONS
+from ..cli import DESTINATIONS, names_in_files
+from ..data.sources import EvaluationDataArguments
 from ..engine.files import whole_files
 from ..engine.page import Run, document, embedded, escape, read_run, words
 from ..engine.results import encoder_digest
@@ -30,14 +31,20 @@ from ..hub.model_card import public_name
 
 NAME = "comparison"  # of the Markdown and HTML files
 CURVES = "curves"  # of the figure
+RUNS = ["row", "seed", "state", "commit", "folder"]
 Defaults = Mapping[str, dict[str, Any]]
 SECTIONS = ("data", "model", "training")  # of a recipe, whose settings a result depends on
 PROCESSES = "processes"  # not a setting, but the groups of BatchNorm are theirs; unknown until a run has ended
+TRAINED_ON = "trained on"  # not a setting either: the images that were there under the name of the dataset
 EMPTY = "–"
+# What the loss and the contrast accuracy depend on by their definition: how many negatives there are, and what is summed up.
+OF_LOSS = ("dictionary", "queue_size", "temperature", "symmetric_loss", "loss_scale")
 READING = (
     "Per cent of the images: mean ± sample standard deviation over the runs of a row, which differ in their seed alone; a "
     "single run has no deviation."
 )
+NO_KNN_CURVES = "The kNN curves are left out: the monitors of these runs have other neighbours, features or images."
+NOT_MEASURED = "Not measured by"
 OF_CURVES = "A line for every run, in the colour of its row."
 
 
@@ -82,16 +89,31 @@ class Column(NamedTuple):
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Column":
-        data = {name: in_words(entry["data"].get(name)) for name in OF_DATA}
+        data = cls.of_data(entry["data"])
         bank = in_words(entry["settings"].get("bank"))
         return cls(entry["protocol"], entry["metric"], entry["feature"], **data, bank=bank, n=entry["n"])
+
+    @staticmethod
+    def of_data(about: Mapping[str, Any]) -> dict[str, str]:
+        """What `ImageSplits.about` says of the images, in words."""
+        return {name: in_words(about.get(name)) for name in OF_DATA}
 
     def describe(self, others: Iterable["Column"]) -> str:
         """The protocol in words, with as much of the rest as tells it from others."""
         others = list(others)
         differ = {name for name in self._fields if len({getattr(other, name) for other in others}) > 1}
-        rest = [self._words(name) for name in ("feature", *OF_DATA, "bank") if name in differ | {"dataset", "split"}]
-        return ", ".join([self.protocol, self.metric.replace("top", "top-"), *filter(None, rest), f"n {self.n:,}"])
+        feature = self.feature if "feature" in differ else ""
+        rest = [self._words(name) for name in (*OF_DATA[1:], "bank") if name in differ | {"split"}]
+        measured = [self.protocol, self.metric.replace("top", "top-"), feature, self._images(others), *rest]
+        return ", ".join([*filter(None, measured), f"n {self.n:,}"])
+
+    def _images(self, others: Iterable["Column"]) -> str:
+        """The dataset in words: its whole path only where another folder has the same name."""
+        if not self.dataset:
+            return "unknown images"
+        name = public_name(self.dataset)
+        alike = {x.dataset for x in others if x.dataset and public_name(x.dataset) == name}
+        return self.dataset if len(alike) > 1 else name
 
     @property
     def learned_from(self) -> str:
@@ -100,8 +122,6 @@ class Column(NamedTuple):
 
     def _words(self, name: str) -> str:
         value = getattr(self, name)
-        if name == "dataset":
-            return public_name(value) if value else "unknown images"
         return IN_WORDS.get(name, "{}").format(value) if value else ""
 
 
@@ -118,6 +138,8 @@ class Measured:
         results: of these weights, per cent.
         older: number of results that are of other weights.
         data: the images that it has recorded (`ImageSplits.about`); empty where it has not.
+        commit: of the code that it was trained with; None where it is not recorded.
+        monitor: how its kNN is measured while it trains: neighbours, feature and view, and where the images are.
     """
 
     run: Run
@@ -127,6 +149,16 @@ class Measured:
     results: dict[Column, float]
     older: int
     data: dict[str, Any]
+    commit: str | None
+    monitor: dict[str, Any]
+
+    @property
+    def trained_on(self) -> str:
+        """The images in words; empty where they are not recorded."""
+        data = Column.of_data(self.data)
+        return ", ".join(
+            filter(None, [f"{data['train_images']} images" * bool(data["train_images"]), data["revision"]])
+        )
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -142,7 +174,8 @@ class Row:
     runs: list[Measured]
 
     def value(self, setting: str) -> str:
-        return words(self.runs[0].settings.get(setting))
+        run = self.runs[0]
+        return run.trained_on or EMPTY if setting == TRAINED_ON else words(run.settings.get(setting))
 
     def result(self, column: Column) -> str:
         found = [run.results[column] for run in self.runs if column in run.results]
@@ -180,21 +213,29 @@ class Comparison:
         ]
 
     @property
+    def measured(self) -> list[Measured]:
+        return [x for row in self.rows for x in row.runs]
+
+    @property
     def states(self) -> bool:
         """Whether some runs have not ended."""
         return len({row.runs[0].state for row in self.rows}) > 1
 
     @property
     def runs(self) -> list[list[str]]:
-        """Row, seed, state and folder of every run."""
-        return [[row.name, str(x.seed), x.state, str(x.run.folder)] for row in self.rows for x in row.runs]
+        """Of every run what `RUNS` names."""
+        return [
+            [row.name, str(x.seed), x.state, x.commit or EMPTY, str(x.run.folder)]
+            for row in self.rows
+            for x in row.runs
+        ]
 
     def notes(self) -> Iterator[str]:
         """What a reader of the table must know, in sentences."""
         for column in self.columns:
-            lacking = [x.run.folder.name for row in self.rows for x in row.runs if column not in x.results]
+            lacking = [str(x.run.folder) for row in self.rows for x in row.runs if column not in x.results]
             if lacking:
-                yield f"Not measured by {column.describe(self.columns)}: {', '.join(lacking)}."
+                yield f"{NOT_MEASURED} {column.describe(self.columns)}: {', '.join(lacking)}."
         if not self.columns:
             yield "No result was recorded yet for the weights of these runs."
         for row in self.rows:
@@ -204,8 +245,15 @@ class Comparison:
             for seed, times in Counter(str(x.seed) for x in row.runs).items():
                 if times > 1:
                     yield f"Row {row.name} has {times} runs of seed {seed}, which are not independent."
-        if not _same_monitor(self.rows):
-            yield "The kNN curves are left out: the monitors of these runs have other neighbours, features or images."
+            if len(commits := sorted({x.commit for x in row.runs if x.commit})) > 1:
+                yield f"Row {row.name} has runs of different commits of the code: {', '.join(commits)}."
+        if other := [name for name in OF_LOSS if name in self.settings]:
+            yield (
+                f"The loss and the contrast accuracy depend on {', '.join(other)} itself: which of two such curves is higher "
+                "does not say which row is better."
+            )
+        if not same_monitor(self.measured):
+            yield NO_KNN_CURVES
 
 
 def read_measured(folder: Path, defaults: Defaults) -> Measured:
@@ -225,7 +273,10 @@ def read_measured(folder: Path, defaults: Defaults) -> Measured:
     settings, seed = settings_of(run.recipe, defaults, metrics.get(PROCESSES))
     state = "ended" if run.source == folder else f"step {run.state.get('global_step')} of {run.state.get('max_steps')}"
     results, older = _results(run)
-    return Measured(run, settings, seed, state, results, older, metrics.get("data", {}))
+    given = _given(run.recipe, defaults)
+    monitor = {name: given.get(name) for name in (*sorted(OF_MONITOR), *names_in_files(EvaluationDataArguments))}
+    data, commit = metrics.get("data", {}), metrics.get("commit")
+    return Measured(run, settings, seed, state, results, older, data, commit, monitor)
 
 
 def settings_of(
@@ -237,13 +288,18 @@ def settings_of(
         recipe: what the run was given, by section.
         processes: None where it is not known.
     """
-    given = {key: value for name in SECTIONS for key, value in (defaults[name] | recipe.get(name, {})).items()}
+    given = _given(recipe, defaults)
     if START in recipe:
         given["weights to begin with"] = recipe[START].get(WEIGHTS)
     given[PROCESSES] = processes
     free = {"seed", *FREE_TO_CHANGE, *OF_MONITOR}
     settings = {key: x for key, x in given.items() if key not in free and not DESTINATIONS.fullmatch(key)}
     return settings, given.get("seed")
+
+
+def _given(recipe: Mapping[str, dict[str, Any]], defaults: Defaults) -> dict[str, Any]:
+    """The values of all flags of a run, by name."""
+    return {key: value for name in SECTIONS for key, value in (defaults[name] | recipe.get(name, {})).items()}
 
 
 def _results(run: Run) -> tuple[dict[Column, float], int]:
@@ -266,12 +322,14 @@ def compare(folders: list[Path], defaults: Defaults) -> Comparison:
     groups: dict[str, list[Measured]] = {}
     for folder in tqdm(folders, "reading runs", disable=None):
         measured = read_measured(folder, defaults)
-        groups.setdefault(canonical([measured.settings, measured.state]), []).append(measured)
+        groups.setdefault(canonical([measured.settings, measured.state, measured.trained_on]), []).append(measured)
     rows = [Row(_letter(i), runs) for i, runs in enumerate(groups.values())]
     names = list(dict.fromkeys(name for row in rows for name in row.runs[0].settings))
     values = {name: [row.runs[0].settings.get(name) for row in rows] for name in names}
     values[PROCESSES] = [value for value in values[PROCESSES] if value is not None]
     differ = [name for name in names if len(set(map(canonical, values[name]))) > 1]
+    if len({row.runs[0].trained_on for row in rows} - {""}) > 1:
+        differ.append(TRAINED_ON)
     columns = list(dict.fromkeys(column for row in rows for x in row.runs for column in x.results))
     return Comparison(rows, differ, columns)
 
@@ -305,25 +363,32 @@ def draw(comparison: Comparison, path: Path) -> bool:
     Returns:
         whether a figure was drawn.
     """
-    hidden = () if _same_monitor(comparison.rows) else ("eval_knn_top1",)
+    names = [", ".join([row.name, *(f"{x} {row.value(x)}" for x in comparison.settings)]) for row in comparison.rows]
+    return draw_curves(names, [row.runs for row in comparison.rows], path)
+
+
+def draw_curves(names: list[str], rows: list[list[Measured]], path: Path) -> bool:
+    """The curves of rows of runs, those of kNN only where all monitors measure the same.
+
+    Returns:
+        whether there was any.
+    """
+    hidden = () if same_monitor(x for runs in rows for x in runs) else ("eval_knn_top1",)
     groups = [
         plots.Overlaid(
-            ", ".join([row.name, *(f"{name} {row.value(name)}" for name in comparison.settings)]),
-            [[{k: v for k, v in entry.items() if k not in hidden} for entry in x.history] for x in row.runs],
+            name, [[{k: v for k, v in entry.items() if k not in hidden} for entry in x.history] for x in runs]
         )
-        for row in comparison.rows
+        for name, runs in zip(names, rows, strict=True)
     ]
     return plots.compared_curves(groups, path)
 
 
-def _same_monitor(rows: list[Row]) -> bool:
+def same_monitor(runs: Iterable[Measured]) -> bool:
     """Whether the kNN of all monitors is the same measurement."""
-    monitors = {
-        canonical([x.run.recipe["data"], {name: x.run.recipe.get("training", {}).get(name) for name in OF_MONITOR}])
-        for row in rows
-        for x in row.runs
-    }
-    return len(monitors) == 1
+    runs = list(runs)
+    asked = {canonical(x.monitor) for x in runs}
+    seen = {canonical(Column.of_data(x.data)) for x in runs if x.data}
+    return len(asked) <= 1 and len(seen) <= 1
 
 
 def title(comparison: Comparison) -> str:
@@ -335,7 +400,7 @@ def to_markdown(comparison: Comparison, drawn: bool) -> str:
     lines += [line for note in comparison.notes() for line in ("", escape_markdown(visible(note)))]
     if drawn:
         lines += ["", f"![Curves of all runs]({CURVES}.png)", "", OF_CURVES]
-    lines += ["", "## Runs", "", *markdown_table(["row", "seed", "state", "folder"], comparison.runs)]
+    lines += ["", "## Runs", "", *markdown_table(RUNS, comparison.runs)]
     return "\n".join(lines) + "\n"
 
 
@@ -354,7 +419,7 @@ def to_html(comparison: Comparison, figure: Path | None) -> str:
     parts += [f'<p class="missing">{escape(note)}</p>' for note in comparison.notes()]
     if figure is not None:
         parts += ["<h2>Curves</h2>", embedded(figure, "Curves of all runs", OF_CURVES)]
-    parts += ["<h2>Runs</h2>", html_table(["row", "seed", "state", "folder"], comparison.runs)]
+    parts += ["<h2>Runs</h2>", html_table(RUNS, comparison.runs)]
     return document(title(comparison), parts)
 
 
@@ -366,8 +431,14 @@ def html_table(head: list[str], body: list[list[str]]) -> str:
 
 
 def to_text(comparison: Comparison) -> str:
-    """The table for a terminal, with its notes."""
-    return "\n".join([*text_table(comparison.head, comparison.body), READING, *comparison.notes()])
+    """The table for a terminal, with its notes. What was measured stands below it, for lines would not hold the heads."""
+    first = len(comparison.head) - len(comparison.columns)
+    heads = {f"({i})": head for i, head in enumerate(comparison.head[first:], 1)}
+    notes = [*comparison.notes()]
+    for number, head in heads.items():
+        notes = [note.replace(f"{NOT_MEASURED} {head}:", f"{NOT_MEASURED} {number}:") for note in notes]
+    table = text_table([*comparison.head[:first], *heads], comparison.body)
+    return "\n".join([*table, *(f"{number} {head}" for number, head in heads.items()), READING, *notes])
 
 
 def text_table(head: list[str], body: list[list[str]]) -> list[str]:

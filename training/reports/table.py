@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..cli import check_names, nearest_name
-from ..engine.files import below, write_whole
+from ..engine.files import UNFINISHED, below, write_whole
 from ..engine.run_folder import read_sections
 from ..errors import one_line, shown
 
 TABLES = Path(__file__).parents[1] / "tables"
 DEFINITION = "table.yaml"  # in the folder of a table, which one it is
+BEGUN = (DEFINITION, UNFINISHED)  # what other jobs of an array, which begin together, may be writing
 EPOCH = "epoch"  # as the x axis: curves of what the runs have logged
 MEASURES = {"linear probe": "linear probe", "kNN": "weighted kNN"}  # and how the protocols of their results begin
 ABOUT = ("title", "paper", "conditions", "source")
@@ -160,7 +161,7 @@ def claim(table: Table, folder: Path) -> None:
             raise ValueError(
                 f"output_dir ({folder}) holds the table {shown(other)!r}, and this is {table.about['title']!r}: pass another"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(not x.name.startswith(BEGUN) for x in folder.iterdir())):
         raise ValueError(f"output_dir ({folder}) holds files of something else: pass another --output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .. import plots
+from ..cli import names_in_files
 from ..data.sources import EvaluationDataArguments
 from ..engine.files import whole_files
 from ..engine.page import document, embedded, escape, words
@@ -24,6 +24,7 @@ from ..hub.model_card import escape as escape_markdown
 from ..hub.model_card import public_name
 from .compare import (
     EMPTY,
+    NO_KNN_CURVES,
     OF_CURVES,
     OF_DATA,
     PROCESSES,
@@ -31,10 +32,12 @@ from .compare import (
     Defaults,
     Measured,
     canonical,
+    draw_curves,
     html_table,
     in_words,
     markdown_table,
     read_measured,
+    same_monitor,
     text_table,
 )
 from .table import EPOCH, MEASURES, Cell, Row, Table
@@ -49,6 +52,7 @@ OF_DOTS = "Filled: ours, with the standard deviation of the seeds. Open circles:
 APART = "The paper's numbers were measured under other conditions, and are not compared with ours."
 
 
+UNLIKE = "Rows that the table measures alike were measured in different ways, and are not compared with each other."
 SOURCE = (
     *("dataset_name", "dataset_config_name", "train_split", "eval_split", "image_column", "label_column"),
     "max_image_pixels",
@@ -87,6 +91,12 @@ class Measurement:
             and _fits(str(column.n), data.max_eval_samples, of_run.max_eval_samples, counts["split_images"])
             and _fits(column.bank, self.bank_size, None, _number(column.train_images))
         )
+
+    @property
+    def kind(self) -> str:
+        """The same text for measurements whose numbers can be compared."""
+        view = [getattr(self.data, name) for name in names_in_files(EvaluationDataArguments)]
+        return canonical([self.protocol, self.feature, self.bank_size, view])
 
     @property
     def _same_source(self) -> bool:
@@ -226,6 +236,7 @@ class Filled:
         planned: how a row is to be measured, by its folder.
         published: of every row, by its folder.
         overrides: what the cells to come have instead of published settings.
+        outside: runs in the table's folder that are of none of its rows.
     """
 
     table: Table
@@ -233,6 +244,7 @@ class Filled:
     published: Mapping[str, Published]
     planned: Mapping[str, Measurement]
     overrides: Mapping[str, Any]
+    outside: list[Path]
 
     @cached_property
     def counted(self) -> list[Found]:
@@ -313,12 +325,13 @@ class Filled:
         ]
 
     def _measured_with(self, found: Found) -> tuple[str, str, str]:
-        """Value, hardware and commit of a cell's result."""
+        """Value and hardware of a cell's result, and the commits of its training and its measurement."""
         column = self.scores[found.cell.row.folder].column
         if found.measured is None or column not in found.results or found not in self.counted:
             return EMPTY, EMPTY, EMPTY
         entry = next(x for x in reversed(found.measured.run.results) if Column.of(x) == column)
-        return f"{found.results[column]:.2f}", entry["hardware"], str(entry.get("commit") or EMPTY)
+        commits = dict.fromkeys(filter(None, (found.measured.commit, entry.get("commit"))))
+        return f"{found.results[column]:.2f}", entry["hardware"], ", ".join(map(str, commits)) or EMPTY
 
     def notes(self) -> Iterator[str]:
         """What a reader of the table must know, in sentences."""
@@ -331,13 +344,30 @@ class Filled:
             yield f"Changed in ours: {', '.join(map(self._change, *zip(*self.changed.items(), strict=True)))}."
         if not self.reproduced:
             yield APART
+        if self.table.x == EPOCH and not same_monitor(x.measured for x in self.counted if x.measured):
+            yield NO_KNN_CURVES
         if len(processes := {x.settings[PROCESSES] for x in self.counted} - {None}) > 1:
             yield f"Ours were trained by different numbers of processes: {', '.join(map(str, sorted(processes)))}."
+        if len(commits := sorted({x.measured.commit for x in self.counted if x.measured and x.measured.commit})) > 1:
+            yield f"Ours were trained by different commits of the code: {', '.join(commits)}."
         for x in self.found:
             if x.measured is not None and x not in self.counted:
                 yield f"Left out: {x.cell.folder}, whose settings are changed in another way than those of the other rows."
+            elif (otherwise := self._measured_otherwise(x)) is not None:
+                yield f"Left out: {x.cell.folder}, which was measured otherwise: {otherwise}."
             if x.measured is not None and x.measured.older:
                 yield f"Left out: {x.measured.older} results of {x.cell.folder}, which are of other weights than it has now."
+
+        for folder in self.outside:
+            yield f"Left out: {folder}, which is of no row of this table."
+
+    def _measured_otherwise(self, found: Found) -> str | None:
+        """How a cell that has a result of this measure, and none in the column of its row, was measured."""
+        column = self.scores[found.cell.row.folder].column
+        others = [c for c in found.results if of_measure(c, self.table.measure)]
+        if column is None or column in found.results or not others:
+            return None
+        return others[-1].describe([others[-1], column])
 
     def _change(self, name: str, value: Any) -> str:
         published = {canonical(x := row.settings.get(name)): _value(name, x) for row in self.published.values()}
@@ -348,10 +378,16 @@ class Filled:
         for score in self.scores.values():
             if score.column is not None:
                 rows.setdefault(score.column, []).append(score.row.title)
+        kinds: dict[str, set[Column]] = {}
+        for score in self.scores.values():
+            if score.column is not None:
+                kinds.setdefault(self.planned[score.row.folder].kind, set()).add(score.column)
         for column, titles in rows.items():
             of = f" of {', '.join(titles)}" if len(rows) > 1 else ""
             learned = f", {column.learned_from}" if column.learned_from else ""
             yield f"Ours{of}: {column.describe([column])}, {column.feature} feature{learned}."
+        if any(len(columns) > 1 for columns in kinds.values()):
+            yield UNLIKE
 
 
 def _value(name: str, value: Any) -> str:
@@ -377,11 +413,12 @@ def draw(filled: Filled, path: Path) -> bool:
         whether it was drawn.
     """
     if filled.table.x == EPOCH:
-        groups = [
-            plots.Overlaid(row.title, [x.measured.history for x in filled.counted if x.measured and x.cell.row == row])
+        rows = {
+            row.title: [x.measured for x in filled.counted if x.measured and x.cell.row == row]
             for row in filled.table.rows
-        ]
-        return plots.compared_curves([group for group in groups if group.histories], path)
+        }
+        there = {title: runs for title, runs in rows.items() if any(run.history for run in runs)}
+        return draw_curves(list(there), list(there.values()), path)
     lines = [
         Line(s.row.group, s.row.label, s.values, s.row.paper if isinstance(s.row.paper, float | int) else None)
         for s in filled.scores.values()

@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 
 from modeling_moco import MoCoForSemanticSegmentation, MoCoSegmentationImageProcessor
 
-from ..plots import figure
+from ..plots import figure, short_names
 from .dataset.layouts import IGNORED
 from .dataset.opening import SegmentationSplit
 from .dataset.views import SegmentationEvaluationImages
@@ -57,5 +57,6 @@ def draw_segmentations(
                 axis.imshow(picture, interpolation="nearest")
                 axis.set_axis_off()
         shown = sorted(seen)[:MOST_NAMES]
-        handles = [Patch(facecolor=colours[number] / 255, label=class_names[number][:24]) for number in shown]
+        names = short_names(class_names, 24)
+        handles = [Patch(facecolor=colours[number] / 255, label=names[number]) for number in shown]
         fig.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))

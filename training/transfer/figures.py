@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plots import BLUE, GRAY, VERMILION, Panel, curves, figure
+from ..plots import BLUE, GRAY, VERMILION, Panel, curves, figure, short_names
 
 MOST_BARS = 40
 PANELS = (
@@ -42,7 +42,7 @@ def draw_bars(measured: dict[str, dict[str, float]], measure: str, path: Path) -
             axis.barh(
                 places, [values[kind].get(name, 0) for name in names], width, color=colour, label=f"{kind} {measure}"
             )
-        axis.set_yticks(range(len(names)), [name[:24] for name in names])
+        axis.set_yticks(range(len(names)), short_names(names, 24))
         axis.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, 100), xlabel=f"{measure}, %")
         axis.grid(False, axis="y")
         axis.set_axisbelow(True)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
+from ..cli import how_to_run
 from ..engine.files import check_model_files
 from ..evaluation.encoder import Encoder
 from ..model_folder import TO_TRAIN, load_model, read_config
@@ -83,5 +84,5 @@ def load_trained(source: str, task: Task, kind: type[Model], processor: Any) -> 
         return model.eval(), processor.from_pretrained(source)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{source} holds no {task.noun} ({error}): pass the folder that scripts/{task.command}.py saved to"
+            f"{source} holds no {task.noun} ({error}): pass the folder that {how_to_run(task.command)} saved to"
         ) from error

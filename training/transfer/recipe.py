@@ -1,5 +1,6 @@
 """Recipes of a task that encoders are transferred to, and the command line on top of them."""
 
+import shlex
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,10 +175,10 @@ class Task:
         except OSError:
             return  # none of ours: who loads it says so
         if isinstance(config, MoCoRCNNConfig | MoCoFCNConfig):
-            script = "detect" if isinstance(config, MoCoRCNNConfig) else "segment"
+            command = "detect" if isinstance(config, MoCoRCNNConfig) else "segment"
             raise ValueError(
                 f"{model} is no encoder but was trained around one ({config.model_type}): pass the folder of a pretraining "
-                f"run, or measure it by scripts/{script}.py --eval_only"
+                f"run, or measure it by {how_to_run(command)} {shlex.quote(model)} --eval_only"
             )
 
     def _recipe_of(self, model: str) -> TransferRecipe:

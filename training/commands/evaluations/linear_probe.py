@@ -24,6 +24,7 @@ from ...evaluation.probe_results import Probe
 from ...process import command, keep_freed_memory
 from ...reports.compare import OF_DATA
 
+BY_MONITOR = ("protocol", "feature", "settings")  # which the kNN of a run's monitor is known by
 SHOWN_IMAGES = 4
 NEXT = """Next, with your IMAGE and your FOLDER of images:
   {classify}
@@ -109,7 +110,7 @@ def print_table(results_dir: Path, digest: str, data: dict[str, Any], top1: dict
     knn = [entry for entry in read_results(results_dir) if _is_knn(entry, digest, data)]
     rows, protocol = {}, ""
     if knn:
-        of_monitor = [entry for entry in knn if entry["value"] == monitored.get("knn_top1_after")]
+        of_monitor = [entry for entry in knn if {name: entry[name] for name in BY_MONITOR} == monitored.get("knn")]
         before = {"kNN before training": monitored.get("knn_top1_before")} if of_monitor else {}
         shown = of_monitor[0] if of_monitor else knn[-1]
         rows, protocol = before | {"kNN after": shown["value"]}, shown["protocol"]

@@ -1,9 +1,8 @@
-"""Run a table of a paper and show ours beside theirs: `python scripts/table.py v1_key_momentum --seeds 0 1 2`."""
+"""The cells of a table as they are to be run: its command line, and the commands of every cell."""
 
 import dataclasses
 import functools
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -13,21 +12,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tqdm import tqdm
-from transformers.utils import logging
 
-from ..cli import build_parser, default_values, how_to_run, refuse_secrets
-from ..engine.run_folder import check_same_run, ended, has_begun, write_recipe
-from ..engine.sgd_trainer import REQUEUE
-from ..errors import one_line, one_line_errors
-from ..evaluation.knn import protocol as knn_protocol
-from ..evaluation.linear_probe import ProbeRun, parse_linear_probe
-from ..process import command
-from ..recipe import PARTS, PretrainArguments, parse_pretrain
-from ..reports.children import Children, in_words, program
-from ..reports.compare import canonical, settings_of
-from ..reports.table import TABLES, Cell, Row, Table, claim, load_table, table_names
-from ..reports.table_results import (
-    NAME,
+from ...cli import build_parser, default_values, how_to_run, refuse_secrets
+from ...engine.run_folder import check_same_run, has_begun, numbered, write_recipe
+from ...evaluation.knn import protocol as knn_protocol
+from ...evaluation.linear_probe import ProbeRun, parse_linear_probe
+from ...recipe import PARTS, PretrainArguments, parse_pretrain
+from ...reports.children import program
+from ...reports.compare import canonical, settings_of
+from ...reports.table import Cell, Row, Table, load_table, table_names
+from ...reports.table_results import (
     Filled,
     Found,
     Measurement,
@@ -35,12 +29,12 @@ from ..reports.table_results import (
     changes,
     find,
     of_measure,
-    to_text,
-    write,
 )
 
+DESCRIPTION = (
+    "Run a table of a paper and show ours beside theirs: `python scripts/table.py v1_key_momentum --seeds 0 1 2`."
+)
 LINEAR_PROBE = "linear probe"
-FAILED = 1  # exit status where a cell has failed
 ON_THE_CPU = ["--use_cpu"]  # for what is parsed here: this process takes no memory of a GPU, which the cells need
 OF_A_CELL = {  # flags of pretraining that the table gives itself, or that mean nothing for all cells alike
     "seed": "pass --seeds",
@@ -51,39 +45,6 @@ OF_A_CELL = {  # flags of pretraining that the table gives itself, or that mean 
 }
 # Flags that mean the same in the evaluation, which gets them too.
 SHARED = ("use_cpu", "per_device_eval_batch_size", "dataloader_num_workers", "report_to", "project")
-
-
-@command
-def main(argv: list[str]) -> None:
-    logging.disable_progress_bar()
-    with one_line_errors():
-        if "--tables" in argv:
-            show_tables()
-            return
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                "a table starts the processes of its cells itself: start it by python, and pass --launcher 'accelerate "
-                "launch ...'"
-            )
-        plan = parse_table(argv)
-        if not plan.write_only:
-            plan.check()
-        if plan.list_only:
-            show_cells(plan)
-            return
-        claim(plan.table, plan.folder)
-    failed = [] if plan.write_only else run_cells(plan)
-    with one_line_errors():
-        filled = plan.fill()
-        write(filled, plan.folder)
-        print(f"\n{to_text(filled)}\nWrote {plan.folder / NAME}.html and .md")
-    for sentence in failed:
-        print(f"error: {sentence}", file=sys.stderr)
-    if failed:
-        raise SystemExit(FAILED)
-
-
-# The command line
 
 
 @dataclasses.dataclass
@@ -156,8 +117,18 @@ class Plan:
                 *program("evaluations.linear_probe"),
                 str(cell.folder),
                 *self.evaluation,
+                *self._beside_other_probes(cell),
             ]
         return steps
+
+    def _beside_other_probes(self, cell: Cell) -> list[str]:
+        """Words that give a probe a folder of its own where its default one holds a probe of other settings."""
+        if not any(cell.folder.glob("linear_probe*")):
+            return []
+        probe = parse_linear_probe([str(cell.folder), *self.evaluation, *ON_THE_CPU])
+        usual = str(probe.training.output_dir)
+        folder = next(name for name in numbered(usual) if _may_hold(Path(name), probe))
+        return [] if folder == usual else ["--output_dir", folder]
 
     def check(self) -> None:
         """
@@ -184,7 +155,9 @@ class Plan:
 
     def fill(self) -> Filled:
         """The table with all that is there now: of the seeds that were asked for, and of others."""
-        seeds = [*self.seeds, *sorted(self._seeds_there() - {*self.seeds})]
+        there = self._runs_there()
+        seeds_there = {int(run.name.removeprefix("seed")) for run in there if run.parent.name in self.rows}
+        seeds = [*self.seeds, *sorted(seeds_there - {*self.seeds})]
         cells = self.table.cells(self.folder, seeds)
         found = [self.find(cell) for cell in tqdm(cells, "reading cells", disable=None, leave=False)]
         overrides: dict[str, Any] = {}
@@ -192,11 +165,24 @@ class Plan:
             to_come = settings(row.args, None)
             overrides |= {name: to_come[name] for name in changes(to_come, row.published.settings)}
         published = {name: row.published for name, row in self.rows.items()}
-        return Filled(self.table, found, published, {name: row.planned for name, row in self.rows.items()}, overrides)
+        planned = {name: row.planned for name, row in self.rows.items()}
+        outside = [run for run in there if run.parent.name not in self.rows]
+        return Filled(self.table, found, published, planned, overrides, outside)
 
-    def _seeds_there(self) -> set[int]:
-        names = [path.name.removeprefix("seed") for path in self.folder.glob("*/seed*")]
-        return {int(name) for name in names if name.isdecimal()}
+    def _runs_there(self) -> list[Path]:
+        """Folders of cells, also of rows that the table does not have any more."""
+        return sorted(path for path in self.folder.glob("*/seed*") if path.name.removeprefix("seed").isdecimal())
+
+
+def _may_hold(folder: Path, probe: ProbeRun) -> bool:
+    """Whether a folder is free, or holds this very probe."""
+    if not has_begun(folder):
+        return True
+    try:
+        check_same_run(folder, probe.settings, probe.defaults)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_table(argv: list[str]) -> Plan:
@@ -254,7 +240,7 @@ def _parser(kinds: Any) -> Any:
     parser = build_parser(
         kinds,
         usage=f"{how_to_run('table')} NAME [--seeds 0 1 2] [--flag value ...]",
-        description=f"{__doc__} The flags of pretraining change all cells alike.",
+        description=f"{DESCRIPTION} The flags of pretraining change all cells alike.",
     )
     parser.add_argument("table", nargs="?", help=f"One of {', '.join(table_names())}, or a file of that form.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="Seeds that every row is trained with.")
@@ -358,81 +344,3 @@ def _check_rows_differ(plan: Plan) -> None:
                 f"rows {same!r} and {row.row.title!r} of {plan.table.name} are the same with these flags: leave out the "
                 "flag that they differ in, or name the cells that you want by --cell"
             )
-
-
-# Running
-
-
-def run_cells(plan: Plan) -> list[str]:
-    """Run what is missing, one cell after the other, and write the table after each that has got its result.
-
-    Returns:
-        a sentence for each cell that has failed.
-    """
-    children, cells, failed = Children(), plan.chosen, []
-    with children.receiving():
-        for i, cell in enumerate(cells, 1):
-            head = f"[{i}/{len(cells)}] {describe(cell)}"
-            try:
-                if plan.is_done(plan.find(cell)):
-                    print(f"{head}, is done")
-                    continue
-                problem = run_cell(plan, cell, head, children)
-            except ValueError as error:  # of a damaged file
-                problem = one_line(error)
-            if problem is None:
-                write(plan.fill(), plan.folder)
-            else:
-                failed.append(f"{describe(cell)}: {problem}")
-    return failed
-
-
-def run_cell(plan: Plan, cell: Cell, head: str, children: Children) -> str | None:
-    """Train and evaluate a cell, or what is left of it.
-
-    Returns:
-        what went wrong, if anything.
-    """
-    for script, words in plan.steps(cell).items():
-        if script == "pretrain" and ended(cell.folder):
-            continue
-        print(f"{head}\n  {in_words(words)}")
-        status = children.run(words)
-        if children.stopped_by is not None or status == REQUEUE:
-            stop(children)
-        if status:
-            return f"status {status} of {in_words(words)}"
-    if not plan.is_done(plan.find(cell)):
-        return f"it has ended without a {plan.table.measure}: look at what it has printed"
-    return None
-
-
-def stop(children: Children) -> None:
-    name = "a signal" if children.stopped_by is None else children.stopped_by.name
-    print(f"Stopped by {name}. What is complete is kept; the same command continues.")
-    raise SystemExit(REQUEUE)
-
-
-def describe(cell: Cell) -> str:
-    return f"cell {cell.number}, {cell.row.title}, seed {cell.seed}"
-
-
-def show_cells(plan: Plan) -> None:
-    for cell in plan.chosen:
-        found = plan.find(cell)
-        print(f"{describe(cell)}: {'done' if plan.is_done(found) else found.state}")
-        for words in plan.steps(cell).values():
-            print(f"  {in_words(words)}")
-
-
-def show_tables() -> None:
-    tables = {name: load_table(name) for name in table_names()}
-    for name, table in tables.items():
-        print(
-            f"{name:<{max(map(len, tables))}}  {table.about['title']} ({table.about['paper']}), {len(table.rows)} rows"
-        )
-    print(f"Write one of your own as those in {TABLES}, and name the file.")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""The command that runs a table of a paper, and what it is to run."""
