@@ -192,6 +192,16 @@ def read_sections(path: Path, remedy: str) -> dict[str, dict[str, Any]]:
     return content
 
 
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that was saved whole, wherever it lies and whatever it is called."""
+    return (folder / MANIFEST).is_file()
+
+
+def home_of(folder: Path) -> Path:
+    """The folder of the training that saved a model."""
+    return folder.parent if holds_checkpoint(folder) else folder
+
+
 def begin_with(source: str, random: bool) -> dict[str, Any]:
     """What a training records of the encoder that it begins with.
 
@@ -207,7 +217,7 @@ def begin_with(source: str, random: bool) -> dict[str, Any]:
         "model": os.path.abspath(source) if place.is_dir() else source,  # known from anywhere, and no name on the Hub
         "random_encoder": random,
     }
-    home = place.parent if (place / MANIFEST).is_file() else place
+    home = home_of(place)
     if not random and (home / SAVED_RECIPE).is_file():
         began = read_sections(home / SAVED_RECIPE, "correct it, or move it away").get("encoder", {})
         if began.get("fine_tuned") or began.get(SEEN_LABELS):

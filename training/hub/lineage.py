@@ -16,7 +16,7 @@ from modeling_moco import MoCoModel
 
 from ..engine.files import check_model_files, read_object
 from ..engine.results import encoder_digest
-from ..engine.run_folder import MANIFEST, SAVED_RECIPE, SEEN_LABELS, WEIGHTS, read_sections
+from ..engine.run_folder import SAVED_RECIPE, SEEN_LABELS, WEIGHTS, holds_checkpoint, home_of, read_sections
 from ..model_folder import load_model, read_config
 
 REMEDY = "correct it, or move it away"
@@ -44,7 +44,7 @@ class Lineage:
     @property
     def final(self) -> bool:
         """Whether the weights are the final ones of the pretraining, or were trained from them."""
-        return self.run is not None and not any(map(is_checkpoint, self.folders))
+        return self.run is not None and not any(map(holds_checkpoint, self.folders))
 
 
 def trace(source: Path) -> Lineage:
@@ -67,15 +67,6 @@ def trace(source: Path) -> Lineage:
         folder = _before(home, began, folders)
     pretrained_to = _steps(models[-1]) if run is not None and len(models) > 1 else None
     return Lineage(folders, run, fine_tuned, _steps(models[0]) if models else None, pretrained_to)
-
-
-def is_checkpoint(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
-
-
-def home_of(folder: Path) -> Path:
-    """The folder of the training that saved a model."""
-    return folder.parent if is_checkpoint(folder) else folder
 
 
 def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
@@ -119,7 +110,7 @@ def _digest(folder: Path) -> str | None:
 def _steps(folder: Path) -> Steps | None:
     """Of a checkpoint; None of what is none."""
     path = folder / TRAINER_STATE_NAME
-    if not is_checkpoint(folder) or not path.is_file():
+    if not holds_checkpoint(folder) or not path.is_file():
         return None
     state = read_object(path, REMEDY)
     made, of = state.get("global_step"), state.get("max_steps")

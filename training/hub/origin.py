@@ -8,10 +8,10 @@ from modeling_moco import MoCoForImageClassification
 
 from ..engine.files import read_object
 from ..engine.results import encoder_digest, model_digest, read_results
-from ..engine.run_folder import CONVERSION, METRICS, SAVED_RECIPE, drawn, may_leave, read_metrics
+from ..engine.run_folder import CONVERSION, METRICS, SAVED_RECIPE, drawn, home_of, may_leave, read_metrics
 from ..errors import visible
 from .kinds import Published, Transferred, kind_of
-from .lineage import REMEDY, Steps, home_of, read_yaml, trace
+from .lineage import REMEDY, Steps, read_yaml, trace
 
 
 @dataclass(frozen=True)

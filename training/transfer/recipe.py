@@ -19,7 +19,7 @@ from ..cli import (
     parse_flags,
     section_of_file,
 )
-from ..engine.checkpoints import decided_by_main, is_checkpoint
+from ..engine.checkpoints import decided_by_main
 from ..engine.files import below
 from ..engine.results import read_results
 from ..engine.run_folder import (
@@ -27,6 +27,7 @@ from ..engine.run_folder import (
     SAVED_RECIPE,
     begin_with,
     content_to_continue,
+    home_of,
     read_sections,
     recorded_content,
     refuse_namesake,
@@ -148,7 +149,7 @@ class Task:
             refuse_namesake(recipe.values.get("dataset_name"), data.dataset_name)
         settings["data"]["dataset_name"] = data.dataset_name
         place = Path(known.model) if known.eval_only else Path(str(training.output_dir))
-        of_run = place.parent if known.eval_only and is_checkpoint(place) else place
+        of_run = home_of(place) if known.eval_only else place
         recorded = recorded_content if known.eval_only else content_to_continue
         data.content = decided_by_main(lambda: recorded(of_run, data.dataset_name))
         settings["encoder"] = begin_with(encoder.source, encoder.random) | {"task": self.command}
@@ -183,7 +184,7 @@ class Task:
 
     def _recipe_of(self, model: str) -> TransferRecipe:
         """The settings that a trained model has beside it; none of a model without, whose training nobody knows."""
-        own = Path(model) / SAVED_RECIPE
+        own = home_of(Path(model)) / SAVED_RECIPE
         return self.load_recipe(str(own)) if own.is_file() else TransferRecipe(model, {}, {})
 
     def _check_evaluation(self, given: set[str]) -> None:
