@@ -17,6 +17,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.image_processing_moco import normalize
 from training import monitor as monitor_module
+from training.data.decode import Decoder
 from training.data.images import MapImages
 from training.data.sources import DataArguments, load_images
 from training.engine.results import encoder_digest
@@ -257,7 +258,12 @@ def test_kept_features_are_those_extracted_and_belong_to_one_model_and_one_view(
     again, _ = cached_features(model, queries, tmp_path)
     torch.testing.assert_close(again, kept, atol=1e-5, rtol=1e-5)
 
-    others = [queries.rows(1, 30), MapImages(queries.source, EvaluationView(40, 32))]
+    less = Decoder(max_pixels=10_000).image
+    others = [
+        queries.rows(1, 30),
+        MapImages(queries.source, EvaluationView(40, 32)),
+        MapImages(queries.source, queries.transform, decode=less),
+    ]
     for count, images in enumerate(others, start=2):
         cached_features(model, images, tmp_path)
         assert len(list(tmp_path.iterdir())) == count
@@ -265,7 +271,7 @@ def test_kept_features_are_those_extracted_and_belong_to_one_model_and_one_view(
     changed, _ = cached_features(model, queries, tmp_path)
     assert not torch.allclose(changed, kept)
     cached_features(model, queries, tmp_path, feature="head")
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 @pytest.mark.parametrize("flags", [["knn"], ["linear_probe", "--mode", "cached"]], ids=["knn", "linear_probe"])

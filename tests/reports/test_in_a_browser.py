@@ -34,7 +34,7 @@ PROTOCOLS = [
 ]
 FIGURE = '<svg xmlns="http://www.w3.org/2000/svg" width="576pt" height="100pt"><rect width="9" height="9"/></svg>'
 # What is wider than its place or lies outside the page. Figures may be scrolled where they would be too small to be read.
-MEASURE = """
+MEASURE = r"""
 const inner = document.getElementById("page").contentDocument;
 inner.querySelectorAll("details").forEach(d => d.open = true);
 const root = inner.documentElement, wide = [], outside = [];
@@ -47,10 +47,19 @@ for (const e of inner.querySelectorAll("main, main *")) {
 }
 for (const table of inner.querySelectorAll("table"))
   if (table.scrollWidth > table.parentElement.clientWidth) wide.push("table " + table.className);
+const broken = [];  // numbers that do not stand on one line
+const words = document.createTreeWalker(inner.body, NodeFilter.SHOW_TEXT), range = document.createRange();
+while (words.nextNode()) {
+  const number = words.currentNode.textContent.match(/\d[\d,.]*/);
+  if (!number || !words.currentNode.parentElement.closest(".results td, .columns td + td")) continue;
+  range.setStart(words.currentNode, number.index);
+  range.setEnd(words.currentNode, number.index + number[0].length);
+  if (new Set([...range.getClientRects()].map(box => box.top)).size > 1) broken.push(number[0]);
+}
 const style = (e, name) => getComputedStyle(e).getPropertyValue(name);
 const figures = [...inner.querySelectorAll("figure img")].map(e => e.getBoundingClientRect().width);
 const names = [...inner.querySelectorAll(".results td:first-child")].map(e => e.getBoundingClientRect().width);
-const found = {wide, outside, figures, names, page: root.scrollWidth, width: root.clientWidth,
+const found = {wide, outside, broken, figures, names, page: root.scrollWidth, width: root.clientWidth,
   tables: inner.querySelectorAll("table").length,
   ink: style(inner.body, "color"), paper: style(inner.body, "background-color")};
 document.body.innerHTML = "<pre>" + btoa(unescape(encodeURIComponent(JSON.stringify(found)))) + "</pre>";
@@ -81,10 +90,10 @@ def report(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def comparison(report, tmp_path_factory) -> Path:
-    """Three such runs in one table, with many settings that differ."""
+    """Such runs in one table, with many settings that differ, and many measurements."""
     folder = tmp_path_factory.mktemp("compared")
     folders = []
-    for i in range(3):
+    for i in range(6):
         folders.append(Path(shutil.copytree(report.parent, folder / f"{i}-{report.parent.name}")))
         (folders[i] / "results.json").unlink()
         recipe = yaml.safe_load((folders[i] / "recipe.yaml").read_text())
@@ -100,7 +109,8 @@ def comparison(report, tmp_path_factory) -> Path:
         digest = encoder_digest(MoCoModel.from_pretrained(folders[i]))
         for protocol in PROTOCOLS:
             data = {"dataset": "/home/somebody/pictures/of/" + "w" * 90, "split": "test"}
-            append_results(folders[i], [Result(protocol, "top1", 99.999, 1_281_167)], model=digest, data=data)
+            measured = [Result(f"{protocol}, {n}", "top1", 99.999, 1_281_167) for n in range(4)]
+            append_results(folders[i], measured, model=digest, data=data)
     write(compare(folders, default_values(PARTS)), folder / "out")
     return folder / "out" / "comparison.html"
 
@@ -134,17 +144,19 @@ def test_no_table_scrolls_no_word_is_cut_and_figures_can_be_read(report, width, 
     assert seen["tables"] > 10
     assert seen["wide"] == []
     assert seen["outside"] == []
+    assert seen["broken"] == []
     assert min(seen["figures"]) >= 640
     assert min(seen["names"]) >= 100  # the protocols have room beside their numbers
     ink, paper = brightness(seen["ink"]), brightness(seen["paper"])
     assert (paper < 60 and ink > 200) if dark else (paper > 240 and ink < 60)
 
 
-@pytest.mark.parametrize("width", [1280, 800])
+@pytest.mark.parametrize("width", [1280, 800, 390])
 def test_a_comparison_of_long_names_is_read_without_scrolling(comparison, width, tmp_path):
     seen = look(comparison, width, False, tmp_path)
     assert seen["width"] == width
     assert seen["page"] <= width
-    assert seen["tables"] == 2
+    assert seen["tables"] == 3  # four rows of six side by side, the others, and all runs
     assert seen["wide"] == []
     assert seen["outside"] == []
+    assert seen["broken"] == []

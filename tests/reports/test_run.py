@@ -377,6 +377,10 @@ def state_of_another_kind(folder: Path) -> None:
     (folder / "trainer_state.json").write_text("[]")
 
 
+def state_without_its_steps(folder: Path) -> None:
+    (folder / "trainer_state.json").write_text('{"log_history": []}')
+
+
 REFUSED = {
     no_recipe: "is not the folder of a pretraining run",
     recipe_of_a_probe: "is not the folder of a pretraining run",
@@ -384,6 +388,7 @@ REFUSED = {
     damaged_results: "results.json is not a valid results file",
     result_without_an_interval: "results.json is not a valid results file (entry 1 has no interval): correct it, or move it",
     damaged_metrics: "metrics.json is not JSON",
+    state_without_its_steps: "trainer_state.json has no global_step that can be shown: delete it",
     state_of_another_kind: "trainer_state.json is not JSON of names and values: delete it",
 }
 

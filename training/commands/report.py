@@ -11,7 +11,7 @@ from modeling_moco import MoCoModel
 
 from ..cli import build_parser, how_to_run, section_of_file
 from ..data.sources import DataArguments
-from ..engine.page import read_run, write_report
+from ..engine.page import check_state, read_run, write_report
 from ..engine.run_folder import SAVED_RECIPE, TRAINING, recorded_content, refuse_namesake
 from ..errors import one_line_errors
 from ..evaluation.encoder import Encoder, not_there
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
         if not folder.exists():
             raise not_there(str(folder))
         run = read_run(folder)
+        check_state(run)
         state = PartialState(cpu=not torch.cuda.is_available())
         if run.task:
             if state.is_main_process:

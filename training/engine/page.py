@@ -80,13 +80,17 @@ td { font-variant-numeric: tabular-nums; }
 .results th + th, .results td + td { text-align: right; white-space: nowrap; padding-right: 0; padding-left: .8rem; }
 .compared th, .compared td { padding-right: .6rem; }
 .compared td:first-child { font-weight: 600; }
+.columns { table-layout: fixed; margin-bottom: 1rem; }
+.columns th:first-child { width: 40%; }
+.columns td:first-child { font-weight: 400; }
 .pairs { table-layout: fixed; }
 .pairs th { width: 14rem; font-weight: 400; color: var(--soft); }
 .missing { background: var(--card); border-radius: 6px; padding: .6rem .9rem; }
 details { margin: .4rem 0; font-size: .9rem; }
 @media (max-width: 36rem) {
   .pairs th { width: 9rem; }
-  .results { font-size: .8rem; }
+  .results, .columns { font-size: .8rem; }
+  .columns :is(th, td) { padding-right: .3rem; }
   .results th + th, .results td + td { padding-left: .5rem; }
   .results :is(th, td):nth-child(3) { white-space: normal; overflow-wrap: normal; }
 }
@@ -165,6 +169,7 @@ def refresh_report(folder: Path) -> None:
 def _page(run: Run, missing: str | None) -> str:
     about = run.recipe.get("about", {})
     title = str(about.get("title", run.folder.name))
+    check_state(run)
     step, steps = run.state["global_step"], run.state["max_steps"]
     ended = (
         "Ended" if run.source == run.folder else f"Not ended: this is {run.source.name}, the newest complete checkpoint"
@@ -188,6 +193,26 @@ def _page(run: Run, missing: str | None) -> str:
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     parts += ["<h2>Versions</h2>", '<p class="soft">Of this report.</p>', _pairs(versions)]
     return document(title, parts)
+
+
+def check_state(run: Run) -> None:
+    """
+    Raises:
+        ValueError: the state of the trainer lacks something that a report shows.
+    """
+    number, path = int | float, run.source / TRAINER_STATE_NAME
+    kinds = {
+        "global_step": int,
+        "max_steps": int,
+        "num_train_epochs": number,
+        "epoch": number | None,
+        "log_history": list,
+    }
+    for name, kind in kinds.items():
+        if name not in run.state or not isinstance(run.state[name], kind):
+            raise ValueError(
+                f"{path} has no {name} that can be shown: delete it, and the newest complete checkpoint is reported"
+            )
 
 
 def document(title: str, parts: Iterable[str]) -> str:

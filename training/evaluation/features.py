@@ -166,6 +166,7 @@ def cached_features(
         "model": encoder_digest(model, feature),
         "images": images.source._fingerprint,
         "view": repr(images.transform),
+        "decoder": repr(getattr(images.decode, "__self__", None)),  # whose limits decide which images others replace
         "feature": feature,
         "n": len(images),
     }

@@ -6,7 +6,7 @@ a column only if they were measured in the same way on the same images.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -31,6 +31,7 @@ from ..hub.model_card import public_name
 
 NAME = "comparison"  # of the Markdown and HTML files
 CURVES = "curves"  # of the figure
+COLUMNS_OF_A_PAGE = 4  # so that their numbers are whole on a phone too
 RUNS = ["row", "seed", "state", "commit", "folder"]
 Defaults = Mapping[str, dict[str, Any]]
 SECTIONS = ("data", "model", "training")  # of a recipe, whose settings a result depends on
@@ -413,7 +414,7 @@ def markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
 def to_html(comparison: Comparison, figure: Path | None) -> str:
     parts = [
         f"<h1>{title(comparison)}</h1>",
-        html_table(comparison.head, comparison.body),
+        *html_columns(comparison.head, comparison.body),
         f'<p class="soft">{READING}</p>',
     ]
     parts += [f'<p class="missing">{escape(note)}</p>' for note in comparison.notes()]
@@ -423,11 +424,18 @@ def to_html(comparison: Comparison, figure: Path | None) -> str:
     return document(title(comparison), parts)
 
 
-def html_table(head: list[str], body: list[list[str]]) -> str:
+def html_columns(head: list[str], body: list[list[str]]) -> Iterator[str]:
+    """The rows of a table as columns, as many beside each other as have room: there may be any number of measurements."""
+    for i in range(0, len(body), COLUMNS_OF_A_PAGE):
+        first, *lines = zip(head, *body[i : i + COLUMNS_OF_A_PAGE], strict=True)
+        yield html_table(first, lines, "compared columns")
+
+
+def html_table(head: Sequence[str], body: Sequence[Sequence[str]], kind: str = "compared") -> str:
     """A table, whose words may be anybody's."""
     names = "".join(f"<th>{escape(cell).replace('_', '_<wbr>')}</th>" for cell in head)
     rows = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
-    return '<table class="compared">' + "\n".join([f"<tr>{names}</tr>", *rows]) + "</table>"
+    return f'<table class="{kind}">' + "\n".join([f"<tr>{names}</tr>", *rows]) + "</table>"
 
 
 def to_text(comparison: Comparison) -> str:

@@ -130,6 +130,7 @@ class Task:
         known = parser.parse_args(argv)
         if known.model is None:
             raise ValueError("no model given: pass the folder that a run saved to, e.g. runs/quickstart")
+        check_exists(known.model)
         if not known.eval_only:
             self._check_encoder(known.model)
         given = parser.given(argv)
@@ -168,9 +169,8 @@ class Task:
     def _check_encoder(self, model: str) -> None:
         """
         Raises:
-            ValueError: there is no such model, or it is one that was trained around an encoder.
+            ValueError: it is one that was trained around an encoder.
         """
-        check_exists(model)
         try:
             config = read_config(model, [MoCoConfig, MoCoRCNNConfig, MoCoFCNConfig])
         except OSError:
