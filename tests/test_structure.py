@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import runpy
 from importlib import import_module
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 
 import modeling_moco
 import training.commands
+from training import process
 from training.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -150,11 +152,33 @@ def test_every_help_shows_sections_with_flags_and_one_spelling_of_each(command, 
     assert text.startswith("usage: ")
     sections = re.split(r"\n(?=\S[^\n]*:\n)", text)[1:]
     for section in sections:
-        assert re.search(r"\n  ?\S", section), f"{command} has an empty section:\n{section}"
+        entries = re.findall(r"^ {1,2}\S.*", section, re.M)
+        if not section.startswith("options:"):  # argparse's own, which may have the help alone
+            entries = [entry for entry in entries if not entry.startswith("  -h,")]
+        assert entries, f"{command} has an empty section:\n{section}"
     flags = re.findall(r"^  (--[\w-]+)", text, re.M)
     assert len(flags) == len({flag.replace("-", "_") for flag in flags})
     for hidden in ("--remove_unused_columns", "--dataloader_drop_last", "--save_only_model", "--do_train"):
         assert hidden not in flags
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_ends_in_order(command):
+    module = import_module(f"training.commands.{COMMANDS[command][0]}")
+    assert module.main.__wrapped__.__module__ == module.__name__
+    assert module.main.__code__ is process.command(print).__code__  # the same wrapper
+
+
+def test_an_installation_has_no_package_with_anybodys_name(monkeypatch):
+    given = {}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["setup.py", "bdist_wheel"])
+    monkeypatch.setattr("setuptools.setup", lambda **settings: given.update(settings))
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert {name.partition(".")[0] for name in given["packages"]} == {"modeling_moco", "moco_hf"}
+    name, _, function = given["entry_points"]["console_scripts"][0].partition(" = ")[2].partition(":")
+    assert name.replace("moco_hf", "training") == training.commands.__name__
+    assert callable(getattr(training.commands, function))
 
 
 def test_the_console_command_names_its_subcommands(monkeypatch, capsys):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from training.data.decode import FORMATS
 from training.data.folders import arrange, list_files
 from training.data.sources import DataArguments, load_images
 
@@ -46,6 +47,7 @@ def refusal(folder: Path, **flags) -> str:
         *[("flask", "test-tube"), ("flask", "test"), ("bus", "train"), ("bus", "train_station"), ("bus", "val-pass")],
         *[
             ("eval", "x"),
+            ("v1.0", "a.b.png"),
             ("control", "validation"),
             ("dev board", "flask"),
             ("été", "猫"),
@@ -131,6 +133,10 @@ def test_links_are_followed_and_loops_refused(tmp_path):
         for name in ("n01", "n03"):
             (tmp_path / "subset" / split / name).symlink_to(tmp_path / "imagenet" / split / name)
     assert found(tmp_path / "subset") == {key: {"n01": 3, "n03": 3} for key in ("train", "test")}
+    for split in ("train", "test"):  # a whole split elsewhere
+        (tmp_path / "linked").mkdir(exist_ok=True)
+        (tmp_path / "linked" / split).symlink_to(tmp_path / "imagenet" / split)
+    assert found(tmp_path / "linked") == {key: {"n01": 3, "n02": 3, "n03": 3} for key in ("train", "test")}
     (tmp_path / "imagenet" / "train" / "n01" / "up").symlink_to(tmp_path / "imagenet")
     assert "train/n01/up leads back to a folder that contains it" in refusal(tmp_path / "imagenet")
 
@@ -328,6 +334,28 @@ def test_a_dataset_that_lies_in_a_folder_of_a_splits_name_is_refused(tmp_path):
     for part in ("train/a", "test/b", "car/c"):  # classes, one of which is none of these words
         put(tmp_path / "vehicles" / "train" / part)
     assert found(tmp_path / "vehicles") == {"train": {"car": 3, "test": 3, "train": 3}}
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow has no AVIF")
+def test_avif_is_an_image_like_others(tmp_path):
+    for name in ("a", "b"):
+        put(tmp_path / "train" / name)
+        Image.effect_noise((8, 8), 90).convert("RGB").save(tmp_path / "train" / name / "photo.avif")
+    assert found(tmp_path) == {"train": {"a": 4, "b": 4}}
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        *[(f"photos{suffix}", "unpack it and pass the folder") for suffix in (".zip", ".tar.gz", ".tgz", ".7z")],
+        ("photos.npz", "write its images to files of their own, or to parquet with `datasets`"),
+        ("list.jsonl", "a list of images must be called metadata.jsonl"),
+        ("photo.png", "pass the folder that contains it"),
+    ],
+)
+def test_a_file_that_is_no_dataset_is_refused_with_what_to_do(name, remedy, tmp_path):
+    (tmp_path / name).write_bytes(b"PK")
+    assert f"({tmp_path / name}) is a file, but neither .parquet nor .tar: {remedy}" in refusal(tmp_path / name)
 
 
 def test_the_remedy_for_a_table_is_not_the_folder_that_passes_over_it(tmp_path):

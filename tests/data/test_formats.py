@@ -26,12 +26,19 @@ def refusal(folder: Path, **flags) -> str:
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-@pytest.mark.parametrize("kind", ["bytes", "struct"])
+@pytest.mark.parametrize("kind", ["bytes", "large bytes", "struct"])
 def test_parquet_of_pandas_and_polars_is_read(kind, streaming, tmp_path):
-    for split, numbers in (("train", range(6)), ("test", range(6, 9))):
-        images = [encoded(i) if kind == "bytes" else {"bytes": encoded(i), "path": f"{i}.png"} for i in numbers]
-        pq.write_table(pa.table({"image": images, "label": [i % 3 for i in numbers]}), tmp_path / f"{split}.parquet")
-    splits = load(tmp_path, streaming=streaming)
+    folder = tmp_path / "run[1]"  # a pattern that means its neighbour, where names are patterns
+    for place, first in ((folder, 0), (tmp_path / "run1", 20)):
+        place.mkdir()
+        for split, numbers in (("train", range(first, first + 6)), ("test", range(first + 6, first + 9))):
+            images: list | pa.Array = [encoded(i) for i in numbers]
+            if kind == "large bytes":  # as polars writes them
+                images = pa.array(images, pa.large_binary())
+            elif kind == "struct":
+                images = [{"bytes": image, "path": f"{i}.png"} for i, image in zip(numbers, images, strict=True)]
+            pq.write_table(pa.table({"image": images, "label": [i % 3 for i in numbers]}), place / f"{split}.parquet")
+    splits = load(folder, streaming=streaming)
     assert [(number(decode_image(row["image"])), row["label"]) for row in splits.train] == [
         (i, i % 3) for i in range(6)
     ]

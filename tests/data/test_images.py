@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import struct
+import tarfile
 import zlib
 from collections import Counter
 from itertools import chain
@@ -163,6 +164,9 @@ def test_levels_of_32_bits_are_refused_by_name(kind):
     for decode in (decode_image, decode_tensor):
         with pytest.raises(OSError, match="grey levels of 32 bits have no known range"):
             decode(row)
+    for processor in (MoCoImageProcessor, MoCoImageProcessorPil):
+        with pytest.raises(ValueError, match="grey levels of 32 bits have no known range"):
+            processor()(Image.fromarray(sixteen_bits().astype(kind)))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -200,9 +204,11 @@ def test_pictures_without_content_are_named_before_anything_is_trained(tmp_path,
     noise = [Image.effect_noise((16, 16), 90) for _ in range(4)]
     flat = [Image.new("L", (16, 16), i) for i in range(4)]
     dark = [Image.fromarray(sixteen_bits() >> 8)] * 3  # 8 bits in 16: 1 grey level of 255
+    dim = [Image.fromarray(sixteen_bits() >> 4)] * 3  # 12 bits in 16: 16 grey levels
     for name, pictures, message in (
         ("flat", flat, "each of the 4 images looked at in split 'train' is of one colour, or nearly"),
         ("dark", dark, "each of the 3 images looked at in split 'train' is of one colour, or nearly"),
+        ("dim", dim, "each of the 3 images looked at in split 'train' is of one colour, or nearly .*12 bits in 16"),
         ("alike", noise[:1] * 3, "all of the 3 images looked at in split 'train' are alike"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -222,6 +228,22 @@ def test_a_row_without_an_image_is_named_and_passed_over(streaming, tmp_path, ca
     images = StreamedImages(source, pixel, batch_size=4) if streaming else MapImages(source, pixel)
     assert set(chain(*read(images, batch_size=4))) == set(range(8)) - {2, 5}
     assert images.unreadable() == ["row 2", "row 5"]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_images_of_a_tar_in_another_column_are_named_and_passed_over(streaming, tmp_path):
+    """`datasets` takes the columns of a tar from its first samples."""
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for i in range(8):
+            kind = "jpg" if i < 6 else "png"
+            content = encoded(i, "JPEG" if i < 6 else "PNG")
+            info = tarfile.TarInfo(f"{i:04d}.{kind}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    source = load_images(DataArguments(dataset_name=str(tmp_path), streaming=streaming)).train
+    images = StreamedImages(source, pixel, batch_size=4) if streaming else MapImages(source, pixel)
+    assert set(chain(*read(images, batch_size=4))) == set(range(6))
+    assert images.unreadable() == ["row 6", "row 7"]
 
 
 # Broken files

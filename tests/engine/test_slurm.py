@@ -28,6 +28,12 @@ SCONTROL = """#!/bin/bash
 """
 
 
+def test_pretraining_takes_the_processes_of_the_papers_unless_it_is_told_otherwise():
+    """BatchNorm normalises the images of one process: 256 images on 16 processes would be another method."""
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", (ROOT / "configs/slurm/pretrain.sbatch").read_text(), re.M))
+    assert (asked["nodes"], asked["ntasks-per-node"]) == ("1", "8")
+
+
 @pytest.fixture
 def cluster(tmp_path):
     """The environment of a job with two tasks; `srun` and `scontrol` are the stand-ins."""

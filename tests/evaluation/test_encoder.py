@@ -249,6 +249,8 @@ def test_a_mistyped_folder_is_called_one_and_a_model_of_unknown_data_asks_for_th
             parse([str(place)])
     with pytest.raises(ValueError, match="does not say what it was trained on: pass --dataset_name"):
         parse([str(saved / "model")])
+    with pytest.raises(ValueError, match="does not say what it was trained on: pass --dataset_name"):
+        parse([str(saved / "model"), "--dataset_config_name", "x"])
 
 
 ON_DIGITS = ["--dataset_name", "digits", "--use_cpu"]

@@ -29,7 +29,7 @@ MAX_IN_MEMORY_PX = 64  # largest side of images that the view backend `device` k
 EVAL_SPLITS = ("validation", "test", "valid", "val")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
 LOOKED_AT = 16  # images of a split that are decoded before anything is trained
-FLAT = 16  # grey levels; less in every channel is no picture
+FLAT = 17  # grey levels; less in every channel is no picture: what 12 bits in 16 have at most
 
 
 @dataclass
