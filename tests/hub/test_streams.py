@@ -300,6 +300,10 @@ print(json.dumps(images.unreadable()))
     (rows, unreadable), said = place.read(code)
     assert set(rows) == set(range(12)) - {2}
     assert len(unreadable) == 1
+    for _ in range(2):  # with threads of `datasets` that decode, a worker process once hung
+        (shared, _), _ = place.read(code.replace("read(images, 3)", "read(images, 3, workers=2)"))
+        assert set(shared) <= set(rows)
+        assert len(shared) == len(set(shared)) >= 9  # less than a global batch is left out
     before = len(place.hub.ranges)
     place.read(code)
     asked = len(place.hub.ranges) - before
