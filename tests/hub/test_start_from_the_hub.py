@@ -51,7 +51,7 @@ def test_a_run_begins_with_what_another_has_published(hub, script, tmp_path):
     script("push_to_hub").main([str(tmp_path / "second"), "org/second"])
     card = ModelCard(hub.files("org/second")["README.md"].decode())
     assert card.data.base_model == "org/first"
-    assert "It began with the weights of org/first." in card.text
+    assert "The pretraining began with the weights of org/first." in card.text
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_the_card_of_a_run_that_a_folder_began_names_no_place(hub, script, tmp_p
     script("push_to_hub").main([str(tmp_path / "third"), "org/third"])
     card = ModelCard(hub.files("org/third")["README.md"].decode())
     assert card.data.base_model is None
-    assert "It began with the weights of first." in card.text
+    assert "The pretraining began with the weights of first." in card.text
     assert str(tmp_path) not in card.content
 
 
