@@ -32,6 +32,24 @@ def _asked_for(value: Any) -> int:
     return abs(value) if isinstance(value, int) else 0
 
 
+def is_of_wrapper(config: dict[str, Any]) -> bool:
+    """Whether a published model was loaded and saved without this code, as transformers' TimmWrapper: it has timm's names."""
+    return "moco" in config and "transformers_version" in config
+
+
+def _section_of_wrapper(config: dict[str, Any]) -> dict[str, Any]:
+    """The section of this configuration, with what may have been changed since: classes, their kind, and the dtype."""
+    old = ("transformers_weights", "id2label", "label2id")
+    section = {name: value for name, value in config["moco"].items() if name not in old}
+    classes, names = config["num_classes"], config.get("label_names") or []
+    if classes and len(names) == classes:
+        section |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    elif classes:
+        section["num_labels"] = classes
+    section["architectures"] = [name.replace("TimmWrapper", "MoCo") for name in config["architectures"]]
+    return section | {"problem_type": config.get("problem_type"), "dtype": config.get("dtype")}
+
+
 @strict
 class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of [`MoCoModel`] and its siblings. The defaults are MoCo v2 (arXiv:2003.04297).
@@ -127,12 +145,10 @@ class MoCoConfig(BackboneConfigMixin, PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         # The config.json of a published model is timm's, with this configuration as a section: see training/hub.
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if "moco" in config and "transformers_version" in config:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} was loaded and saved without this code, as transformers' TimmWrapper: "
-                "load it with AutoModel or AutoModelForImageClassification, without trust_remote_code"
-            )
-        return config.get("moco", config), kwargs
+        config = _section_of_wrapper(config) if is_of_wrapper(config) else config.get("moco", config)
+        if not cls.is_remote_code():  # saved again, the model would name code that is not copied with it
+            config = {name: value for name, value in config.items() if name != "auto_map"}
+        return config, kwargs
 
     def validate_moco(self):
         for name, value, choices in (

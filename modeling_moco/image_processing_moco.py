@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from PIL import Image, TiffImagePlugin
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
+
+from .configuration_moco import is_of_wrapper
 
 MAX_SAMPLE_VALUE = 281  # TIFF 6.0, section 8
 SEGMENTATION_STRIDE = 16  # pixels from one place of a segmentation model's map to the next
@@ -87,10 +90,38 @@ class _Pixels:
         return super().process_image(image, do_convert_rgb, *args, **kwargs)  # type: ignore[misc]  # the backend's
 
 
+def _settings_of_wrapper(source: Any, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    # A published model that was saved without this code has no file of an image processor: timm's settings say the same.
+    try:
+        config, rest = PreTrainedConfig.get_config_dict(source, **given)
+    except OSError:
+        return None
+    if not is_of_wrapper(config):
+        return None
+    told = config["pretrained_cfg"]
+    height, width = told["input_size"][1:]
+    return {
+        "size": {"shortest_edge": math.floor(height / told["crop_pct"])},  # as timm does
+        "crop_size": {"height": height, "width": width},
+        "image_mean": told["mean"],
+        "image_std": told["std"],
+    }, rest
+
+
 class _EvaluationTransform(_Pixels):
     size = {"shortest_edge": 256}
     crop_size = {"height": 224, "width": 224}
     do_center_crop = True
+
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        try:
+            return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]  # the backend's
+        except OSError:
+            settings = _settings_of_wrapper(pretrained_model_name_or_path, kwargs)
+            if settings is None:
+                raise
+            return settings
 
     def center_crop(self, image, size, **kwargs):
         # transformers truncates an odd margin, torchvision rounds it: a fifth of all images would be shifted by one pixel.

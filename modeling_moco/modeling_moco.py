@@ -6,6 +6,7 @@ Shapes: `N` local batch, `R` processes, `V` views that are queries (1, or 2 with
 
 import copy
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import (
@@ -27,7 +28,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_moco import MoCoConfig
+from .configuration_moco import MoCoConfig, is_of_wrapper
 from .dictionary_moco import build_dictionary
 from .distributed_moco import convert_batch_norm, exchange, gather, to_device, world_size
 from .encoder_moco import (
@@ -46,6 +47,8 @@ from .image_processing_moco import MoCoImageProcessor, normalize  # noqa: F401  
 
 logger = logging.get_logger(__name__)
 
+# Arguments of `from_pretrained` that say where a file is.
+OF_THE_HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
 # Tensors for contrastive training alone.
 STATE_OF_TRAINING = [r"encoder_k\.", r"projector_[qk]\.", r"predictor_q\.", r"dictionary\."]
 
@@ -89,6 +92,17 @@ class MoCoPreTrainedModel(PreTrainedModel):
     encoder_q: TimmEncoder
     _gradient_checkpointing = False
     _statistics_hooks: Any = ()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, key_mapping=None, **kwargs):
+        """As in every transformers model. It also loads what was published, fine-tuned and saved without this code."""
+        own = key_mapping is None and pretrained_model_name_or_path is not None
+        if own:
+            key_mapping = _names_of_wrapper(pretrained_model_name_or_path, kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, key_mapping=key_mapping, **kwargs)
+        if own and key_mapping:  # or transformers would save timm's names again
+            (loaded[0] if isinstance(loaded, tuple) else loaded)._weight_conversions = None
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -162,6 +176,24 @@ class MoCoPreTrainedModel(PreTrainedModel):
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions (True) is not possible: timm's attention does not return its weights")
         return self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+
+
+def _names_of_wrapper(source: Any, given: dict[str, Any]) -> dict[str, str] | None:
+    """Patterns of timm's names and what they are here, for a published model that transformers' TimmWrapper has saved.
+
+    Args:
+        given: the arguments of `from_pretrained`.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(
+            source, **{name: given[name] for name in OF_THE_HUB & given.keys()}
+        )
+    except OSError:  # what is wrong with it is said where the model is loaded
+        return None
+    if not is_of_wrapper(config):
+        return None
+    classifier = re.escape(config["pretrained_cfg"]["classifier"])
+    return {rf"^(timm_model\.)?{classifier}\.": "classifier.", r"^(timm_model\.)?(?!classifier\.)": "encoder_q."}
 
 
 class MoCoModel(MoCoPreTrainedModel):

@@ -17,6 +17,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from timm.data import infer_imagenet_subset
 from timm.models import save_for_hf
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
@@ -138,9 +139,7 @@ def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license
         return False
     papers = [f"arXiv:{paper}" for paper in papers_of(model.config.to_dict())]
     told = {"tag": "moco", "paper_ids": papers} | ({} if license is None else {"license": license})
-    about: dict[str, Any] = {"pretrained_cfg": told}
-    if isinstance(model, MoCoForImageClassification):
-        about["label_names"] = class_names(model)
+    about: dict[str, Any] = {"pretrained_cfg": told} | _label_names(model)
     save_for_hf(exported, str(folder), about, safe_serialization=True, data_config=data_config(processor))
     config = read_written(folder / "config.json")
     for name in ("origin_url",) if license else ("origin_url", "license"):
@@ -150,8 +149,21 @@ def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license
     # For transformers, which asks the configuration of a Hub repository which processor to take.
     config |= {"image_processor_type": "TimmWrapperImageProcessor"} | ({"model_args": arguments} if arguments else {})
     config |= _problem(model)
+    if isinstance(model, MoCoForImageClassification) and "label_names" not in config:
+        # transformers would keep timm's `label_names` when the model is trained and saved with other classes.
+        config["pretrained_cfg"]["label_names"] = class_names(model)
+        config |= {"id2label": model.config.id2label, "label2id": model.config.label2id}
     write_json(folder / "config.json", config)
     return True
+
+
+def _label_names(model: Model) -> dict[str, list[str]]:
+    """For as many classes as a part of ImageNet has: transformers would take its names where no others are in this place."""
+    if not isinstance(model, MoCoForImageClassification) or not infer_imagenet_subset(
+        {"num_classes": model.config.num_labels}
+    ):
+        return {}
+    return {"label_names": class_names(model)}
 
 
 def _problem(model: Model) -> dict[str, str]:

@@ -2,14 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import timm
 import torch
-from exported_models import images, ours, published, saved
-from tiny_models import assert_equal
+from exported_models import SIZE, images, ours, published, saved
+from tiny_models import assert_equal, moco_config
+from transformers import AutoModelForImageClassification
 
 from modeling_moco import MoCoForImageClassification, MoCoImageProcessorPil, MoCoModel
 from training.hub import exports
@@ -63,6 +65,47 @@ def test_what_was_published_can_be_saved_and_published_again(tmp_path):
     assert_equal(back.state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("kind", ["encoder", "classifier"])
+def test_what_was_saved_as_a_timm_wrapper_is_ours_again(architecture, kind, tmp_path):
+    size = {"model_args": {"img_size": SIZE}} if architecture == "test_vit" else {}
+    saved(tmp_path / "saved", architecture, kind, **size)
+    folder = published(tmp_path / "saved", tmp_path / "published")
+    new = {i: f"new {i}" for i in range(7)}
+    labels = {"num_labels": 7, "id2label": new, "label2id": {name: i for i, name in new.items()}}
+    wrapper = AutoModelForImageClassification.from_pretrained(folder, problem_type="regression", **labels).eval()
+    wrapper.timm_model.get_classifier().bias.data.normal_()
+    wrapper.to(torch.bfloat16).save_pretrained(tmp_path / "tuned")
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "tuned").config.id2label == new
+
+    model = MoCoForImageClassification.from_pretrained(tmp_path / "tuned").eval()
+    assert (model.config.id2label, model.config.problem_type) == (new, "regression")
+    assert model.dtype == torch.bfloat16
+    pixels = torch.randn(2, 3, SIZE, SIZE, dtype=torch.bfloat16)
+    torch.testing.assert_close(model(pixels).logits, wrapper(pixels).logits)
+    processor = MoCoImageProcessorPil.from_pretrained(tmp_path / "tuned")
+    assert processor.to_dict() == MoCoImageProcessorPil.from_pretrained(folder).to_dict()
+
+    model.save_pretrained(tmp_path / "ours")  # in names of ours, and without a word of code that does not lie there
+    assert not hasattr(model.config, "auto_map")
+    again = MoCoForImageClassification.from_pretrained(tmp_path / "ours")
+    assert_equal(again.state_dict(), model.state_dict())
+    encoder = MoCoModel.from_pretrained(tmp_path / "tuned", momentum_encoder=False)
+    assert_equal(encoder.state_dict(), model.moco.state_dict())
+    assert "classifier" not in str(encoder.absent_keys)
+
+
+def test_as_many_classes_as_imagenet_have_their_own_names(tmp_path):
+    names = {i: f"own {i}" for i in range(1000)}
+    torch.manual_seed(0)
+    config = moco_config("test_resnet", id2label=names, label2id={name: i for i, name in names.items()})
+    MoCoForImageClassification(config).save_pretrained(tmp_path / "saved")
+    MoCoImageProcessorPil().save_pretrained(tmp_path / "saved")
+    folder = published(tmp_path / "saved", tmp_path / "published")
+    assert AutoModelForImageClassification.from_pretrained(folder).config.id2label == names
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True).pretrained_cfg["label_names"] == [*names.values()]
+
+
 # A line for each way back: the folder, whether its code is trusted, and the same logits.
 TUNE = """
 import sys
@@ -91,6 +134,29 @@ print(json.dumps(found | {"scores": {entry["label"]: entry["score"] for entry in
 """
 
 
+CLASSIFY = """
+import sys
+sys.modules["modeling_moco"] = sys.modules["training"] = None
+import json
+from PIL import Image
+from transformers import pipeline
+classify = pipeline("image-classification", model=sys.argv[1], device="cpu", trust_remote_code=True)
+assert type(classify.model).__name__ == "MoCoForImageClassification", type(classify.model)
+print(json.dumps({entry["label"]: entry["score"] for entry in classify(Image.open(sys.argv[2]), top_k=3)}))
+"""
+
+
+def assert_same_logits(folder, logits, tmp_path):
+    """Of our package's model and image processor, and of what is published of them."""
+    model = MoCoForImageClassification.from_pretrained(folder).eval()
+    pixels = MoCoImageProcessorPil.from_pretrained(folder)(images()[2], return_tensors="pt").pixel_values
+    assert ours(model, pixels)[0].tolist() == pytest.approx(logits, abs=1e-6)
+    again = published(folder, tmp_path / "again")
+    torch.testing.assert_close(
+        ours(MoCoForImageClassification.from_pretrained(again).eval(), pixels), ours(model, pixels)
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("trust", ["trust", "no trust"])
 def test_what_is_fine_tuned_by_a_stranger_and_saved_loads_again(resnet, trust, tmp_path):
@@ -115,13 +181,12 @@ def test_what_is_fine_tuned_by_a_stranger_and_saved_loads_again(resnet, trust, t
     assert found["reloaded"] == pytest.approx(found["tuned"], abs=1e-6)
     assert found["scores"] == pytest.approx({f"LABEL_{i}": p for i, p in enumerate(found["probabilities"])}, rel=1e-4)
     if trust == "trust":  # and with our package, with which it can be published again
-        model = MoCoForImageClassification.from_pretrained(target).eval()
-        pixels = MoCoImageProcessorPil.from_pretrained(target)(images()[2], return_tensors="pt").pixel_values
-        assert ours(model, pixels)[0].tolist() == pytest.approx(found["tuned"], abs=1e-6)
-        again = published(target, tmp_path / "again")
-        torch.testing.assert_close(
-            ours(MoCoForImageClassification.from_pretrained(again).eval(), pixels), ours(model, pixels)
-        )
-    else:
-        with pytest.raises(ValueError, match="without trust_remote_code"):
-            MoCoForImageClassification.from_pretrained(target)
+        assert_same_logits(target, found["tuned"], tmp_path)
+    else:  # our package loads it, and the code of the repository once it lies beside it
+        assert_same_logits(target, found["tuned"], tmp_path)
+        for path in resnet[2].glob("*_moco.py"):
+            shutil.copyfile(path, target / path.name)
+        command[3:] = ["-c", CLASSIFY, str(target), str(tmp_path / "image.png")]
+        result = subprocess.run(command, capture_output=True, text=True, env=env, cwd="/")
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout.splitlines()[-1]) == pytest.approx(found["scores"], rel=1e-4)
