@@ -1,6 +1,7 @@
 """How commands end: in words that any terminal shows, in one line where something stops them, and with all their processes."""
 
 import errno
+import fcntl
 import io
 import json
 import logging
@@ -10,8 +11,11 @@ import resource
 import signal
 import subprocess
 import sys
+import termios
+import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -22,8 +26,10 @@ from tiny_models import save_encoder
 from tqdm import trange
 
 from modeling_moco import MoCoModel
+from modeling_moco.distributed_moco import gather
 from training.engine import lock
 from training.engine.checkpoints import newest_complete
+from training.engine.preemption import TellOfLongSteps
 from training.engine.results import read_results
 from training.engine.run_folder import LOCK, METRICS, RESULTS
 from training.errors import DataError, one_line_errors
@@ -173,13 +179,18 @@ def test_fine_tuning_on_a_full_disk_is_one_line_and_goes_on_when_there_is_room(e
     assert "ended" in json.loads((folder / "metrics.json").read_text())
 
 
-def start(words: list[str], **kwargs) -> subprocess.Popen:
+def start(
+    words: list[str], ignored: tuple[signal.Signals, ...] = (), env: dict[str, str] | None = None
+) -> subprocess.Popen:
     """A command in a process group of its own, as a terminal starts one."""
-    env = os.environ | {"PYTHONUNBUFFERED": "1"}
-    # Those that a shell starts in the background ignore Ctrl-C, these tests among them.
-    kwargs["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *words], env=env, text=True, start_new_session=True, **both, **kwargs)
+    env = os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {})
+
+    def signals():  # those that a shell starts in the background ignore Ctrl-C, these tests among them
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": signals}
+    return subprocess.Popen([sys.executable, *words], env=env, text=True, start_new_session=True, **both)
 
 
 def wait_for(word: str, process: subprocess.Popen) -> None:
@@ -235,6 +246,100 @@ def test_ctrl_c_saves_a_run_with_its_workers_and_the_second_ends_at_once(tmp_pat
         _, err = process.communicate()
     assert process.returncode in (-signal.SIGINT, 75)  # 75 where the step was over before
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_is_closed_saves_and_stops(tmp_path):
+    folder = tmp_path / "run"
+    ours, its = os.openpty()
+
+    def session():
+        os.setsid()
+        fcntl.ioctl(its, termios.TIOCSCTTY, 0)
+
+    words = [sys.executable, *pretrain(folder, "--dataloader_num_workers", "1", "--disable_tqdm", "False")]
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(words, env=env, stdin=its, stdout=its, stderr=its, preexec_fn=session, close_fds=True)
+    os.close(its)
+    shown = b""
+    while b"loss" not in shown:
+        shown += os.read(ours, 10_000)
+    os.close(ours)
+    assert process.wait() == 75
+    assert newest_complete(folder)[0] is not None
+
+
+@pytest.mark.slow
+def test_nohup_is_obeyed(tmp_path):
+    words = pretrain(tmp_path / "run", "--dataloader_num_workers", "0")
+    with start(words, ignored=(signal.SIGHUP,)) as process:
+        wait_for("'loss'", process)
+        os.kill(process.pid, signal.SIGHUP)
+        wait_for("'loss'", process)
+        wait_for("'loss'", process)
+        os.kill(process.pid, signal.SIGTERM)
+        out, _ = process.communicate()
+    assert process.returncode == 75
+    assert "Stopped by SIGTERM" in out
+
+
+def torchrun(*flags: str) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *flags]
+
+
+def ranks_of(launcher: int) -> list[int]:
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(pid) for pid in children if b"pretrain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_processes_without_their_launcher_save_and_end(tmp_path):
+    folder = tmp_path / "run"
+    words = [*torchrun(), *pretrain(folder, "--batch_norm", "shuffle", "--dataloader_num_workers", "0")]
+    with start(words) as process:
+        wait_for("'loss'", process)
+        ranks = ranks_of(process.pid)
+        assert len(ranks) == 2
+        os.kill(process.pid, signal.SIGKILL)
+        out, err = process.communicate()  # until the last of them has closed its output
+    (step,) = re.findall(r"Stopped by SIGHUP at step (\d+), saved", out)
+    assert newest_complete(folder) == (folder / f"checkpoint-{step}", [])
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("env", "warned"),
+    [
+        ({}, False),
+        ({"TORCHELASTIC_MAX_RESTARTS": "0", "RANK": "0"}, False),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3", "RANK": "0"}, True),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3", "RANK": "1"}, False),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3", "RANK": "0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, False),
+    ],
+)
+def test_a_launcher_that_may_start_again_is_told_what_it_needs(env, warned, monkeypatch, capsys):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    command(lambda argv: None)([])
+    assert ("needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before the launcher" in capsys.readouterr().err) == warned
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_a_process_that_was_told_to_stop_is_started_again_where_the_launcher_may(tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--batch_norm", "shuffle", "--num_train_epochs", "20", "--dataloader_num_workers", "0"]
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with start([*torchrun("--max_restarts", "1"), *pretrain(folder, *flags)], env=env) as process:
+        wait_for("'loss'", process)
+        os.kill(ranks_of(process.pid)[1], signal.SIGTERM)
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "warning: max_restarts" not in err
+    (step,) = re.findall(r"Stopped by SIGTERM at step (\d+), saved", out)
+    assert int(step) < 80
+    assert json.loads((folder / METRICS).read_text())["ended"]
 
 
 @pytest.mark.slow
@@ -322,6 +427,41 @@ def test_four_processes_train_stop_continue_and_are_evaluated(tmp_path):
         ["report", str(folder)],
     ):
         assert statuses(1, 4, words) == [[0, 0, 0, 0]], words
+
+
+def _one_hangs(rank: int, folder: str) -> None:
+    join_trainers(rank, folder, 2)
+    said = Path(folder, "said")
+    watch = TellOfLongSteps(0.2)
+    watch.on_step_begin(None, SimpleNamespace(global_step=6), None)
+    if rank == 1:  # until the other has said that it waits
+        watch.close()
+        while not said.is_file():
+            time.sleep(0.05)
+    else:
+        sys.stderr = _Kept(said)
+    gather(torch.zeros(1))
+    watch.on_step_end(None, None, None)
+    assert rank == 1 or watch.seconds == 0.4  # twice as long until it is said again
+
+
+class _Kept(io.StringIO):
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            self.path.write_text(text)
+        return len(text)
+
+
+def test_processes_say_where_they_wait_for_one_that_hangs(tmp_path):
+    run_ranks(_one_hangs, (str(tmp_path),), 2)
+    assert re.match(
+        r"process 0: step 7 has taken 0.2 s so far, in forward \(distributed_moco.py, line \d+\). One that hangs keeps all",
+        (tmp_path / "said").read_text(),
+    )
 
 
 def test_names_of_others_do_not_steer_a_terminal(capfd):

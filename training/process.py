@@ -7,7 +7,7 @@ import io
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -43,6 +43,8 @@ def command(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     @functools.wraps(main)
     def run(argv: list[str]) -> None:
         _show_any_character()
+        if warning := _of_restarts(os.environ):
+            print(warning, file=sys.stderr)
         try:
             with redirect_stdout(_Visible(sys.stdout)), redirect_stderr(_Visible(sys.stderr)):
                 main(argv)
@@ -115,6 +117,17 @@ def _end_alone(status: int) -> None:
         # Threads of the group may not live to see Python finalize, and leaving it waits for the others.
         os._exit(status)
     raise SystemExit(status) from None
+
+
+def _of_restarts(env: Mapping[str, str]) -> str | None:
+    # torch gives the processes that it starts again the store of the first ones, with their addresses in it.
+    restarts, rank = int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")), int(env.get("RANK", "0"))
+    if restarts == 0 or rank > 0 or env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1":
+        return None
+    return (
+        f"warning: max_restarts ({restarts}) needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before the launcher, or processes that "
+        "are started again may look for the old ones and fail (Gloo connectFullMesh failed)"
+    )
 
 
 def _tells_of_a_full_disk(error: Exception) -> bool:

@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import warnings
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain
@@ -31,7 +32,7 @@ from ..optimization.schedules import Scaling, epoch_schedule, rates_in_words, sc
 from .callbacks import ProgressBar, ProgressLines, SetEpoch
 from .checkpoints import BatchLayout, CompleteCheckpoints, newest_complete
 from .files import UNREADABLE, check_archive, whole_file, whole_files
-from .preemption import SaveAndStop, outlive_signals
+from .preemption import SaveAndStop, TellOfLongSteps, outlive_signals
 from .record import Trackers, run_name
 
 STATES = (
@@ -41,9 +42,7 @@ STATES = (
     "rng_state*.pth",
     "pytorch_model*.bin",
 )  # pickles of a checkpoint
-REQUEUE = (
-    75  # exit status after a SIGTERM or Ctrl-C: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
-)
+REQUEUE = 75  # exit status after a signal: saved, the same command continues (EX_TEMPFAIL of sysexits.h)
 NEVER = torch.iinfo(torch.int64).max
 LEAST = {
     **dict.fromkeys(("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"), 1),
@@ -333,6 +332,8 @@ class SGDTrainer(Trainer):
         self.add_callback(SetEpoch(self.train_dataset))
         self._stop = SaveAndStop()
         self.add_callback(self._stop)
+        self._long_steps = TellOfLongSteps()
+        self.add_callback(self._long_steps)  # after the last place where a step waits for all processes
         self._checkpoints = CompleteCheckpoints(lambda: self.batch_layout)
         self.add_callback(self._checkpoints)
         self._diverged_at = torch.tensor(NEVER, device=self.args.device)  # first step with a loss that is not finite
@@ -437,7 +438,7 @@ class SGDTrainer(Trainer):
         # Trainer would delete older checkpoints before a new one counts.
         self._checkpoints.limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with self._stop.receiving():
+            with self._stop.receiving(), closing(self._long_steps):
                 result = super().train(checkpoint, *args, **kwargs)
         except DataError as error:
             raise TrainingError(
@@ -522,7 +523,7 @@ def _check_states(checkpoint: Path) -> None:
 
 
 def train(trainer: SGDTrainer, checkpoint: str | None) -> None:
-    """Train to the end, or end the program: with one line for a `TrainingError`, with status 75 after a SIGTERM or Ctrl-C."""
+    """Train to the end, or end the program: with one line for a `TrainingError`, with status 75 after a signal."""
     with one_line_errors((TrainingError,)):
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped_by is not None:

@@ -15,7 +15,7 @@ from ..cli import script_here
 
 PACKAGE = __name__.partition(".")[0]  # moco_hf in an installation
 PATIENCE = 60  # seconds for what a launcher has left behind
-STOPS = (signal.SIGINT, signal.SIGTERM)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def program(module: str) -> list[str]:
@@ -33,8 +33,8 @@ def program(module: str) -> list[str]:
 class Children:
     """Starts commands one after the other, each in a group of processes of its own.
 
-    Ctrl-C and SIGTERM are passed on to the whole group, once each time, and no further command starts. Where a launcher ends
-    at once, what it has started is waited for.
+    Ctrl-C, SIGTERM and SIGHUP are passed on to the whole group, once each time, and no further command starts. Where a launcher
+    ends at once, what it has started is waited for.
 
     Attributes: `stopped_by`, the signal that was received, if any.
     """
