@@ -35,8 +35,10 @@ from training.evaluation.finetune import FinetuneArguments
 from training.evaluation.knn import evaluate_knn
 from training.evaluation.linear_probe import parse_linear_probe
 from training.evaluation.probe_arguments import LinearProbeArguments
+from training.monitor import by_newest_k
 from training.pretrain import announce, build_trainer, drawn_images, finish, monitored, saved_step
 from training.recipe import RECIPES, load_recipe, parse_pretrain, recipe_names
+from training.reports.compare import read_measured
 from training.views.device import sample_operations, unpack_params
 from training.views.opencv import crop_and_resize
 from training.views.policy import VIEWS, build_policies
@@ -49,6 +51,7 @@ TINY = [
 ]
 
 
+KNN = ("eval_knn_top1", "eval_knn_top1_k5")
 # One for each kind of step.
 UNLIKE = ("quickstart", "cifar10_small", "photos_small")
 
@@ -203,6 +206,34 @@ def test_a_run_that_was_stopped_before_its_report_continues_and_ends(quickstart,
         json.loads((folder / "metrics.json").read_text())["knn_top1_after"]
     )
     assert (run / "report.html").is_file()
+
+
+def test_a_continued_run_may_count_other_neighbours_and_says_which_are_whose(script, tmp_path, capsys):
+    folder = tmp_path / "run"
+    flags = [*TINY, "--num_train_epochs", "2", "--eval_every_n_epochs", "1", "--output_dir", str(folder)]
+    script("pretrain").main([*flags, "--save_strategy", "epoch"])
+    before = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    shutil.rmtree(folder / "checkpoint-8")
+    (folder / "metrics.json").unlink()
+    flags[flags.index("--knn_k") + 1 : flags.index("--knn_k") + 2] = ["3", "5"]
+    script("pretrain").main([*flags, "--save_strategy", "epoch"])
+    assert f"from {folder}/checkpoint-4" in capsys.readouterr().out
+    after = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    measured = [entry for entry in after if "eval_knn_top1" in entry]
+    assert [(entry["step"], entry["eval_knn_k"]) for entry in measured] == [(0, 5), (4, 5), (8, 3)]
+    curves = {name: [entry[name] for entry in by_newest_k(after) if name in entry] for name in KNN}
+    assert curves["eval_knn_top1_k5"] == [entry["eval_knn_top1"] for entry in before if "eval_knn_top1" in entry]
+    assert curves["eval_knn_top1"] == [measured[-1]["eval_knn_top1"]]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["knn"]["protocol"] == "weighted kNN, k 3, T 0.07"
+    assert metrics["knn_top1_after"] == measured[-1]["eval_knn_top1"]
+    assert "knn_top1_before" not in metrics  # of another number
+    values = {entry["protocol"]: entry["value"] for entry in read_results(folder)[-2:]}
+    assert values == {
+        "weighted kNN, k 3, T 0.07": measured[-1]["eval_knn_top1"],
+        "weighted kNN, k 5, T 0.07": measured[-1]["eval_knn_top1_k5"],
+    }
+    assert read_measured(folder, parse_pretrain([]).defaults).monitor["knn_k"] == 3
 
 
 @pytest.mark.slow

@@ -498,7 +498,6 @@ def test_another_probe_section_of_a_recipe_does_not_make_another_run(claim, tmp_
         (["--learning_rate", "0.5"], "learning_rate is 0.06 there and 0.5 here"),
         (["--seed", "1"], "seed is 0 there and 1 here"),
         # Results name them beside numbers that the run has logged before.
-        (["--knn_k", "3"], r"knn_k is \[200\] there and \[3\] here"),
         (["--knn_temperature", "0.2"], "knn_temperature is 0.07 there and 0.2 here"),
         (["--knn_bank_size", "9"], "knn_bank_size is None there and 9 here"),
         (["--knn_features", "head"], "knn_features is backbone there and head here"),

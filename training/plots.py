@@ -3,6 +3,7 @@
 Every function takes data and a path without suffix.
 """
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -121,16 +122,21 @@ PANELS = (
 )
 
 
-def training_curves(history: list[dict[str, Any]], chance: float, path: Path, knn_k: list[int] | None = None) -> None:
+def training_curves(history: list[dict[str, Any]], chance: float, path: Path, knn_k: int | None = None) -> None:
     """What a pretraining run has logged, by epoch: a panel for every kind of number that is there.
 
     Args:
         history: of the trainer, entries with an "epoch".
         chance: loss of a model for which all keys are equally similar.
-        knn_k: neighbours of the monitor, where it compares several: `eval_knn_top1` is that of the first.
+        knn_k: number of neighbours behind `eval_knn_top1`; other numbers have theirs in their name.
     """
-    ks = {f"eval_knn_top1_k{k}": f"k {k}" for k in (knn_k or [])[1:]}
-    knn = {"eval_knn_top1": f"k {knn_k[0]}" if knn_k else "top-1"} | ks
+    ks = {
+        key: f"k {match[1]}"
+        for entry in history
+        for key in entry
+        if (match := re.fullmatch(r"eval_knn_top1_k(\d+)", key))
+    }
+    knn = {"eval_knn_top1": "top-1" if knn_k is None else f"k {knn_k}"} | ks
     curves([panel if panel.series else panel._replace(series=knn) for panel in PANELS], history, path, chance=chance)
 
 

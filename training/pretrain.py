@@ -29,6 +29,7 @@ from .engine.results import Result, conditions, encoder_digest, read_results
 from .engine.run_folder import FIGURES, METRICS, drawn, mark_ended, unused
 from .evaluation.encoder import encode_blank
 from .evaluation.knn import protocol
+from .monitor import accuracies
 from .recipe import PretrainArguments
 from .reports.run import chance_loss, draw_curves, draw_features
 from .trainer import MoCoTrainer, MoCoTrainingArguments
@@ -244,7 +245,7 @@ def finish(args: PretrainArguments, trainer: MoCoTrainer, splits: ImageSplits) -
     step, knn = saved_step(trainer), _knn_at(trainer, saved_step(trainer))
     results = list(_results(trainer, knn))
     metrics = {
-        "knn_top1_before": _knn_at(trainer, 0).get("eval_knn_top1"),
+        "knn_top1_before": accuracies(_knn_at(trainer, 0)).get(next(iter(accuracies(knn)), 0)),
         "knn_top1_after": knn.get("eval_knn_top1"),
         "knn": monitored(results[0]) if results else None,
         "loss": steps[-1]["loss"],
@@ -310,12 +311,10 @@ def _results(trainer: MoCoTrainer, knn: dict[str, float]) -> Iterator[Result]:
     args, monitor = trainer.args, trainer.monitor
     # Among several epochs the evaluated images themselves have chosen.
     chosen = ", best epoch on the evaluated images" if args.load_best_model_at_end else ""
-    names = ["eval_knn_top1", *(f"eval_knn_top1_k{k}" for k in args.knn_k[1:])]
-    for k, name in zip(args.knn_k, names, strict=True):
-        if name in knn:
-            words, n = protocol(k, args.knn_temperature) + chosen, len(monitor.queries or [])
-            settings: dict[str, Any] = {"bank": len(monitor.bank or [])} | ({"step": knn["step"]} if chosen else {})
-            yield Result(words, "top1", knn[name], n, args.knn_features, settings=settings, seed=args.seed)
+    for k, top1 in accuracies(knn).items():
+        words, n = protocol(k, args.knn_temperature) + chosen, len(monitor.queries or [])
+        settings: dict[str, Any] = {"bank": len(monitor.bank or [])} | ({"step": knn["step"]} if chosen else {})
+        yield Result(words, "top1", top1, n, args.knn_features, settings=settings, seed=args.seed)
 
 
 def preview_views(args: PretrainArguments, splits: ImageSplits) -> None:

@@ -24,7 +24,7 @@ LOGGED = {
     *("hardest_negative_similarity", "queue_age", "key_drift", "images_per_second"),
     "waiting_for_data",
 }
-EVALUATED = {"knn_top1", "rankme", "contrast_top1", "contrast_top1_shuffled", "leaks"}
+EVALUATED = {"knn_k", "knn_top1", "rankme", "contrast_top1", "contrast_top1_shuffled", "leaks"}
 NAMES = {f"train/{name}" for name in LOGGED} | {f"eval/{name}" for name in EVALUATED}
 
 

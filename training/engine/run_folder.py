@@ -81,8 +81,8 @@ OF_SEGMENTATION = {
 FIGURES = (*CURVES, *OF_FEATURES)  # of a pretraining run
 OF_TASKS = {"detect": OF_DETECTOR, "segment": OF_SEGMENTATION}  # of what an encoder was transferred to, by its command
 WITH_IMAGES = ("neighbours", DETECTIONS, SEGMENTATIONS)  # figures that show images
-# How the kNN of a run is measured. It changes no weight, and makes no other row of a comparison. A continuation keeps it, for
-# the curve and the numbers before and after are one measurement, which results name by these settings.
+# How the kNN of a run is measured. It changes no weight, and makes no other row of a comparison. A continuation keeps all but
+# the number of neighbours, which stands beside each number: the curve and the numbers before and after are one measurement.
 OF_MONITOR = {"knn_k", "knn_temperature", "knn_bank_size", "knn_features"}
 # What may differ between a run and its continuation, because it changes no weight and no number: how fast images come, on what
 # the run computes, what is printed, sent and saved, and how often it is measured.
@@ -248,7 +248,10 @@ def check_same_run(folder: Path, settings: dict[str, dict[str, Any]], defaults: 
     for section in (name for name in settings if name not in NOT_OF_THE_RUN):
         usual = defaults.get(section, {})
         then, now = usual | saved.get(section, {}), usual | settings[section]
-        for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE - {WEIGHTS, SEEN_LABELS}):
+        free = FREE_TO_CHANGE | {WEIGHTS, SEEN_LABELS}
+        if not now.get("load_best_model_at_end"):  # which compares the accuracies of the whole run
+            free |= {"knn_k"}
+        for key in sorted((set(then) | set(now)) - free):
             if not _are_same(key, then.get(key), now.get(key)):
                 raise ValueError(
                     f"output_dir ({folder}) already holds another run: {shown(key)} is {shown(then.get(key))} there and "

@@ -28,6 +28,7 @@ from ..errors import visible
 from ..evaluation.encoder import Encoder
 from ..hub.model_card import escape as escape_markdown
 from ..hub.model_card import public_name
+from ..monitor import by_newest_k, newest_k
 
 NAME = "comparison"  # of the Markdown and HTML files
 CURVES = "curves"  # of the figure
@@ -164,7 +165,7 @@ class Measured:
     @property
     def history(self) -> list[dict[str, Any]]:
         logged = self.run.state.get("log_history")
-        return [entry for entry in logged if isinstance(entry, dict)] if isinstance(logged, list) else []
+        return by_newest_k([entry for entry in logged if isinstance(entry, dict)] if isinstance(logged, list) else [])
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,10 @@ def read_measured(folder: Path, defaults: Defaults) -> Measured:
     given = _given(run.recipe, defaults)
     monitor = {name: given.get(name) for name in (*sorted(OF_MONITOR), *names_in_files(EvaluationDataArguments))}
     data, commit = metrics.get("data", {}), metrics.get("commit")
-    return Measured(run, settings, seed, state, results, older, data, commit, monitor)
+    measured = Measured(run, settings, seed, state, results, older, data, commit, monitor)
+    if (k := newest_k(measured.history)) is not None:  # of the curves, whatever the run began with
+        monitor["knn_k"] = k
+    return measured
 
 
 def settings_of(

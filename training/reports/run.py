@@ -21,6 +21,7 @@ from ..data.sources import DataArguments, ImageSplits, load_images
 from ..engine.page import STREAMED, Run
 from ..evaluation.features import extract_features, unit
 from ..evaluation.knn import nearest
+from ..monitor import by_newest_k, newest_k
 
 GRID_QUERIES, GRID_BANK = 8, 10_000  # rows of the grid of neighbours, and images among which they are searched
 EMBEDDED = 2_000  # images of the t-SNE
@@ -111,8 +112,7 @@ def spread_over_classes(labels: list[int], count: int) -> list[int]:
 def draw_curves(run: Run) -> None:
     """The figure of what the run has logged; none if that is nothing."""
     if run.state["log_history"]:
-        history, config = run.state["log_history"], MoCoConfig(**run.recipe["model"])
+        history, config = by_newest_k(run.state["log_history"]), MoCoConfig(**run.recipe["model"])
         logged = [entry["negatives"] for entry in history if "negatives" in entry]  # where they depend on the batch
         chance = chance_loss(config, logged[-1] if logged else config.queue_size)
-        knn_k = run.recipe.get("training", {}).get("knn_k")
-        plots.training_curves(history, chance, run.folder / "training_curves", knn_k)
+        plots.training_curves(history, chance, run.folder / "training_curves", newest_k(history))
