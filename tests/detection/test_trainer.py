@@ -93,6 +93,26 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(encoder, boxes,
     assert losses[0][4:] == losses[1][-3:]
 
 
+def test_it_is_measured_in_the_precision_in_which_its_files_are_measured_again(encoder, boxes, tmp_path):
+    folder = tmp_path / "detector"
+    trainer = build(encoder, boxes, folder, "--max_steps", "2", "--bf16", "True")
+    trainer.train()
+    trainer.save_model(str(folder))
+    image = torch.rand(1, 3, 64, 96)
+    loaded = MoCoForObjectDetection.from_pretrained(folder).eval()(image)
+    assert torch.allclose(trainer.trained_model().eval()(image).scores, loaded.scores, rtol=0, atol=2e-6)
+
+
+def test_precise_statistics_are_of_views_that_the_training_has_not_used(encoder, boxes, tmp_path):
+    flags = ["--max_steps", "5", "--gradient_accumulation_steps", "6", "--global_batch_size", "12", "--save_steps", "5"]
+    for _ in range(2):  # the second goes on at the end of the first
+        trainer = build(encoder, boxes, tmp_path / "run", *flags)
+        trainer.train(resume_from_checkpoint=(tmp_path / "run/checkpoint-5").exists() or None)
+        assert trainer.state.epoch == 5  # a step takes the six batches of an epoch
+        next(trainer._later_batches())
+        assert trainer.train_dataset.epoch >= 5
+
+
 @pytest.mark.slow
 def test_the_script_leaves_a_detector_with_its_results_and_measures_it_again(encoder, boxes, tmp_path, script, capsys):
     folder = tmp_path / "detector"

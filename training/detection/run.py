@@ -258,7 +258,7 @@ def finish(run: DetectRun, splits: DetectionSplits, trainer: DetectionTrainer) -
     trainer.set_precise_statistics()
     trainer.save_model(str(folder))
     trainer.save_state()
-    measured = {} if splits.eval is None else results_of(run, splits, trainer.model, trainer.processing_class)
+    measured = {} if splits.eval is None else results_of(run, splits, trainer.trained_model(), trainer.processing_class)
     if trainer.is_world_process_zero():
         draw_training(trainer.state.log_history, folder / TRAINING)
         leave_results(run, splits, trainer.model, trainer.processing_class, measured, step=trainer.state.global_step)
