@@ -116,6 +116,15 @@ def test_lists_of_sbd_may_name_files(tmp_path):
     assert len(load(folder, "2012_train", "2012_test").train) == 6
 
 
+def test_names_of_a_voc_may_have_spaces_and_dots(tmp_path):
+    year = write_voc(tmp_path) / "VOC2012"
+    for path in [*year.glob("JPEGImages/*"), *year.glob("SegmentationClass/*")]:
+        path.rename(path.with_name(path.name.replace("2012_", "my frame.v")))
+    for path in year.glob("ImageSets/Segmentation/*.txt"):
+        path.write_text(path.read_text().replace("2012_", "my frame.v"))
+    assert len(load(tmp_path, "2012_train", "2012_test").train) == 6
+
+
 def test_several_splits_are_one_and_splits_share_no_image(tmp_path):
     pairs = draw_splits(test=5)
     pairs["more"] = [pairs["test"].pop()]
