@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from boxed_images import write_voc
 from drawn_boxes import CLASSES, draw_boxes
 from tiny_trainer import StopAt
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -135,6 +136,19 @@ def test_the_script_leaves_a_detector_with_its_results_and_measures_it_again(enc
     assert "3 steps of 2" in measured
     again = re.findall(r"box AP +\| +([\d.]+) %", measured)
     assert again == re.findall(r"box AP +\| +([\d.]+) %", shown)
+
+
+@pytest.mark.parametrize(
+    ("year", "metric"), [("2007", "voc07"), ("2009", "voc07"), ("2010", "voc12"), ("2012", "voc12")]
+)
+def test_the_metric_of_voc_is_that_of_the_year_of_the_split(year, metric, encoder, tmp_path):
+    folder = write_voc(tmp_path / "voc", {"test": year})
+    flags = ["--dataset_name", str(folder), "--train_split", "2007_train", "--eval_split", f"{year}_test"]
+    run = parse_detect([str(encoder), *TINY, *flags])
+    splits = load_detection(run.data)
+    assert run.metric_of(splits) == metric
+    asked = parse_detect([str(encoder), *TINY, *flags, "--metric", "coco"])
+    assert asked.metric_of(splits) == "coco"
 
 
 def test_sizes_that_contradict_each_other_are_refused_before_anything_is_trained(encoder, boxes, tmp_path):
