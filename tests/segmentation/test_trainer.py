@@ -170,7 +170,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(flags, words, encoder, ma
 def test_a_folder_without_such_a_model_is_refused_in_one_line(encoder, masks, script, capsys):
     with pytest.raises(SystemExit):
         script("segment").main([str(encoder), "--eval_only", "--dataset_name", str(masks), "--use_cpu"])
-    assert "holds no segmentation model" in capsys.readouterr().err
+    assert "is no segmentation model but an encoder" in capsys.readouterr().err
 
 
 def test_the_class_names_of_a_training_are_for_its_own_dataset(encoder, masks, tmp_path):
