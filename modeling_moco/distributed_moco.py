@@ -165,9 +165,9 @@ def set_fine_tuned_norm(module: nn.Module, config: MoCoConfig, setting: str) -> 
 
 
 def _freeze(norm: nn.Module) -> None:
-    # Buffers, because transformers lets all parameters require gradients after loading.
-    for name in ("weight", "bias"):
-        value = getattr(norm, name)
+    # Buffers, because transformers lets all parameters require gradients after loading; all of them anew, because the digest of
+    # a model depends on the order of its tensors.
+    for name, value in norm.state_dict(keep_vars=True).items():
         delattr(norm, name)
         norm.register_buffer(name, value.detach())
         if getattr(value, "_is_hf_initialized", False):

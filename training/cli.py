@@ -31,7 +31,10 @@ INCLUDE_PICTURES = (
     "Those of a Hub dataset and of the digits are always published."
 )
 LOG_IN = "For the Hub log in by `hf auth login`, or set HF_TOKEN"
-WITHOUT_VALUE = ("lr_milestones",)  # lists that a flag without a value takes away
+WITHOUT_VALUE: dict[str, Any] = {
+    "lr_milestones": None,
+    "step_milestones": [],
+}  # what a flag without a value leaves of a list
 INHERITED = "transformers.TrainingArguments"  # section of the flags that transformers documents
 CHECKOUT = Path(__file__).parents[1]  # if this is no installation
 SCRIPTS = {"probe": "linear_probe", "publish": "push_to_hub"}  # of the commands whose script has another name
@@ -73,7 +76,7 @@ class _Parser(HfArgumentParser):
         cleared = [i for i, word in enumerate(args) if _takes_away(word, *args[i + 1 : i + 2])]
         parsed = super().parse_args([word for i, word in enumerate(args) if i not in cleared], namespace)
         for i in cleared:
-            setattr(parsed, _name(args[i]), None)
+            setattr(parsed, _name(args[i]), copy.copy(WITHOUT_VALUE[_name(args[i])]))
         return parsed
 
     def _where(self, flag: str) -> str | None:

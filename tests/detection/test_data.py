@@ -244,6 +244,14 @@ WRONG = {
     ),
     "crowd": (dict(boxes=[[1, 2, 3, 4]], iscrowd=[7]), r"iscrowd \(\[7\]\) of a.png is not 0 or 1"),
     "area": (dict(boxes=[[1, 2, 3, 4]], area=["big"]), r"area of a.png \(big\) is not a number: correct it"),
+    "area below 0": (
+        dict(boxes=[[1, 2, 3, 4]], area=[-6]),
+        r"area \(-6\) of a.png is no number of square pixels: correct",
+    ),
+    "area of nan": (
+        dict(boxes=[[1, 2, 3, 4]], area=[float("nan")]),
+        r"area \(nan\) of a.png is no number of square pixels",
+    ),
     "mask of another size": (
         dict(boxes=[[1, 2, 3, 4]], segmentations=[{"size": [40, 30], "counts": [1200]}]),
         r"a mask has the size \[40, 30\] of \(height, width\) and its image \[30, 40\] \(a.png\): write masks of the",
@@ -408,6 +416,45 @@ def test_a_wrong_voc_file_is_one_line(old, new, message, tmp_path):
     folder = write_voc(tmp_path / "data")
     path = folder / "VOC2007" / "Annotations" / "000000.xml"
     path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match=message) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_names_of_a_voc_may_have_spaces_and_dots_and_no_part_of_one_is_another_image(tmp_path):
+    folder = write_voc(tmp_path / "data")
+    plain, year = load(folder), folder / "VOC2007"
+    renamed = {"000000": "cat 1", "000001": "cat.v 2", "000002": "cat"}
+    for old, new in renamed.items():
+        (year / f"JPEGImages/{old}.png").rename(year / f"JPEGImages/{new}.png")
+        (year / f"Annotations/{old}.xml").rename(year / f"Annotations/{new}.xml")
+    listed = year / "ImageSets/Main/train.txt"
+    listed.write_text("".join(f"{renamed.get(name, name)}\n" for name in listed.read_text().split()))
+    assert load(folder).train.sizes.tolist() == plain.train.sizes.tolist()
+    (year / "JPEGImages/cat.v 2.png").unlink()
+    with pytest.raises(ValueError, match=r"image JPEGImages/cat.v 2.jpg of split '2007_train' is not in"):
+        load(folder)
+
+
+def test_a_voc_split_may_have_any_name_without_an_underscore(tmp_path):
+    folder = write_voc(tmp_path / "data")
+    lists, count = folder / "VOC2007/ImageSets/Main", len(load(folder).train)
+    (lists / "train.txt").rename(lists / "Fold-1.txt")
+    assert len(load(folder, train_split="2007_Fold-1").train) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dog", r"classes 1 and 2 of split 'train' are both called dog: give each its own name"),
+        ("", r"class 2 of split 'train' is called '', which is no name: give it one"),
+        ("fo\nx", r"class 2 of split 'train' is called 'fo.*x', which is no name"),
+    ],
+)
+def test_classes_that_cannot_be_told_apart_by_name_are_refused(name, message, tmp_path):
+    folder = write_coco(tmp_path / "data")
+    for path in (folder / "annotations").iterdir():
+        path.write_text(path.read_text().replace('"name": "fox"', f'"name": {json.dumps(name)}'))
     with pytest.raises(ValueError, match=message) as error:
         load(folder)
     assert "\n" not in str(error.value)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from boxed_images import write_voc
 from drawn_boxes import CLASSES, draw_boxes
 from tiny_trainer import StopAt
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -93,6 +94,26 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(encoder, boxes,
     assert losses[0][4:] == losses[1][-3:]
 
 
+def test_it_is_measured_in_the_precision_in_which_its_files_are_measured_again(encoder, boxes, tmp_path):
+    folder = tmp_path / "detector"
+    trainer = build(encoder, boxes, folder, "--max_steps", "2", "--bf16", "True")
+    trainer.train()
+    trainer.save_model(str(folder))
+    image = torch.rand(1, 3, 64, 96)
+    loaded = MoCoForObjectDetection.from_pretrained(folder).eval()(image)
+    assert torch.allclose(trainer.trained_model().eval()(image).scores, loaded.scores, rtol=0, atol=2e-6)
+
+
+def test_precise_statistics_are_of_views_that_the_training_has_not_used(encoder, boxes, tmp_path):
+    flags = ["--max_steps", "5", "--gradient_accumulation_steps", "6", "--global_batch_size", "12", "--save_steps", "5"]
+    for _ in range(2):  # the second goes on at the end of the first
+        trainer = build(encoder, boxes, tmp_path / "run", *flags)
+        trainer.train(resume_from_checkpoint=(tmp_path / "run/checkpoint-5").exists() or None)
+        assert trainer.state.epoch == 5  # a step takes the six batches of an epoch
+        next(trainer._later_batches())
+        assert trainer.train_dataset.epoch >= 5
+
+
 @pytest.mark.slow
 def test_the_script_leaves_a_detector_with_its_results_and_measures_it_again(encoder, boxes, tmp_path, script, capsys):
     folder = tmp_path / "detector"
@@ -115,6 +136,19 @@ def test_the_script_leaves_a_detector_with_its_results_and_measures_it_again(enc
     assert "3 steps of 2" in measured
     again = re.findall(r"box AP +\| +([\d.]+) %", measured)
     assert again == re.findall(r"box AP +\| +([\d.]+) %", shown)
+
+
+@pytest.mark.parametrize(
+    ("year", "metric"), [("2007", "voc07"), ("2009", "voc07"), ("2010", "voc12"), ("2012", "voc12")]
+)
+def test_the_metric_of_voc_is_that_of_the_year_of_the_split(year, metric, encoder, tmp_path):
+    folder = write_voc(tmp_path / "voc", {"test": year})
+    flags = ["--dataset_name", str(folder), "--train_split", "2007_train", "--eval_split", f"{year}_test"]
+    run = parse_detect([str(encoder), *TINY, *flags])
+    splits = load_detection(run.data)
+    assert run.metric_of(splits) == metric
+    asked = parse_detect([str(encoder), *TINY, *flags, "--metric", "coco"])
+    assert asked.metric_of(splits) == "coco"
 
 
 def test_sizes_that_contradict_each_other_are_refused_before_anything_is_trained(encoder, boxes, tmp_path):

@@ -390,6 +390,30 @@ def test_a_detector_is_no_encoder_to_train_around_and_is_told_before_any_data_is
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "model", "says"),
+    [
+        ("segment", "detector", "is no segmentation model but was trained around one (moco_rcnn): measure it by "),
+        ("detect", "run", "is no detector but an encoder: leave --eval_only out to train one around it, or pass the"),
+    ],
+)
+def test_an_evaluation_of_another_kind_of_model_is_refused_by_its_kind(command, model, says, detector, script, capsys):
+    with pytest.raises(SystemExit):
+        script(command).main([str(detector if model == "detector" else detector.parent), "--eval_only", "--use_cpu"])
+    assert says in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_measured_by_the_words_of_its_own_training(detector, script, capsys, tmp_path):
+    script("detect").main([str(detector / "checkpoint-2"), "--eval_only", "--use_cpu", "--output_dir", str(tmp_path)])
+    assert "Faster R-CNN C4, 2 of 2 steps of 2, learning rate 0.04, short side 64 px" in capsys.readouterr().out
+    assert {entry["seed"] for entry in json.loads((tmp_path / "results.json").read_text())} == {0}
+
+
+def test_milestones_without_a_value_are_none(detector):
+    run = parse_detect([str(detector.parent), *DETECTOR, "--dataset_name", "x/y", "--step_milestones"])
+    assert run.training.step_milestones == run.settings["training"]["step_milestones"] == []
+
+
 @pytest.mark.parametrize("flag", ["--max_steps", "--roi_samples", "--seed"])
 def test_an_evaluation_refuses_what_only_a_training_uses(flag, detector, script, capsys):
     with pytest.raises(SystemExit):

@@ -1,7 +1,10 @@
 """Every form of a dataset gives the same images and masks, and what cannot be right is one line before anything is trained."""
 
+import io
 import re
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import datasets
@@ -20,6 +23,7 @@ from masked_images import (
 from PIL import Image
 
 from modeling_moco import MoCoConfig, MoCoModel
+from training.data.decode import Decoder
 from training.errors import DataError
 from training.segmentation.dataset.layouts import CITYSCAPES_CLASSES
 from training.segmentation.dataset.opening import SegmentationDataArguments, load_segmentation
@@ -114,6 +118,15 @@ def test_lists_of_sbd_may_name_files(tmp_path):
     names = path.read_text().split()
     path.write_text("".join(f"/JPEGImages/{name}.jpg /SegmentationClass/{name}.png\n" for name in names))
     assert len(load(folder, "2012_train", "2012_test").train) == 6
+
+
+def test_names_of_a_voc_may_have_spaces_and_dots(tmp_path):
+    year = write_voc(tmp_path) / "VOC2012"
+    for path in [*year.glob("JPEGImages/*"), *year.glob("SegmentationClass/*")]:
+        path.rename(path.with_name(path.name.replace("2012_", "my frame.v")))
+    for path in year.glob("ImageSets/Segmentation/*.txt"):
+        path.write_text(path.read_text().replace("2012_", "my frame.v"))
+    assert len(load(tmp_path, "2012_train", "2012_test").train) == 6
 
 
 def test_several_splits_are_one_and_splits_share_no_image(tmp_path):
@@ -337,6 +350,35 @@ def test_what_is_missing_in_a_voc_or_in_cityscapes_is_named(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=r"000002_000019_gtFine_labelIds.png of split 'test', the mask of leftImg8bit"):
         load(city)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("palette", [False, True])
+def test_masks_of_few_bits_have_the_numbers_that_are_written(bits, palette):
+    mask = np.random.default_rng(0).integers(0, 2**bits, (5, 7), np.uint8)
+    lines = b"".join(b"\0" + _packed(line, bits) for line in mask)
+    parts = {b"IHDR": struct.pack(">IIBBBBB", 7, 5, bits, 3 if palette else 0, 0, 0, 0)}
+    parts |= {b"PLTE": bytes(3 * 2**bits)} if palette else {}
+    parts |= {b"IDAT": zlib.compress(lines), b"IEND": b""}
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
+        for name, part in parts.items()
+    )
+    assert np.array_equal(Decoder().mask({"bytes": png, "path": None}), mask)
+
+
+def _packed(line: np.ndarray, bits: int) -> bytes:
+    return np.packbits(np.unpackbits(line[:, None], axis=1)[:, 8 - bits :]).tobytes()
+
+
+@pytest.mark.parametrize("written", [("GIF", {}), ("JPEG2000", {}), ("TIFF", {"compression": "jpeg"}), ("AVIF", {})])
+def test_masks_of_a_format_that_may_change_numbers_are_refused(written):
+    content = io.BytesIO()
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(content, written[0], **written[1])
+    with pytest.raises(OSError, match="changes the numbers of pixels: write masks as PNG"):
+        Decoder().mask({"bytes": content.getvalue(), "path": None})
+    with pytest.raises(OSError, match="its grey levels end at 3, and PIL scales them: write masks as PNG"):
+        Decoder().mask({"bytes": b"P5 4 1 3\n\0\1\2\3", "path": None})
 
 
 def test_a_column_that_is_no_image_is_no_mask(tmp_path):

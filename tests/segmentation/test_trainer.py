@@ -80,6 +80,15 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(encoder, masks,
     assert losses[0][3:] == losses[1][-2:]
 
 
+def test_it_is_measured_in_the_precision_in_which_its_files_are_measured_again(encoder, masks, tmp_path, script):
+    folder = tmp_path / "model"
+    flags = ["--dataset_name", str(masks), "--output_dir", str(folder), "--max_steps", "6", "--bf16", "True"]
+    script("segment").main([str(encoder), *TINY, *flags])
+    script("segment").main([str(folder), "--eval_only", "--use_cpu"])
+    values = [entry["value"] for entry in json.loads((folder / "results.json").read_text())]
+    assert values[:2] == pytest.approx(values[2:], abs=1e-9)
+
+
 @pytest.mark.slow
 def test_the_script_leaves_a_model_that_a_pipeline_runs_with_its_results_and_measures_it_again(
     encoder, masks, tmp_path, script, capsys
@@ -161,7 +170,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(flags, words, encoder, ma
 def test_a_folder_without_such_a_model_is_refused_in_one_line(encoder, masks, script, capsys):
     with pytest.raises(SystemExit):
         script("segment").main([str(encoder), "--eval_only", "--dataset_name", str(masks), "--use_cpu"])
-    assert "holds no segmentation model" in capsys.readouterr().err
+    assert "is no segmentation model but an encoder" in capsys.readouterr().err
 
 
 def test_the_class_names_of_a_training_are_for_its_own_dataset(encoder, masks, tmp_path):

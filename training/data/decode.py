@@ -6,6 +6,7 @@ This module decodes, and not `datasets`, so that one broken file costs one image
 import io
 import logging
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator
@@ -57,7 +58,9 @@ TURNS: dict[Any, tuple[Image.Transpose, tuple[int, ...], tuple[int, ...]]] = {
 }
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # 179 million, PIL's own limit
 MAX_RATIO = 1000  # long side by short side: resizing the short side of a line of pixels would take gigabytes
+WHITE = 255
 MASK_MODES = ("L", "P", "1")
+INEXACT = ("AVIF", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "WEBP")  # whose writers may change the numbers of pixels
 MAX_BYTES = 2**30  # of the file of one image: what MAX_PIXELS take without compression, and more
 
 
@@ -126,11 +129,15 @@ class Decoder:
                 raise UnidentifiedImageError(
                     f"a mask has one number of 8 bits for each pixel, grey or in a palette, and this has {opened.mode}"
                 )
-            if opened.format in ("JPEG", "MPO"):
-                raise UnidentifiedImageError("JPEG changes the numbers of pixels: write masks as PNG")
+            for name in (opened.format, opened.info.get("compression")):  # of a TIFF file
+                if str(name).upper() in INEXACT:
+                    raise UnidentifiedImageError(
+                        f"{str(name).upper()} changes the numbers of pixels: write masks as PNG"
+                    )
+            step = _grey_step(opened)
             opened.load()
             turn = find_turn(opened)
-            return np.array(opened if turn is None else opened.transpose(turn[0])).astype(np.uint8)
+            return np.array(opened if turn is None else opened.transpose(turn[0])).astype(np.uint8) // np.uint8(step)
 
     def content(self, row: dict[str, Any] | None) -> bytes:
         """The file of the image of a row.
@@ -209,6 +216,17 @@ class Decoder:
                     f"{MAX_RATIO:,} times as long as wide"
                 )
             yield opened
+
+
+def _grey_step(image: Any) -> int:
+    """By how much PIL makes two neighbouring numbers of a grey image differ, whose header is read: 2 and 4 bits become 8."""
+    for tile in image.tile:
+        rawmode, *more = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        if tile.codec_name.startswith("ppm") and image.mode == "L" and more != [WHITE]:
+            raise UnidentifiedImageError(f"its grey levels end at {more[-1]}, and PIL scales them: write masks as PNG")
+        if bits := re.match(r"L;([24])", str(rawmode)):
+            return WHITE // (2 ** int(bits[1]) - 1)
+    return 1
 
 
 # Of rows that have their bytes.

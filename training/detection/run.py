@@ -34,6 +34,7 @@ from .evaluate import Metric, detect, measure
 from .figures import draw_classes, draw_detections
 from .trainer import DetectionTrainer, DetectionTrainingArguments
 
+AREA_SINCE = 2010  # year from which on VOC's AP is the area under the curve
 LONGEST_SIDE = 1333  # pixels, of the papers: a protocol names another
 NEW = re.compile(r"^(moco\.)?(proposals|norm|reduce|hidden|cls_score|bbox_pred|mask_)")  # parts that no encoder has
 
@@ -72,7 +73,9 @@ class DetectorArguments:
     longest_side: int = field(default=LONGEST_SIDE, metadata={"help": "Greatest length of the long side."})
     metric: Metric | None = field(
         default=None,
-        metadata={"help": "By default voc07 where objects of the evaluated split are difficult, else coco."},
+        metadata={
+            "help": "By default coco; where objects of the evaluated split are difficult voc07, or voc12 for one since 2010."
+        },
     )
 
     def __post_init__(self):
@@ -107,8 +110,15 @@ class DetectRun(TransferRun):
     training: DetectionTrainingArguments
 
     def metric_of(self, splits: DetectionSplits) -> Metric:
-        """The metric that was asked for; by default VOC's where objects are marked difficult, as VOC's are, else COCO's."""
-        return self.model.metric or ("voc07" if splits.difficult else "coco")
+        """The metric that was asked for; by default VOC's where objects are marked difficult, as VOC's are, else COCO's.
+
+        VOC's is that of the year in the name of the split, and 2007's where there is none.
+        """
+        if self.model.metric or not splits.difficult:
+            return self.model.metric or "coco"
+        assert splits.eval is not None
+        years = [int(year) for year in re.findall(r"(?<!\w)(\d{4})_", splits.eval.name)]
+        return "voc12" if years and min(years) >= AREA_SINCE else "voc07"
 
     def protocol(self, metric: Metric, config: MoCoRCNNConfig, size: Mapping[str, int]) -> str:
         """The words that stand for this evaluation in results.
@@ -258,7 +268,7 @@ def finish(run: DetectRun, splits: DetectionSplits, trainer: DetectionTrainer) -
     trainer.set_precise_statistics()
     trainer.save_model(str(folder))
     trainer.save_state()
-    measured = {} if splits.eval is None else results_of(run, splits, trainer.model, trainer.processing_class)
+    measured = {} if splits.eval is None else results_of(run, splits, trainer.trained_model(), trainer.processing_class)
     if trainer.is_world_process_zero():
         draw_training(trainer.state.log_history, folder / TRAINING)
         leave_results(run, splits, trainer.model, trainer.processing_class, measured, step=trainer.state.global_step)

@@ -131,7 +131,7 @@ class DetectionTrainer(StepTrainer):
     def _later_batches(self) -> Iterator[dict[str, Any]]:
         """Batches of this process from the first epoch on that the training does not reach."""
         loader: Any = self.get_train_dataloader()
-        for epoch in count(1 + self.args.max_steps // max(1, len(loader))):
+        for epoch in count(1 + int(self.state.epoch or 0)):
             self.train_dataset.set_epoch(epoch)
             loader.set_epoch(epoch)
             yield from loader

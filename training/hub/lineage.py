@@ -65,8 +65,8 @@ def trace(source: Path) -> Lineage:
             break
         fine_tuned |= bool(began.get(SEEN_LABELS)) or (len(models) > 1 and bool(began.get("fine_tuned")))
         folder = _before(home, began, folders)
-    pretrained_to = _steps(models[-1]) if run is not None and len(models) > 1 else None
-    return Lineage(folders, run, fine_tuned, _steps(models[0]) if models else None, pretrained_to)
+    pretrained_to = steps_of(models[-1]) if run is not None and len(models) > 1 else None
+    return Lineage(folders, run, fine_tuned, steps_of(models[0]) if models else None, pretrained_to)
 
 
 def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
@@ -107,7 +107,7 @@ def _digest(folder: Path) -> str | None:
         logging.set_verbosity(verbosity)
 
 
-def _steps(folder: Path) -> Steps | None:
+def steps_of(folder: Path) -> Steps | None:
     """Of a checkpoint; None of what is none."""
     path = folder / TRAINER_STATE_NAME
     if not holds_checkpoint(folder) or not path.is_file():

@@ -177,7 +177,9 @@ def finish(run: SegmentRun, splits: SegmentationSplits, trainer: SegmentationTra
     folder = Path(str(run.training.output_dir))
     trainer.save_model(str(folder))
     trainer.save_state()
-    measured = None if splits.eval is None else results_of(run, splits, trainer.model, trainer.processing_class)
+    measured = (
+        None if splits.eval is None else results_of(run, splits, trainer.trained_model(), trainer.processing_class)
+    )
     if trainer.is_world_process_zero():
         draw_training(trainer.state.log_history, folder / TRAINING)
         leave_results(run, splits, trainer.model, measured, trainer.state.global_step)

@@ -34,6 +34,7 @@ from ..engine.run_folder import (
 )
 from ..errors import shown
 from ..evaluation.encoder import Encoder, check_exists
+from ..hub.lineage import steps_of
 from ..model_folder import read_config
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -131,8 +132,7 @@ class Task:
         if known.model is None:
             raise ValueError("no model given: pass the folder that a run saved to, e.g. runs/quickstart")
         check_exists(known.model)
-        if not known.eval_only:
-            self._check_encoder(known.model)
+        self._check_kind(known.model, known.eval_only)
         given = parser.given(argv)
         if known.eval_only:
             self._check_evaluation(given)
@@ -166,21 +166,30 @@ class Task:
         left = {name: value for name, value in values.items() if name not in of_training}
         return left | {"max_steps": 1, "global_batch_size": None}
 
-    def _check_encoder(self, model: str) -> None:
+    def _check_kind(self, model: str, eval_only: bool) -> None:
         """
         Raises:
-            ValueError: it is one that was trained around an encoder.
+            ValueError: it was trained around an encoder, and is to be one; or is to be evaluated, and is none of this task.
         """
+        kinds: dict[type, str] = {MoCoConfig: "pretrain", MoCoRCNNConfig: "detect", MoCoFCNConfig: "segment"}
         try:
-            config = read_config(model, [MoCoConfig, MoCoRCNNConfig, MoCoFCNConfig])
+            config = read_config(model, list(kinds))
         except OSError:
             return  # none of ours: who loads it says so
-        if isinstance(config, MoCoRCNNConfig | MoCoFCNConfig):
-            command = "detect" if isinstance(config, MoCoRCNNConfig) else "segment"
+        command = kinds[type(config)]
+        if command == (self.command if eval_only else "pretrain"):
+            return
+        what = f"no {self.noun}" if eval_only else "no encoder"
+        if command == "pretrain":
             raise ValueError(
-                f"{model} is no encoder but was trained around one ({config.model_type}): pass the folder of a pretraining "
-                f"run, or measure it by {how_to_run(command)} {shlex.quote(model)} --eval_only"
+                f"{model} is {what} but an encoder: leave --eval_only out to train one around it, or pass the folder that "
+                f"{how_to_run(self.command)} saved to"
             )
+        another = "" if eval_only else "pass the folder of a pretraining run, or "
+        raise ValueError(
+            f"{model} is {what} but was trained around one ({config.model_type}): {another}measure it by {how_to_run(command)} "
+            f"{shlex.quote(model)} --eval_only"
+        )
 
     def _recipe_of(self, model: str) -> TransferRecipe:
         """The settings that a trained model has beside it; none of a model without, whose training nobody knows."""
@@ -223,7 +232,7 @@ class TransferRun:
         """Settings that the model was or will be trained with; None for one that is evaluated and has no record of them."""
         if not self.eval_only:
             return vars(self.model) | vars(self.training)
-        own = Path(self.encoder.source) / SAVED_RECIPE
+        own = home_of(Path(self.encoder.source)) / SAVED_RECIPE
         usual = self.defaults["model"] | self.defaults["training"]
         return usual | self.task.load_recipe(str(own)).values if own.is_file() else None
 
@@ -247,8 +256,9 @@ class TransferRun:
         """Steps, batch and learning rate of the training, for the words of a protocol."""
         if (by := self.trained) is None:
             return "training not recorded"
-        steps, batch = f"{by['max_steps']:,} steps", by["global_batch_size"]
-        return f"{steps} of {batch}, learning rate {by['learning_rate']:g}"
+        checkpoint = steps_of(Path(self.encoder.source)) if self.eval_only else None
+        made = f"{checkpoint[0]:,} of " if checkpoint else ""
+        return f"{made}{by['max_steps']:,} steps of {by['global_batch_size']}, learning rate {by['learning_rate']:g}"
 
     @property
     def changed(self) -> list[str]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from modeling_moco.distributed_moco import rank, world_size
 
+from ..data.decode import EXTENSIONS
 from ..data.folders import NO_FILE, FoundFile, list_files, visible
 from ..data.formats import COMMIT, open_dataset
 from ..data.sources import EVAL_SPLITS, SourceArguments
@@ -66,6 +67,25 @@ class Files:
             if file is not None and file.size != NO_FILE:
                 return file
         raise ValueError(f"image {shown(paths[0])} of {owner} is not in {self.root}: add it, or remove its annotations")
+
+
+def voc_image(files: Files, line: str, owner: str) -> tuple[FoundFile, str]:
+    """The image that a line of a VOCdevkit's list names, and that name, by which its annotations are called too.
+
+    A name may have spaces and dots. Lists of SBD name the files of an image and its mask; others have a number behind the name.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    names = [line.strip()]
+    if more := re.fullmatch(r"(\S+)\s+(?:-?\d+|\S+\.png)", names[0]):
+        names.append(more[1])
+    last = Path(names[-1])
+    if last.suffix.lower() in EXTENSIONS:
+        names.append(last.stem)
+    paths = (f"JPEGImages/{name}{end}" for name in names for end in (".jpg", *sorted(EXTENSIONS)))
+    image = files.image(paths, owner)
+    return image, image.path.removeprefix("JPEGImages/").rpartition(".")[0]
 
 
 def image_rows(root: Path, files: Sequence[FoundFile]) -> datasets.Dataset:

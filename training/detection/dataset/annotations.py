@@ -136,7 +136,22 @@ def find_classes(
             )
     if not names:
         raise ValueError(f"split {train.name!r} has no objects: choose another with --train_split")
+    if known is None:
+        _refuse_odd_names(names, train.name)
     return names
+
+
+def _refuse_odd_names(names: Sequence[str], split: str) -> None:
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise ValueError(
+                f"classes {names.index(name)} and {number} of split {split!r} are both called {shown(name)}: give each its own "
+                "name"
+            )
+        if not name.strip() or not name.isprintable():
+            raise ValueError(
+                f"class {number} of split {split!r} is called {shown(name)!r}, which is no name: give it one"
+            )
 
 
 def _is_number(category: Any) -> bool:
@@ -295,6 +310,10 @@ def _areas(image: AnnotatedImage, boxes: np.ndarray, segmentations: list[Any] | 
     for place, stated in enumerate(image.area or [None] * len(boxes)):
         if stated is not None:
             found.append(parse_number(stated, f"area of {image.name}"))
+            if not 0 <= found[-1] < LARGEST**2:  # COCO's metric would ignore the object without a word
+                raise ValueError(
+                    f"area ({shown(stated)}) of {image.name} is no number of square pixels: correct or remove it"
+                )
         else:
             found.append(of_boxes[place] if segmentations is None else masks.area(segmentations[place]))
     return np.array(found, np.float64)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ...data.decode import EXTENSIONS
 from ...data.folders import FoundFile
 from ...errors import one_line, shown
-from ...transfer.source import Files, image_rows
+from ...transfer.source import Files, image_rows, voc_image
 from .annotations import AnnotatedImage, AnnotatedSplit, parse_number
 
 MOST_XML = 2**24  # bytes of the annotations of one image
@@ -64,7 +63,7 @@ def voc_splits(root: Path) -> dict[str, Path]:
         if (year / "Annotations").is_dir() and (year / "JPEGImages").is_dir():
             named = VOC_YEAR.fullmatch(year.name)
             for path in sorted(year.glob("ImageSets/Main/*.txt")):
-                if re.fullmatch(r"[a-z]+", path.stem):  # other files are of one class each
+                if re.fullmatch(r"[^_+]+", path.stem):  # other files are of one class each: cat_train.txt
                     found[f"{named[1]}_{path.stem}" if named else path.stem] = year
     return found
 
@@ -81,11 +80,11 @@ def read_voc(name: str, files: Files) -> AnnotatedSplit:
     """
     listed = files.read(f"ImageSets/Main/{name.rpartition('_')[2]}.txt", MOST_XML)
     images, annotations = [], []
-    for image in (line.split()[0] for line in listed.splitlines() if line.strip()):
-        paths = (f"JPEGImages/{image}{extension}" for extension in (".jpg", *sorted(EXTENSIONS)))
-        images.append(files.image(paths, f"split {name!r}"))
-        path = f"Annotations/{image}.xml"
-        annotations.append(_read_xml(files.read(path, MOST_XML), images[-1].path, files.root / path))
+    for line in filter(str.strip, listed.splitlines()):
+        image, stem = voc_image(files, line, f"split {name!r}")
+        images.append(image)
+        path = f"Annotations/{stem}.xml"
+        annotations.append(_read_xml(files.read(path, MOST_XML), image.path, files.root / path))
     return split_of_files(name, files, images, annotations, None, "xyxy")
 
 

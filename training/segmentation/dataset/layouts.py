@@ -12,7 +12,7 @@ import numpy as np
 from ...data.decode import EXTENSIONS
 from ...data.folders import NO_FILE, OF_IMAGES, OF_MASKS, SYSTEM_FILES, FoundFile
 from ...errors import one_line, shown
-from ...transfer.source import Files, find_image_column
+from ...transfer.source import Files, find_image_column, voc_image
 
 IGNORED = 255  # label of the pixels that count nowhere
 VOC_YEAR = re.compile(r"VOC(\d{4})")
@@ -162,14 +162,9 @@ def read_voc(name: str, files: Files) -> MaskedSplit:
     listed = files.read(f"ImageSets/Segmentation/{stem}.txt", MOST_LIST)
     folder = "SegmentationClassAug" if stem.endswith(AUGMENTED) else "SegmentationClass"
     owner, pairs = f"split {name!r}", []
-    for line in (line.split()[0] for line in listed.splitlines() if line.strip()):
-        image = Path(line).stem  # some lists of SBD name files
-        pairs.append(
-            (
-                files.image((f"JPEGImages/{image}{end}" for end in (".jpg", *sorted(EXTENSIONS))), owner),
-                files.image([f"{folder}/{image}.png"], f"{owner}, the mask of {image}"),
-            )
-        )
+    for line in filter(str.strip, listed.splitlines()):
+        image, stem = voc_image(files, line, owner)
+        pairs.append((image, files.image([f"{folder}/{stem}.png"], f"{owner}, the mask of {stem}")))
     return _of_files(name, files, pairs, class_names=[*VOC_CLASSES])
 
 
