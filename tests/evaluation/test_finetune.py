@@ -25,6 +25,7 @@ from training.evaluation.finetune import (
     build_trainer,
     choose_labelled,
     draw_split,
+    finish,
     parse_finetune,
     save_split,
 )
@@ -69,6 +70,20 @@ def many_classes(classes: int, each: int) -> datasets.Dataset:
         {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=[str(i) for i in range(classes)])}
     )
     return datasets.Dataset.from_dict({"image": [pixel] * len(labels), "label": labels}, features=features)
+
+
+def test_it_is_measured_in_the_precision_of_its_files(encoder, tmp_path):
+    folder = tmp_path / "run"
+    run = parse_finetune([str(encoder), *TINY, "--output_dir", str(folder), "--bf16", "True"])
+    splits = load_images(run.data, labelled=True)
+    trainer = build_trainer(run, splits, choose_labelled(splits, run.training))
+    trainer.train()
+    batch = {"pixel_values": torch.stack([trainer.eval_dataset[i]["pixel_values"] for i in range(8)])}
+    finish(run, trainer, splits)
+    _, logits, _ = trainer.prediction_step(trainer.model, dict(batch), prediction_loss_only=False)
+    with torch.no_grad():
+        loaded = MoCoForImageClassification.from_pretrained(folder)(**batch).logits
+    torch.testing.assert_close(logits, loaded, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(

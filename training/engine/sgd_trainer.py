@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
@@ -337,6 +337,11 @@ class SGDTrainer(Trainer):
         self._checkpoints = CompleteCheckpoints(lambda: self.batch_layout)
         self.add_callback(self._checkpoints)
         self._diverged_at = torch.tensor(NEVER, device=self.args.device)  # first step with a loss that is not finite
+
+    def trained_model(self) -> PreTrainedModel:
+        """The model as its files give it, in single precision: whoever loads them measures the same. For after the training."""
+        model: PreTrainedModel = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return model
 
     @property
     def stopped_by(self) -> signal.Signals | None:

@@ -330,6 +330,7 @@ def announce(run: FinetuneRun, trainer: FinetuneTrainer) -> None:
 def finish(run: FinetuneRun, trainer: FinetuneTrainer, splits: ImageSplits) -> Scores:
     """Save the classifier and `metrics.json` to the output directory; append to the results there and beside the encoder."""
     args, folder = run.training, Path(str(run.training.output_dir))
+    trainer.trained_model()  # from here on in single precision, also after a training in another
     trainer.evaluate()
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():

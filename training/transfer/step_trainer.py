@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedModel
 
 from ..engine.sgd_trainer import SGDTrainer, SGDTrainingArguments
 from ..optimization.schedules import step_schedule
@@ -75,8 +74,3 @@ class StepTrainer(SGDTrainer):
         args = self.args
         self.lr_scheduler = step_schedule(optimizer or self.optimizer, int(args.warmup_steps), args.step_milestones)
         return self.lr_scheduler
-
-    def trained_model(self) -> PreTrainedModel:
-        """The model as its files give it, in single precision: whoever loads them measures the same."""
-        model: PreTrainedModel = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        return model
