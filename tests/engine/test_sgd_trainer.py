@@ -206,6 +206,13 @@ def test_the_arguments_of_a_schedule_are_obeyed(rows, tmp_path, kind, given, las
     assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(last)
 
 
+def test_milestones_that_a_run_does_not_reach_are_named(tmp_path):
+    late = arguments(tmp_path, lr_milestones=[2, 120, 160], num_train_epochs=120).late_milestones
+    assert late.startswith("lr_milestones (120 160) come after the last of 120 epochs")
+    assert arguments(tmp_path, lr_milestones=[2, 120], num_train_epochs=121).late_milestones is None
+    assert arguments(tmp_path, lr_milestones=[2], num_train_epochs=1, max_steps=9).late_milestones is None
+
+
 def test_a_short_run_of_a_recipe_with_a_warmup_is_allowed(tmp_path):
     assert arguments(tmp_path, warmup_epochs=10, max_steps=2, num_train_epochs=1).warmup_epochs == 10
 

@@ -162,6 +162,10 @@ class SGDTrainingArguments(TrainingArguments):
         default="cosine",
         metadata={"help": "Schedule of the learning rate; cosine is the official one, in whole epochs."},
     )
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of another schedule than the official one, as JSON: '{\"min_lr\": 0.001}'."},
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Norm that gradients are clipped to; 0 does not clip."})
     remove_unused_columns: bool = field(default=False)  # views have no columns
     ddp_find_unused_parameters: bool | None = field(default=False)  # every parameter is used
@@ -185,7 +189,7 @@ class SGDTrainingArguments(TrainingArguments):
         self.optim = LARS if ours else self.optim
         self._check_processes(self.world_size)
         if self.fp16 and self.device.type == "cpu":
-            raise ValueError("fp16 (True) has no effect on a CPU: leave it out, or pass --bf16 true")
+            raise ValueError("fp16 (True) has no effect on a CPU: leave it out, or pass --bf16 true --use_cpu true")
         if self.save_total_limit is not None and self.save_total_limit < 2:
             raise ValueError(
                 f"save_total_limit ({self.save_total_limit}) must be at least 2: where the newest checkpoint is damaged, the "
@@ -298,6 +302,17 @@ class SGDTrainingArguments(TrainingArguments):
                 "would follow the warm-up"
             )
         check_scheduler(kind, self.lr_scheduler_kwargs)
+
+    @property
+    def late_milestones(self) -> str | None:
+        """A sentence about milestones that the run does not reach; None without one, or where a run counts its steps."""
+        late = [milestone for milestone in self.lr_milestones or [] if milestone >= self.num_train_epochs]
+        if not late or self.max_steps > 0:
+            return None
+        return (
+            f"lr_milestones ({' '.join(map(str, late))}) come after the last of {self.num_train_epochs:g} epochs, and the "
+            "learning rate does not drop there: pass --lr_milestones for this length"
+        )
 
     @property
     def without_effect(self) -> dict[str, str]:
