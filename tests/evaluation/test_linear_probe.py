@@ -363,6 +363,11 @@ def saved(tmp_path):
         (["--lr_scheduler_type", "cosine"], r"lr_scheduler_type has no effect beside lr_milestones \(60 80\)"),
         (["--lr_scheduler_type", "linear"], r"\(linear\) and lr_milestones \(60 80\) are two schedules"),
         (["--mode", "chached"], "invalid choice: 'chached'"),
+        (
+            ["--mode", "cached", "--num_train_epochs", "1.5"],
+            r"num_train_epochs \(1.5\) must be whole in the cached mode",
+        ),
+        (["--gradient_checkpointing", "true"], "flag --gradient_checkpointing is unknown"),
     ],
 )
 def test_flags_that_contradict_are_refused(saved, flags, message):
