@@ -8,7 +8,9 @@ from tiny_trainer import BATCH, StopAt, build, image_rows
 from transformers import TrainerCallback
 
 from training.engine.sgd_trainer import SGDTrainingArguments
+from training.evaluation.probe_arguments import LinearProbeArguments
 from training.optimization.lars import Lars
+from training.trainer import MoCoTrainingArguments
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +174,9 @@ REFUSED = [
     ({"lr_scheduler_type": "greedy"}, "would follow the loss of an evaluation"),
     ({"fp16": True}, "fp16 (True) has no effect on a CPU"),
     ({"optim": "adafactor", "optim_args": "beta=1"}, "adafactor has no argument 'beta': leave it out"),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size (True) has no effect here"),
+    ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy (group_by_length) has no effect here"),
+    ({"neftune_noise_alpha": 5}, "neftune_noise_alpha (5) has no effect here"),
     ({"eval_strategy": "steps"}, "eval_strategy (steps) must be no or epoch"),
     ({"save_strategy": "best"}, "save_strategy (best) must be no, steps or epoch"),
     ({"save_strategy": "steps", "save_steps": 0}, "save_steps (0) must be above 0"),
@@ -185,6 +190,19 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, settings, words):
         arguments(tmp_path, **settings)
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (MoCoTrainingArguments, {"label_smoothing_factor": 0.1}),
+        (MoCoTrainingArguments, {"eval_delay": 2}),
+        (LinearProbeArguments, {"label_smoothing_factor": 0.1}),
+    ],
+)
+def test_what_a_training_does_not_read_is_refused_in_python_too(tmp_path, kind, settings):
+    with pytest.raises(ValueError, match="has no effect here: leave it out"):
+        kind(output_dir=str(tmp_path), use_cpu=True, **settings)
 
 
 def test_an_optimizer_whose_package_is_missing_is_refused_before_the_run_has_a_folder(rows, tmp_path):

@@ -65,6 +65,8 @@ LEAST = {
     **dict.fromkeys(("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"), 1),
     **dict.fromkeys(("learning_rate", "weight_decay", "dataloader_num_workers"), 0),
 }
+# Settings that nothing here reads, and the value that they have; a command line does not offer them.
+NOT_READ = {"auto_find_batch_size": False, "neftune_noise_alpha": None, "train_sampling_strategy": "random"}
 # What transformers calls its settings for the Hub. Only pretraining publishes while it runs.
 PUBLISHING = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")
 
@@ -111,6 +113,8 @@ class SGDTrainingArguments(TrainingArguments):
             ),
         }
     )
+
+    NOT_READ: ClassVar[dict[str, Any]] = NOT_READ
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder that everything is written to."})
     global_batch_size: int = field(  # type: ignore[assignment]  # None until __post_init__ knows the processes
@@ -243,6 +247,9 @@ class SGDTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"num_train_epochs ({self.num_train_epochs}) must be a number above 0: there is nothing to train for"
             )
+        for name, usual in self.NOT_READ.items():
+            if getattr(self, name) != usual:
+                raise ValueError(f"{name} ({getattr(self, name)}) has no effect here: leave it out")
         self._check_intervals()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns (True) would remove the views: leave it off")

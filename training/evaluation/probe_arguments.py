@@ -43,6 +43,7 @@ class LinearProbeArguments(SGDTrainingArguments):
     NOT_OFFERED: ClassVar[frozenset[str]] = SGDTrainingArguments.NOT_OFFERED | {
         *("activation_checkpointing", "gradient_checkpointing")
     }
+    NOT_READ: ClassVar[dict[str, Any]] = SGDTrainingArguments.NOT_READ | {"label_smoothing_factor": 0}
 
     mode: Literal["official", "cached"] = field(
         default="official",
