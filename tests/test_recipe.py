@@ -452,6 +452,13 @@ def test_a_flag_that_the_other_settings_leave_without_effect_is_refused(flags, w
     assert words in str(refusal.value)
 
 
+def test_the_monitor_looks_between_epochs_alone():
+    with pytest.raises(
+        ValueError, match=r"argument --eval_strategy.*invalid choice: 'steps' \(choose from .*no.*epoch"
+    ):
+        parse_pretrain([*CPU, "--eval_strategy", "steps"])
+
+
 def test_the_settings_of_adam_stay_where_adam_is():
     training = parse_pretrain([*CPU, "--optim", "adamw_torch", "--adam_beta1", "0.5"]).training
     assert training.adam_beta1 == 0.5

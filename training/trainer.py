@@ -57,7 +57,9 @@ class MoCoTrainingArguments(SGDTrainingArguments):
     weight_decay: float = field(
         default=1e-4, metadata={"help": "Weight decay, of BatchNorm and biases too (not with lars)."}
     )
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to run the monitor: no or epoch."})
+    eval_strategy: Literal["no", "epoch"] = field(
+        default="epoch", metadata={"help": "When to run the monitor: no or epoch."}
+    )
     eval_every_n_epochs: int = field(default=1, metadata={"help": "Epochs between two runs of the monitor."})
     knn_k: list[int] = field(
         default_factory=lambda: [200],

@@ -177,7 +177,6 @@ REFUSED = [
     ({"auto_find_batch_size": True}, "auto_find_batch_size (True) has no effect here"),
     ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy (group_by_length) has no effect here"),
     ({"neftune_noise_alpha": 5}, "neftune_noise_alpha (5) has no effect here"),
-    ({"eval_strategy": "steps"}, "eval_strategy (steps) must be no or epoch"),
     ({"save_strategy": "best"}, "save_strategy (best) must be no, steps or epoch"),
     ({"save_strategy": "steps", "save_steps": 0}, "save_steps (0) must be above 0"),
     ({"logging_steps": -1}, "logging_steps (-1) must be above 0"),

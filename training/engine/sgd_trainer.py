@@ -261,8 +261,6 @@ class SGDTrainingArguments(TrainingArguments):
             raise ValueError(f"deepspeed ({self.deepspeed!r}) needs a package: pip install deepspeed, or leave it out")
 
     def _check_intervals(self) -> None:
-        if IntervalStrategy(self.eval_strategy) == IntervalStrategy.STEPS:
-            raise ValueError("eval_strategy (steps) must be no or epoch: an evaluation takes place between two epochs")
         if SaveStrategy(self.save_strategy) == SaveStrategy.BEST and self.metric_for_best_model is None:
             raise ValueError("save_strategy (best) must be no, steps or epoch")
         for name, strategy in (("save_steps", self.save_strategy), ("logging_steps", self.logging_strategy)):

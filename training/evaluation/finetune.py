@@ -15,7 +15,7 @@ The peers take their few images from the lists that SimCLR published for ImageNe
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ class FinetuneArguments(SGDTrainingArguments):
     global_batch_size: int = field(
         default=PUBLISHED_BATCH, metadata={"help": "Images per optimizer step over all devices."}
     )
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, epoch."})
+    eval_strategy: Literal["no", "epoch"] = field(default="epoch", metadata={"help": "When to evaluate: no, epoch."})
 
     def __post_init__(self):
         if not 0 < self.label_fraction <= 1:

@@ -71,7 +71,7 @@ class LinearProbeArguments(SGDTrainingArguments):
         },
     )
     global_batch_size: int = field(default=256, metadata={"help": "Images per optimizer step over all devices."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, epoch."})
+    eval_strategy: Literal["no", "epoch"] = field(default="epoch", metadata={"help": "When to evaluate: no, epoch."})
 
     def __post_init__(self):
         check_choice(self)
