@@ -476,6 +476,35 @@ def test_it_is_said_at_the_start_which_pictures_a_tracker_elsewhere_does_not_get
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--lr_milestones", "1", "120", "--num_train_epochs", "3"],
+            "lr_milestones (120) come after the last of 3 epochs",
+        ),
+        (["--batch_norm_splits", "4"], "batch_norm_splits (4) has no effect with batch_norm 'plain'"),
+        (["--bank_momentum", "0.9"], "bank_momentum (0.9) has no effect with dictionary 'queue'"),
+        (["--dictionary", "batch", "--queue_size", "8"], "queue_size (8) has no effect with dictionary 'batch'"),
+        (
+            ["--dictionary", "batch", "--key_encoder", "shared", "--key_momentum", "0.9"],
+            "key_momentum (0.9) has no effect with key_encoder 'shared'",
+        ),
+        (
+            ["--projection_head", "linear", "--projection_hidden_dim", "8"],
+            "projection_hidden_dim (8) has no effect with projection_head 'linear'",
+        ),
+    ],
+)
+def test_a_setting_that_has_no_effect_is_named_where_the_command_line_gave_it(flags, said, tmp_path, capsys):
+    args = parse_pretrain([*TINY, *flags, "--output_dir", str(tmp_path / "run")])
+    announce(args, build_trainer(args, load_images(args.data)))
+    assert f"warning: {said}" in capsys.readouterr().out
+    args = parse_pretrain([*TINY, "--batch_norm", "split", "--batch_norm_splits", "4"])
+    announce(args, build_trainer(args, load_images(args.data)))
+    assert "has no effect" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("case", WARNED)
 def test_what_decides_the_result_is_said_at_the_start(case, tmp_path, capsys):
     flags, warning = WARNED[case]

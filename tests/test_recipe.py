@@ -424,7 +424,8 @@ def test_the_same_settings_continue_from_the_newest_checkpoint(claim, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--per_device_eval_batch_size", "7", "--eval_every_n_epochs", "5", "--save_steps", "3", "--ddp_timeout", "99"],
+        ["--per_device_eval_batch_size", "7", "--eval_every_n_epochs", "5", "--ddp_timeout", "99"],
+        ["--save_strategy", "steps", "--save_steps", "3"],
         ["--eval_strategy", "no", "--save_strategy", "steps", "--dataloader_prefetch_factor", "4"],
         ["--seed", "0", "--weight_decay", "0.0005", "--queue_size", "1024"],  # what neither gave, or the recipe gives
     ],
@@ -434,6 +435,39 @@ def test_what_changes_no_weight_does_not_stand_in_the_way(flags, claim, tmp_path
     (tmp_path / "run" / "checkpoint-9").mkdir()
     write_manifest(tmp_path / "run" / "checkpoint-9", LAYOUT)
     assert claim(*flags) == str(tmp_path / "run" / "checkpoint-9")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--save_steps", "500"], "save_steps (500) has no effect, it is for --save_strategy steps"),
+        (["--logging_strategy", "epoch", "--logging_steps", "5"], "it is for --logging_strategy steps"),
+        (["--adam_beta1", "0.5"], "adam_beta1 (0.5) has no effect, --optim sgd does not read it"),
+        (["--optim", "adafactor", "--adam_epsilon", "0.1"], "--optim adafactor does not read it"),
+    ],
+)
+def test_a_flag_that_the_other_settings_leave_without_effect_is_refused(flags, words):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011
+        parse_pretrain([*CPU, *flags])
+    assert words in str(refusal.value)
+
+
+def test_the_monitor_looks_between_epochs_alone():
+    with pytest.raises(
+        ValueError, match=r"argument --eval_strategy.*invalid choice: 'steps' \(choose from .*no.*epoch"
+    ):
+        parse_pretrain([*CPU, "--eval_strategy", "steps"])
+
+
+def test_the_settings_of_adam_stay_where_adam_is():
+    training = parse_pretrain([*CPU, "--optim", "adamw_torch", "--adam_beta1", "0.5"]).training
+    assert training.adam_beta1 == 0.5
+    assert load_recipe("moco_v3_vit_small_in1k_300ep").values["optim"] == "adamw_torch"
+
+
+@pytest.mark.parametrize("name", ["use_cache", "liger_kernel_config", "activation_checkpointing_kwargs"])
+def test_no_flag_is_offered_that_nothing_here_reads(name):
+    assert name not in {f.name for kind in PARTS.values() for f in offered(kind)}
 
 
 def test_a_folder_of_images_is_the_same_by_any_of_its_paths(claim, tmp_path, monkeypatch):
@@ -564,7 +598,18 @@ def test_files_of_something_else_are_left_alone(claim, tmp_path):
     [
         [],
         ["--max_grad_norm", "0"],  # the default, which the recipe leaves alone
-        ["--dataset_name", "digits", "--output_dir", "elsewhere", "--save_steps", "5", "--logging_steps", "1"],
+        [
+            "--dataset_name",
+            "digits",
+            "--output_dir",
+            "elsewhere",
+            "--save_strategy",
+            "steps",
+            "--save_steps",
+            "5",
+            "--logging_steps",
+            "1",
+        ],
         ["--disable_tqdm", "True", "--dataloader_num_workers", "0", "--per_device_eval_batch_size", "7"],
     ],
 )

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from inspect import get_annotations
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -200,6 +201,9 @@ def parse_flags(
     if asked := getattr(namespace, "dataloader_num_workers", None):
         namespace.dataloader_num_workers = _workers_here(asked, keep_workers)
     instances = [kind(**{key: getattr(namespace, key) for key in keys[section]}) for section, kind in parts.items()]
+    for name, reason in chain.from_iterable(getattr(part, "without_effect", {}).items() for part in instances):
+        if name in given:
+            raise ValueError(f"{name} ({getattr(namespace, name):g}) has no effect, {reason}: leave it out")
     return namespace, instances, settings
 
 

@@ -14,7 +14,7 @@ from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from modeling_moco import MoCoConfig, MoCoModel
-from modeling_moco.dictionary_moco import negatives
+from modeling_moco.dictionary_moco import BUILT_IN, negatives
 
 from . import plots
 from .cli import how_to_run
@@ -188,6 +188,11 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
             f"the recipe's learning rate {rate:g} is for a global batch of {recipe_batch}; for {batch} the linear rule gives "
             f"{rate * batch / recipe_batch:g} (--learning_rate)"
         )
+    if training.late_milestones:
+        yield training.late_milestones
+    for name, other in _idle_settings(config).items():
+        if name in args.given:
+            yield f"{name} ({getattr(config, name)}) has no effect with {other} {getattr(config, other)!r}"
     if training.world_size == 1 and config.batch_norm == "shuffle":
         yield (
             "in one process there is nobody to shuffle with, and BatchNorm tells keys apart by their batch. Pass "
@@ -226,6 +231,24 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
             f"the queue ({config.queue_size:,}) is larger than the dataset ({images:,} images): keys of the same image are "
             "among the negatives. Lower --queue_size"
         )
+
+
+def _idle_settings(config: MoCoConfig) -> dict[str, str]:
+    """Settings of a model that others leave without effect, and which those are."""
+    of_batch = config.dictionary in ("batch", "batch_both_views")
+    one_layer = config.projection_head == "linear" or config.projection_layers == 1
+    return {
+        name: other
+        for name, idle, other in (
+            ("queue_size", of_batch, "dictionary"),
+            ("bank_momentum", config.dictionary in BUILT_IN - {"bank"}, "dictionary"),
+            ("key_momentum", config.key_encoder != "momentum", "key_encoder"),
+            ("batch_norm_splits", config.batch_norm != "split", "batch_norm"),
+            ("projection_layers", config.projection_head == "linear", "projection_head"),
+            ("projection_hidden_dim", one_layer and config.prediction_head == "none", "projection_head"),
+        )
+        if idle
+    }
 
 
 def peak_memory() -> float:

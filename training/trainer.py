@@ -50,13 +50,16 @@ class MoCoTrainingArguments(SGDTrainingArguments):
     """The training of MoCo v2: a cosine in whole epochs, 0.03 for 256 images, and a kNN monitor."""
 
     NOT_OFFERED: ClassVar[frozenset[str]] = SGDTrainingArguments.NOT_OFFERED - {*PUBLISHING}
+    NOT_READ: ClassVar[dict[str, Any]] = SGDTrainingArguments.NOT_READ | {"label_smoothing_factor": 0, "eval_delay": 0}
 
     num_train_epochs: float = field(default=200, metadata={"help": "Passes over the images."})
     learning_rate: float = field(default=0.03, metadata={"help": "Learning rate; 0.03 is for a global batch of 256."})
     weight_decay: float = field(
         default=1e-4, metadata={"help": "Weight decay, of BatchNorm and biases too (not with lars)."}
     )
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to run the monitor: no or epoch."})
+    eval_strategy: Literal["no", "epoch"] = field(
+        default="epoch", metadata={"help": "When to run the monitor: no or epoch."}
+    )
     eval_every_n_epochs: int = field(default=1, metadata={"help": "Epochs between two runs of the monitor."})
     knn_k: list[int] = field(
         default_factory=lambda: [200],

@@ -8,7 +8,9 @@ from tiny_trainer import BATCH, StopAt, build, image_rows
 from transformers import TrainerCallback
 
 from training.engine.sgd_trainer import SGDTrainingArguments
+from training.evaluation.probe_arguments import LinearProbeArguments
 from training.optimization.lars import Lars
+from training.trainer import MoCoTrainingArguments
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,33 @@ REFUSED = [
     ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size (0) must be a number of at least 1"),
     ({"dataloader_num_workers": -1}, "dataloader_num_workers (-1) must be a number of at least 0"),
     ({"lr_milestones": [1], "lr_scheduler_type": "linear"}, "(linear) and lr_milestones (1) are two schedules"),
+    ({"lr_milestones": [-3, 2]}, "lr_milestones (-3 2) must be epochs from 1 on"),
+    ({"lr_scheduler_kwargs": {"num_cycles": 3}}, "has no effect on the official schedule"),
+    ({"lr_milestones": [1], "lr_scheduler_kwargs": '{"a": 1}'}, "has no effect on the official schedule"),
+    (
+        {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": "{min_lr:1}"},
+        "({min_lr:1}) is no JSON of names and values",
+    ),
+    ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": "[1]"}, "([1]) is no JSON of names and values"),
+    (
+        {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"foo": 2}},
+        '({"foo": 2}) do not fit lr_scheduler_type (linear)',
+    ),
+    (
+        {"lr_scheduler_type": "cosine_with_min_lr"},
+        "({}) do not fit lr_scheduler_type (cosine_with_min_lr): One of min_lr",
+    ),
+    ({"lr_scheduler_type": "warmup_stable_decay"}, "do not fit lr_scheduler_type (warmup_stable_decay)"),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "would follow the loss of an evaluation"),
+    ({"lr_scheduler_type": "greedy"}, "would follow the loss of an evaluation"),
+    ({"fp16": True}, "fp16 (True) has no effect on a CPU"),
+    ({"optim": "adafactor", "optim_args": "beta=1"}, "adafactor has no argument 'beta': leave it out"),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size (True) has no effect here"),
+    ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy (group_by_length) has no effect here"),
+    ({"neftune_noise_alpha": 5}, "neftune_noise_alpha (5) has no effect here"),
+    ({"save_strategy": "best"}, "save_strategy (best) must be no, steps or epoch"),
+    ({"save_strategy": "steps", "save_steps": 0}, "save_steps (0) must be above 0"),
+    ({"logging_steps": -1}, "logging_steps (-1) must be above 0"),
 ]
 
 
@@ -160,6 +189,45 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, settings, words):
         arguments(tmp_path, **settings)
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (MoCoTrainingArguments, {"label_smoothing_factor": 0.1}),
+        (MoCoTrainingArguments, {"eval_delay": 2}),
+        (LinearProbeArguments, {"label_smoothing_factor": 0.1}),
+    ],
+)
+def test_what_a_training_does_not_read_is_refused_in_python_too(tmp_path, kind, settings):
+    with pytest.raises(ValueError, match="has no effect here: leave it out"):
+        kind(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_an_optimizer_whose_package_is_missing_is_refused_before_the_run_has_a_folder(rows, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(
+        ValueError, match=r"optim \(galore_adamw\) cannot be had here \(You need to install `galore_torch`"
+    ):
+        build(rows, folder, optim="galore_adamw")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "last"),
+    [("cosine_with_min_lr", '{"min_lr": 0.02}', 0.02), ("polynomial", {"lr_end": 0.01, "power": 1.0}, 0.01)],
+)
+def test_the_arguments_of_a_schedule_are_obeyed(rows, tmp_path, kind, given, last):
+    trainer = build(rows, tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=given, learning_rate=0.1)
+    trainer.train()
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(last)
+
+
+def test_milestones_that_a_run_does_not_reach_are_named(tmp_path):
+    late = arguments(tmp_path, lr_milestones=[2, 120, 160], num_train_epochs=120).late_milestones
+    assert late.startswith("lr_milestones (120 160) come after the last of 120 epochs")
+    assert arguments(tmp_path, lr_milestones=[2, 120], num_train_epochs=121).late_milestones is None
+    assert arguments(tmp_path, lr_milestones=[2], num_train_epochs=1, max_steps=9).late_milestones is None
 
 
 def test_a_short_run_of_a_recipe_with_a_warmup_is_allowed(tmp_path):

@@ -109,6 +109,8 @@ def test_another_schedule_or_optimizer_is_another_protocol(encoder, tmp_path):
     words = []
     changes = [["--lr_scheduler_type", "linear"], ["--lr_milestones", "1"], ["--weight_decay", "0.1"]]
     changes += [["--optim", "lars", "--optim_args", "momentum=0.9,classic=true"], ["--warmup_epochs", "0.5"]]
+    changes += [["--max_grad_norm", "1"], ["--optim", "adamw_torch", "--adam_beta2", "0.95", "--max_grad_norm", "2"]]
+    changes += [["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 0.001}']]
     for flags in ([], *changes):
         run = parse_finetune([str(encoder), *TINY, "--output_dir", str(tmp_path), *flags])
         splits = load_images(run.data, labelled=True)
@@ -119,7 +121,17 @@ def test_another_schedule_or_optimizer_is_another_protocol(encoder, tmp_path):
         ", sgd momentum=0.9, weight decay 0.1",
         ", lars momentum=0.9,classic=true, weight decay 0",
         ", cosine after a warm-up of 0.5 epochs",
+        ", gradients clipped to 1",
+        ", adamw_torch adam_beta2=0.95, weight decay 0, gradients clipped to 2",
+        ", cosine_with_min_lr min_lr=0.001",
     ]
+
+
+def test_the_batch_is_part_of_the_protocol(encoder, tmp_path):
+    run = parse_finetune([str(encoder), *TINY, "--output_dir", str(tmp_path), "--global_batch_size", "16"])
+    splits = load_images(run.data, labelled=True)
+    trainer = build_trainer(run, splits, choose_labelled(splits, run.training))
+    assert ", learning rates 0.05 and 0.05, batch 16" in run.protocol(trainer)
 
 
 # Which labels
@@ -281,7 +293,7 @@ def test_the_script_can_be_stopped_continued_and_leaves_a_classifier_with_its_re
 
     metrics = json.loads((folder / "metrics.json").read_text())
     images = metrics["labelled_images"]
-    protocol = f"fine-tuning on 30 % of the labels ({images} images), 2 epochs, learning rates 0.01 and 0.1"
+    protocol = f"fine-tuning on 30 % of the labels ({images} images), 2 epochs, learning rates 0.01 and 0.1, batch 16"
     assert metrics["protocol"] == protocol
     results = json.loads((encoder / "results.json").read_text())
     assert [(r["protocol"], r["metric"], r["value"], r["n"], r["seed"]) for r in results] == [

@@ -222,6 +222,17 @@ def test_the_held_out_part_chooses_and_not_the_evaluated_images(splits, tmp_path
     assert not trained_on & held_out
 
 
+def test_a_probe_that_was_evaluated_at_its_end_alone_has_no_best_epoch(splits, tmp_path):
+    trainer = build(splits, tmp_path, eval_strategy="no", num_train_epochs=2, lr_milestones=None)
+    trainer.train()
+    probe, _ = trainer.probe()
+    assert (probe.final.best, probe.final.best_epoch) == (None, None)
+    assert [result.protocol for result in probe.results(0)] == [probe.protocol]
+    evaluated = build(splits, tmp_path / "b", num_train_epochs=1.5, lr_milestones=None)
+    evaluated.train()
+    assert evaluated.probe()[0].final.best_epoch in (1, 1 + 2 / 3)
+
+
 def test_the_best_epoch_is_reported_beside_the_last_one(splits, tmp_path):
     trainer = build(splits, tmp_path, learning_rates=[3, 30], num_train_epochs=3)
     trainer.train()
@@ -363,6 +374,11 @@ def saved(tmp_path):
         (["--lr_scheduler_type", "cosine"], r"lr_scheduler_type has no effect beside lr_milestones \(60 80\)"),
         (["--lr_scheduler_type", "linear"], r"\(linear\) and lr_milestones \(60 80\) are two schedules"),
         (["--mode", "chached"], "invalid choice: 'chached'"),
+        (
+            ["--mode", "cached", "--num_train_epochs", "1.5"],
+            r"num_train_epochs \(1.5\) must be whole in the cached mode",
+        ),
+        (["--gradient_checkpointing", "true"], "flag --gradient_checkpointing is unknown"),
     ],
 )
 def test_flags_that_contradict_are_refused(saved, flags, message):

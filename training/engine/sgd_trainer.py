@@ -20,15 +20,31 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, SchedulerType
 
 from modeling_moco.distributed_moco import world_size
 
 from ..cli import how_to_run
-from ..errors import DataError, TrainingError, data_reason, one_line_errors
-from ..optimization.choice import DEFAULTS, LARS, check_name, optimizer_in_words, parse_arguments
+from ..errors import DataError, TrainingError, data_reason, one_line, one_line_errors
+from ..optimization.choice import (
+    DEFAULTS,
+    LARS,
+    OF_ADAM,
+    WITHOUT_BETAS,
+    check_name,
+    optimizer_in_words,
+    parse_arguments,
+)
 from ..optimization.lars import Lars
-from ..optimization.schedules import Scaling, epoch_schedule, rates_in_words, scaled_rate, warmup_schedule
+from ..optimization.schedules import (
+    Scaling,
+    check_scheduler,
+    epoch_schedule,
+    rates_in_words,
+    read_scheduler_arguments,
+    scaled_rate,
+    warmup_schedule,
+)
 from .callbacks import ProgressBar, ProgressLines, SetEpoch
 from .checkpoints import BatchLayout, CompleteCheckpoints, newest_complete
 from .files import UNREADABLE, check_archive, whole_file, whole_files
@@ -48,6 +64,8 @@ LEAST = {
     **dict.fromkeys(("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"), 1),
     **dict.fromkeys(("learning_rate", "weight_decay", "dataloader_num_workers"), 0),
 }
+# Settings that nothing here reads, and the value that they have; a command line does not offer them.
+NOT_READ = {"auto_find_batch_size": False, "neftune_noise_alpha": None, "train_sampling_strategy": "random"}
 # What transformers calls its settings for the Hub. Only pretraining publishes while it runs.
 PUBLISHING = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")
 
@@ -60,7 +78,13 @@ class SGDTrainingArguments(TrainingArguments):
     # Fields of transformers that a command does not offer as flags: they may have one value only, or do nothing there.
     NOT_OFFERED: ClassVar[frozenset[str]] = frozenset(
         {
-            *("accelerator_config", "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics"),
+            *(
+                "accelerator_config",
+                "activation_checkpointing_kwargs",
+                "auto_find_batch_size",
+                "average_tokens_across_devices",
+                "batch_eval_metrics",
+            ),
             *("data_seed", "dataloader_drop_last", "dataloader_in_order", "dataloader_multiprocessing_context"),
             *("ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters"),
             *("ddp_static_graph", "debug", "deepspeed", "do_eval", "do_predict", "do_train", "enable_jit_checkpoint"),
@@ -81,11 +105,15 @@ class SGDTrainingArguments(TrainingArguments):
             *(
                 "train_sampling_strategy",
                 "use_legacy_prediction_loop",
+                "use_cache",
                 "use_liger_kernel",
+                "liger_kernel_config",
                 "gradient_checkpointing_kwargs",
             ),
         }
     )
+
+    NOT_READ: ClassVar[dict[str, Any]] = NOT_READ
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder that everything is written to."})
     global_batch_size: int = field(  # type: ignore[assignment]  # None until __post_init__ knows the processes
@@ -137,6 +165,10 @@ class SGDTrainingArguments(TrainingArguments):
         default="cosine",
         metadata={"help": "Schedule of the learning rate; cosine is the official one, in whole epochs."},
     )
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of another schedule than the official one, as JSON: '{\"min_lr\": 0.001}'."},
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Norm that gradients are clipped to; 0 does not clip."})
     remove_unused_columns: bool = field(default=False)  # views have no columns
     ddp_find_unused_parameters: bool | None = field(default=False)  # every parameter is used
@@ -159,6 +191,8 @@ class SGDTrainingArguments(TrainingArguments):
         super().__post_init__()
         self.optim = LARS if ours else self.optim
         self._check_processes(self.world_size)
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 (True) has no effect on a CPU: leave it out, or pass --bf16 true --use_cpu true")
         if self.save_total_limit is not None and self.save_total_limit < 2:
             raise ValueError(
                 f"save_total_limit ({self.save_total_limit}) must be at least 2: where the newest checkpoint is damaged, the "
@@ -212,6 +246,10 @@ class SGDTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"num_train_epochs ({self.num_train_epochs}) must be a number above 0: there is nothing to train for"
             )
+        for name, usual in self.NOT_READ.items():
+            if getattr(self, name) != usual:
+                raise ValueError(f"{name} ({getattr(self, name)}) has no effect here: leave it out")
+        self._check_intervals()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns (True) would remove the views: leave it off")
         check_name(self.optim)
@@ -221,6 +259,15 @@ class SGDTrainingArguments(TrainingArguments):
         if self.deepspeed is not None and find_spec("deepspeed") is None:
             raise ValueError(f"deepspeed ({self.deepspeed!r}) needs a package: pip install deepspeed, or leave it out")
 
+    def _check_intervals(self) -> None:
+        if SaveStrategy(self.save_strategy) == SaveStrategy.BEST and self.metric_for_best_model is None:
+            raise ValueError("save_strategy (best) must be no, steps or epoch")
+        for name, strategy in (("save_steps", self.save_strategy), ("logging_steps", self.logging_strategy)):
+            if strategy == "steps" and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} ({getattr(self, name):g}) must be above 0: steps, or below 1 a share of all steps"
+                )
+
     def _check_schedule(self) -> None:
         if self.learning_rate_scaling not in get_args(Scaling):
             raise ValueError(
@@ -229,6 +276,15 @@ class SGDTrainingArguments(TrainingArguments):
         if not 0 <= self.warmup_epochs < math.inf:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be at least 0")
         kind, milestones = SchedulerType(self.lr_scheduler_type), self.lr_milestones
+        if milestones and min(milestones) < 1:
+            raise ValueError(f"lr_milestones ({' '.join(map(str, milestones))}) must be epochs from 1 on: correct them")
+        self.lr_scheduler_kwargs = read_scheduler_arguments(self.lr_scheduler_kwargs)
+        official = kind == SchedulerType.COSINE and not self.warmup_steps
+        if official and self.lr_scheduler_kwargs:
+            raise ValueError(
+                f"lr_scheduler_kwargs ({self.lr_scheduler_kwargs}) has no effect on the official schedule, the cosine or "
+                "lr_milestones: leave it out, or pass the --lr_scheduler_type that it is for"
+            )
         if milestones and kind != SchedulerType.COSINE:
             raise ValueError(
                 f"lr_scheduler_type ({kind.value}) and lr_milestones ({' '.join(map(str, milestones))}) are two schedules: "
@@ -249,6 +305,30 @@ class SGDTrainingArguments(TrainingArguments):
                 f"warmup_epochs ({self.warmup_epochs:g}) must be below num_train_epochs ({self.num_train_epochs:g}): nothing "
                 "would follow the warm-up"
             )
+        check_scheduler(kind, self.lr_scheduler_kwargs)
+
+    @property
+    def late_milestones(self) -> str | None:
+        """A sentence about milestones that the run does not reach; None without one, or where a run counts its steps."""
+        late = [milestone for milestone in self.lr_milestones or [] if milestone >= self.num_train_epochs]
+        if not late or self.max_steps > 0:
+            return None
+        return (
+            f"lr_milestones ({' '.join(map(str, late))}) come after the last of {self.num_train_epochs:g} epochs, and the "
+            "learning rate does not drop there: pass --lr_milestones for this length"
+        )
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Flags that these settings leave without effect, which a command line that has one is told: why, by name."""
+        idle = {}
+        if self.save_strategy != SaveStrategy.STEPS:
+            idle["save_steps"] = "it is for --save_strategy steps"
+        if self.logging_strategy != IntervalStrategy.STEPS:
+            idle["logging_steps"] = "it is for --logging_strategy steps"
+        if self.optim in WITHOUT_BETAS:
+            idle |= dict.fromkeys(OF_ADAM, f"--optim {optimizer_in_words(self.optim, None)} does not read it")
+        return idle
 
     def scaled(self, rate: float) -> float:
         """The optimizer's learning rate for one that a flag gave."""
@@ -318,6 +398,12 @@ class SGDTrainer(Trainer):
     lr_scheduler: Any
 
     def __init__(self, *, args: SGDTrainingArguments, **kwargs):
+        try:  # now: transformers asks for it after the run has begun
+            self.get_optimizer_cls_and_kwargs(args, kwargs["model"])
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"optim ({optimizer_in_words(args.optim, None)}) cannot be had here ({one_line(error)}): choose another"
+            ) from error
         try:
             os.makedirs(str(args.output_dir), exist_ok=True)
         except OSError as error:

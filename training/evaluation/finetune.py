@@ -15,7 +15,7 @@ The peers take their few images from the lists that SimCLR published for ImageNe
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ class FinetuneArguments(SGDTrainingArguments):
     global_batch_size: int = field(
         default=PUBLISHED_BATCH, metadata={"help": "Images per optimizer step over all devices."}
     )
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, epoch."})
+    eval_strategy: Literal["no", "epoch"] = field(default="epoch", metadata={"help": "When to evaluate: no, epoch."})
 
     def __post_init__(self):
         if not 0 < self.label_fraction <= 1:
@@ -260,6 +260,7 @@ class FinetuneRun:
         return (
             f"fine-tuning on {100 * share:.3g} % of the labels ({images:,} images), {length}, "
             f"learning rates {' and '.join(args.in_words([rate]) for rate in args.rates.values())}"
+            + f", batch {args.global_batch_size}"
             + ("" if schedule(args) == "cosine" else f", {schedule(args)}")
             + optimizer(args)
         )
@@ -309,7 +310,9 @@ def build_trainer(run: FinetuneRun, splits: ImageSplits, indices: np.ndarray) ->
 def announce(run: FinetuneRun, trainer: FinetuneTrainer) -> None:
     """Say what is about to run, and where its settings come from."""
     args, images = run.training, len(trainer.train_dataset)
-    print(f"{run.encoder}: {run.protocol(trainer)}, global batch {args.global_batch_size}, to {args.output_dir}")
+    print(f"{run.encoder}: {run.protocol(trainer)}, to {args.output_dir}")
+    if args.late_milestones:
+        print(f"warning: {args.late_milestones}")
     by_default = {name: rate for name, rate in args.rates.items() if name not in run.settings["training"]}
     share, published = nearest_published(args.label_fraction)
     if by_default:

@@ -7,7 +7,8 @@ in `probe_results.py`. Shapes: `N` batch, `C` classes, `H` heads.
 """
 
 import copy
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -236,8 +237,11 @@ class LinearProbeTrainer(SGDTrainer):
             key = f"eval_top1_rate_{rate:g}"
             epochs = {entry["epoch"]: entry[key] for entry in self.state.log_history if key in entry}
             epochs[self.state.epoch] = s.top1
-            best = max(epochs, key=lambda epoch: epochs[epoch])
-            heads.append(HeadReport(f"learning rate {rate:g}", held, s.top1, epochs[best], best))
+            report = HeadReport(f"learning rate {rate:g}", held, s.top1)
+            if len(epochs) >= math.ceil(self.state.epoch or 0):  # or nobody has looked at all of them
+                best = max(epochs, key=lambda epoch: epochs[epoch])
+                report = replace(report, best=epochs[best], best_epoch=best)
+            heads.append(report)
         chosen = choose(heads)
         protocol = f"linear probe, official, {self.args.protocol}"
         return Probe("official", protocol, len(self.train_dataset), heads[chosen], scores[chosen], heads), chosen

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers.trainer_utils import SchedulerType
 
 from ..engine.sgd_trainer import SGDTrainingArguments
-from ..optimization.choice import DEFAULTS, optimizer_in_words
+from ..optimization.choice import DEFAULTS, OF_ADAM, WITHOUT_BETAS, optimizer_in_words
+from ..optimization.schedules import read_scheduler_arguments
 
 CACHED_RATES = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 READ_BY_CACHED = {
@@ -18,7 +19,7 @@ READ_BY_CACHED = {
 # What the cached mode trains without.
 OF_OFFICIAL = {
     *("optim", "optim_args", "weight_decay", "lr_scheduler_type", "learning_rate_scaling"),
-    *("warmup_steps", "warmup_epochs"),
+    *("lr_scheduler_kwargs", "max_grad_norm", "warmup_steps", "warmup_epochs"),
 }
 
 
@@ -37,6 +38,12 @@ def check_choice(args: SGDTrainingArguments) -> None:
 @dataclass
 class LinearProbeArguments(SGDTrainingArguments):
     """The published settings."""
+
+    # A frozen encoder keeps no activations.
+    NOT_OFFERED: ClassVar[frozenset[str]] = SGDTrainingArguments.NOT_OFFERED | {
+        *("activation_checkpointing", "gradient_checkpointing")
+    }
+    NOT_READ: ClassVar[dict[str, Any]] = SGDTrainingArguments.NOT_READ | {"label_smoothing_factor": 0}
 
     mode: Literal["official", "cached"] = field(
         default="official",
@@ -64,7 +71,7 @@ class LinearProbeArguments(SGDTrainingArguments):
         },
     )
     global_batch_size: int = field(default=256, metadata={"help": "Images per optimizer step over all devices."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, epoch."})
+    eval_strategy: Literal["no", "epoch"] = field(default="epoch", metadata={"help": "When to evaluate: no, epoch."})
 
     def __post_init__(self):
         check_choice(self)
@@ -72,6 +79,8 @@ class LinearProbeArguments(SGDTrainingArguments):
             for f in fields(self):
                 if f.name in OF_OFFICIAL:
                     setattr(self, f.name, f.default)
+            if self.num_train_epochs != math.ceil(self.num_train_epochs) and math.isfinite(self.num_train_epochs):
+                raise ValueError(f"num_train_epochs ({self.num_train_epochs:g}) must be whole in the cached mode")
         name = "learning_rate" if self.learning_rates is None else "learning_rates"
         if not self.given_rates or not all(0 < rate < math.inf for rate in self.given_rates):
             raise ValueError(f"{name} ({_listed(self.given_rates)}) must be above 0: the published one is 30")
@@ -106,14 +115,19 @@ def schedule(args: SGDTrainingArguments) -> str:
     """How the learning rate goes down, in words."""
     if args.lr_milestones:
         return f"a tenth at {_listed(args.lr_milestones)}{args.warmup}"
-    return SchedulerType(args.lr_scheduler_type).value + args.warmup
+    settings = "".join(f" {name}={value}" for name, value in read_scheduler_arguments(args.lr_scheduler_kwargs).items())
+    return SchedulerType(args.lr_scheduler_type).value + settings + args.warmup
 
 
 def optimizer(args: SGDTrainingArguments) -> str:
-    """The optimizer in words that follow others; none for the published one."""
+    """The optimizer in words that follow others; none for the published one, which clips no gradient."""
+    clipped = f", gradients clipped to {args.max_grad_norm:g}" if args.max_grad_norm else ""
     if (args.optim, args.optim_args, args.weight_decay) == ("sgd", DEFAULTS["sgd"], 0):
-        return ""
-    return f", {optimizer_in_words(args.optim, args.optim_args)}, weight decay {args.weight_decay:g}"
+        return clipped
+    usual = {f.name: f.default for f in fields(args) if f.name in OF_ADAM and args.optim not in WITHOUT_BETAS}
+    changed = "".join(f" {name}={getattr(args, name):g}" for name in usual if getattr(args, name) != usual[name])
+    words = optimizer_in_words(args.optim, args.optim_args) + changed
+    return f", {words}, weight decay {args.weight_decay:g}{clipped}"
 
 
 def _listed(numbers: list[Any]) -> str:

@@ -30,8 +30,11 @@ ARGUMENTS: dict[str, dict[str, Callable[[str], Any]]] = {
     LARS: {"momentum": _number, "trust_coefficient": _number, "classic": _truth},
     "adamw_torch": {},
     "adamw_torch_fused": {},
+    "adafactor": {},
 }
 DEFAULTS = {"sgd": "momentum=0.9", LARS: "momentum=0.9"}
+OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")  # flags
+WITHOUT_BETAS = ("sgd", LARS, "adafactor", "adagrad", "rmsprop")  # optimizers that do not read them
 
 
 def check_name(optim: str) -> None:
@@ -74,7 +77,9 @@ def _remedy(optim: str, name: str) -> str:
         return ": pass --weight_decay"
     if known := list(ARGUMENTS[optim]):
         return nearest_name(name, known)
-    return ": leave it out, or pass --adam_beta1, --adam_beta2 or --adam_epsilon"
+    return ": leave it out" + (
+        "" if optim in WITHOUT_BETAS else ", or pass --adam_beta1, --adam_beta2 or --adam_epsilon"
+    )
 
 
 def optimizer_in_words(optim: str, arguments: str | None) -> str:

@@ -4,16 +4,22 @@ v1 and v2 change it at the start of every epoch (facebookresearch/moco main_moco
 warm-up (facebookresearch/moco-v3 main_moco.py). Detectors drop it at steps, after a warm-up (detectron2).
 """
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeGuard
 
-from torch.optim import Optimizer
+import torch
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
 
 Scaling = Literal["none", "linear", "sqrt"]
 UNIT = 256  # images that a learning rate of the linear rule is for
 LARGEST = 2**63  # number that is shown of what others have recorded
+# Schedules that an evaluation drives. It would choose the rate by the images that are reported on, or finds no loss there.
+DRIVEN = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 def scaled_rate(rate: float, scaling: Scaling, batch: int) -> float:
@@ -45,6 +51,42 @@ def recorded_rate(settings: Mapping[str, Any]) -> str | None:
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and 0 < value < LARGEST
+
+
+def read_scheduler_arguments(text: str | dict[str, Any] | None) -> dict[str, Any]:
+    """What `--lr_scheduler_kwargs` says.
+
+    Raises:
+        ValueError: it is no JSON of names and values.
+    """
+    try:
+        arguments = json.loads(text) if isinstance(text, str) else text or {}
+    except json.JSONDecodeError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError(
+            f"lr_scheduler_kwargs ({text}) is no JSON of names and values: write it like '{{\"min_lr\": 0.001}}'"
+        )
+    return arguments
+
+
+def check_scheduler(kind: SchedulerType, arguments: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a run cannot have this schedule of transformers, or not with these arguments.
+    """
+    if kind in DRIVEN:
+        raise ValueError(
+            f"lr_scheduler_type ({kind.value}) would follow the loss of an evaluation: choose one that is known in advance, as "
+            "cosine or linear"
+        )
+    blank = SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(kind, blank, num_warmup_steps=1, num_training_steps=9, scheduler_specific_kwargs=arguments)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs ({json.dumps(arguments)}) do not fit lr_scheduler_type ({kind.value}): {error}"
+        ) from error
 
 
 def epoch_factor(epoch: int, epochs: int, milestones: list[int] | None) -> float:

@@ -14,7 +14,14 @@ class StepTrainingArguments(SGDTrainingArguments):
     """SGDTrainingArguments that count steps, not epochs; a task sets the defaults of its papers."""
 
     NOT_OFFERED: ClassVar[frozenset[str]] = SGDTrainingArguments.NOT_OFFERED | {
-        *("lr_milestones", "lr_scheduler_type", "warmup_epochs", "learning_rate_scaling", "num_train_epochs"),
+        *(
+            "lr_milestones",
+            "lr_scheduler_type",
+            "lr_scheduler_kwargs",
+            "warmup_epochs",
+            "learning_rate_scaling",
+            "num_train_epochs",
+        ),
         *("eval_strategy", "per_device_eval_batch_size", "torch_compile", "torch_compile_mode"),
         "torch_compile_backend",
     }

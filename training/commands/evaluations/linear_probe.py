@@ -61,6 +61,8 @@ def main(argv: list[str]) -> None:
     folder, main_process = Path(str(run.training.output_dir)), run.training.process_index == 0
     if main_process:
         print(f"{run.title}\n{len(splits.train):,} images, {len(splits.class_names)} classes, to {folder}")
+        if run.training.late_milestones:
+            print(f"warning: {run.training.late_milestones}")
     if trainer is not None:
         train(trainer, checkpoint)
         probes = [lp.finish(trainer, model)]
