@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import datasets
 import numpy as np
@@ -359,9 +360,19 @@ def _labels(folder: FolderOfImages, asked: str) -> tuple[str, Any, dict[str, lis
             f"column {column!r} of {folder.root}'s metadata holds {held}: write class names, or class numbers from 0"
         )
     names = sorted({label for values in labels.values() for label in values if label is not None})
+    _refuse_twins(folder.root, names)
     numbers = {name: number for number, name in enumerate(names)}
     numbered = {split: [None if y is None else numbers[y] for y in values] for split, values in labels.items()}
     return column, datasets.ClassLabel(names=names), numbered
+
+
+def _refuse_twins(root: Path, names: list[str]) -> None:
+    # A name with an accent has other letters on a Mac than elsewhere, which look the same.
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(normalize("NFC", name).strip(), name)
+        if other != name:
+            raise ValueError(f"{root} has classes {other!a} and {name!a}, which look alike: give them one name")
 
 
 def _write_rows(

@@ -20,6 +20,7 @@ from ..engine.run_folder import DIGITS
 from ..errors import shown
 from ..views.pil import EvaluationView
 from .decode import MAX_PIXELS, Decoder, Unreadable, name_of
+from .folders import HOW
 from .formats import COMMIT, Opened, absolute_name, open_dataset
 from .images import MapImages
 from .labels import SplitLabels, find_label_problem, find_renamed_class, number_classes, read_labels, subset_warnings
@@ -273,7 +274,7 @@ def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageS
     columns = _find_columns(features, args)
     decoder = Decoder(args.max_image_pixels, opened.places)
     class_names = _class_names(features, columns)
-    problem = _missing_for_evaluation(splits, eval_split, columns, args)
+    problem = _missing_for_evaluation(splits, eval_split, columns, args, opened.from_folders)
     problem = problem or _find_renamed_class(opened, {args.train_split: columns, str(eval_split): columns})
     evaluation: Any = None
     if args.streaming:
@@ -398,7 +399,7 @@ def _find_eval_split(splits: dict[str, Any], args: SourceArguments) -> str | Non
 
 
 def _missing_for_evaluation(
-    splits: dict[str, Any], eval_split: str | None, columns: dict[str, str], args: SourceArguments
+    splits: dict[str, Any], eval_split: str | None, columns: dict[str, str], args: SourceArguments, from_folders: bool
 ) -> str | None:
     if "label" not in columns.values():
         features = splits[args.train_split].features
@@ -408,7 +409,10 @@ def _missing_for_evaluation(
                 f"{args.dataset_name} has no column of class numbers: {others[0]}. Convert it to a ClassLabel with `datasets`' "
                 "class_encode_column, or name another column with --label_column"
             )
-        return f"{args.dataset_name} has no label column: name it with --label_column or choose another dataset"
+        remedy = "name it with --label_column or choose another dataset"
+        if from_folders:
+            remedy = f"write {HOW}, list them in a metadata.csv with the columns file_name and label, or {remedy}"
+        return f"{args.dataset_name} has no label column: {remedy}"
     if eval_split is None:
         return (
             f"{args.dataset_name} has no split to evaluate on, only {', '.join(splits)}: name one with --eval_split; the "
