@@ -150,6 +150,7 @@ REFUSED = [
     ({"per_device_train_batch_size": 0}, "per_device_train_batch_size (0) must be a number of at least 1"),
     ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size (0) must be a number of at least 1"),
     ({"dataloader_num_workers": -1}, "dataloader_num_workers (-1) must be a number of at least 0"),
+    ({"save_strategy": "steps", "save_steps": 0}, "save_steps (0) must be above 0: pass --save_strategy no"),
     ({"lr_milestones": [1], "lr_scheduler_type": "linear"}, "(linear) and lr_milestones (1) are two schedules"),
 ]
 

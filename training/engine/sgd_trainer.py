@@ -213,6 +213,10 @@ class SGDTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"num_train_epochs ({self.num_train_epochs}) must be a number above 0: there is nothing to train for"
             )
+        if self.save_strategy == "steps" and not self.save_steps > 0:
+            raise ValueError(
+                f"save_steps ({self.save_steps}) must be above 0: pass --save_strategy no to save nothing before the end"
+            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns (True) would remove the views: leave it off")
         check_name(self.optim)
