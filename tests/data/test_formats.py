@@ -165,13 +165,23 @@ def test_a_folder_of_parquet_keeps_its_pictures_beside_it(tmp_path):
 def test_a_folder_is_known_by_its_absolute_place(tmp_path, monkeypatch):
     write_folders(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    for name in ("data", "./data", "data/", "../" + tmp_path.name + "/data"):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("data", "./data", "data/", "../" + tmp_path.name + "/data", "~/data"):
         splits = load_images(DataArguments(dataset_name=name))
         assert splits.about["dataset"] == str(tmp_path / "data")
         assert splits.about["local"] is True
     write_folders(tmp_path / "digits")
     assert load_images(DataArguments(dataset_name="./digits")).class_names == CLASSES
     assert load_images(DataArguments(dataset_name="digits")).class_names == list("0123456789")
+
+
+def test_no_name_is_not_the_folder_here(tmp_path, monkeypatch):
+    """As of a variable of the shell that is not set."""
+    write_folders(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"dataset_name \(''\) is empty: pass a folder"):
+        DataArguments(dataset_name="")
+    assert load(Path()).about["dataset"] == str(tmp_path)
 
 
 def remove(source: Path) -> None:

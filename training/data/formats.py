@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import os
 import re
 import shlex
 import tarfile
@@ -83,8 +84,17 @@ class Opened:
 
 
 def absolute_name(name: str) -> str:
-    """The absolute path of a folder or file here; other names, which are built in or on the Hub, as they are."""
-    return str(Path(name).resolve()) if name != DIGITS and Path(name).exists() else name
+    """The absolute path of a folder or file here; other names, which are built in or on the Hub, as they are.
+
+    Raises:
+        ValueError: the name is empty.
+    """
+    if not name:
+        raise ValueError(
+            "dataset_name ('') is empty: pass a folder, a file, or the name of a Hub dataset; this folder is ."
+        )
+    path = Path(os.path.expanduser(name))  # a shell leaves the ~ of --dataset_name=~/photos as it is
+    return str(path.resolve()) if name != DIGITS and path.exists() else name
 
 
 def open_dataset(
