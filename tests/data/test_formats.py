@@ -26,7 +26,9 @@ def refusal(folder: Path, **flags) -> str:
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-@pytest.mark.parametrize("kind", ["bytes", "large bytes", "struct"])
+@pytest.mark.parametrize(
+    "kind", ["bytes", "large bytes", "view", "fixed", "struct", "struct without a path", "fixed struct"]
+)
 def test_parquet_of_pandas_and_polars_is_read(kind, streaming, tmp_path):
     folder = tmp_path / "run[1]"  # a pattern that means its neighbour, where names are patterns
     for place, first in ((folder, 0), (tmp_path / "run1", 20)):
@@ -35,8 +37,17 @@ def test_parquet_of_pandas_and_polars_is_read(kind, streaming, tmp_path):
             images: list | pa.Array = [encoded(i) for i in numbers]
             if kind == "large bytes":  # as polars writes them
                 images = pa.array(images, pa.large_binary())
+            elif kind == "view":
+                images = pa.array(images, pa.binary_view())
+            elif kind == "fixed":
+                images = pa.array([image.ljust(200) for image in images], pa.binary(200))
             elif kind == "struct":
                 images = [{"bytes": image, "path": f"{i}.png"} for i, image in zip(numbers, images, strict=True)]
+            elif kind == "struct without a path":
+                images = [{"bytes": image} for image in images]
+            elif kind == "fixed struct":
+                of_files = pa.struct([("bytes", pa.binary(200)), ("path", pa.string())])
+                images = pa.array([{"bytes": image.ljust(200), "path": None} for image in images], of_files)
             pq.write_table(pa.table({"image": images, "label": [i % 3 for i in numbers]}), place / f"{split}.parquet")
     splits = load(folder, streaming=streaming)
     assert [(number(decode_image(row["image"])), row["label"]) for row in splits.train] == [
@@ -47,7 +58,16 @@ def test_parquet_of_pandas_and_polars_is_read(kind, streaming, tmp_path):
 
 def test_paths_in_a_column_are_not_followed(tmp_path):
     pq.write_table(pa.table({"image": ["a.png", "b.png"], "label": [0, 1]}), tmp_path / "train.parquet")
-    assert "0 image columns (none) among image, label: store images or their bytes" in refusal(tmp_path)
+    assert "0 image columns (none) among image, label: store the bytes of the images' files in one; paths, " in refusal(
+        tmp_path
+    )
+
+
+def test_a_digest_beside_the_bytes_is_no_second_image_column(tmp_path):
+    digests = pa.array([bytes([i]) * 20 for i in range(3)], pa.binary(20))
+    columns = {"image": [encoded(i) for i in range(3)], "sha1": digests, "label": [0, 1, 2]}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    assert load(tmp_path).train.column_names == ["image", "label"]
 
 
 def write_columns(folder: Path, **columns: datasets.ClassLabel | datasets.Value) -> Path:

@@ -396,7 +396,7 @@ def _why_not_this_parquet(file: BinaryIO, size: int, digest: Any) -> str | None:
 
 def _has_bytes(column: Any) -> bool:
     """Whether a column of a parquet file may have images: bytes that are no text."""
-    return bool(column.physical_type == "BYTE_ARRAY" and column.logical_type.type == "NONE")
+    return column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY") and column.logical_type.type == "NONE"
 
 
 def _update(digest: Any, file: BinaryIO, start: int, count: int) -> None:

@@ -18,6 +18,7 @@ from unicodedata import normalize
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilderConfig
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
@@ -53,6 +54,7 @@ from .hub import commit_on_the_hub, wait_for_the_hub
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 FILES_AT_A_TIME = 16  # to check
 ROWS_PER_SHARD = 1000  # of a folder of images that is read as a stream
+ODD_BYTES = ("fixed_size_binary", "binary_view")  # types of Arrow
 TABLES = (".csv", ".jsonl", ".json")
 STREAMED_SHARDS = 4  # of a dataset that has no files
 ON_THE_HUB = re.compile(r"hf://datasets/(?P<repo_id>[^@]+)@(?P<revision>[0-9a-f]{40})/(?P<filename>.+)")
@@ -426,8 +428,30 @@ def _open_data_files(root: Path, splits: dict[str, list[FoundFile]], streaming: 
     names = {split: [glob.escape(f"{root}/{file.path}") for file in files] for split, files in splits.items()}
     (kind,) = kinds
     with _one_line_of(str(root)):
-        builder = datasets.load_dataset_builder(BUILDERS[kind], name=f"state_{state}", data_files=names)
+        features = _with_plain_bytes(paths[0]) if kind == ".parquet" else None
+        builder = datasets.load_dataset_builder(
+            BUILDERS[kind], name=f"state_{state}", data_files=names, features=features
+        )
     return replace(_read(builder, str(root), streaming), content=content)
+
+
+def image_columns(features: datasets.Features) -> list[str]:
+    """The columns of images; without any, those of bytes, {bytes} or {bytes, path}, as pandas and polars write images."""
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    return images or [name for name, feature in features.items() if _holds_bytes(feature, ("binary", "large_binary"))]
+
+
+def _holds_bytes(feature: Any, kinds: tuple[str, ...]) -> bool:
+    if isinstance(feature, dict):
+        return {"bytes"} <= set(feature) <= {"bytes", "path"} and _holds_bytes(feature["bytes"], (*kinds, *ODD_BYTES))
+    return isinstance(feature, datasets.Value) and feature.dtype.split("[")[0] in kinds
+
+
+def _with_plain_bytes(file: Path) -> datasets.Features | None:
+    """The columns of a parquet file, where its only bytes are of a kind that `datasets` makes no images of."""
+    features = datasets.Features.from_arrow_schema(pq.read_schema(file))
+    odd = [] if image_columns(features) else [name for name, x in features.items() if _holds_bytes(x, ODD_BYTES)]
+    return datasets.Features(features | dict.fromkeys(odd, datasets.Value("binary"))) if odd else None
 
 
 def _look_once(state: str, files: Sequence[str | Path], identify: bool = True) -> list[str]:

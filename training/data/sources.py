@@ -21,7 +21,7 @@ from ..errors import shown
 from ..views.pil import EvaluationView
 from .decode import MAX_PIXELS, Decoder, Unreadable, name_of
 from .folders import HOW
-from .formats import COMMIT, Opened, absolute_name, open_dataset
+from .formats import COMMIT, Opened, absolute_name, image_columns, open_dataset
 from .images import MapImages
 from .labels import SplitLabels, find_label_problem, find_renamed_class, number_classes, read_labels, subset_warnings
 from .shards import ShardedRows, are_parquet, count_rows
@@ -426,8 +426,7 @@ def _find_columns(features: datasets.Features, args: SourceArguments) -> dict[st
     for name, column in (("image_column", args.image_column), ("label_column", args.label_column)):
         if column is not None and column not in features:
             raise ValueError(f"{name} ({column!r}) is not in {args.dataset_name}: it has {', '.join(features)}")
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    images = images or [name for name, feature in features.items() if _holds_bytes(feature)]
+    images = image_columns(features)
     if args.image_column is not None and args.image_column not in images:
         raise ValueError(
             f"image_column ({args.image_column!r}) of {args.dataset_name} contains {features[args.image_column]}, not images: "
@@ -454,19 +453,16 @@ def _find_columns(features: datasets.Features, args: SourceArguments) -> dict[st
     return columns
 
 
-def _holds_bytes(feature: Any) -> bool:
-    """Whether a column has bytes, or {bytes, path}, as pandas and polars write images."""
-    if isinstance(feature, dict):
-        return set(feature) == {"bytes", "path"} and _holds_bytes(feature["bytes"])
-    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
-
-
 def _remedy(images: list[str]) -> str:
     if images and all("." in name for name in images):  # of the members of a tar
         return (
             "a webdataset tar takes what follows the first dot of a name as its column: write names such as 000123.jpg"
         )
-    return "name one with --image_column" if images else "store images or their bytes in one, not their paths"
+    return (
+        "name one with --image_column"
+        if images
+        else "store the bytes of the images' files in one; paths, lists and arrays are not read"
+    )
 
 
 def _find_label_column(features: datasets.Features, args: SourceArguments) -> str | None:
