@@ -2,15 +2,19 @@
 
 import io
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numbered_images import CLASSES, encoded, number, table, write_folders, write_parquet, write_tars
+from PIL import Image
 
+from training.data import folders
 from training.data.decode import decode_image
 from training.data.sources import DataArguments, load_images
 
@@ -217,6 +221,13 @@ def replace(source: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
 
 
+def exchange(source: Path) -> None:
+    """For another image of the same size in bytes, as all are that are not compressed."""
+    path = source / "train" / "cat" / "0.png"
+    size = path.stat().st_size
+    path.write_bytes(encoded(40).ljust(size, b"\0")[:size])
+
+
 def rename(source: Path) -> None:
     (source / "train" / "cat").rename(source / "train" / "kitten")
 
@@ -231,14 +242,57 @@ def assert_train_split_is_other_content(source: Path, before: dict[str, str], wa
         load_images(args)
 
 
-@pytest.mark.parametrize("change", [remove, add, replace, rename])
+@pytest.mark.parametrize("change", [remove, add, replace, exchange, rename])
 def test_changed_files_are_another_content(change, tmp_path):
     source = write_folders(tmp_path / "source")
     before = load(source).place["content"]
     assert load(source).place["content"] == before
+    shutil.move(source, tmp_path / "elsewhere")
+    shutil.copytree(tmp_path / "elsewhere", source, copy_function=shutil.copyfile)  # other times, the same images
+    assert load(source).place["content"] == before
     assert before["train"].startswith("12 images ")
     change(source)
     assert_train_split_is_other_content(source, before)
+
+
+def test_many_large_images_are_compared_by_parts_of_some(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "LOOKED_INTO", 4)
+    random = np.random.default_rng(0)
+    for i in range(20):
+        pixels = random.integers(0, 256, (200, 200, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}.bmp")  # of one size in bytes, which is more than 64 kB
+    before = load(tmp_path).place["content"]
+    assert load(tmp_path).place["content"] == before
+    for i in range(20):
+        (tmp_path / f"{i:02}.bmp").replace(tmp_path / f"{(i + 1) % 20:02}.bmp.new")
+    for path in tmp_path.glob("*.new"):
+        path.replace(path.with_suffix(""))
+    assert load(tmp_path).place["content"] != before
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_data_files_of_the_same_sizes_with_other_images_are_another_content(form, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+
+    def write(first: int) -> int:
+        images = [encoded(i, "BMP") for i in range(first, first + 6)]
+        path = source / f"train.{form}"
+        if form == "parquet":
+            pq.write_table(pa.table({"image": images}), path, compression="none", write_statistics=False)
+        else:
+            with tarfile.open(path, "w") as tar:
+                for i, image in enumerate(images):
+                    member = tarfile.TarInfo(f"{i}.bmp")
+                    member.size = len(image)
+                    tar.addfile(member, io.BytesIO(image))
+        return path.stat().st_size
+
+    size = write(0)
+    before = load(source).place["content"]
+    assert load(source).place["content"] == before
+    assert write(6) == size
+    assert load(source).place["content"] != before
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])

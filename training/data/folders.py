@@ -4,12 +4,14 @@
 links. Here a name means something at its own place only, deeper folders belong to their class, and every file is counted.
 """
 
+import hashlib
 import os
 import re
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from errno import ELOOP, ENOENT, ENOTDIR
 from functools import partial
@@ -67,6 +69,9 @@ MOST_UNPACKED = 10  # times the size of a file of images, which are compressed a
 FOOTER_END = 8  # bytes behind a footer of parquet
 PIECE = 2**20  # bytes that are read at once
 LITTLE = 2**28  # bytes that any file may unpack to
+LOOKED_INTO = 512  # images of a split
+OF_AN_IMAGE, OF_A_DATA_FILE = 2**16, 2**20  # bytes that are looked at
+PARTS = 16  # of a file with more
 FEW_ROWS = 100_000  # that any file may have
 LEAST_ROW = 16  # bytes of a file for each of more rows: no image takes less
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".npz", ".pth")  # members of a tar that `datasets` unpacks, to any size
@@ -351,13 +356,36 @@ def _refuse_two_names_of_one_file(folder: FolderOfImages) -> None:
             )
 
 
+def digests_of_some(root: Path, files: list[FoundFile]) -> list[str]:
+    """Digests of parts of some files, spread over all: an image may be exchanged for another of the same size."""
+    some = [files[i * len(files) // LOOKED_INTO] for i in range(LOOKED_INTO)] if len(files) > LOOKED_INTO else files
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        return list(pool.map(lambda file: _digest_of_parts(root / file.path, file.size), some))
+
+
+def _digest_of_parts(path: Path, size: int) -> str:
+    digest = hashlib.sha256()
+    with suppress(OSError), path.open("rb") as file:  # the run leaves an image out that cannot be read
+        _update_by_parts(digest, file, size, OF_AN_IMAGE)
+    return digest.hexdigest()
+
+
+def _update_by_parts(digest: Any, file: BinaryIO, size: int, most: int) -> None:
+    """Give a digest a file of up to `most` bytes, and as many bytes of a larger one, from places that are spread over it."""
+    if size <= most:
+        _update(digest, file, 0, size)
+        return
+    for place in range(PARTS):
+        _update(digest, file, place * (size - most // PARTS) // (PARTS - 1), most // PARTS)
+
+
 def check_data_file(address: str | Path, digest: Any = None) -> None:
     """Look at what a data file unpacks to, by its footer or the headers of its members, before memory is taken.
 
     Args:
         address: path of a parquet, tar or zip file, or where one lies on the Hub; files of other formats pass.
         digest: of hashlib. It takes what tells a parquet or tar file from others of its size: labels and all else beside the
-            images, and how large these are.
+            images, how large these are, and parts of the file.
 
     Raises:
         ValueError: it is damaged, or unpacks to far more than images do.
@@ -370,6 +398,8 @@ def check_data_file(address: str | Path, digest: Any = None) -> None:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             reason = why_not(file, size, digest)
+            if digest is not None:
+                _update_by_parts(digest, file, size, OF_A_DATA_FILE)
     except (OSError, tarfile.TarError, BadZipFile, pa.ArrowException) as error:
         raise ValueError(
             f"{address} cannot be read ({one_line(error)}): see that it is whole, and a tar without compression"

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -42,6 +42,7 @@ from .folders import (
     FoundFile,
     arrange,
     check_data_file,
+    digests_of_some,
     divide_data_files,
     list_files,
     metadata_of,
@@ -250,7 +251,7 @@ class _Index:
 
     Args:
         rows: Arrow file of each split.
-        content: number and digest of each split's images, and the digest of their metadata.
+        content: of each split number of the images, digest of their names, sizes and parts of some, and that of their metadata.
         account: of the folder's files, in words.
     """
 
@@ -329,11 +330,12 @@ def _write_index(folder: FolderOfImages, column: str, feature: Any, labels: dict
     place.mkdir(parents=True, exist_ok=True)
     rows, content = {}, {}
     for split, files in folder.splits.items():
-        content[split] = (
-            f"{len(files):,} images {_digest((f.path, f.size) for f in files)}{_metadata(folder.root, files)}"
-        )
         state = _digest(
             [column, feature, *((f.path, f.size, f.stamp, y) for f, y in zip(files, labels[split], strict=True))]
+        )
+        parts = _once(place / f"{state}.json", partial(digests_of_some, folder.root, files))
+        content[split] = (
+            f"{len(files):,} images {_digest([*((f.path, f.size) for f in files), *parts])}{_metadata(folder.root, files)}"
         )
         rows[split] = str(place / f"{state}.arrow")
         if not Path(rows[split]).is_file():
@@ -461,18 +463,27 @@ def _look_once(state: str, files: Sequence[str | Path], identify: bool = True) -
         state: identifies the files and when they were changed.
     """
     # The members of large tars take a minute, and each request to the Hub a while.
-    kept = Path(datasets.config.HF_DATASETS_CACHE) / "known_files" / f"{state}.json"
+    kept = Path(datasets.config.HF_DATASETS_CACHE) / "files_looked_at" / f"{state}.json"
+    return _once(kept, partial(_look, files, identify))
+
+
+def _once(kept: Path, make: Callable[[], list[str]]) -> list[str]:
+    """What was made before and kept in this file, or is made and kept now."""
     if kept.is_file():
-        digests: list[str] = read_json(kept, "delete it")
-        return digests
-    look = partial(_look_at_data_file, identify=identify)
-    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
-        looked_at = pool.map(look, files)
-        bar = tqdm(looked_at, "checking", len(files), unit=" files", disable=None, leave=False, dynamic_ncols=True)
-        digests = list(bar)
+        found: list[str] = read_json(kept, "delete it")
+        return found
+    made = make()
     kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(kept, digests)
-    return digests
+    write_json(kept, made)
+    return made
+
+
+def _look(files: Sequence[str | Path], identify: bool) -> list[str]:
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        looked_at = pool.map(partial(_look_at_data_file, identify=identify), files)
+        return list(
+            tqdm(looked_at, "checking", len(files), unit=" files", disable=None, leave=False, dynamic_ncols=True)
+        )
 
 
 def _look_at_data_file(file: str | Path, identify: bool) -> str:
