@@ -267,6 +267,7 @@ def test_a_broken_file_is_named_and_counted_and_the_next_image_takes_its_place(k
     assert images.unreadable() == ["photo1.jpg", "photo7.jpg"]
     named = [record.getMessage() for record in caplog.records if record.name == "training.data.decode"]
     assert ["photo1.jpg" in named[0], "photo7.jpg" in named[1], len(named)] == [True, True, 2]
+    assert "object at" not in named[0]  # of PIL's words, which name what is nowhere
 
 
 def test_a_broken_file_of_a_folder_is_named_by_its_path(tmp_path, caplog):
