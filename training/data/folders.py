@@ -408,6 +408,14 @@ def check_data_file(address: str | Path, digest: Any = None) -> None:
         raise ValueError(f"{address} ({size:,} bytes) {reason}: it is not read, because it would fill the memory")
 
 
+def has_rows(path: str | Path) -> bool:
+    """Whether a parquet or tar file that was checked has any: writers that share the work leave some without."""
+    if Path(path).suffix.lower() == ".parquet":
+        return bool(pq.read_metadata(path).num_rows)
+    with open(path, "rb") as file:
+        return any(file.read(tarfile.BLOCKSIZE))  # the header of the first member
+
+
 def _why_not_this_parquet(file: BinaryIO, size: int, digest: Any) -> str | None:
     footer = pq.read_metadata(file)
     if footer.num_rows > max(FEW_ROWS, size // LEAST_ROW):

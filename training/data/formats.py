@@ -44,6 +44,7 @@ from .folders import (
     check_data_file,
     digests_of_some,
     divide_data_files,
+    has_rows,
     list_files,
     metadata_of,
     refuse_missing_shards,
@@ -421,6 +422,8 @@ def _open_data_files(root: Path, splits: dict[str, list[FoundFile]], streaming: 
     state = _digest((f.path, f.size, f.stamp) for files in splits.values() for f in files)
     paths = [root / file.path for files in splits.values() for file in files]
     digests = dict(zip(paths, decided_by_main(lambda: _look_once(_digest([root, state]), paths)), strict=True))
+    # `datasets` fails at a file without rows.
+    splits = {split: [f for f in files if digests[root / f.path]] or files for split, files in splits.items()}
     content = {
         split: f"{len(files):,} files {_digest((f.path, f.size, digests[root / f.path]) for f in files)}"
         for split, files in splits.items()
@@ -430,7 +433,7 @@ def _open_data_files(root: Path, splits: dict[str, list[FoundFile]], streaming: 
     names = {split: [glob.escape(f"{root}/{file.path}") for file in files] for split, files in splits.items()}
     (kind,) = kinds
     with _one_line_of(str(root)):
-        features = _with_plain_bytes(paths[0]) if kind == ".parquet" else None
+        features = _with_plain_bytes(root / next(iter(splits.values()))[0].path) if kind == ".parquet" else None
         builder = datasets.load_dataset_builder(
             BUILDERS[kind], name=f"state_{state}", data_files=names, features=features
         )
@@ -457,7 +460,7 @@ def _with_plain_bytes(file: Path) -> datasets.Features | None:
 
 
 def _look_once(state: str, files: Sequence[str | Path], identify: bool = True) -> list[str]:
-    """Check data files (`check_data_file`), and what tells each from others of its size.
+    """Check data files (`check_data_file`), and what tells each from others of its size; nothing for one without rows.
 
     Args:
         state: identifies the files and when they were changed.
@@ -489,7 +492,7 @@ def _look(files: Sequence[str | Path], identify: bool) -> list[str]:
 def _look_at_data_file(file: str | Path, identify: bool) -> str:
     digest = hashlib.sha256()
     check_data_file(file, digest if identify else None)
-    return digest.hexdigest()
+    return digest.hexdigest() if not identify or has_rows(file) else ""
 
 
 def _open_file(path: Path, streaming: bool, split: str) -> Opened:
