@@ -17,6 +17,7 @@ from PIL import Image
 from training.data import folders
 from training.data.decode import decode_image
 from training.data.sources import DataArguments, load_images
+from training.engine.run_folder import check_same_run, write_recipe
 
 
 def load(folder: Path, **flags):
@@ -268,6 +269,23 @@ def test_many_large_images_are_compared_by_parts_of_some(tmp_path, monkeypatch):
     for path in tmp_path.glob("*.new"):
         path.replace(path.with_suffix(""))
     assert load(tmp_path).place["content"] != before
+
+
+def test_a_run_goes_on_with_images_that_were_moved_by_a_link_at_their_place(tmp_path):
+    old, new, run = tmp_path / "old", tmp_path / "new", tmp_path / "run"
+    old.mkdir()
+    run.mkdir()
+    write_recipe(run, {"data": {"dataset_name": str(old)}})
+    old.rename(new)
+    settings = {"data": {"dataset_name": str(new)}}
+    with pytest.raises(ValueError, match=f"if its images were moved, leave a link to them at {old}$"):
+        check_same_run(run, settings, {})
+    old.symlink_to(new)
+    check_same_run(run, settings, {})
+    old.unlink()
+    old.mkdir()
+    with pytest.raises(ValueError, match="or the same settings to continue it$"):
+        check_same_run(run, settings, {})
 
 
 @pytest.mark.parametrize("form", ["parquet", "tar"])
