@@ -146,6 +146,15 @@ def test_a_dataset_is_read_whatever_format_was_saved_with_it(kind, streaming, tm
     assert [(type(row["label"]), row["label"]) for row in found] == [(int, i % 3) for i in range(len(rows))]
 
 
+def test_the_folder_around_a_dataset_saved_to_disk_says_which_to_pass(tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [encoded(0)]})
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "saved"))
+    assert (
+        refusal(tmp_path)
+        == f"dataset_name ({tmp_path}) has a dataset of `save_to_disk` inside it: pass {tmp_path}/saved"
+    )
+
+
 def test_parquet_files_are_divided_by_their_own_names(tmp_path):
     source = write_parquet(tmp_path / "my test data", [range(3), range(3, 6)])
     write_parquet(source, [range(6, 9)], split="validation")
@@ -284,7 +293,7 @@ def test_a_run_goes_on_with_images_that_were_moved_by_a_link_at_their_place(tmp_
     check_same_run(run, settings, {})
     old.unlink()
     old.mkdir()
-    with pytest.raises(ValueError, match="or the same settings to continue it$"):
+    with pytest.raises(ValueError, match=r"or the same settings to continue it$"):
         check_same_run(run, settings, {})
 
 

@@ -57,6 +57,7 @@ BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 FILES_AT_A_TIME = 16  # to check
 ROWS_PER_SHARD = 1000  # of a folder of images that is read as a stream
 ODD_BYTES = ("fixed_size_binary", "binary_view")  # types of Arrow
+OF_SAVED = ("dataset_dict.json", "state.json")  # files of `save_to_disk`, of several splits and of one
 TABLES = (".csv", ".jsonl", ".json")
 STREAMED_SHARDS = 4  # of a dataset that has no files
 ON_THE_HUB = re.compile(r"hf://datasets/(?P<repo_id>[^@]+)@(?P<revision>[0-9a-f]{40})/(?P<filename>.+)")
@@ -218,7 +219,7 @@ def _places_on_the_hub(files: dict[str, list[str]]) -> tuple[str, ...]:
 
 
 def _open_folder(root: Path, streaming: bool, asked: set[str], label_column: str) -> Opened:
-    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+    if any((root / name).is_file() for name in OF_SAVED):
         return _open_saved(root, streaming)
     found = decided_by_main(lambda: _look_into(root, asked, label_column))
     if not isinstance(found, _Index):
@@ -309,6 +310,9 @@ def _prepared(folder: Path) -> dict[str, Any] | None:
 def _no_images(root: Path, folder: FolderOfImages) -> str:
     if not folder.left_out:
         return f"dataset_name ({root}) is an empty folder: pass one with images as in {HOW}"
+    saved = [path.parent for name in OF_SAVED for path in sorted(root.rglob(name))]
+    if saved:
+        return f"dataset_name ({root}) has a dataset of `save_to_disk` inside it: pass {saved[0]}"
     tables = [extension for extension in TABLES if any(root.rglob(f"*{extension}"))]
     remedy = f"pass a folder as in {HOW}, or one with parquet or tar files"
     if tables:
