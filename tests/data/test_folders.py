@@ -395,6 +395,14 @@ def test_a_column_of_metadata_with_a_space_in_its_name_is_refused(header, tmp_pa
     assert "separate its columns by commas, without spaces" in refusal(tmp_path)
 
 
+def test_a_split_of_which_the_metadata_lists_nothing_has_no_labels(tmp_path, capsys):
+    for split in ("train", "test"):
+        put(tmp_path / split)
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n0.png,a\n1.png,b\n")
+    assert found(tmp_path) == {"train": {"a": 1, "b": 1}, "test": {None: 3}}
+    assert "5 images of 7 files: 1 metadata, 1 not listed in the metadata" in capsys.readouterr().out
+
+
 def test_names_of_digits_keep_their_zeros(tmp_path, capsys):
     put(tmp_path, 3, "00{}")
     (tmp_path / "metadata.csv").write_text("file_name,label\n000,a\n001,b\n002,b\n")

@@ -534,7 +534,7 @@ def visible(files: Iterable[FoundFile]) -> Iterator[FoundFile]:
 
 
 def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
-    """Labels by the path of an image. Images that are not listed leave the folder's splits and are counted.
+    """Labels by the path of an image. Images that are not listed leave splits of which others are, and are counted.
 
     Args:
         folder: changed in place.
@@ -571,9 +571,10 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
             f"lines, add the images, or write the paths as those of the images are, such as {min(there)}"
         )
     for split, files in folder.splits.items():
-        folder.splits[split] = [file for file in files if file.path in labels]
-        if unlisted := len(files) - len(folder.splits[split]):
-            folder.left_out["not listed in the metadata"] += unlisted
+        listed = [file for file in files if file.path in labels]
+        if listed and len(listed) < len(files):  # else it has no labels, as the test split of a competition
+            folder.splits[split] = listed
+            folder.left_out["not listed in the metadata"] += len(files) - len(listed)
     return labels
 
 

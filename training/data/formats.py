@@ -367,7 +367,7 @@ def _labels(folder: FolderOfImages, asked: str) -> tuple[str, Any, dict[str, lis
     column = "label" if listed is None else asked
     labels: dict[str, list[Any]] = {}
     for split, files in folder.splits.items():
-        labels[split] = [folder.class_of(file) if listed is None else listed[file.path] for file in files]
+        labels[split] = [folder.class_of(file) if listed is None else listed.get(file.path) for file in files]
     kinds = {type(label) for values in labels.values() for label in values} - {type(None)}
     if not kinds:
         return column, None, labels
