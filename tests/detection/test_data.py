@@ -310,6 +310,12 @@ def test_a_missing_image_is_named(form, gone, tmp_path):
         load(folder)
 
 
+def test_a_split_of_which_the_metadata_lists_nothing_has_no_objects_to_evaluate_on(tmp_path):
+    folder = write_metadata(tmp_path / "data")
+    (folder / "test" / "metadata.jsonl").unlink()
+    assert load(folder, bbox_format="xywh").eval is None
+
+
 def test_a_missing_image_of_the_metadata_is_named(tmp_path):
     folder = write_metadata(tmp_path / "data")
     (folder / "train" / "3.png").unlink()
