@@ -32,10 +32,9 @@ from training.engine.checkpoints import claim_output_dir
 from training.engine.files import write_json
 from training.engine.results import Result, append_results, encoder_digest, read_results
 from training.evaluation.finetune import FinetuneArguments
-from training.evaluation.knn import evaluate_knn
+from training.evaluation.knn import by_newest_k, evaluate_knn
 from training.evaluation.linear_probe import parse_linear_probe
 from training.evaluation.probe_arguments import LinearProbeArguments
-from training.monitor import by_newest_k
 from training.pretrain import announce, build_trainer, drawn_images, finish, monitored, saved_step
 from training.recipe import RECIPES, load_recipe, parse_pretrain, recipe_names
 from training.reports.compare import read_measured

@@ -28,8 +28,7 @@ from .engine.record import record
 from .engine.results import Result, conditions, encoder_digest, read_results
 from .engine.run_folder import FIGURES, METRICS, drawn, mark_ended, unused
 from .evaluation.encoder import encode_blank
-from .evaluation.knn import protocol
-from .monitor import accuracies
+from .evaluation.knn import accuracies, protocol
 from .recipe import PretrainArguments
 from .reports.run import chance_loss, draw_curves, draw_features
 from .trainer import MoCoTrainer, MoCoTrainingArguments

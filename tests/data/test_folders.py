@@ -2,6 +2,9 @@
 
 import os
 import re
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from PIL import Image
 
 from training.data.decode import FORMATS
 from training.data.folders import arrange, list_files
-from training.data.sources import DataArguments, load_images
+from training.data.sources import DataArguments, SplitDataArguments, load_images, load_splits
 
 
 def put(folder: Path, count: int = 3, name: str = "{}.png", start: int = 0) -> None:
@@ -115,6 +118,14 @@ def test_pictures_without_classes_have_no_labels(tmp_path):
     assert found(tmp_path / "both") == {"train": {None: 3}, "test": {None: 3}}
 
 
+def test_labels_are_asked_for_where_a_folder_has_them(tmp_path):
+    for split in ("train", "test"):
+        put(tmp_path / split)
+    (tmp_path / "train.csv").write_text("id,label\n0,a\n1,b\n2,b\n")  # a list as of a competition
+    problem = load_images(DataArguments(dataset_name=str(tmp_path))).label_problem
+    assert "has no label column: write FOLDER/train/CLASS and FOLDER/test/CLASS, list them in a metadata.csv" in problem
+
+
 def test_loose_pictures_do_not_cost_the_others_their_class(tmp_path):
     for split in ("train", "test"):
         for name in ("a", "b"):
@@ -195,6 +206,57 @@ def test_files_beside_the_pictures_change_nothing(name, tmp_path):
     assert found(tmp_path) == {key: {"a": 3, "b": 3} for key in ("train", "test")}
 
 
+@pytest.mark.parametrize("name", ["@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"])
+def test_what_a_system_keeps_beside_the_files_is_no_part_of_a_dataset(name, tmp_path, capsys):
+    """A NAS keeps a thumbnail of every photograph, others what was deleted."""
+    for label in ("a", "b"):
+        put(tmp_path / "train" / label)
+        put(tmp_path / "train" / label / name / "0.png")
+    put(tmp_path / name / "a")
+    assert found(tmp_path) == {"train": {"a": 3, "b": 3}}
+    assert "6 images of 15 files: 9 in hidden folders" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("extension", [".NEF", ".dng", ".cr2", ".arw"])
+def test_the_thumbnail_in_a_raw_file_is_not_its_image(extension, tmp_path, capsys):
+    put(tmp_path)
+    Image.new("RGB", (160, 120)).save(tmp_path / f"DSC0001{extension}", format="TIFF")
+    assert found(tmp_path) == {"train": {None: 3}}
+    assert f"1 {extension.lower()} (raw files of cameras: develop them to JPEG or TIFF)" in capsys.readouterr().out
+
+
+def test_a_link_to_itself_or_through_a_file_leads_nowhere(tmp_path, capsys):
+    put(tmp_path)
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "through.png").symlink_to("0.png/x.png")
+    assert found(tmp_path) == {"train": {None: 3}}
+    assert "3 images of 5 files: 2 links to nowhere" in capsys.readouterr().out
+
+
+FORBIDDEN = """
+import os, sys
+from pathlib import Path
+from training.data.folders import list_files
+os.setuid(65534)
+print(sorted(file.path for file in list_files(Path(sys.argv[1]))))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="root alone can become somebody else")
+def test_a_forbidden_folder_ends_the_walk_unless_nothing_in_it_is_read(tmp_path_factory):
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        put(Path(place) / "a")
+        (Path(place) / "lost+found").mkdir(mode=0o700)
+
+        def walked() -> subprocess.CompletedProcess:
+            return subprocess.run([sys.executable, "-c", FORBIDDEN, place], capture_output=True, text=True)
+
+        assert walked().stdout == "['a/0.png', 'a/1.png', 'a/2.png']\n"
+        (Path(place) / "b").mkdir(mode=0o700)
+        assert f"{place}/b cannot be listed" in walked().stderr
+
+
 REFUSED = {
     "splits inside classes": (
         ["a/train", "a/test", "b/train", "b/test"],
@@ -203,6 +265,15 @@ REFUSED = {
     "a folder around": (["archive/train/a", "archive/test/a"], "inside it: pass {}/archive"),
     "VOC": (["JPEGImages", "SegmentationClass"], "are pictures and their masks and no classes: pass {}/JPEGImages"),
     "masks": (["train/images", "train/masks", "test/images", "test/masks"], "no classes: pass {}/train/images"),
+    "VOCdevkit": (["VOC2007/JPEGImages", "VOC2007/SegmentationClass"], "no classes: pass {}/VOC2007/JPEGImages"),
+    "CUB": (["images/a", "images/b", "segmentations/a", "segmentations/b"], "no classes: pass {}/images"),
+    "nuclei": (["train/0a/images", "train/0a/masks", "train/0b/images"], "no classes: pass {}/train/0a/images"),
+    "ILSVRC": (["ILSVRC/Data/CLS-LOC/train/n01", "ILSVRC/Data/CLS-LOC/test"], "inside it: pass {}/ILSVRC/Data/CLS-LOC"),
+    "accents": (
+        ["train/caf\u00e9", "train/cafe\u0301"],
+        r"has classes 'cafe\u0301' and 'caf\xe9', which look alike: give",
+    ),
+    "spaces": (["cat", "cat "], "has classes 'cat' and 'cat ', which look alike: give them one name"),
     "COCO": (["train2017", "val2017"], "train2017, val2017 of {} may be splits or classes: for splits name the one"),
     "mixed": (["train/a", "train/b", "extra/a"], "{} has train beside extra, which may be splits or classes"),
 }
@@ -229,6 +300,7 @@ def test_an_anomaly_layout_is_read_with_its_masks_left_alone(tmp_path):
     for folder in ("train/good", "test/good", "test/broken", "ground_truth/broken"):
         put(tmp_path / folder)
     assert found(tmp_path) == {"train": {"good": 3}, "test": {"good": 3, "broken": 3}}
+    assert list(load_splits(SplitDataArguments(dataset_name=str(tmp_path))).rows) == ["train", "test"]
 
 
 @pytest.mark.parametrize(
@@ -315,12 +387,42 @@ def test_a_cell_without_text_is_no_label(tmp_path):
     assert splits.train["label"][:] == [1, None, 0, 1]
 
 
+@pytest.mark.parametrize("header", ["file_name, label", " file_name,label"])
+def test_a_column_of_metadata_with_a_space_in_its_name_is_refused(header, tmp_path):
+    """Or the folders would give the labels, or nothing."""
+    put(tmp_path / "a")
+    (tmp_path / "metadata.csv").write_text(f"{header}\na/0.png, x\n")
+    assert "separate its columns by commas, without spaces" in refusal(tmp_path)
+
+
+def test_a_split_of_which_the_metadata_lists_nothing_has_no_labels(tmp_path, capsys):
+    for split in ("train", "test"):
+        put(tmp_path / split)
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n0.png,a\n1.png,b\n")
+    assert found(tmp_path) == {"train": {"a": 1, "b": 1}, "test": {None: 3}}
+    assert "5 images of 7 files: 1 metadata, 1 not listed in the metadata" in capsys.readouterr().out
+
+
+def test_names_of_digits_keep_their_zeros(tmp_path, capsys):
+    put(tmp_path, 3, "00{}")
+    (tmp_path / "metadata.csv").write_text("file_name,label\n000,a\n001,b\n002,b\n")
+    assert found(tmp_path) == {"train": {"a": 1, "b": 2}}
+    assert capsys.readouterr().out == f"{tmp_path}: 3 images of 4 files: 1 metadata\n"  # and not 0 of anything
+
+
+def test_metadata_that_lists_no_paths_says_how_they_are_written(tmp_path):
+    put(tmp_path / "train")
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0,a\n1,b\n2,b\n")
+    assert "lists 0, which is no image there (3 in all)" in refusal(tmp_path)
+    assert refusal(tmp_path).endswith("such as train/0.png")
+
+
 @pytest.mark.parametrize("mark", [";", "\t"])
 def test_metadata_whose_columns_are_not_separated_by_commas_is_refused(mark, tmp_path):
     put(tmp_path / "train" / "a", 1)
     (tmp_path / "train" / "metadata.csv").write_text(f"file_name{mark}label\na/0.png{mark}b\n")
     assert re.search(
-        r"metadata.csv has the column 'file_name.label': separate its columns by commas", refusal(tmp_path)
+        r"metadata.csv has the column 'file_name.{1,2}label': separate its columns by commas", refusal(tmp_path)
     )
 
 

@@ -2,17 +2,22 @@
 
 import io
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numbered_images import CLASSES, encoded, number, table, write_folders, write_parquet, write_tars
+from PIL import Image
 
+from training.data import folders
 from training.data.decode import decode_image
 from training.data.sources import DataArguments, load_images
+from training.engine.run_folder import check_same_run, write_recipe
 
 
 def load(folder: Path, **flags):
@@ -26,7 +31,9 @@ def refusal(folder: Path, **flags) -> str:
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-@pytest.mark.parametrize("kind", ["bytes", "large bytes", "struct"])
+@pytest.mark.parametrize(
+    "kind", ["bytes", "large bytes", "view", "fixed", "struct", "struct without a path", "fixed struct"]
+)
 def test_parquet_of_pandas_and_polars_is_read(kind, streaming, tmp_path):
     folder = tmp_path / "run[1]"  # a pattern that means its neighbour, where names are patterns
     for place, first in ((folder, 0), (tmp_path / "run1", 20)):
@@ -35,8 +42,17 @@ def test_parquet_of_pandas_and_polars_is_read(kind, streaming, tmp_path):
             images: list | pa.Array = [encoded(i) for i in numbers]
             if kind == "large bytes":  # as polars writes them
                 images = pa.array(images, pa.large_binary())
+            elif kind == "view":
+                images = pa.array(images, pa.binary_view())
+            elif kind == "fixed":
+                images = pa.array([image.ljust(200) for image in images], pa.binary(200))
             elif kind == "struct":
                 images = [{"bytes": image, "path": f"{i}.png"} for i, image in zip(numbers, images, strict=True)]
+            elif kind == "struct without a path":
+                images = [{"bytes": image} for image in images]
+            elif kind == "fixed struct":
+                of_files = pa.struct([("bytes", pa.binary(200)), ("path", pa.string())])
+                images = pa.array([{"bytes": image.ljust(200), "path": None} for image in images], of_files)
             pq.write_table(pa.table({"image": images, "label": [i % 3 for i in numbers]}), place / f"{split}.parquet")
     splits = load(folder, streaming=streaming)
     assert [(number(decode_image(row["image"])), row["label"]) for row in splits.train] == [
@@ -47,7 +63,16 @@ def test_parquet_of_pandas_and_polars_is_read(kind, streaming, tmp_path):
 
 def test_paths_in_a_column_are_not_followed(tmp_path):
     pq.write_table(pa.table({"image": ["a.png", "b.png"], "label": [0, 1]}), tmp_path / "train.parquet")
-    assert "0 image columns (none) among image, label: store images or their bytes" in refusal(tmp_path)
+    assert "0 image columns (none) among image, label: store the bytes of the images' files in one; paths, " in refusal(
+        tmp_path
+    )
+
+
+def test_a_digest_beside_the_bytes_is_no_second_image_column(tmp_path):
+    digests = pa.array([bytes([i]) * 20 for i in range(3)], pa.binary(20))
+    columns = {"image": [encoded(i) for i in range(3)], "sha1": digests, "label": [0, 1, 2]}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    assert load(tmp_path).train.column_names == ["image", "label"]
 
 
 def write_columns(folder: Path, **columns: datasets.ClassLabel | datasets.Value) -> Path:
@@ -121,6 +146,15 @@ def test_a_dataset_is_read_whatever_format_was_saved_with_it(kind, streaming, tm
     assert [(type(row["label"]), row["label"]) for row in found] == [(int, i % 3) for i in range(len(rows))]
 
 
+def test_the_folder_around_a_dataset_saved_to_disk_says_which_to_pass(tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [encoded(0)]})
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "saved"))
+    assert (
+        refusal(tmp_path)
+        == f"dataset_name ({tmp_path}) has a dataset of `save_to_disk` inside it: pass {tmp_path}/saved"
+    )
+
+
 def test_parquet_files_are_divided_by_their_own_names(tmp_path):
     source = write_parquet(tmp_path / "my test data", [range(3), range(3, 6)])
     write_parquet(source, [range(6, 9)], split="validation")
@@ -165,13 +199,23 @@ def test_a_folder_of_parquet_keeps_its_pictures_beside_it(tmp_path):
 def test_a_folder_is_known_by_its_absolute_place(tmp_path, monkeypatch):
     write_folders(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    for name in ("data", "./data", "data/", "../" + tmp_path.name + "/data"):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("data", "./data", "data/", "../" + tmp_path.name + "/data", "~/data"):
         splits = load_images(DataArguments(dataset_name=name))
         assert splits.about["dataset"] == str(tmp_path / "data")
         assert splits.about["local"] is True
     write_folders(tmp_path / "digits")
     assert load_images(DataArguments(dataset_name="./digits")).class_names == CLASSES
     assert load_images(DataArguments(dataset_name="digits")).class_names == list("0123456789")
+
+
+def test_no_name_is_not_the_folder_here(tmp_path, monkeypatch):
+    """As of a variable of the shell that is not set."""
+    write_folders(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"dataset_name \(''\) is empty: pass a folder"):
+        DataArguments(dataset_name="")
+    assert load(Path()).about["dataset"] == str(tmp_path)
 
 
 def remove(source: Path) -> None:
@@ -185,6 +229,13 @@ def add(source: Path) -> None:
 def replace(source: Path) -> None:
     path = source / "train" / "cat" / "0.png"
     path.write_bytes(path.read_bytes() + b"\0")
+
+
+def exchange(source: Path) -> None:
+    """For another image of the same size in bytes, as all are that are not compressed."""
+    path = source / "train" / "cat" / "0.png"
+    size = path.stat().st_size
+    path.write_bytes(encoded(40).ljust(size, b"\0")[:size])
 
 
 def rename(source: Path) -> None:
@@ -201,14 +252,74 @@ def assert_train_split_is_other_content(source: Path, before: dict[str, str], wa
         load_images(args)
 
 
-@pytest.mark.parametrize("change", [remove, add, replace, rename])
+@pytest.mark.parametrize("change", [remove, add, replace, exchange, rename])
 def test_changed_files_are_another_content(change, tmp_path):
     source = write_folders(tmp_path / "source")
     before = load(source).place["content"]
     assert load(source).place["content"] == before
+    shutil.move(source, tmp_path / "elsewhere")
+    shutil.copytree(tmp_path / "elsewhere", source, copy_function=shutil.copyfile)  # other times, the same images
+    assert load(source).place["content"] == before
     assert before["train"].startswith("12 images ")
     change(source)
     assert_train_split_is_other_content(source, before)
+
+
+def test_many_large_images_are_compared_by_parts_of_some(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "LOOKED_INTO", 4)
+    random = np.random.default_rng(0)
+    for i in range(20):
+        pixels = random.integers(0, 256, (200, 200, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}.bmp")  # of one size in bytes, which is more than 64 kB
+    before = load(tmp_path).place["content"]
+    assert load(tmp_path).place["content"] == before
+    for i in range(20):
+        (tmp_path / f"{i:02}.bmp").replace(tmp_path / f"{(i + 1) % 20:02}.bmp.new")
+    for path in tmp_path.glob("*.new"):
+        path.replace(path.with_suffix(""))
+    assert load(tmp_path).place["content"] != before
+
+
+def test_a_run_goes_on_with_images_that_were_moved_by_a_link_at_their_place(tmp_path):
+    old, new, run = tmp_path / "old", tmp_path / "new", tmp_path / "run"
+    old.mkdir()
+    run.mkdir()
+    write_recipe(run, {"data": {"dataset_name": str(old)}})
+    old.rename(new)
+    settings = {"data": {"dataset_name": str(new)}}
+    with pytest.raises(ValueError, match=f"if its images were moved, leave a link to them at {old}$"):
+        check_same_run(run, settings, {})
+    old.symlink_to(new)
+    check_same_run(run, settings, {})
+    old.unlink()
+    old.mkdir()
+    with pytest.raises(ValueError, match=r"or the same settings to continue it$"):
+        check_same_run(run, settings, {})
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_data_files_of_the_same_sizes_with_other_images_are_another_content(form, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+
+    def write(first: int) -> int:
+        images = [encoded(i, "BMP") for i in range(first, first + 6)]
+        path = source / f"train.{form}"
+        if form == "parquet":
+            pq.write_table(pa.table({"image": images}), path, compression="none", write_statistics=False)
+        else:
+            with tarfile.open(path, "w") as tar:
+                for i, image in enumerate(images):
+                    member = tarfile.TarInfo(f"{i}.bmp")
+                    member.size = len(image)
+                    tar.addfile(member, io.BytesIO(image))
+        return path.stat().st_size
+
+    size = write(0)
+    before = load(source).place["content"]
+    assert load(source).place["content"] == before
+    assert write(6) == size
+    assert load(source).place["content"] != before
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])

@@ -259,6 +259,17 @@ def broken_files() -> dict[str, bytes]:
     return {"garbage": b"\x00not an image" * 20, "truncated": whole.getvalue()[:900], "empty": b"", "bomb": bytes(bomb)}
 
 
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_or_pages_the_first_is_read(format):
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    file = io.BytesIO()
+    first.save(file, format, save_all=True, append_images=[second])
+    row = {"bytes": file.getvalue(), "path": None}
+    red = np.array([255, 0, 0])
+    assert np.abs(np.asarray(decode_image(row)) - red).max() <= 1
+    assert np.abs(decode_tensor(row).permute(1, 2, 0).numpy() - red).max() <= 1
+
+
 @pytest.mark.parametrize("kind", ["garbage", "truncated", "empty", "bomb"])
 def test_a_broken_file_is_named_and_counted_and_the_next_image_takes_its_place(kind, caplog):
     images = MapImages(table(range(8), broken=dict.fromkeys((1, 7), broken_files()[kind])), pixel)
@@ -267,6 +278,7 @@ def test_a_broken_file_is_named_and_counted_and_the_next_image_takes_its_place(k
     assert images.unreadable() == ["photo1.jpg", "photo7.jpg"]
     named = [record.getMessage() for record in caplog.records if record.name == "training.data.decode"]
     assert ["photo1.jpg" in named[0], "photo7.jpg" in named[1], len(named)] == [True, True, 2]
+    assert "object at" not in named[0]  # of PIL's words, which name what is nowhere
 
 
 def test_a_broken_file_of_a_folder_is_named_by_its_path(tmp_path, caplog):

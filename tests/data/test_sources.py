@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -109,11 +110,23 @@ def test_the_shards_of_a_stream_are_counted_and_parquet_is_not_read_for_it(kind,
     assert bool(said) == kind.startswith("tar")  # a folder has been walked
 
 
-def test_an_empty_file_among_others_is_an_empty_shard(tmp_path):
-    source = write_parquet(tmp_path / "source", [range(5), range(0), range(5, ROWS)])
-    rows = load_images(DataArguments(dataset_name=str(source), streaming=True)).train
-    assert rows.lengths == [5, 0, 7]
-    assert [number(decode_image(row["image"])) for row in rows] == list(range(ROWS))
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("first", [False, True], ids=["among others", "before others"])
+def test_a_parquet_file_without_rows_is_passed_over(first, streaming, tmp_path):
+    shards = [range(0), range(5), range(5, ROWS)] if first else [range(5), range(0), range(5, ROWS)]
+    source = write_parquet(tmp_path / "source", shards)
+    splits = load_images(DataArguments(dataset_name=str(source), streaming=streaming))
+    assert [number(decode_image(row["image"])) for row in splits.train] == list(range(ROWS))
+    assert splits.place["content"]["train"].startswith("2 files ")
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_a_tar_without_members_is_passed_over(streaming, tmp_path):
+    source = write_tars(tmp_path / "source")
+    with tarfile.open(source / "train--.tar", "w"):  # before the others
+        pass
+    rows = load_images(DataArguments(dataset_name=str(source), streaming=streaming)).train
+    assert len(rows) == ROWS
 
 
 @pytest.mark.parametrize(

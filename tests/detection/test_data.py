@@ -318,6 +318,12 @@ def test_a_missing_image_is_named(form, gone, tmp_path):
         load(folder)
 
 
+def test_a_split_of_which_the_metadata_lists_nothing_has_no_objects_to_evaluate_on(tmp_path):
+    folder = write_metadata(tmp_path / "data")
+    (folder / "test" / "metadata.jsonl").unlink()
+    assert load(folder, bbox_format="xywh").eval is None
+
+
 def test_a_missing_image_of_the_metadata_is_named(tmp_path):
     folder = write_metadata(tmp_path / "data")
     (folder / "train" / "3.png").unlink()
@@ -555,7 +561,7 @@ def test_a_broken_image_is_named_once_and_its_size_may_come_from_the_annotations
     (folder / "train" / "1.png").write_bytes(b"not a picture")
     with caplog.at_level(logging.WARNING):
         splits = load(folder)
-        with pytest.raises(OSError, match="cannot identify image"):
+        with pytest.raises(OSError, match="no image of a format that is read"):
             splits.train.image(1)
     assert caplog.text.count("skipped an image that cannot be read") == 1
     assert "train/1.png" in caplog.text

@@ -19,6 +19,7 @@ from modeling_moco.image_processing_moco import normalize
 from training.commands import embed as command
 from training.data.formats import load_digits
 from training.embedding import shards as shards_module
+from training.embedding.embed import EmbedArguments
 from training.embedding.shards import find_missing, row_features, shards_of, write_shard
 from training.views.pil import EvaluationView
 
@@ -295,3 +296,8 @@ def test_two_processes_write_the_same_set(encoder, photos, tmp_path, small_shard
         np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-4)
     record = json.loads(Path(tmp_path, "two", "embedding.json").read_text())
     assert record["splits"]["train"]["images"] == 9
+
+
+def test_the_folder_of_a_set_may_begin_with_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert EmbedArguments(output_dir="~/sets").output_dir == str(tmp_path / "sets")

@@ -1,6 +1,7 @@
 """Results travel: what is appended, and that nothing is lost. Scores against scikit-learn."""
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,19 @@ def test_a_result_is_kept_with_everything_needed_to_repeat_it(tmp_path):
     assert entry["processes"] == 1
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     assert commit.startswith(entry["commit"].removesuffix("-dirty"))
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or torch.cuda.is_available(), reason="cores are not chosen here"
+)
+def test_the_cores_are_those_that_the_process_may_use(tmp_path):
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        append_results(tmp_path, [RESULT], **CONDITIONS)
+    finally:
+        os.sched_setaffinity(0, mine)
+    assert read_results(tmp_path)[0]["hardware"].startswith("1 CPU cores, ")
 
 
 def test_results_are_appended_and_the_same_one_is_not_repeated(tmp_path):

@@ -1,7 +1,6 @@
 """Embedding beside the encoder alone, and the exact search of a large set: time and memory."""
 
 import argparse
-import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +13,7 @@ import torch
 
 from modeling_moco import MoCoConfig, MoCoModel
 
+from ..cli import cores
 from ..data.images import MapImages
 from ..data.sources import SplitDataArguments, load_splits
 from ..embedding.embed import EmbedArguments, claim, describe, embed
@@ -79,7 +79,7 @@ def measure_embedding(args: argparse.Namespace, folder: Path) -> Benchmark:
     }
     title = (
         f"{len(views):,} images of {args.image_size} px, {args.architecture}, batch {args.per_device_eval_batch_size}, "
-        f"{args.dataloader_num_workers} workers, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        f"{args.dataloader_num_workers} workers, {cores()} cores, {torch.get_num_threads()} threads"
     )
     seconds = time_rounds(variants, args.rounds)
     return Benchmark(title, seconds, ("encoder alone", "read and encode"), len(views))
@@ -127,6 +127,6 @@ def measure_search(args: argparse.Namespace, folder: Path) -> Benchmark:
         "GB beside the program": {n: max(peak for _, peak, _ in rounds) / 1e9 for n, rounds in measured.items()},
         "GB in all": {n: max(whole for _, _, whole in rounds) / 1e9 for n, rounds in measured.items()},
     }
-    title = f"{args.queries} queries in {args.rows:,} rows of {args.dim:,} float16 on disk, {os.cpu_count()} cores"
+    title = f"{args.queries} queries in {args.rows:,} rows of {args.dim:,} float16 on disk, {cores()} cores"
     seconds = {name: [s for s, _, _ in rounds] for name, rounds in measured.items()}
     return Benchmark(title, seconds, ("reading alone",), 0, columns)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.distributed_moco import gather
 from modeling_moco.image_processing_moco import normalize
 
+from ..cli import cores
 from .measure import Benchmark
 
 DIM = 128  # of a key
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> list[Benchmark]:
         result = json.loads(Path(folder, "result.json").read_text())
     batch = args.per_device_train_batch_size
     title = (
-        f"shuffling BatchNorm: {args.ranks} gloo processes on {os.cpu_count()} cores, {batch} images of "
+        f"shuffling BatchNorm: {args.ranks} gloo processes on {cores()} cores, {batch} images of "
         f"{args.image_size} px per process, {args.rounds} interleaved steps"
     )
     remarks = ["MB received per process and step. The measured ones include TCP headers and barriers. Computed:"]

@@ -1,7 +1,6 @@
 """Time and memory of the kNN classifier."""
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
+from ..cli import cores
 from ..evaluation.knn import knn_predict
 from .measure import Benchmark, PeakMemory, in_own_process
 
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> list[Benchmark]:
     expected = np.array(measured[reference][0][2])
     title = (
         f"kNN, k {args.knn_k}: {args.queries:,} queries in a bank of {args.bank:,} x {args.dim}, {args.classes} classes, "
-        f"{os.cpu_count()} cores, {args.rounds} interleaved rounds"
+        f"{cores()} cores, {args.rounds} interleaved rounds"
     )
     columns = {
         "GB beside the features": {n: max(peak for _, peak, _ in rounds) / 1e9 for n, rounds in measured.items()},

@@ -1,13 +1,13 @@
 """Images per second of a stream, and the time to resume it."""
 
 import argparse
-import os
 import time
 from itertools import islice
 from statistics import median
 
 from torch.utils.data import DataLoader
 
+from ..cli import cores
 from ..data.images import StreamedImages
 from ..data.sources import DataArguments, load_images
 from ..views.pil import Views
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> list[Benchmark]:
             speed[_name(workers)].append(time.perf_counter() - start)
     title = (
         f"stream of {images.images_per_epoch:,} images in {images.shards} files, buffer {args.shuffle_buffer}, two v2 views "
-        f"of {args.image_size} px, {os.cpu_count()} cores, {args.rounds} interleaved rounds"
+        f"of {args.image_size} px, {cores()} cores, {args.rounds} interleaved rounds"
     )
     costs = {}
     for workers in WORKERS:

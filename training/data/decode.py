@@ -208,7 +208,11 @@ class Decoder:
         file.seek(0)
         if Image.MAX_IMAGE_PIXELS and self.max_pixels > Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = self.max_pixels  # PIL warns above it, and refuses twice of it
-        with Image.open(file, formats=FORMATS) as opened:
+        try:
+            header = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError as error:  # PIL names an object in memory
+            raise UnidentifiedImageError("damaged, or no image of a format that is read") from error
+        with header as opened:
             width, height = opened.size
             if width * height > self.max_pixels or max(width, height) > MAX_RATIO * min(width, height):
                 raise UnidentifiedImageError(

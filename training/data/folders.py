@@ -4,13 +4,16 @@
 links. Here a name means something at its own place only, deeper folders belong to their class, and every file is counted.
 """
 
+import hashlib
 import os
 import re
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from errno import ELOOP, ENOENT, ENOTDIR
 from functools import partial
 from os.path import splitext
 from pathlib import Path
@@ -40,18 +43,35 @@ TEXT_FILES = (".csv", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".npy",
 NEEDS = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif"}
 NEEDS |= dict.fromkeys((".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"), "unpack it and pass the folder")
 NEEDS |= {".npz": "write its images to files of their own, or to parquet with `datasets`"}
+NEEDS |= dict.fromkeys(
+    # TIFF files within, of which PIL would take the thumbnail.
+    (".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw"),
+    "raw files of cameras: develop them to JPEG or TIFF",
+)
 SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}
+# Thumbnails, deleted files and what else a system keeps beside those of its users.
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-READERS = {".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json, ".parquet": pq.read_table}
 FILE_NAME = "file_name"  # path of an image, relative to the metadata's own folder
+NAMES_AS_TEXT = pyarrow.csv.ConvertOptions(column_types={FILE_NAME: pa.string()})  # 000123 is a name and no number
+READERS = {
+    ".csv": partial(pyarrow.csv.read_csv, convert_options=NAMES_AS_TEXT),
+    ".jsonl": pyarrow.json.read_json,
+    ".parquet": pq.read_table,
+}
 OF_IMAGES = {"image", "images", "img", "imgs", "jpegimages"}
-OF_MASKS = {"annotations", "ground_truth", "gt", "labels", "mask", "masks", "segmentationclass", "segmentationobject"}
+OF_MASKS = {"annotations", "ground_truth", "gt", "labels", "mask", "masks", "segmentation", "segmentations", "trimaps"}
+OF_MASKS |= {"segmentationclass", "segmentationobject"}
 SCANNERS = 16  # threads that list folders: a network file system answers each request after a while
 NO_FILE = -2  # as a size
+NOWHERE = (ENOENT, ENOTDIR, ELOOP)  # what a link is answered with that leads to no file
 MOST_UNPACKED = 10  # times the size of a file of images, which are compressed already: what unpacks to more is a trap
 FOOTER_END = 8  # bytes behind a footer of parquet
 PIECE = 2**20  # bytes that are read at once
 LITTLE = 2**28  # bytes that any file may unpack to
+LOOKED_INTO = 512  # images of a split
+OF_AN_IMAGE, OF_A_DATA_FILE = 2**16, 2**20  # bytes that are looked at
+PARTS = 16  # of a file with more
 FEW_ROWS = 100_000  # that any file may have
 LEAST_ROW = 16  # bytes of a file for each of more rows: no image takes less
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".npz", ".pth")  # members of a tar that `datasets` unpacks, to any size
@@ -147,7 +167,9 @@ def _list(root: Path, folder: tuple[str, tuple[int, ...]]) -> tuple[list[FoundFi
                 path = f"{relative}/{entry.name}".removeprefix("/")
                 try:
                     stat = entry.stat()
-                except FileNotFoundError:  # a link to nowhere
+                except OSError as error:
+                    if error.errno not in NOWHERE:
+                        raise
                     files.append(FoundFile(path, -1, 0, 0))
                     continue
                 if not entry.is_dir():
@@ -159,7 +181,10 @@ def _list(root: Path, folder: tuple[str, tuple[int, ...]]) -> tuple[list[FoundFi
                 else:
                     folders.append((path, (*above, _inode(stat))))
     except OSError as error:
-        raise ValueError(f"{root / relative} cannot be listed ({error}): check its permissions and links") from error
+        if not any(map(_is_aside, relative.split("/"))):  # of which nothing is read anyway
+            raise ValueError(
+                f"{root / relative} cannot be listed ({error}): check its permissions and links"
+            ) from error
     return files, folders
 
 
@@ -196,15 +221,20 @@ def arrange(root: Path, files: Iterable[FoundFile], asked: Iterable[str] = ()) -
         _refuse_splits_in_classes(root, images)
     else:
         _refuse_splits_in_splits(root, splits)
-    _refuse_masks(folder)
+    _refuse_masks(root, [file for files in folder.splits.values() for file in files])
     _refuse_two_names_of_one_file(folder)
     return folder
+
+
+def _is_aside(name: str) -> bool:
+    """Whether a folder is hidden, or the system's own."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def _why_not(root: Path, file: FoundFile) -> str | None:
     """Why a file is no image of the dataset; None for an image."""
     *folders, name = file.parts
-    if any(part.startswith(".") or part == "__MACOSX" for part in folders):
+    if any(map(_is_aside, folders)):
         return "in hidden folders"
     if name.startswith(".") or name in SYSTEM_FILES:
         return "hidden"
@@ -237,6 +267,8 @@ def _divide(root: Path, images: list[FoundFile], asked: set[str]) -> dict[str, l
         return None
     splits: dict[str, list[FoundFile]] = {}
     for top, files in tops.items():
+        if top.lower() in OF_MASKS and top not in asked:
+            continue
         name = names[top] or top
         if name in splits:
             twins = [other for other in tops if (names[other] or other) == name]
@@ -271,16 +303,24 @@ def _refuse_unencodable(root: Path, files: Iterable[FoundFile]) -> None:
             raise ValueError(f"{path!r} has a name that is not UTF-8: rename it")
 
 
-def _refuse_splits_in_classes(root: Path, images: list[FoundFile]) -> None:
+def _inside(files: Iterable[FoundFile]) -> dict[str, set[str]]:
+    """The folders on the way to files: the names in each folder, by its path below the root, in the order of the files."""
     inside: dict[str, set[str]] = defaultdict(set)
-    for file in images:
-        if len(file.parts) > 2 and file.parts[1].lower() in SPLITS:
-            inside[file.parts[0]].add(SPLITS[file.parts[1].lower()])
-    for top, words in inside.items():
-        if len(words) > 1:
-            only = len({file.parts[0] for file in images}) == 1
-            remedy = f"pass {root / top}" if only else f"arrange the folders as {HOW}"
-            raise ValueError(f"{root / top} has the splits {', '.join(sorted(words))} inside it: {remedy}")
+    for folder in dict.fromkeys(file.path.rpartition("/")[0] for file in files):
+        while folder:
+            above, _, name = folder.rpartition("/")
+            inside[above].add(name)
+            folder = above
+    return inside
+
+
+def _refuse_splits_in_classes(root: Path, images: list[FoundFile]) -> None:
+    for folder, names in _inside(images).items():
+        words = {SPLITS[name.lower()] for name in names if name.lower() in SPLITS}
+        if folder and len(words) > 1:
+            only = all(file.path.startswith(f"{folder}/") for file in images)
+            remedy = f"pass {root / folder}" if only else f"arrange the folders as {HOW}"
+            raise ValueError(f"{root / folder} has the splits {', '.join(sorted(words))} inside it: {remedy}")
 
 
 def _refuse_splits_in_splits(root: Path, splits: dict[str, list[FoundFile]]) -> None:
@@ -293,15 +333,14 @@ def _refuse_splits_in_splits(root: Path, splits: dict[str, list[FoundFile]]) -> 
             raise ValueError(f"{place} has the splits {', '.join(sorted(inside))} inside it: pass {place}")
 
 
-def _refuse_masks(folder: FolderOfImages) -> None:
-    for name, files in folder.splits.items():
-        classes = {label.lower(): label for file in files if (label := folder.class_of(file)) is not None}
-        pictures, masks = (sorted(classes[x] for x in classes.keys() & kind) for kind in (OF_IMAGES, OF_MASKS))
+def _refuse_masks(root: Path, images: list[FoundFile]) -> None:
+    for folder, names in _inside(images).items():
+        found = {name.lower(): name for name in names}
+        pictures, masks = (sorted(found[name] for name in found.keys() & kind) for kind in (OF_IMAGES, OF_MASKS))
         if pictures and masks:
-            place = folder.root / files[0].parts[0] if folder.class_level else folder.root
             raise ValueError(
-                f"split {name!r} of {folder.root} has {pictures[0]} and {masks[0]}, which are pictures and their masks and no "
-                f"classes: pass {place / pictures[0]}"
+                f"{root / folder} has {pictures[0]} and {masks[0]}, which are pictures and their masks and no classes: pass "
+                f"{root / folder / pictures[0]}"
             )
 
 
@@ -317,13 +356,36 @@ def _refuse_two_names_of_one_file(folder: FolderOfImages) -> None:
             )
 
 
+def digests_of_some(root: Path, files: list[FoundFile]) -> list[str]:
+    """Digests of parts of some files, spread over all: an image may be exchanged for another of the same size."""
+    some = [files[i * len(files) // LOOKED_INTO] for i in range(LOOKED_INTO)] if len(files) > LOOKED_INTO else files
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        return list(pool.map(lambda file: _digest_of_parts(root / file.path, file.size), some))
+
+
+def _digest_of_parts(path: Path, size: int) -> str:
+    digest = hashlib.sha256()
+    with suppress(OSError), path.open("rb") as file:  # the run leaves an image out that cannot be read
+        _update_by_parts(digest, file, size, OF_AN_IMAGE)
+    return digest.hexdigest()
+
+
+def _update_by_parts(digest: Any, file: BinaryIO, size: int, most: int) -> None:
+    """Give a digest a file of up to `most` bytes, and as many bytes of a larger one, from places that are spread over it."""
+    if size <= most:
+        _update(digest, file, 0, size)
+        return
+    for place in range(PARTS):
+        _update(digest, file, place * (size - most // PARTS) // (PARTS - 1), most // PARTS)
+
+
 def check_data_file(address: str | Path, digest: Any = None) -> None:
     """Look at what a data file unpacks to, by its footer or the headers of its members, before memory is taken.
 
     Args:
         address: path of a parquet, tar or zip file, or where one lies on the Hub; files of other formats pass.
         digest: of hashlib. It takes what tells a parquet or tar file from others of its size: labels and all else beside the
-            images, and how large these are.
+            images, how large these are, and parts of the file.
 
     Raises:
         ValueError: it is damaged, or unpacks to far more than images do.
@@ -336,12 +398,22 @@ def check_data_file(address: str | Path, digest: Any = None) -> None:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             reason = why_not(file, size, digest)
+            if digest is not None:
+                _update_by_parts(digest, file, size, OF_A_DATA_FILE)
     except (OSError, tarfile.TarError, BadZipFile, pa.ArrowException) as error:
         raise ValueError(
             f"{address} cannot be read ({one_line(error)}): see that it is whole, and a tar without compression"
         ) from error
     if reason is not None:
         raise ValueError(f"{address} ({size:,} bytes) {reason}: it is not read, because it would fill the memory")
+
+
+def has_rows(path: str | Path) -> bool:
+    """Whether a parquet or tar file that was checked has any: writers that share the work leave some without."""
+    if Path(path).suffix.lower() == ".parquet":
+        return bool(pq.read_metadata(path).num_rows)
+    with open(path, "rb") as file:
+        return any(file.read(tarfile.BLOCKSIZE))  # the header of the first member
 
 
 def _why_not_this_parquet(file: BinaryIO, size: int, digest: Any) -> str | None:
@@ -362,7 +434,7 @@ def _why_not_this_parquet(file: BinaryIO, size: int, digest: Any) -> str | None:
 
 def _has_bytes(column: Any) -> bool:
     """Whether a column of a parquet file may have images: bytes that are no text."""
-    return bool(column.physical_type == "BYTE_ARRAY" and column.logical_type.type == "NONE")
+    return column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY") and column.logical_type.type == "NONE"
 
 
 def _update(digest: Any, file: BinaryIO, start: int, count: int) -> None:
@@ -454,7 +526,7 @@ def _train_first(splits: dict[str, list[FoundFile]]) -> dict[str, list[FoundFile
 def visible(files: Iterable[FoundFile]) -> Iterator[FoundFile]:
     """The regular files that are not hidden and lie in no hidden folder."""
     for file in files:
-        if file.size != NO_FILE and not any(part.startswith(".") or part == "__MACOSX" for part in file.parts):
+        if file.size != NO_FILE and not any(map(_is_aside, file.parts)):
             yield file
 
 
@@ -462,7 +534,7 @@ def visible(files: Iterable[FoundFile]) -> Iterator[FoundFile]:
 
 
 def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
-    """Labels by the path of an image. Images that are not listed leave the folder's splits and are counted.
+    """Labels by the path of an image. Images that are not listed leave splits of which others are, and are counted.
 
     Args:
         folder: changed in place.
@@ -492,15 +564,17 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
         raise ValueError(
             f"metadata of {folder.root} lists no image: add a line for each, or remove it to take the classes from folders"
         )
-    missing = labels.keys() - {file.path for files in folder.splits.values() for file in files}
-    if missing:
+    there = {file.path for files in folder.splits.values() for file in files}
+    if missing := labels.keys() - there:
         raise ValueError(
             f"metadata of {folder.root} lists {min(missing)}, which is no image there ({len(missing):,} in all): remove these "
-            "lines, or add the images"
+            f"lines, add the images, or write the paths as those of the images are, such as {min(there)}"
         )
     for split, files in folder.splits.items():
-        folder.splits[split] = [file for file in files if file.path in labels]
-        folder.left_out["not listed in the metadata"] += len(files) - len(folder.splits[split])
+        listed = [file for file in files if file.path in labels]
+        if listed and len(listed) < len(files):  # else it has no labels, as the test split of a competition
+            folder.splits[split] = listed
+            folder.left_out["not listed in the metadata"] += len(files) - len(listed)
     return labels
 
 
@@ -524,8 +598,10 @@ def _read_metadata(path: Path, column: str) -> dict[str, list[Any]] | None:
         raise ValueError(
             f"{path} cannot be read ({one_line(error)}): mend it, or remove it to take the classes from folders"
         ) from error
-    if FILE_NAME not in used and (joined := next((name for name in columns if FILE_NAME in name), None)):
-        raise ValueError(f"{path} has the column {shown(joined)!r}: separate its columns by commas")
+    for name in columns:
+        spaced = name != name.strip() in (FILE_NAME, column)
+        if spaced or (FILE_NAME in name and FILE_NAME not in used):
+            raise ValueError(f"{path} has the column {name[:200]!r}: separate its columns by commas, without spaces")
     if column not in used:
         return None
     if path.suffix == ".csv":  # a cell without text is no label, and no class of that name

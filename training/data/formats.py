@@ -2,20 +2,23 @@
 
 import glob
 import hashlib
+import os
 import re
 import shlex
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilderConfig
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
@@ -39,7 +42,9 @@ from .folders import (
     FoundFile,
     arrange,
     check_data_file,
+    digests_of_some,
     divide_data_files,
+    has_rows,
     list_files,
     metadata_of,
     refuse_missing_shards,
@@ -51,6 +56,8 @@ from .hub import commit_on_the_hub, wait_for_the_hub
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 FILES_AT_A_TIME = 16  # to check
 ROWS_PER_SHARD = 1000  # of a folder of images that is read as a stream
+ODD_BYTES = ("fixed_size_binary", "binary_view")  # types of Arrow
+OF_SAVED = ("dataset_dict.json", "state.json")  # files of `save_to_disk`, of several splits and of one
 TABLES = (".csv", ".jsonl", ".json")
 STREAMED_SHARDS = 4  # of a dataset that has no files
 ON_THE_HUB = re.compile(r"hf://datasets/(?P<repo_id>[^@]+)@(?P<revision>[0-9a-f]{40})/(?P<filename>.+)")
@@ -82,8 +89,17 @@ class Opened:
 
 
 def absolute_name(name: str) -> str:
-    """The absolute path of a folder or file here; other names, which are built in or on the Hub, as they are."""
-    return str(Path(name).resolve()) if name != DIGITS and Path(name).exists() else name
+    """The absolute path of a folder or file here; other names, which are built in or on the Hub, as they are.
+
+    Raises:
+        ValueError: the name is empty.
+    """
+    if not name:
+        raise ValueError(
+            "dataset_name ('') is empty: pass a folder, a file, or the name of a Hub dataset; this folder is ."
+        )
+    path = Path(os.path.expanduser(name))  # a shell leaves the ~ of --dataset_name=~/photos as it is
+    return str(path.resolve()) if name != DIGITS and path.exists() else name
 
 
 def open_dataset(
@@ -203,7 +219,7 @@ def _places_on_the_hub(files: dict[str, list[str]]) -> tuple[str, ...]:
 
 
 def _open_folder(root: Path, streaming: bool, asked: set[str], label_column: str) -> Opened:
-    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+    if any((root / name).is_file() for name in OF_SAVED):
         return _open_saved(root, streaming)
     found = decided_by_main(lambda: _look_into(root, asked, label_column))
     if not isinstance(found, _Index):
@@ -237,7 +253,7 @@ class _Index:
 
     Args:
         rows: Arrow file of each split.
-        content: number and digest of each split's images, and the digest of their metadata.
+        content: of each split number of the images, digest of their names, sizes and parts of some, and that of their metadata.
         account: of the folder's files, in words.
     """
 
@@ -294,6 +310,9 @@ def _prepared(folder: Path) -> dict[str, Any] | None:
 def _no_images(root: Path, folder: FolderOfImages) -> str:
     if not folder.left_out:
         return f"dataset_name ({root}) is an empty folder: pass one with images as in {HOW}"
+    saved = [path.parent for name in OF_SAVED for path in sorted(root.rglob(name))]
+    if saved:
+        return f"dataset_name ({root}) has a dataset of `save_to_disk` inside it: pass {saved[0]}"
     tables = [extension for extension in TABLES if any(root.rglob(f"*{extension}"))]
     remedy = f"pass a folder as in {HOW}, or one with parquet or tar files"
     if tables:
@@ -316,11 +335,12 @@ def _write_index(folder: FolderOfImages, column: str, feature: Any, labels: dict
     place.mkdir(parents=True, exist_ok=True)
     rows, content = {}, {}
     for split, files in folder.splits.items():
-        content[split] = (
-            f"{len(files):,} images {_digest((f.path, f.size) for f in files)}{_metadata(folder.root, files)}"
-        )
         state = _digest(
             [column, feature, *((f.path, f.size, f.stamp, y) for f, y in zip(files, labels[split], strict=True))]
+        )
+        parts = _once(place / f"{state}.json", partial(digests_of_some, folder.root, files))
+        content[split] = (
+            f"{len(files):,} images {_digest([*((f.path, f.size) for f in files), *parts])}{_metadata(folder.root, files)}"
         )
         rows[split] = str(place / f"{state}.arrow")
         if not Path(rows[split]).is_file():
@@ -347,7 +367,7 @@ def _labels(folder: FolderOfImages, asked: str) -> tuple[str, Any, dict[str, lis
     column = "label" if listed is None else asked
     labels: dict[str, list[Any]] = {}
     for split, files in folder.splits.items():
-        labels[split] = [folder.class_of(file) if listed is None else listed[file.path] for file in files]
+        labels[split] = [folder.class_of(file) if listed is None else listed.get(file.path) for file in files]
     kinds = {type(label) for values in labels.values() for label in values} - {type(None)}
     if not kinds:
         return column, None, labels
@@ -359,9 +379,19 @@ def _labels(folder: FolderOfImages, asked: str) -> tuple[str, Any, dict[str, lis
             f"column {column!r} of {folder.root}'s metadata holds {held}: write class names, or class numbers from 0"
         )
     names = sorted({label for values in labels.values() for label in values if label is not None})
+    _refuse_twins(folder.root, names)
     numbers = {name: number for number, name in enumerate(names)}
     numbered = {split: [None if y is None else numbers[y] for y in values] for split, values in labels.items()}
     return column, datasets.ClassLabel(names=names), numbered
+
+
+def _refuse_twins(root: Path, names: list[str]) -> None:
+    # A name with an accent has other letters on a Mac than elsewhere, which look the same.
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(normalize("NFC", name).strip(), name)
+        if other != name:
+            raise ValueError(f"{root} has classes {other!a} and {name!a}, which look alike: give them one name")
 
 
 def _write_rows(
@@ -396,6 +426,8 @@ def _open_data_files(root: Path, splits: dict[str, list[FoundFile]], streaming: 
     state = _digest((f.path, f.size, f.stamp) for files in splits.values() for f in files)
     paths = [root / file.path for files in splits.values() for file in files]
     digests = dict(zip(paths, decided_by_main(lambda: _look_once(_digest([root, state]), paths)), strict=True))
+    # `datasets` fails at a file without rows.
+    splits = {split: [f for f in files if digests[root / f.path]] or files for split, files in splits.items()}
     content = {
         split: f"{len(files):,} files {_digest((f.path, f.size, digests[root / f.path]) for f in files)}"
         for split, files in splits.items()
@@ -405,35 +437,66 @@ def _open_data_files(root: Path, splits: dict[str, list[FoundFile]], streaming: 
     names = {split: [glob.escape(f"{root}/{file.path}") for file in files] for split, files in splits.items()}
     (kind,) = kinds
     with _one_line_of(str(root)):
-        builder = datasets.load_dataset_builder(BUILDERS[kind], name=f"state_{state}", data_files=names)
+        features = _with_plain_bytes(root / next(iter(splits.values()))[0].path) if kind == ".parquet" else None
+        builder = datasets.load_dataset_builder(
+            BUILDERS[kind], name=f"state_{state}", data_files=names, features=features
+        )
     return replace(_read(builder, str(root), streaming), content=content)
 
 
+def image_columns(features: datasets.Features) -> list[str]:
+    """The columns of images; without any, those of bytes, {bytes} or {bytes, path}, as pandas and polars write images."""
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    return images or [name for name, feature in features.items() if _holds_bytes(feature, ("binary", "large_binary"))]
+
+
+def _holds_bytes(feature: Any, kinds: tuple[str, ...]) -> bool:
+    if isinstance(feature, dict):
+        return {"bytes"} <= set(feature) <= {"bytes", "path"} and _holds_bytes(feature["bytes"], (*kinds, *ODD_BYTES))
+    return isinstance(feature, datasets.Value) and feature.dtype.split("[")[0] in kinds
+
+
+def _with_plain_bytes(file: Path) -> datasets.Features | None:
+    """The columns of a parquet file, where its only bytes are of a kind that `datasets` makes no images of."""
+    features = datasets.Features.from_arrow_schema(pq.read_schema(file))
+    odd = [] if image_columns(features) else [name for name, x in features.items() if _holds_bytes(x, ODD_BYTES)]
+    return datasets.Features(features | dict.fromkeys(odd, datasets.Value("binary"))) if odd else None
+
+
 def _look_once(state: str, files: Sequence[str | Path], identify: bool = True) -> list[str]:
-    """Check data files (`check_data_file`), and what tells each from others of its size.
+    """Check data files (`check_data_file`), and what tells each from others of its size; nothing for one without rows.
 
     Args:
         state: identifies the files and when they were changed.
     """
     # The members of large tars take a minute, and each request to the Hub a while.
-    kept = Path(datasets.config.HF_DATASETS_CACHE) / "known_files" / f"{state}.json"
+    kept = Path(datasets.config.HF_DATASETS_CACHE) / "files_looked_at" / f"{state}.json"
+    return _once(kept, partial(_look, files, identify))
+
+
+def _once(kept: Path, make: Callable[[], list[str]]) -> list[str]:
+    """What was made before and kept in this file, or is made and kept now."""
     if kept.is_file():
-        digests: list[str] = read_json(kept, "delete it")
-        return digests
-    look = partial(_look_at_data_file, identify=identify)
-    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
-        looked_at = pool.map(look, files)
-        bar = tqdm(looked_at, "checking", len(files), unit=" files", disable=None, leave=False, dynamic_ncols=True)
-        digests = list(bar)
+        found: list[str] = read_json(kept, "delete it")
+        return found
+    made = make()
     kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(kept, digests)
-    return digests
+    write_json(kept, made)
+    return made
+
+
+def _look(files: Sequence[str | Path], identify: bool) -> list[str]:
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        looked_at = pool.map(partial(_look_at_data_file, identify=identify), files)
+        return list(
+            tqdm(looked_at, "checking", len(files), unit=" files", disable=None, leave=False, dynamic_ncols=True)
+        )
 
 
 def _look_at_data_file(file: str | Path, identify: bool) -> str:
     digest = hashlib.sha256()
     check_data_file(file, digest if identify else None)
-    return digest.hexdigest()
+    return digest.hexdigest() if not identify or has_rows(file) else ""
 
 
 def _open_file(path: Path, streaming: bool, split: str) -> Opened:

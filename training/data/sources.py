@@ -20,7 +20,8 @@ from ..engine.run_folder import DIGITS
 from ..errors import shown
 from ..views.pil import EvaluationView
 from .decode import MAX_PIXELS, Decoder, Unreadable, name_of
-from .formats import COMMIT, Opened, absolute_name, open_dataset
+from .folders import HOW
+from .formats import COMMIT, Opened, absolute_name, image_columns, open_dataset
 from .images import MapImages
 from .labels import SplitLabels, find_label_problem, find_renamed_class, number_classes, read_labels, subset_warnings
 from .shards import ShardedRows, are_parquet, count_rows
@@ -273,7 +274,7 @@ def load_images(args: EvaluationDataArguments, labelled: bool = False) -> ImageS
     columns = _find_columns(features, args)
     decoder = Decoder(args.max_image_pixels, opened.places)
     class_names = _class_names(features, columns)
-    problem = _missing_for_evaluation(splits, eval_split, columns, args)
+    problem = _missing_for_evaluation(splits, eval_split, columns, args, opened.from_folders)
     problem = problem or _find_renamed_class(opened, {args.train_split: columns, str(eval_split): columns})
     evaluation: Any = None
     if args.streaming:
@@ -398,7 +399,7 @@ def _find_eval_split(splits: dict[str, Any], args: SourceArguments) -> str | Non
 
 
 def _missing_for_evaluation(
-    splits: dict[str, Any], eval_split: str | None, columns: dict[str, str], args: SourceArguments
+    splits: dict[str, Any], eval_split: str | None, columns: dict[str, str], args: SourceArguments, from_folders: bool
 ) -> str | None:
     if "label" not in columns.values():
         features = splits[args.train_split].features
@@ -408,7 +409,10 @@ def _missing_for_evaluation(
                 f"{args.dataset_name} has no column of class numbers: {others[0]}. Convert it to a ClassLabel with `datasets`' "
                 "class_encode_column, or name another column with --label_column"
             )
-        return f"{args.dataset_name} has no label column: name it with --label_column or choose another dataset"
+        remedy = "name it with --label_column or choose another dataset"
+        if from_folders:
+            remedy = f"write {HOW}, list them in a metadata.csv with the columns file_name and label, or {remedy}"
+        return f"{args.dataset_name} has no label column: {remedy}"
     if eval_split is None:
         return (
             f"{args.dataset_name} has no split to evaluate on, only {', '.join(splits)}: name one with --eval_split; the "
@@ -422,8 +426,7 @@ def _find_columns(features: datasets.Features, args: SourceArguments) -> dict[st
     for name, column in (("image_column", args.image_column), ("label_column", args.label_column)):
         if column is not None and column not in features:
             raise ValueError(f"{name} ({column!r}) is not in {args.dataset_name}: it has {', '.join(features)}")
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    images = images or [name for name, feature in features.items() if _holds_bytes(feature)]
+    images = image_columns(features)
     if args.image_column is not None and args.image_column not in images:
         raise ValueError(
             f"image_column ({args.image_column!r}) of {args.dataset_name} contains {features[args.image_column]}, not images: "
@@ -450,19 +453,16 @@ def _find_columns(features: datasets.Features, args: SourceArguments) -> dict[st
     return columns
 
 
-def _holds_bytes(feature: Any) -> bool:
-    """Whether a column has bytes, or {bytes, path}, as pandas and polars write images."""
-    if isinstance(feature, dict):
-        return set(feature) == {"bytes", "path"} and _holds_bytes(feature["bytes"])
-    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
-
-
 def _remedy(images: list[str]) -> str:
     if images and all("." in name for name in images):  # of the members of a tar
         return (
             "a webdataset tar takes what follows the first dot of a name as its column: write names such as 000123.jpg"
         )
-    return "name one with --image_column" if images else "store images or their bytes in one, not their paths"
+    return (
+        "name one with --image_column"
+        if images
+        else "store the bytes of the images' files in one; paths, lists and arrays are not read"
+    )
 
 
 def _find_label_column(features: datasets.Features, args: SourceArguments) -> str | None:

@@ -4,6 +4,7 @@ A set is finished by the same command, and by no other: its record says which en
 batch, `D` width of an embedding, `S` side of a view.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -84,6 +85,7 @@ class EmbedArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Compute on the CPU, even where there is a GPU."})
 
     def __post_init__(self):
+        self.output_dir = os.path.expanduser(self.output_dir)  # as transformers' arguments do
         if self.duplicates is not None and not 0 < self.duplicates <= 1:
             raise ValueError(f"duplicates ({self.duplicates}) must lie in (0, 1]: it is a cosine similarity, e.g. 0.98")
         for name in ("neighbours", "per_device_eval_batch_size"):

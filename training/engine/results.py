@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -21,6 +20,7 @@ from modeling_moco import MoCoConfig, MoCoModel
 from modeling_moco.distributed_moco import world_size
 from modeling_moco.modeling_moco import MoCoPreTrainedModel
 
+from ..cli import cores
 from ..errors import hide_secrets
 from .files import inside, read_json, write_json
 from .run_folder import RESULTS
@@ -196,7 +196,7 @@ def _command() -> str:
 def _hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    return f"{cores()} CPU cores, {platform.machine()}"
 
 
 def _commit() -> str | None:

@@ -256,9 +256,16 @@ def check_same_run(folder: Path, settings: dict[str, dict[str, Any]], defaults: 
                 raise ValueError(
                     f"output_dir ({folder}) already holds another run: {shown(key)} is {shown(then.get(key))} there and "
                     f"{shown(now.get(key))} here. Pass another --output_dir, or the same settings to continue it"
+                    f"{_if_moved(key, then.get(key))}"
                 )
     for section in ("encoder", START):
         _check_same_encoder(folder, saved.get(section, {}), settings.get(section, {}))
+
+
+def _if_moved(key: str, then: Any) -> str:
+    """What else to do where a dataset is no longer at its place."""
+    gone = key == "dataset_name" and isinstance(then, str) and Path(then).is_absolute() and not Path(then).exists()
+    return f"; if its images were moved, leave a link to them at {shown(then)}" if gone else ""
 
 
 def _check_same_encoder(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ chunk on its device, and the best of all parts vote. Shapes: `B` bank, `Q` queri
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -173,3 +174,32 @@ def evaluate_knn(
         )
         for k, top1 in accuracies.items()
     ]
+
+
+def accuracies(entry: dict[str, Any]) -> dict[int, float]:
+    """kNN accuracy in per cent by number of neighbours, of an entry in the log of a run; first that of `eval_knn_top1`."""
+    found = {}
+    if {"eval_knn_k", "eval_knn_top1"} <= entry.keys():
+        found[int(entry["eval_knn_k"])] = entry["eval_knn_top1"]
+    others = {match[1]: value for key, value in entry.items() if (match := re.fullmatch(r"eval_knn_top1_k(\d+)", key))}
+    return found | {int(k): value for k, value in others.items()}
+
+
+def newest_k(history: list[dict[str, Any]]) -> int | None:
+    """The number of neighbours of the last `eval_knn_top1` in the log of a run, if there is one."""
+    return next((int(entry["eval_knn_k"]) for entry in reversed(history) if "eval_knn_k" in entry), None)
+
+
+def by_newest_k(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The log of a run with one number of neighbours behind every name: `eval_knn_top1` is that of `newest_k`.
+
+    A continued run may have another number than it began with.
+    """
+    k = newest_k(history)
+    named = []
+    for entry in history:
+        if "eval_knn_k" in entry:
+            of_k = {"eval_knn_top1" if n == k else f"eval_knn_top1_k{n}": x for n, x in accuracies(entry).items()}
+            entry = {key: x for key, x in entry.items() if not key.startswith("eval_knn_top1")} | of_k
+        named.append(entry)
+    return named

@@ -26,9 +26,9 @@ from ..engine.results import encoder_digest
 from ..engine.run_folder import FREE_TO_CHANGE, METRICS, OF_MONITOR, START, WEIGHTS, read_metrics
 from ..errors import visible
 from ..evaluation.encoder import Encoder
+from ..evaluation.knn import by_newest_k, newest_k
 from ..hub.model_card import escape as escape_markdown
 from ..hub.model_card import public_name
-from ..monitor import by_newest_k, newest_k
 
 NAME = "comparison"  # of the Markdown and HTML files
 CURVES = "curves"  # of the figure

@@ -20,8 +20,7 @@ from ..data.labels import read_labels
 from ..data.sources import DataArguments, ImageSplits, load_images
 from ..engine.page import STREAMED, Run
 from ..evaluation.features import extract_features, unit
-from ..evaluation.knn import nearest
-from ..monitor import by_newest_k, newest_k
+from ..evaluation.knn import by_newest_k, nearest, newest_k
 
 GRID_QUERIES, GRID_BANK = 8, 10_000  # rows of the grid of neighbours, and images among which they are searched
 EMBEDDED = 2_000  # images of the t-SNE

@@ -158,7 +158,7 @@ def read_folder(
         return None
     splits = {}
     for name, images in folder.splits.items():
-        if not images:
+        if not images or images[0].path not in objects:  # a split of which the metadata lists nothing
             continue
         annotations = [read_objects(objects[image.path], image.path, category_column, masks) for image in images]
         splits[name] = split_of_files(name, files, images, annotations, None, None)
