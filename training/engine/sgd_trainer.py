@@ -20,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_moco.distributed_moco import world_size
 
@@ -34,13 +35,7 @@ from .files import UNREADABLE, check_archive, whole_file, whole_files
 from .preemption import SaveAndStop, outlive_signals
 from .record import Trackers, run_name
 
-STATES = (
-    "optimizer.pt",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*.pth",
-    "pytorch_model*.bin",
-)  # pickles of a checkpoint
+STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")  # pickles of a checkpoint
 REQUEUE = (
     75  # exit status after a SIGTERM or Ctrl-C: saved, to be continued by the same command (EX_TEMPFAIL of sysexits.h)
 )
@@ -514,6 +509,11 @@ class SGDTrainer(Trainer):
 
 
 def _check_states(checkpoint: Path) -> None:
+    if not (checkpoint / SAFE_WEIGHTS_NAME).is_file():  # Trainer would take a pickle, whatever tensors it has
+        raise TrainingError(
+            f"{checkpoint} has no {SAFE_WEIGHTS_NAME}, and weights in other files are not loaded: delete it, and the one "
+            "before it is used"
+        )
     # Trainer ends in a traceback for these, which advises to switch the check for code off.
     for path in chain.from_iterable(checkpoint.glob(name) for name in STATES):
         try:
