@@ -129,7 +129,8 @@ def show_set(folder: Path, shards: list[Shard]) -> None:
         use = "`datasets` takes *, ? and [ in the name of a folder for a pattern, so that only another name opens it"
     print(f"{sum(rows.values()):,} rows ({counts}): {use}")
     if left_out := sum(map(len, shards)) - sum(rows.values()):
-        print(f"warning: {left_out:,} images cannot be read and are left out: {folder / UNREADABLE}", file=sys.stderr)
+        are = "image cannot be read and is" if left_out == 1 else "images cannot be read and are"
+        print(f"warning: {left_out:,} {are} left out: {folder / UNREADABLE}", file=sys.stderr)
 
 
 def look(
