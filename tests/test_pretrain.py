@@ -425,7 +425,7 @@ REFUSED = {
     ),
     "neighbours above the bank": (["--knn_k", "65"], "knn_k (65) is larger"),
     "no bank": (["--knn_bank_size", "-5"], "knn_bank_size (-5) must be at least 1 image"),
-    "output below a file": (["--output_dir", __file__ + "/run"], "cannot be made"),
+    "output below a file": (["--output_dir", __file__ + "/run"], "cannot be written"),
     "one checkpoint": (["--save_total_limit", "1"], "save_total_limit (1) must be at least 2"),
     "not a number": (["--learning_rate", "fast"], "invalid float value: 'fast'"),
     "not a choice": (["--augmentation", "v9"], "augmentation ('v9') is unknown: choose one of v1, v2"),

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 from training.data.images import MapImages
+from training.data.sources import DataArguments
 from training.monitor import Monitor
 from training.pretrain import describe_bottleneck
 from training.trainer import MoCoTrainer, MoCoTrainingArguments
@@ -210,7 +211,31 @@ def test_the_log_says_what_a_run_has_waited_for(rows, tmp_path, monkeypatch, ima
     shares = [entry["waiting_for_data"] for entry in trainer.state.log_history if "loss" in entry]
     assert shares == pytest.approx([100 * images / seconds for seconds, images in clock.windows()])
     assert len(set(shares)) > 1  # each of its own window: of the first, in which two batches are read, and others
-    assert describe_bottleneck({"waiting_for_data": median(shares)}).startswith(says)
+    metrics = {"waiting_for_data": median(shares)}
+    assert describe_bottleneck(metrics, DataArguments("digits"), torch.device("cpu")).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "advice"),
+    [
+        ({}, "cuda", "--dataloader_num_workers, or --view_backend cv2, or --view_backend device; for"),
+        (
+            {},
+            "cpu",
+            "--dataloader_num_workers, or --view_backend cv2; for large photographs --decode scaled, or a copy",
+        ),
+        (
+            {"view_backend": "cv2", "decode": "scaled"},
+            "cpu",
+            "--dataloader_num_workers; for large photographs a copy by",
+        ),
+        ({"view_backend": "cv2"}, "cuda", "--dataloader_num_workers, or --view_backend device; for"),
+        ({"view_backend": "device"}, "cuda", "--dataloader_num_workers; for large photographs --decode scaled"),
+    ],
+)
+def test_a_run_that_waits_for_images_is_not_told_to_do_what_it_does(given, device, advice):
+    said = describe_bottleneck({"waiting_for_data": 40.0}, DataArguments("digits", **given), torch.device(device))
+    assert f"40 % of the time was waiting for images. More {advice}" in said
 
 
 def test_images_per_second_are_those_of_training(rows, tmp_path, monkeypatch):

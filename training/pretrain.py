@@ -21,7 +21,7 @@ from .cli import how_to_run
 from .convert.start import Start, begin_with
 from .data.images import StreamedImages
 from .data.pipeline import build_render, training_images, training_views
-from .data.sources import ImageSplits
+from .data.sources import DataArguments, ImageSplits
 from .engine.files import write_json
 from .engine.page import read_run, write_report
 from .engine.record import record
@@ -41,6 +41,7 @@ STARTS = {  # what `queue_start` and `bank_start` do
 }
 OFFICIAL_GPUS = 8  # that share a global batch in the papers
 BOUND_BY_DATA = 10  # per cent of the time
+BACKENDS = ("pil", "cv2", "device")  # of views, each faster than the one before; the last with a GPU
 
 
 def build_trainer(args: PretrainArguments, splits: ImageSplits, start: Start | None = None) -> MoCoTrainer:
@@ -305,14 +306,17 @@ def monitored(result: Result) -> dict[str, Any]:
     return {"protocol": result.protocol, "feature": result.feature, "settings": result.settings}
 
 
-def describe_bottleneck(metrics: dict[str, Any]) -> str:
-    """A sentence: whether data or compute bounded the run that left these metrics."""
+def describe_bottleneck(metrics: dict[str, Any], data: DataArguments, device: torch.device) -> str:
+    """A sentence: whether data or compute bounded the run that left these metrics, and what of the data is not as fast yet."""
     share = metrics["waiting_for_data"]
     if share < BOUND_BY_DATA:
         return f"compute bounded it: {share:.0f} % of the time was waiting for images"
+    later = BACKENDS[1 + BACKENDS.index(data.view_backend) :]
+    faster = [f"--view_backend {name}" for name in later if name != "device" or device.type != "cpu"]
+    large = ["--decode scaled"] * (data.decode != "scaled") + [f"a copy by {how_to_run('prepare')}"]
     return (
-        f"data bounded it: {share:.0f} % of the time was waiting for images. More --dataloader_num_workers, or a faster "
-        f"--view_backend (cv2, device); for large photographs --decode scaled, or a copy by {how_to_run('prepare')}"
+        f"data bounded it: {share:.0f} % of the time was waiting for images. "
+        f"{', or '.join(['More --dataloader_num_workers', *faster])}; for large photographs {', or '.join(large)}"
     )
 
 

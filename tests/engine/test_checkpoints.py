@@ -433,6 +433,22 @@ def test_a_manifest_lists_every_file_and_the_division(saved):
     assert BatchLayout(**manifest["batch_layout"]) == BatchLayout(1, BATCH, 1, IMAGES, None, 1.0)
 
 
+def test_weights_in_a_pickle_are_not_continued_from(rows, saved, tmp_path):
+    """A checkpoint that somebody has made, complete by its manifest. Trainer would take what tensors it has, and no more."""
+    checkpoint = tmp_path / "run" / "checkpoint-5"
+    shutil.copytree(saved[0] / "checkpoint-5", checkpoint)
+    weights = load_file(checkpoint / "model.safetensors")
+    torch.save(dict(itertools.islice(weights.items(), 3)), checkpoint / "pytorch_model.bin")
+    for name in ("model.safetensors", "manifest.json"):
+        (checkpoint / name).unlink()
+    write_manifest(checkpoint, BatchLayout(1, BATCH, 1, IMAGES, None, 0.8))
+    assert find_defect(checkpoint) is None
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-5 has no model\.safetensors, and weights in other files are not"
+    ):
+        build(rows, tmp_path / "run", num_train_epochs=1, **SAVING).train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_an_interrupt_that_the_shell_has_switched_off_stays_off(rows, tmp_path):
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for what runs in the background of a script
     try:

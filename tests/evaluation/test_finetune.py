@@ -408,6 +408,20 @@ def test_bad_input_is_one_line_before_anything_is_written(flags, message, encode
     assert not (tmp_path / "run").exists()
 
 
+def test_a_fine_tuning_that_is_refused_leaves_no_folder_in_the_dataset(encoder, tmp_path, script, capsys):
+    """Or the empty folder would be a class, or a split, of the next run."""
+    for i, row in enumerate(load_digits()["train"].select(range(8))):
+        path = tmp_path / "photos" / ("train", "test")[i // 4] / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row["image"].save(path)
+    inside = tmp_path / "photos" / "train" / "new" / "run"
+    data = ["--dataset_name", str(tmp_path / "photos"), "--max_train_samples", "4", "--max_eval_samples", "4"]
+    with pytest.raises(SystemExit):
+        script("finetune").main([str(encoder), *TINY, *data, "--output_dir", str(inside)])
+    assert f"{inside} lies in {tmp_path / 'photos'}" in capsys.readouterr().err
+    assert not inside.parent.exists()
+
+
 def _rank(rank: int, encoder: str, folder: str) -> None:
     join_trainers(rank, str(Path(folder).parent), 2)
     flags = ["--label_fraction", "0.5", "--max_steps", "2", "--eval_strategy", "no"]

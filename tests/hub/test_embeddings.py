@@ -91,3 +91,11 @@ def test_a_dry_run_sends_nothing_and_another_dataset_is_not_written_over(hub, ar
         command.main([*argv, "--push_to_hub", "org/photos-embedded"])
     assert "holds something else (data/train.parquet): choose another name" in capsys.readouterr().err
     assert hub.files(NAME)["data/train.parquet"] == b"theirs"
+
+
+def test_no_repository_is_made_for_a_licence_that_the_hub_does_not_know(hub, argv, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main([*argv, "--push_to_hub", "org/photos-embedded", "--license", "mine"])
+    assert "license 'mine' is not known" in capsys.readouterr().err
+    assert not hub.repos
+    assert not (tmp_path / "set").exists()

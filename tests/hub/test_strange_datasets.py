@@ -141,3 +141,40 @@ for name in ("org/same", "org/other"):
     assert len(said) == 4
     for line in said[2:]:
         assert re.match("class 0 is 'cat' in .*train-00000-of-00001.parquet and 'dog' in .*test-00000-of-00001", line)
+
+
+def test_a_dataset_that_is_read_offline_is_of_the_commit_in_the_cache(tmp_path):
+    code = """
+import json, sys
+from training.data.sources import DataArguments, load_images
+
+args = DataArguments(dataset_name="org/rows")
+args.content = json.loads(sys.argv[1])
+splits = load_images(args)
+print(json.dumps([splits.about["revision"], splits.place["content"]]))
+"""
+
+    def parquet(count: int) -> bytes:
+        table(range(count)).cast_column("image", datasets.Image()).to_parquet(file := io.BytesIO())
+        return file.getvalue()
+
+    hub = Hub()
+    repo = hub.create_dataset("org/rows", {"data/train-00000-of-00001.parquet": parquet(6)})
+    env = environment(hub, tmp_path / "cache") | {"NO_PROXY": "127.0.0.1,localhost"}
+    env["PYTHONPATH"] = f"{SUPPORT}:{SUPPORT.parents[1]}"
+
+    def opened(content=None, **more: str):
+        command = [sys.executable, "-W", "ignore", "-c", code, json.dumps(content)]
+        done = subprocess.run(command, env=env | more, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    first = repo.branches["main"]
+    assert opened() == [f"commit {first}", {"train": f"commit {first}"}]
+    second = hub.push("org/rows", {"data/train-00000-of-00001.parquet": parquet(5)})
+    requests = len(hub.requests)
+    assert opened(HF_HUB_OFFLINE="1") == [f"commit {first}", {"train": f"commit {first}"}]
+    assert opened({"train": f"commit {first}"}, HF_HUB_OFFLINE="1")[0] == f"commit {first}"
+    assert len(hub.requests) == requests
+    assert opened()[0] == f"commit {second}"
+    hub.close()

@@ -262,6 +262,26 @@ def test_words_and_histories_of_strangers_are_shown_as_words(make, script, tmp_p
     assert all(line.isprintable() for line in text.splitlines())
 
 
+def test_markdown_and_html_have_the_rows_as_columns(make, script, tmp_path):
+    runs = [make(f"r{i}", [90.0 + i], queue_size=64 + i) for i in range(5)]
+    append_results(runs[0], [Result("probe", "top1", 50.0, 360)], model=digest_of(runs[0]), data=DATA)
+    script("compare").main([*map(str, runs), "--output_dir", str(tmp_path / "out")])
+    text, page = ((tmp_path / "out" / f"comparison.{kind}").read_text() for kind in ("md", "html"))
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    rows = [[line.strip("| \n").split(" | ") for line in table.splitlines()] for table in tables[:2]]
+    assert [table[0] for table in rows] == [["A", "B", "C", "D"], ["E"]]
+    assert [line[1:] for line in rows[0][2:]] == [
+        ["64", "65", "66", "67"],
+        ["1"] * 4,
+        ["90.00", "91.00", "92.00", "93.00"],
+        ["50.00", "–", "–", "–"],
+    ]
+    cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", page.replace("<wbr>", ""))
+    assert [x for table in rows for line in table if line[0] != "---" for x in line if x] == [
+        x for x in cells[: cells.index("row")] if x
+    ]
+
+
 def test_the_table_of_a_terminal_is_as_narrow_as_its_numbers(make, script, tmp_path, capsys):
     runs = [make("a", [90.0]), make("b", [91.0], queue_size=64)]
     append_results(runs[0], [Result("probe", "top1", 50.0, 360)], model=digest_of(runs[0]), data=DATA)

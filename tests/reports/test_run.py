@@ -19,7 +19,7 @@ from modeling_moco import MoCoConfig, MoCoModel
 from training.data.formats import load_digits
 from training.data.images import MapImages
 from training.data.sources import DataArguments, ImageSplits
-from training.engine.page import NUMBERS, read_run, write_report
+from training.engine.page import NUMBERS, read_run, refresh_report, write_report
 from training.engine.results import Result, append_results, encoder_digest, read_results
 from training.evaluation.features import extract_features, unit
 from training.reports.run import draw_features, spread_over_classes
@@ -140,6 +140,27 @@ def rows_of_results(path: Path) -> list[list[str]]:
     table = path.read_text().partition('<table class="results">')[2].partition("</table>")[0]
     rows = [re.findall(r"(?:<t[hd]>|<small>)(.*?)(?=<)", row) for row in table.split("</tr>")]
     return [[html.unescape(cell) for cell in row] for row in rows if row]
+
+
+def test_a_report_that_is_a_link_becomes_a_file_with_what_was_added(run, tmp_path):
+    write_report(read_run(run))
+    (run / "report.html").rename(tmp_path / "shown.html")
+    (run / "report.html").symlink_to(tmp_path / "shown.html")
+    before = (tmp_path / "shown.html").read_text()
+    (run / "results.json").write_text(json.dumps([read_results(run)[0] | {"protocol": "measured since"}]))
+    refresh_report(run)
+    assert not (run / "report.html").is_symlink()
+    assert rows_of_results(run / "report.html")[1][0] == "measured since"
+    assert (tmp_path / "shown.html").read_text() == before
+
+
+def test_a_section_without_settings_is_not_headed(run):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | {"probe": {}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_report(read_run(run))
+    assert re.findall(r"<h3>(data|model|training|probe)</h3>", Page(run / "report.html").source) == [
+        *("data", "model", "training")
+    ]
 
 
 def test_the_numbers_come_first_and_each_once(run):

@@ -117,6 +117,17 @@ def test_runs_that_are_not_alike_are_not_put_together(definition, tmp_path, ran)
     assert f"Left out: 1 results of {stale}, which are of other weights" in notes
 
 
+def test_a_table_is_of_the_settings_that_most_of_its_runs_have(definition, tmp_path, ran):
+    plan = plan_of(definition(), tmp_path, "--seeds", "0", "1")
+    other = plan_of(definition(), tmp_path, "--seeds", "0", "1", "--queue_size", "64")
+    odd = ran(plan, 0, 90.0)
+    ran(other, 1, 80.0), ran(other, 4, 82.0)
+    _, body, notes = shown(plan)
+    assert [row[1:3] for row in body] == [["–", "0 of 2"], ["81.00 ± 1.41", "2 of 2"], ["–", "0 of 2"]]
+    assert f"Left out: {odd}, whose settings are changed in another way than those of most runs." in notes
+    assert "queue_size 64 (published: 1024)" in notes
+
+
 def test_a_row_that_the_table_had_before_is_left_out_with_a_word(definition, tmp_path, ran):
     plan = plan_of(definition(rows=NO_NUMBERS), tmp_path, "--seeds", "0", "5")
     ran(plan, 0, 90.0)

@@ -1,6 +1,8 @@
 """Embed a dataset, search it, find near-duplicates: `python scripts/embed.py runs/quickstart --duplicates 0.98`."""
 
+import json
 import sys
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> None:
         folder, record = Path(args.output_dir), describe(model, data, images, args)
         if repository is not None and not args.dry_run:
             decided_by_main(lambda: check_place(folder, record))  # before a repository is made
-            repository = decided_by_main(repository.prepare)
+            repository = decided_by_main(partial(prepare, repository, args.license))
         claim(folder, record)
         if state.is_main_process:
             print(f"Embeddings of {encoder}: {record['features']}, {record['dtype']}, in {folder}")
@@ -62,6 +64,16 @@ def main(argv: list[str]) -> None:
             look(shards, images, data, args, queries, found, model.device)
             if repository is not None:
                 publish(repository, encoder, record, shards, images, args)
+
+
+def prepare(repository: Repository, license: str) -> Repository:
+    """Make sure that one may write to the repository, under a licence that the Hub knows.
+
+    Raises:
+        ValueError: as `Repository.check_card` and `Repository.prepare`.
+    """
+    repository.check_card(f"---\nlicense: {json.dumps(license)}\n---\n")
+    return repository.prepare()
 
 
 def parse_embed(argv: list[str]) -> tuple[Encoder, SplitDataArguments, EmbedArguments]:
@@ -117,7 +129,8 @@ def show_set(folder: Path, shards: list[Shard]) -> None:
         use = "`datasets` takes *, ? and [ in the name of a folder for a pattern, so that only another name opens it"
     print(f"{sum(rows.values()):,} rows ({counts}): {use}")
     if left_out := sum(map(len, shards)) - sum(rows.values()):
-        print(f"warning: {left_out:,} images cannot be read and are left out: {folder / UNREADABLE}", file=sys.stderr)
+        are = "image cannot be read and is" if left_out == 1 else "images cannot be read and are"
+        print(f"warning: {left_out:,} {are} left out: {folder / UNREADABLE}", file=sys.stderr)
 
 
 def look(

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     train(trainer, checkpoint)
     metrics = finish(args, trainer, splits)
     if trainer.is_world_process_zero():
-        show(metrics, str(folder))
+        show(metrics, str(folder), args)
         print(f"Saved to {folder}; its figures and numbers are in {folder}/{REPORT}")
     publish_end(args, publisher)
     if trainer.is_world_process_zero():
@@ -76,13 +76,14 @@ def publish_end(args: PretrainArguments, publisher: PublishCallback | None) -> N
             print(f"Published: {publisher.send_last(Path(str(args.training.output_dir)))}")
 
 
-def show(metrics: dict[str, Any], folder: str) -> None:
+def show(metrics: dict[str, Any], folder: str, args: PretrainArguments) -> None:
     for name, key in (("kNN before training", "knn_top1_before"), ("kNN after", "knn_top1_after")):
         if key in metrics:
             print(f"{name:>20}: {metrics[key]:.1f} %")
     listed = f", listed in {folder}/{UNREADABLE}" if metrics["skipped_images"] else ""
     print(f"{'unreadable images':>20}: {metrics['skipped_images']}{listed}")
-    print(f"{'images/s':>20}: {metrics['images_per_second']:.0f}; {describe_bottleneck(metrics)}")
+    bottleneck = describe_bottleneck(metrics, args.data, args.training.device)
+    print(f"{'images/s':>20}: {metrics['images_per_second']:.0f}; {bottleneck}")
 
 
 def next_command(folder: str, splits: ImageSplits) -> str:

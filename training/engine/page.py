@@ -158,11 +158,12 @@ def write_report(run: Run, missing: str | None = None) -> Path:
 def refresh_report(folder: Path) -> None:
     """Write a report that is there anew, after something has been added to its folder; its figures stay.
 
+    One that is a link becomes a file, as by the command: what the link points to is not written to, and would soon be old.
+
     Raises:
         ValueError: the run beside it cannot be read.
     """
-    path = folder / REPORT
-    if path.is_file() and not path.is_symlink():
+    if (folder / REPORT).is_file():
         write_report(read_run(folder))
 
 
@@ -188,6 +189,8 @@ def _page(run: Run, missing: str | None) -> str:
         '<p class="soft">What the recipe or the command line gave; all else has its default.</p>',
     ]
     for section, values in run.recipe.items():
+        if not values:
+            continue
         rate = recorded_rate(values)
         parts += [f"<h3>{escape(section)}</h3>", _pairs(values if rate is None else values | {"learning_rate": rate})]
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_moco.distributed_moco import world_size
 
@@ -51,13 +52,7 @@ from .files import UNREADABLE, check_archive, whole_file, whole_files
 from .preemption import SaveAndStop, TellOfLongSteps, outlive_signals
 from .record import Trackers, run_name
 
-STATES = (
-    "optimizer.pt",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*.pth",
-    "pytorch_model*.bin",
-)  # pickles of a checkpoint
+STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")  # pickles of a checkpoint
 REQUEUE = 75  # exit status after a signal: saved, the same command continues (EX_TEMPFAIL of sysexits.h)
 NEVER = torch.iinfo(torch.int64).max
 LEAST = {
@@ -404,12 +399,13 @@ class SGDTrainer(Trainer):
             raise ValueError(
                 f"optim ({optimizer_in_words(args.optim, None)}) cannot be had here ({one_line(error)}): choose another"
             ) from error
-        try:
-            os.makedirs(str(args.output_dir), exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"output_dir ({args.output_dir}) cannot be made ({error}): pass another") from error
         args.run_name = args.trackers.run_name  # or trackio would give a continued run another name
-        super().__init__(args=args, **kwargs)
+        # Or Trainer would make the folder, also of what is then refused.
+        output_dir, args.output_dir = args.output_dir, os.curdir
+        try:
+            super().__init__(args=args, **kwargs)
+        finally:
+            args.output_dir = output_dir
         # Convolutions are faster in this layout: 1.4 times on a CPU (test_resnet, 32 px), and tensor cores want it.
         self.model.to(memory_format=torch.channels_last)
         if not self.args.disable_tqdm:
@@ -520,6 +516,8 @@ class SGDTrainer(Trainer):
         return loss
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if self.args.should_save:
+            os.makedirs(str(self.args.output_dir), exist_ok=True)
         if resume_from_checkpoint is True:  # Trainer would take the newest, complete or not
             resume_from_checkpoint, _ = newest_complete(Path(str(self.args.output_dir)))
         if resume_from_checkpoint:
@@ -601,6 +599,11 @@ class SGDTrainer(Trainer):
 
 
 def _check_states(checkpoint: Path) -> None:
+    if not (checkpoint / SAFE_WEIGHTS_NAME).is_file():  # Trainer would take a pickle, whatever tensors it has
+        raise TrainingError(
+            f"{checkpoint} has no {SAFE_WEIGHTS_NAME}, and weights in other files are not loaded: delete it, and the one "
+            "before it is used"
+        )
     # Trainer ends in a traceback for these, which advises to switch the check for code off.
     for path in chain.from_iterable(checkpoint.glob(name) for name in STATES):
         try:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from modeling_moco import MoCoConfig
+from modeling_moco.dictionary_moco import BUILT_IN
 
 MOCO_V1, MOCO_V2 = "1911.05722", "2003.04297"
 # What a dictionary and who encodes its keys make, and where it was published; of a queue the head tells which version.
@@ -56,6 +57,8 @@ def method_of(settings: dict[str, Any], told: bool = True) -> tuple[str, str]:
     """
     if (other := _other(settings)) is not None:
         return f"{other[0]} (", other[1]
+    if (dictionary := _dictionary(settings)) not in BUILT_IN:
+        return f"contrastive learning with a dictionary of its author's own, {dictionary} (after MoCo, ", MOCO_V1
     if not told:
         return "Momentum Contrast (MoCo, ", MOCO_V1
     v2 = settings.get("projection_head", MoCoConfig.projection_head) == "mlp"
@@ -69,5 +72,8 @@ def papers_of(settings: dict[str, Any]) -> list[str]:
 
 
 def _other(settings: dict[str, Any]) -> tuple[str, str] | None:
-    dictionary = str(settings.get("dictionary", MoCoConfig.dictionary))
-    return OTHER_METHODS.get((dictionary, str(settings.get("key_encoder", MoCoConfig.key_encoder))))
+    return OTHER_METHODS.get((_dictionary(settings), str(settings.get("key_encoder", MoCoConfig.key_encoder))))
+
+
+def _dictionary(settings: dict[str, Any]) -> str:
+    return str(settings.get("dictionary", MoCoConfig.dictionary))

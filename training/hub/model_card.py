@@ -18,6 +18,7 @@ from modeling_moco import (
     MoCoImageProcessor,
     MoCoSegmentationImageProcessor,
 )
+from modeling_moco.dictionary_moco import BUILT_IN
 
 from ..engine.results import OF_PIXELS, has_interval, spread
 from ..optimization.schedules import recorded_rate
@@ -169,7 +170,7 @@ def _summary(model: Model, origin: Origin) -> str:
     if origin.recipe or origin.conversion:
         return f"A {architecture} {_pretrained(model.config.to_dict(), origin, told=True)}: {features}"
     method, paper = method_of(model.config.to_dict())
-    return f"A {architecture} for {method}{_arxiv(paper)}), of whose training nothing is recorded: {features}"
+    return f"A {architecture} for {escape(method)}{_arxiv(paper)}), of whose training nothing is recorded: {features}"
 
 
 def _summary_of_classifier(model: MoCoForImageClassification, origin: Origin) -> str:
@@ -207,7 +208,7 @@ def _pretrained(settings: dict[str, Any], origin: Origin, told: bool) -> str:
     (method, paper), dataset, start = method_of(settings, told), _dataset(origin), _start(origin)
     images = f" on {escape(dataset)}" if dataset else ""
     began = f", beginning with the weights of {escape(start)}" if start else ""
-    return f"trained by {method}{_arxiv(paper)}){images} without labels{began}"
+    return f"trained by {escape(method)}{_arxiv(paper)}){images} without labels{began}"
 
 
 def _arxiv(paper: str) -> str:
@@ -249,8 +250,14 @@ def _state_of_training(config: MoCoConfig) -> str:
     parts = ["Key encoder"] * (config.key_encoder == "momentum") + ["projector"]
     parts += ["predictor"] * (config.prediction_head != "none") + ["queue"] * (config.dictionary == "queue")
     words = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else ["The projector"])
+    there = f"{words} {'are' if len(parts) > 1 else 'is'} there"
+    if config.dictionary not in BUILT_IN:
+        return (
+            f"{there}, and what the dictionary {escape(config.dictionary)} holds, whose class is not: register it before you "
+            "load the model, and training can go on from here. For features alone pass `momentum_encoder=False`."
+        )
     lacks = ", the bank of the training images is not" * (config.dictionary == "bank")
-    return f"{words} {'are' if len(parts) > 1 else 'is'} there{lacks}: training can go on from here."
+    return f"{there}{lacks}: training can go on from here."
 
 
 def _training(origin: Origin) -> str:

@@ -178,22 +178,23 @@ def _publish(source: str, model: Published, processor: Processor, repo_id: str, 
 
 
 def _save_weights(model: Model, processor: MoCoImageProcessor, license: str, folder: Path) -> None:
-    config = model.config
+    config, written = model.config, {}
     if not (isinstance(model, MoCoModel) and model.momentum_encoder) and config.dictionary not in BUILT_IN:
-        # Whoever loads an encoder alone need not have registered one's own.
-        config.dictionary, config.key_encoder = "queue", "momentum"
+        # Whoever loads an encoder alone need not have registered one's own; the card is of the true one.
+        written = {"dictionary": "queue", "key_encoder": "momentum"}
     if config.dictionary == "bank":  # a bank is of the images of its run: a random one of one key stands for it
         config.bank_size = 1
         if isinstance(model, MoCoModel) and model.momentum_encoder:
             model.dictionary = build_dictionary(config)
     if exports.save_timm(model, processor, folder, license):
-        section = config.to_dict() | {"transformers_weights": "moco.safetensors"}
+        section = config.to_dict() | written | {"transformers_weights": "moco.safetensors"}
         whole = read_written(folder / "config.json") | {"auto_map": config.auto_map, "moco": section}
         write_json(folder / "config.json", whole)
         save_file(model.state_dict(), folder / "moco.safetensors", metadata={"format": "pt"})
         exports.save_resnet(model, folder / "resnet", whole)
     else:
         model.save_pretrained(folder)
+        write_json(folder / "config.json", read_written(folder / "config.json") | written)
 
 
 def _save_processor(processor: Processor, folder: Path) -> None:

@@ -3,15 +3,21 @@
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any, Literal
 
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # the last is httpx's or httpx2's
+from huggingface_hub import HfApi, RepoCard, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # httpx's or httpx2's
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
@@ -87,33 +93,66 @@ class Repository:
     def api(self) -> HfApi:
         return HfApi()  # with the token of HF_TOKEN or of this machine's login
 
-    def prepare(self) -> "Repository":
-        """Check the right to write, and create the repository if it does not exist.
+    def check(self) -> "Repository":
+        """Check what can be checked without changing anything on the Hub.
 
         Returns:
             the same with its whole name.
 
         Raises:
-            ValueError: there is no token, no right or no network; the repository holds something else, or it is public and
-                should be private.
+            ValueError: there is no token or no network; the repository holds something else on this branch, or it is public
+                and should be private.
         """
         if get_token() is None:
             raise ValueError(
                 f"no token to write to {self.name} with: log in with `hf auth login`, or set HF_TOKEN to one that may write"
             )
         with hub_errors(f"opening {self.name}"):
-            made = self.api.create_repo(self.name, private=self.private or None, exist_ok=True, repo_type=self.kind)
-            whole = made.repo_id
-            about = self.api.repo_info(whole, repo_type=self.kind)
-        there = {file.rfilename for file in about.siblings or []}
+            whole = self.name if "/" in self.name else f"{self.api.whoami()['name']}/{self.name}"
+            about = self._about(whole)
+        there = {file.rfilename for file in (about and about.siblings) or []}
         if OURS[self.kind] not in there and (others := sorted(there - MADE_BY_HAND)):
             raise ValueError(f"{whole} holds something else ({', '.join(others[:3])}): choose another name")
-        if self.private and not about.private:
+        if self.private and about is not None and not about.private:
             raise ValueError(f"private (True) does not change {whole}, which is public: make it private on its page")
-        if self.revision is not None:
-            with hub_errors(f"opening {self.revision} of {whole}"):
-                self.api.create_branch(whole, branch=self.revision, exist_ok=True, repo_type=self.kind)
         return replace(self, name=whole)
+
+    def _about(self, name: str) -> Any:
+        """What the Hub knows of the branch, or of main, where a new branch begins; None if there is no repository."""
+        for revision in dict.fromkeys((self.revision, None)):
+            with suppress(RevisionNotFoundError, RepositoryNotFoundError):
+                return self.api.repo_info(name, revision=revision, repo_type=self.kind)
+        self.api.whoami()  # without a valid token nothing is there either
+        return None
+
+    def check_card(self, content: str) -> None:
+        """Ask the Hub whether it takes the metadata of a card.
+
+        Raises:
+            ValueError: it does not, e.g. a licence that it does not know; or there is no network.
+        """
+        with hub_errors(f"checking the card of {self.name}"):
+            try:
+                RepoCard(content).validate(self.kind)
+            except ValueError as error:
+                raise ValueError(f"Invalid metadata in README.md. {error}") from error
+
+    def prepare(self) -> "Repository":
+        """Check the right to write, and create the repository and its branch if they do not exist.
+
+        Returns:
+            the same with its whole name.
+
+        Raises:
+            ValueError: as `check`, or there is no right to write.
+        """
+        checked = self.check()
+        with hub_errors(f"opening {checked.name}"):
+            self.api.create_repo(checked.name, private=self.private or None, exist_ok=True, repo_type=self.kind)
+        if self.revision is not None:
+            with hub_errors(f"opening {self.revision} of {checked.name}"):
+                self.api.create_branch(checked.name, branch=self.revision, exist_ok=True, repo_type=self.kind)
+        return checked
 
     def upload(self, folder: Path, message: str) -> str:
         """Upload a folder in one commit, so that all of it is there or nothing. Files that the Hub has are not sent again.

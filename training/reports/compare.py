@@ -401,7 +401,10 @@ def title(comparison: Comparison) -> str:
 
 
 def to_markdown(comparison: Comparison, drawn: bool) -> str:
-    lines = [f"# {title(comparison)}", "", *markdown_table(comparison.head, comparison.body), "", READING]
+    lines = [f"# {title(comparison)}"]
+    for head, body in in_columns(comparison):
+        lines += ["", *markdown_table(head, body)]
+    lines += ["", READING]
     lines += [line for note in comparison.notes() for line in ("", escape_markdown(visible(note)))]
     if drawn:
         lines += ["", f"![Curves of all runs]({CURVES}.png)", "", OF_CURVES]
@@ -418,7 +421,7 @@ def markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
 def to_html(comparison: Comparison, figure: Path | None) -> str:
     parts = [
         f"<h1>{title(comparison)}</h1>",
-        *html_columns(comparison.head, comparison.body),
+        *(html_table(head, body, "compared columns") for head, body in in_columns(comparison)),
         f'<p class="soft">{READING}</p>',
     ]
     parts += [f'<p class="missing">{escape(note)}</p>' for note in comparison.notes()]
@@ -428,11 +431,12 @@ def to_html(comparison: Comparison, figure: Path | None) -> str:
     return document(title(comparison), parts)
 
 
-def html_columns(head: list[str], body: list[list[str]]) -> Iterator[str]:
-    """The rows of a table as columns, as many beside each other as have room: there may be any number of measurements."""
+def in_columns(comparison: Comparison) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Heads and bodies of tables that have the rows as columns: there may be any number of measurements."""
+    head, body = comparison.head, comparison.body
     for i in range(0, len(body), COLUMNS_OF_A_PAGE):
-        first, *lines = zip(head, *body[i : i + COLUMNS_OF_A_PAGE], strict=True)
-        yield html_table(first, lines, "compared columns")
+        first, *lines = map(list, zip(head, *body[i : i + COLUMNS_OF_A_PAGE], strict=True))
+        yield first, lines
 
 
 def html_table(head: Sequence[str], body: Sequence[Sequence[str]], kind: str = "compared") -> str:

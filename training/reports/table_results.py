@@ -248,10 +248,14 @@ class Filled:
 
     @cached_property
     def counted(self) -> list[Found]:
-        """Runs that are part of the table: what differs from the published settings in one of them is the same in all."""
+        """Runs that are part of the table: what differs from the published settings in one of them is the same in all.
+
+        Where runs are changed in several ways, those of the way that most of the ended ones have, then most of all.
+        """
         read = [x for x in self.found if x.measured is not None]
         read.sort(key=lambda x: x.state != "ended")
-        return [x for x in read if _changed_alike(x, read[0])]
+        ways = ([x for x in read if _changed_alike(x, one)] for one in read)
+        return max(ways, key=lambda runs: (sum(x.state == "ended" for x in runs), len(runs)), default=[])
 
     @property
     def changed(self) -> Mapping[str, Any]:
@@ -352,7 +356,7 @@ class Filled:
             yield f"Ours were trained by different commits of the code: {', '.join(commits)}."
         for x in self.found:
             if x.measured is not None and x not in self.counted:
-                yield f"Left out: {x.cell.folder}, whose settings are changed in another way than those of the other rows."
+                yield f"Left out: {x.cell.folder}, whose settings are changed in another way than those of most runs."
             elif (otherwise := self._measured_otherwise(x)) is not None:
                 yield f"Left out: {x.cell.folder}, which was measured otherwise: {otherwise}."
             if x.measured is not None and x.measured.older:

@@ -15,7 +15,10 @@ from modeling_moco import (
     MoCoImageProcessorPil,
     MoCoModel,
     MoCoRCNNConfig,
+    QueueDictionary,
 )
+from modeling_moco.dictionary_moco import DICTIONARIES
+from training.hub.publish import PublishArguments, load_published, publish
 
 METHODS = {  # settings, words, papers
     "MoCo v2": ({}, "Momentum Contrast (MoCo v2, [arXiv:2003.04297]", ["1911.05722", "2003.04297"]),
@@ -46,7 +49,7 @@ TITLES = {
 
 def save(folder: Path, settings: dict) -> None:
     """A run, and in it a probe and a detector, none of which has been trained."""
-    settings = settings | {"architecture": "test_resnet", "queue_size": 64}
+    settings = {"architecture": "test_resnet", "queue_size": 64} | settings
     recipe = {"data": {"dataset_name": "org/birds"}, "model": settings}
     MoCoModel(MoCoConfig(**settings)).save_pretrained(folder)
     MoCoForImageClassification.from_pretrained(folder).save_pretrained(folder / "probe")
@@ -71,3 +74,31 @@ def test_the_method_and_its_papers_are_named(method, tmp_path):
         if name != "detector":
             config = json.loads((tmp_path / "published" / name / "config.json").read_text())
             assert config["pretrained_cfg"]["paper_ids"] == [f"arXiv:{paper}" for paper in papers], name
+
+
+@pytest.mark.parametrize("stem", ["default", "small"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_dictionary_of_ones_own_is_not_called_a_version_of_moco(recorded, stem, tmp_path, monkeypatch):
+    architecture = {"default": "test_resnet", "small": "resnet18"}[stem]
+    settings = {"dictionary": "every_2nd*", "stem": stem, "architecture": architecture}
+    monkeypatch.setitem(DICTIONARIES, "every_2nd*", QueueDictionary)
+    save(tmp_path / "run", settings)
+    with monkeypatch.context() as patch:  # whoever publishes features need not have registered it
+        patch.delitem(DICTIONARIES, "every_2nd*")
+        for name in (".", "probe", "detector")[: 3 if recorded else 1]:
+            if not recorded:
+                (tmp_path / "run" / "recipe.yaml").unlink()
+            text, _ = card_of(tmp_path / "run" / name, tmp_path / "published" / name)
+            words = r"contrastive learning with a dictionary of its author's own, every_2nd\* (after MoCo, [arXiv:1911.05722]"
+            assert words in text, name
+            assert "MoCo v2" not in text, name
+        folder = tmp_path / "published"
+        assert MoCoModel.from_pretrained(folder).config.dictionary == "queue"
+        assert MoCoForImageClassification.from_pretrained(folder).config.architecture == architecture
+    if recorded:
+        model, processor = load_published(str(tmp_path / "run"), training_state=True)
+        args = PublishArguments(include_training_state=True)
+        publish(str(tmp_path / "run"), model, processor, "org/name", args, tmp_path / "whole")
+        card = (tmp_path / "whole" / "README.md").read_text()
+        assert r"what the dictionary every_2nd\* holds, whose class is not: register it before you load" in card
+        assert MoCoModel.from_pretrained(tmp_path / "whole").config.dictionary == "every_2nd*"

@@ -95,6 +95,44 @@ def test_another_model_is_not_touched(flags, hub, run, script, capsys):
     assert list(repo.branches) == ["main"]
 
 
+@pytest.mark.parametrize("flags", [["--license", "mine"], ["--license", "mit", "--private"]])
+def test_no_repository_is_made_for_what_is_then_refused(flags, hub, run, script, capsys, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(run, source, ignore=shutil.ignore_patterns("checkpoint*", "linear_probe", "finetune*"))
+    if "mit" in flags:
+        recipe = source / "recipe.yaml"
+        recipe.write_text(recipe.read_text() + "about: {title: on /data/secret/birds}\n")
+    reason = (
+        "would show a path"
+        if "mit" in flags
+        else 'Invalid metadata in README.md. {"errors": [{"message": "license \'mine\''
+    )
+    assert reason in refused(script, capsys, str(source), "org/run", "--revision", "trial", *flags)
+    assert not hub.repos
+
+
+@pytest.mark.parametrize("holds", ["main", "trial"])
+def test_the_branch_that_is_written_to_is_the_one_that_is_looked_at(holds, hub, run, script, capsys):
+    repo = hub.create("org/run")
+    main = repo.branches["main"]
+    repo.branches["trial"], repo.commits["other"] = main, dict(repo.commits[main])
+    repo.commits["other"]["pytorch_model.bin"] = repo.commits[main][".gitattributes"]
+    repo.branches[holds] = "other"
+    if holds == "trial":
+        line = refused(script, capsys, str(run), "org/run", "--revision", "trial")
+        assert "org/run holds something else (pytorch_model.bin)" in line
+        assert not repo.log
+    else:
+        push(script, str(run), "org/run", "--revision", "trial")
+        assert "modeling_moco.py" in hub.files("org/run", "trial")
+
+
+def test_a_repository_without_an_owner_is_the_users(hub, run, script):
+    push(script, str(run), "mine")
+    assert list(hub.repos) == ["tester/mine"]
+    assert "tester/mine" in hub.files("tester/mine")["README.md"].decode()
+
+
 def test_a_broken_connection_publishes_nothing_and_the_same_command_finishes(hub, run, script, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)  # between the client's retries
     hub.breaks = 1000

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
         model, processor = load_published(names.source, args.include_training_state)
         check_formats(model, args)
         if not args.dry_run:
-            repository = repository.prepare()
+            repository = repository.check()
         with make_folder() as name:
             folder = Path(name)
             publish(names.source, model, processor, repository.name, args, folder)
@@ -42,7 +42,8 @@ def main(argv: list[str]) -> None:
             if args.dry_run:
                 print(f"\n{(folder / CARD).read_text(encoding='utf-8')}\nNothing was uploaded (--dry_run).")
                 return
-            address = repository.upload(folder, "Publish a MoCo model")
+            repository.check_card((folder / CARD).read_text(encoding="utf-8"))
+            address = repository.prepare().upload(folder, "Publish a MoCo model")
     print(f"Published: {address}")
 
 
