@@ -28,7 +28,7 @@ from training.evaluation.linear_probe import (
     save_probe,
 )
 from training.evaluation.probe_arguments import LinearProbeArguments
-from training.evaluation.probe_results import hold_out
+from training.evaluation.probe_results import HeadReport, choose, hold_out
 
 NAMES = ["red", "blue"]
 DATA = DataArguments(image_size=24, eval_resize=24)
@@ -243,6 +243,20 @@ def test_the_best_epoch_is_reported_beside_the_last_one(splits, tmp_path):
     head = probe.heads[0]
     assert (head.setting, head.best, head.best_epoch) == ("learning rate 3", 101.0, 2)
     assert head.last == trainer.scores()[0].top1 == history[2]["eval_top1_rate_3"]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "chosen"),
+    [
+        ([90.0, 95.0, 80.0], 1),
+        ([100.0] * 7, 3),
+        ([100.0, 100.0, 90.0], 0),
+        ([80.0, 100.0, 90.0, 100.0, 100.0], 3),
+        ([None], 0),
+    ],
+)
+def test_of_equals_the_middle_one_is_chosen(held_out, chosen):
+    assert choose([HeadReport(f"learning rate {i}", value, 0.0) for i, value in enumerate(held_out)]) == chosen
 
 
 def test_a_tenth_of_every_class_is_held_out():

@@ -36,7 +36,7 @@ from ..views.policy import build_policies
 from .encoder import Encoder, parse_evaluation
 from .features import extract_features
 from .probe_arguments import READ_BY_CACHED, LinearProbeArguments, _listed
-from .probe_results import HeadReport, Probe, choose, hold_out
+from .probe_results import HeadReport, Probe, choose, hold_out, middle_of_best
 from .scores import Scores, in_parts, score_parts
 
 PARTS: dict[str, Any] = {"data": CropDataArguments, "training": LinearProbeArguments}
@@ -216,7 +216,7 @@ class LinearProbeTrainer(SGDTrainer):
         if self.held_out is not None:
             held_out = [s.top1 for s in self.scores("held_out")]
             metrics |= {f"held_out_top1_rate_{name}": top1 for name, top1 in zip(names, held_out, strict=True)}
-            chosen = held_out.index(max(held_out))
+            chosen = middle_of_best(held_out)
         metrics = scores[chosen].accuracies | metrics
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))

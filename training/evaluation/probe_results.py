@@ -96,8 +96,18 @@ def _cells(head: HeadReport, chosen: bool = False) -> tuple[str, ...]:
 
 
 def choose(heads: list[HeadReport]) -> int:
-    """Index of the head that is best on the held-out images, the first of equals."""
-    return max(range(len(heads)), key=lambda i: heads[i].held_out or 0.0)
+    """Index of the head that is best on the held-out images, the middle one of equals.
+
+    Where few images are held out many are equal, and the outer ones may be so by luck alone: with an L2 penalty of 1e5 the
+    intercepts decide, which is right as long as all classes have the same number of images.
+    """
+    return middle_of_best([head.held_out or 0.0 for head in heads])
+
+
+def middle_of_best(values: list[float]) -> int:
+    """Index of the highest value; of equals the middle one, the lower of two."""
+    equals = [i for i, value in enumerate(values) if value == max(values)]
+    return equals[(len(equals) - 1) // 2]
 
 
 def hold_out(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
