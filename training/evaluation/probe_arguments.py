@@ -120,14 +120,15 @@ def schedule(args: SGDTrainingArguments) -> str:
 
 
 def optimizer(args: SGDTrainingArguments) -> str:
-    """The optimizer in words that follow others; none for the published one, which clips no gradient."""
-    clipped = f", gradients clipped to {args.max_grad_norm:g}" if args.max_grad_norm else ""
+    """The optimizer and its precision in words that follow others; none for the published ones, which clip no gradient."""
+    more = f", gradients clipped to {args.max_grad_norm:g}" if args.max_grad_norm else ""
+    more += ", trained in bf16" * bool(args.bf16) + ", trained in fp16" * bool(args.fp16)
     if (args.optim, args.optim_args, args.weight_decay) == ("sgd", DEFAULTS["sgd"], 0):
-        return clipped
+        return more
     usual = {f.name: f.default for f in fields(args) if f.name in OF_ADAM and args.optim not in WITHOUT_BETAS}
     changed = "".join(f" {name}={getattr(args, name):g}" for name in usual if getattr(args, name) != usual[name])
     words = optimizer_in_words(args.optim, args.optim_args) + changed
-    return f", {words}, weight decay {args.weight_decay:g}{clipped}"
+    return f", {words}, weight decay {args.weight_decay:g}{more}"
 
 
 def _listed(numbers: list[Any]) -> str:
