@@ -98,7 +98,7 @@ class MoCoPreTrainedModel(PreTrainedModel):
         """As in every transformers model. It also loads what was published, fine-tuned and saved without this code."""
         own = key_mapping is None and pretrained_model_name_or_path is not None
         if own:
-            key_mapping = _names_of_wrapper(pretrained_model_name_or_path, kwargs)
+            key_mapping = names_of_wrapper(pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, key_mapping=key_mapping, **kwargs)
         if own and key_mapping:  # or transformers would save timm's names again
             (loaded[0] if isinstance(loaded, tuple) else loaded)._weight_conversions = None
@@ -178,7 +178,7 @@ class MoCoPreTrainedModel(PreTrainedModel):
         return self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
 
-def _names_of_wrapper(source: Any, given: dict[str, Any]) -> dict[str, str] | None:
+def names_of_wrapper(source: Any, given: dict[str, Any]) -> dict[str, str] | None:
     """Patterns of timm's names and what they are here, for a published model that transformers' TimmWrapper has saved.
 
     Args:

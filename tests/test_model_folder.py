@@ -171,6 +171,18 @@ def test_a_header_that_claims_more_than_the_file_has_is_one_line(command, header
         COMMANDS[command](source)
 
 
+@pytest.mark.parametrize("command", COMMANDS.keys() - {"random"})
+@pytest.mark.parametrize("name", ["encoder_q.conv1.0.weight", "encoder_q.conv1.1.running_var"])
+def test_weights_that_are_not_finite_are_measured_and_published_by_no_command(command, name, model):
+    source = model()
+    weights = Path(source) / "model.safetensors"
+    state = load_file(weights)
+    state[name].view(-1)[0] = float("nan")
+    save_file(state, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name} that are not finite"):
+        COMMANDS[command](source)
+
+
 def test_weights_of_pickle_are_not_read(model, tmp_path):
     source = Path(model())
     state = load_file(source / "model.safetensors")

@@ -5,7 +5,7 @@ much more memory than the weights that are there.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -141,7 +141,7 @@ def load_model(
 
     Raises:
         OSError: there is no model.
-        ValueError: as `check_size`, or a tensor has another shape than by the configuration.
+        ValueError: as `check_size` and `check_finite`, or a tensor has another shape than by the configuration.
         SafetensorError: its weights are damaged.
     """
     check_size(source, config, kind, **options)
@@ -156,4 +156,18 @@ def load_model(
                 f"{source} has {name} {tuple(there)} in its weights, which by its {CONFIG_NAME} is {tuple(here)}: one of the "
                 "two is of another model"
             )
+    check_finite(source, model.state_dict())
     return model, report
+
+
+def check_finite(source: str, state: Mapping[str, torch.Tensor]) -> None:
+    """
+    Raises:
+        ValueError: a tensor has a number that is not finite, with which a model gives any image the same class or none.
+    """
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{source} has numbers in {name} that are not finite: its training diverged, or it is damaged. Pass another "
+                "model, or an earlier checkpoint of its run"
+            )

@@ -3,12 +3,13 @@
 import pytest
 import timm
 import torch
+from exported_models import published, saved
 from foreign_checkpoints import lincls, official, official_v3, prefixed, resave
 from ranks import join_trainers, run_ranks
 from timm.models import save_for_hf
 from tiny_models import assert_equal, key_parts, moco_config, query_parts
 from tiny_trainer import StopAt, build, image_rows, tiny_model
-from transformers import TrainerCallback
+from transformers import AutoModel, AutoModelForImageClassification, TrainerCallback
 
 from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProcessor, MoCoModel
 from training.convert.files import read
@@ -53,6 +54,23 @@ def test_all_of_a_run_is_taken(source, trained):
     assert start(model, source) == []
     assert_equal(model.state_dict(), trained.state_dict())
     assert not any(p.requires_grad for p in [*model.encoder_k.parameters(), *model.projector_k.parameters()])
+
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier"])
+def test_a_published_model_that_transformers_has_saved_is_read_as_ours(kind, tmp_path):
+    model = saved(tmp_path / "saved", "test_resnet", kind)
+    folder = published(tmp_path / "saved", tmp_path / "published")
+    auto = AutoModel if kind == "encoder" else AutoModelForImageClassification
+    auto.from_pretrained(folder).save_pretrained(tmp_path / "wrapper")
+    state = read(str(tmp_path / "wrapper"), timm_too=True).state
+    assert_equal(state, {name: x for name, x in model.state_dict().items() if name in state})
+    if kind == "encoder":
+        begun = new_model()
+        assert start(begun, tmp_path / "wrapper")
+        assert_equal(begun.encoder_q.state_dict(), model.encoder_q.state_dict())
+    else:
+        with pytest.raises(ValueError, match="is a classifier"):
+            start(new_model(), tmp_path / "wrapper")
 
 
 def test_of_an_encoder_alone_the_key_encoder_is_a_copy(trained, tmp_path):

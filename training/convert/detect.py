@@ -21,6 +21,7 @@ from modeling_moco import (
 )
 
 from ..engine.files import UNREADABLE, check_archive
+from ..model_folder import check_finite
 from .detectors import recognise_detector
 from .key_maps import (
     CLASSIFIER_VIT,
@@ -94,7 +95,7 @@ class Checkpoint:
         """A copy whose tensors share no memory, after a check that they make a model.
 
         Raises:
-            ValueError: a tensor is missing or unexpected, or has another shape or another kind of number.
+            ValueError: a tensor is missing or unexpected, has another shape or another kind of number, or is not finite.
         """
         parts = self.parts | ({"moco", "classifier"} if self.is_classifier else {"encoder_q"})
         if parts & {"encoder_k", "projector_k"}:
@@ -112,6 +113,7 @@ class Checkpoint:
                 f"{self.source} ({self}) is not a complete model: {few(wrong)}. It is damaged or another model: download or "
                 "copy it again"
             )
+        check_finite(self.source, self.state)
         copies = {name: self.state[name].detach().clone(memory_format=torch.contiguous_format) for name in expected}
         return replace(self, state=copies)
 

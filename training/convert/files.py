@@ -7,6 +7,7 @@ pickle or checkpoint, or torchvision's state dict. An output is complete or abse
 import io
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from modeling_moco import (
     MoCoModel,
     MoCoRCNNConfig,
 )
+from modeling_moco.modeling_moco import names_of_wrapper
 
 from ..cli import build_parser, how_to_run, nearest_name
 from ..data.sources import EvaluationDataArguments
@@ -143,7 +145,7 @@ def _read_model(source: str, timm_too: bool) -> Checkpoint:
             check_size(source, config, MoCoForObjectDetection)
         else:
             check_size(source, config, MoCoModel, momentum_encoder=of_timm is None)
-        state = load_file(weights_file(source, config))
+        state = _own_names(source, load_file(weights_file(source, config)))
     except (OSError, SafetensorError) as error:
         what = (
             "does not contain a MoCo model"
@@ -159,6 +161,15 @@ def _read_model(source: str, timm_too: bool) -> Checkpoint:
     if checkpoint.is_classifier or checkpoint.is_detector:
         checkpoint.title = "MoCo detector" if checkpoint.is_detector else "MoCo classifier"
     return checkpoint.checked()
+
+
+def _own_names(source: str, state: State) -> State:
+    """Tensors in the names of this project, where transformers' TimmWrapper has saved a published model."""
+    for pattern, ours in (names_of_wrapper(source, {}) or {}).items():
+        state = {re.sub(pattern, ours, name): tensor for name, tensor in state.items()}
+    if "classifier.weight" in state:  # around the encoder
+        state = {re.sub("^(?=encoder_q)", "moco.", name): tensor for name, tensor in state.items()}
+    return state
 
 
 def _encoder_alone(source: str, config: MoCoConfig, state: State) -> Checkpoint:
