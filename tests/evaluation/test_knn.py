@@ -235,6 +235,16 @@ def test_a_wrong_label_in_the_bank_costs_its_share(model):
 # Kept features
 
 
+def test_features_that_are_too_large_measure_nothing(model, digits, tmp_path):
+    bank, queries = digits
+    with torch.no_grad():
+        for module in model.encoder_q.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.fill_(1e30)  # finite, as its products are not
+    with pytest.raises(ValueError, match="features that are not finite, too large for float32"):
+        evaluate_knn(model, bank, queries, KNNArguments(knn_k=[5]), cache=tmp_path)
+
+
 def test_kept_features_are_those_extracted_and_belong_to_one_model_and_one_view(model, digits, tmp_path, monkeypatch):
     _, queries = digits
     monkeypatch.setattr(features_module, "ROWS_PER_FILE", 13)

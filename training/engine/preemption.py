@@ -22,6 +22,7 @@ from modeling_moco.distributed_moco import rank, world_size
 # Each means: save and stop. SIGTERM: preemption, end of a job's time; SIGINT: Ctrl-C; SIGHUP: the terminal is gone.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 OURS = Path(__file__).parents[1]
+PARENT = os.getppid()  # when this program was started
 LONG = 60.0  # seconds of a step after which several processes say where they are
 
 
@@ -46,7 +47,7 @@ class SaveAndStop(TrainerCallback):
         """While this is entered the signals are received; afterwards they do what they did before."""
         self.stopped_by, self._received = None, 0
         self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._launcher = PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
         previous = {}
         if threading.current_thread() is threading.main_thread():
             for number in STOPS:

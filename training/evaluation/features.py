@@ -63,6 +63,10 @@ def extract_features(
             features = torch.empty(count, x.shape[1])  # once, and not as pieces that are joined: it may be gigabytes
         features[done : done + len(x)], labels[done : done + len(x)] = x, y
         done += len(x)
+    if not features.isfinite().all():  # nothing is near to one of them: all images would be of one class
+        raise ValueError(
+            "the model gives images features that are not finite, too large for float32: pass another model"
+        )
     return features, labels
 
 
@@ -161,6 +165,7 @@ def cached_features(
 
     Raises:
         DataError: a file that is there is damaged.
+        ValueError: the features are not finite.
     """
     about = {
         "model": encoder_digest(model, feature),

@@ -161,7 +161,7 @@ def evaluate_knn(
     bank_features, bank_labels = extract(model, bank, gather=False, **loading)
     features, labels = extract(model, queries, **loading)
     voting: dict[str, Any] = {"knn_k": args.knn_k, "temperature": args.knn_temperature, "device": model.device}
-    accuracies = knn_accuracy(features, labels, bank_features, bank_labels, **voting)
+    found = knn_accuracy(features, labels, bank_features, bank_labels, **voting)
     return [
         Result(
             protocol(k, args.knn_temperature),
@@ -172,7 +172,7 @@ def evaluate_knn(
             settings={"bank": len(bank)},
             seed=args.seed,
         )
-        for k, top1 in accuracies.items()
+        for k, top1 in found.items()
     ]
 
 
