@@ -171,7 +171,7 @@ def test_a_header_that_claims_more_than_the_file_has_is_one_line(command, header
         COMMANDS[command](source)
 
 
-@pytest.mark.parametrize("command", COMMANDS.keys() - {"random"})
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "random"])
 @pytest.mark.parametrize("name", ["encoder_q.conv1.0.weight", "encoder_q.conv1.1.running_var"])
 def test_weights_that_are_not_finite_are_measured_and_published_by_no_command(command, name, model):
     source = model()

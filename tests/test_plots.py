@@ -360,7 +360,7 @@ def test_no_legend_lies_on_curves_and_no_word_is_cut(knn_k, drawn, tmp_path):
         assert page.y0 <= box.y0 <= box.y1 <= page.y1, title
         others = [other.get_tightbbox(renderer) for other in fig.axes if other is not axis]
         assert not any(box.overlaps(other) for other in others), title
-    assert legends == 3 + (knn_k is not None)
+    assert legends == 4
 
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")

@@ -262,7 +262,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_stops(tmp_path):
     process = subprocess.Popen(words, env=env, stdin=its, stdout=its, stderr=its, preexec_fn=session, close_fds=True)
     os.close(its)
     shown = b""
-    while b"loss" not in shown:
+    while b"images/s" not in shown:  # of the progress bar
         shown += os.read(ours, 10_000)
     os.close(ours)
     assert process.wait() == 75
