@@ -253,7 +253,7 @@ class MoCoTrainer(SGDTrainer):
         if args.eval_strategy != IntervalStrategy.EPOCH or args.load_best_model_at_end or self.stopped_by is not None:
             return False
         names = {name for entry in self.state.log_history if entry["step"] == step for name in entry}
-        return self._initial_global_step == step and not any(name.startswith("eval_") for name in names)
+        return self.began_at == step and not any(name.startswith("eval_") for name in names)
 
     @torch.no_grad()
     def _fill_dictionary(self) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, safe_globals
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -411,6 +411,7 @@ class SGDTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressBar if sys.stderr.isatty() else ProgressLines)
+        self.began_at = 0  # steps of the checkpoint that this training goes on from
         self.add_callback(SetEpoch(self.train_dataset))
         self._stop = SaveAndStop()
         self.add_callback(self._stop)
@@ -523,6 +524,7 @@ class SGDTrainer(Trainer):
         if resume_from_checkpoint:
             _check_states(Path(str(resume_from_checkpoint)))
         self._diverged_at.fill_(NEVER)
+        self.began_at = _steps_of(resume_from_checkpoint) if resume_from_checkpoint else 0
         self.args.resume_from_checkpoint = checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
         # Trainer would delete older checkpoints before a new one counts.
         self._checkpoints.limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -542,7 +544,7 @@ class SGDTrainer(Trainer):
         finally:
             self.args.save_total_limit = self._checkpoints.limit
         self._check_finite(weights=True)
-        if checkpoint and self._initial_global_step == self.state.global_step:
+        if checkpoint and self.began_at == self.state.global_step:
             self._load_rng_state(checkpoint)  # what follows the last step draws what it would have drawn
         return result
 
@@ -596,6 +598,11 @@ class SGDTrainer(Trainer):
     def _last_checkpoint(self) -> str:
         checkpoint, _ = newest_complete(Path(str(self.args.output_dir)))
         return f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+
+
+def _steps_of(checkpoint: str) -> int:
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    return int(state.global_step)
 
 
 def _check_states(checkpoint: Path) -> None:
