@@ -139,7 +139,7 @@ def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license
         return False
     papers = [f"arXiv:{paper}" for paper in papers_of(model.config.to_dict())]
     told = {"tag": "moco", "paper_ids": papers} | ({} if license is None else {"license": license})
-    about: dict[str, Any] = {"pretrained_cfg": told} | _label_names(model)
+    about: dict[str, Any] = {"pretrained_cfg": told}
     save_for_hf(exported, str(folder), about, safe_serialization=True, data_config=data_config(processor))
     config = read_written(folder / "config.json")
     for name in ("origin_url",) if license else ("origin_url", "license"):
@@ -149,21 +149,22 @@ def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license
     # For transformers, which asks the configuration of a Hub repository which processor to take.
     config |= {"image_processor_type": "TimmWrapperImageProcessor"} | ({"model_args": arguments} if arguments else {})
     config |= _problem(model)
-    if isinstance(model, MoCoForImageClassification) and "label_names" not in config:
-        # transformers would keep timm's `label_names` when the model is trained and saved with other classes.
-        config["pretrained_cfg"]["label_names"] = class_names(model)
-        config |= {"id2label": model.config.id2label, "label2id": model.config.label2id}
+    if isinstance(model, MoCoForImageClassification):
+        config["pretrained_cfg"]["label_names"] = class_names(model)  # for timm
+        config |= _classes(model)
     write_json(folder / "config.json", config)
     return True
 
 
-def _label_names(model: Model) -> dict[str, list[str]]:
-    """For as many classes as a part of ImageNet has: transformers would take its names where no others are in this place."""
-    if not isinstance(model, MoCoForImageClassification) or not infer_imagenet_subset(
-        {"num_classes": model.config.num_labels}
-    ):
-        return {}
-    return {"label_names": class_names(model)}
+def _classes(model: MoCoForImageClassification) -> dict[str, Any]:
+    """The names of the classes where transformers' TimmWrapper reads them.
+
+    It keeps `label_names` when the model is trained and saved with other classes, but without it takes ImageNet's names for as
+    many classes as a part of ImageNet has.
+    """
+    if infer_imagenet_subset({"num_classes": model.config.num_labels}):
+        return {"label_names": class_names(model)}
+    return {"id2label": model.config.id2label, "label2id": model.config.label2id}
 
 
 def _problem(model: Model) -> dict[str, str]:
