@@ -38,7 +38,7 @@ def is_of_wrapper(config: dict[str, Any]) -> bool:
 
 
 def _section_of_wrapper(config: dict[str, Any]) -> dict[str, Any]:
-    """The section of this configuration, with what may have been changed since: classes, their kind, and the dtype."""
+    """The section of this configuration, with what may have changed: classes, their kind, the dtype, and where the code is."""
     old = ("transformers_weights", "id2label", "label2id")
     section = {name: value for name, value in config["moco"].items() if name not in old}
     classes, names = config["num_classes"], config.get("label_names") or []
@@ -47,7 +47,8 @@ def _section_of_wrapper(config: dict[str, Any]) -> dict[str, Any]:
     elif classes:
         section["num_labels"] = classes
     section["architectures"] = [name.replace("TimmWrapper", "MoCo") for name in config["architectures"]]
-    return section | {"problem_type": config.get("problem_type"), "dtype": config.get("dtype")}
+    since = {name: config.get(name) for name in ("problem_type", "dtype", "auto_map")}
+    return section | since
 
 
 @strict

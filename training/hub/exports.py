@@ -17,7 +17,6 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
-from timm.data import infer_imagenet_subset
 from timm.models import save_for_hf
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
@@ -150,21 +149,13 @@ def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license
     config |= {"image_processor_type": "TimmWrapperImageProcessor"} | ({"model_args": arguments} if arguments else {})
     config |= _problem(model)
     if isinstance(model, MoCoForImageClassification):
-        config["pretrained_cfg"]["label_names"] = class_names(model)  # for timm
-        config |= _classes(model)
-    write_json(folder / "config.json", config)
+        config["pretrained_cfg"]["label_names"] = config["label_names"] = class_names(
+            model
+        )  # for timm and transformers
+    # Trained and saved with other classes, the model would keep these names: transformers' TimmWrapper writes again what it has
+    # read by this name. Kept by another one they are of no effect, and it writes those of its classes. In reading order: first.
+    write_json(folder / "config.json", {"attribute_map": {"label_names": "label_names_as_read"}} | config)
     return True
-
-
-def _classes(model: MoCoForImageClassification) -> dict[str, Any]:
-    """The names of the classes where transformers' TimmWrapper reads them.
-
-    It keeps `label_names` when the model is trained and saved with other classes, but without it takes ImageNet's names for as
-    many classes as a part of ImageNet has.
-    """
-    if infer_imagenet_subset({"num_classes": model.config.num_labels}):
-        return {"label_names": class_names(model)}
-    return {"id2label": model.config.id2label, "label2id": model.config.label2id}
 
 
 def _problem(model: Model) -> dict[str, str]:

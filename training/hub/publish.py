@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 import modeling_moco
-from modeling_moco import MoCoImageProcessor, MoCoModel
+from modeling_moco import MoCoConfig, MoCoImageProcessor, MoCoModel
 from modeling_moco.dictionary_moco import BUILT_IN, build_dictionary
 
 from ..cli import INCLUDE_PICTURES
@@ -188,13 +188,25 @@ def _save_weights(model: Model, processor: MoCoImageProcessor, license: str, fol
             model.dictionary = build_dictionary(config)
     if exports.save_timm(model, processor, folder, license):
         section = config.to_dict() | written | {"transformers_weights": "moco.safetensors"}
-        whole = read_written(folder / "config.json") | {"auto_map": config.auto_map, "moco": section}
+        whole = _with_code(read_written(folder / "config.json"), config) | {"moco": section}
         write_json(folder / "config.json", whole)
         save_file(model.state_dict(), folder / "moco.safetensors", metadata={"format": "pt"})
         exports.save_resnet(model, folder / "resnet", whole)
     else:
         model.save_pretrained(folder)
         write_json(folder / "config.json", read_written(folder / "config.json") | written)
+
+
+def _with_code(whole: dict[str, Any], config: MoCoConfig) -> dict[str, Any]:
+    """This config.json, which says where our code is for `trust_remote_code=True`.
+
+    The code lies in the same folder, so that a copy of the whole needs no network. But a model that was loaded without it is
+    saved without it, by a TimmWrapper that keeps `auto_map`: there the code must be named with its repository. This is the
+    second value that the attribute has after reading, by transformers' own way to read a key as another.
+    """
+    named = {kind: f"{config.name_or_path}--{place}" for kind, place in config.auto_map.items()}
+    maps = {"attribute_map": whole["attribute_map"] | {"auto_map_of_copies": "auto_map"}}
+    return whole | maps | {"auto_map": config.auto_map, "auto_map_of_copies": named}
 
 
 def _save_processor(processor: Processor, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -76,7 +75,15 @@ def test_what_was_saved_as_a_timm_wrapper_is_ours_again(architecture, kind, tmp_
     wrapper = AutoModelForImageClassification.from_pretrained(folder, problem_type="regression", **labels).eval()
     wrapper.timm_model.get_classifier().bias.data.normal_()
     wrapper.to(torch.bfloat16).save_pretrained(tmp_path / "tuned")
-    assert AutoModelForImageClassification.from_pretrained(tmp_path / "tuned").config.id2label == new
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned")
+    assert again.config.id2label == new
+    again.save_pretrained(tmp_path / "again")
+    code = exports.read_written(folder / "config.json")[
+        "auto_map"
+    ]  # beside it; of what is saved without it, in the repository
+    for name in ("tuned", "again"):
+        named = {kind: f"org/name--{place}" for kind, place in code.items()}
+        assert exports.read_written(tmp_path / name / "config.json")["auto_map"] == named
 
     model = MoCoForImageClassification.from_pretrained(tmp_path / "tuned").eval()
     assert (model.config.id2label, model.config.problem_type) == (new, "regression")
@@ -104,6 +111,19 @@ def test_as_many_classes_as_imagenet_have_their_own_names(tmp_path):
     folder = published(tmp_path / "saved", tmp_path / "published")
     assert AutoModelForImageClassification.from_pretrained(folder).config.id2label == names
     assert timm.create_model(f"local-dir:{folder}", pretrained=True).pretrained_cfg["label_names"] == [*names.values()]
+
+
+def test_the_names_of_the_newest_classes_are_saved_without_our_code(tmp_path):
+    saved(tmp_path / "saved", "test_resnet", "classifier")
+    folder = published(tmp_path / "saved", tmp_path / "published")
+    for classes in (1000, 7, 1000, 2):  # as many as ImageNet has, and as many as the model before
+        names = {i: f"{folder.name} {i}" for i in range(classes)}
+        labels = {"num_labels": classes, "id2label": names, "label2id": {name: i for i, name in names.items()}}
+        tuned = AutoModelForImageClassification.from_pretrained(folder, ignore_mismatched_sizes=True, **labels)
+        folder = folder.with_name(f"{folder.name} and {classes}")
+        tuned.save_pretrained(folder)
+        for loaded in (AutoModelForImageClassification, MoCoForImageClassification):
+            assert loaded.from_pretrained(folder).config.id2label == names
 
 
 # A line for each way back: the folder, whether its code is trusted, and the same logits.
@@ -180,13 +200,11 @@ def test_what_is_fine_tuned_by_a_stranger_and_saved_loads_again(resnet, trust, t
     assert found["kind"] == ("MoCo" if trust == "trust" else "TimmWrapper") + "ForImageClassification"
     assert found["reloaded"] == pytest.approx(found["tuned"], abs=1e-6)
     assert found["scores"] == pytest.approx({f"LABEL_{i}": p for i, p in enumerate(found["probabilities"])}, rel=1e-4)
-    if trust == "trust":  # and with our package, with which it can be published again
-        assert_same_logits(target, found["tuned"], tmp_path)
-    else:  # our package loads it, and the code of the repository once it lies beside it
-        assert_same_logits(target, found["tuned"], tmp_path)
-        for path in resnet[2].glob("*_moco.py"):
-            shutil.copyfile(path, target / path.name)
+    assert_same_logits(target, found["tuned"], tmp_path)  # and with our package, with which it can be published again
+    if trust == "no trust":  # and with the code of the repository, which here is a folder of its name
+        (tmp_path / "org").mkdir()
+        (tmp_path / "org" / "name").symlink_to(resnet[2])
         command[3:] = ["-c", CLASSIFY, str(target), str(tmp_path / "image.png")]
-        result = subprocess.run(command, capture_output=True, text=True, env=env, cwd="/")
+        result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert json.loads(result.stdout.splitlines()[-1]) == pytest.approx(found["scores"], rel=1e-4)

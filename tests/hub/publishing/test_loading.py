@@ -53,6 +53,15 @@ found["feature pipeline"] = extract(image, pool=True, return_tensors=True)[0].to
 small = AutoModel.from_pretrained("org/small", trust_remote_code=True)
 found["small"] = type(small.encoder_q.maxpool).__name__
 found["snapshot"] = snapshot_download("org/probe")
+tuned = AutoModelForImageClassification.from_pretrained("org/probe", num_labels=3, ignore_mismatched_sizes=True)
+tuned.save_pretrained("tuned"), AutoImageProcessor.from_pretrained("org/probe").save_pretrained("tuned")
+logits("tuned", tuned, pixels)
+again = AutoModelForImageClassification.from_pretrained("tuned", trust_remote_code=True)
+pixels = AutoImageProcessor.from_pretrained("tuned", trust_remote_code=True)(image, return_tensors="pt").pixel_values
+logits("tuned, remote code", again, pixels)
+found["tuned class"] = type(again).__name__
+again.save_pretrained("once more")
+found["saved again"] = type(AutoModel.from_pretrained("once more", trust_remote_code=True)).__module__
 try:
     AutoModel.from_pretrained("org/secret", trust_remote_code=True)
 except OSError as error:
@@ -78,7 +87,7 @@ def test_what_is_pushed_is_loaded_by_a_stranger_and_equals_ours(hub, run, script
     image.save(tmp_path / "image.png")
     command = [sys.executable, "-c", STRANGER, str(tmp_path / "image.png")]
     env = environment(hub, tmp_path / "home")
-    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd="/")
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
 
@@ -96,6 +105,9 @@ def test_what_is_pushed_is_loaded_by_a_stranger_and_equals_ours(hub, run, script
     for name in ("features", "feature pipeline"):
         assert found[name] == pytest.approx(features.tolist(), abs=1e-6 * features.abs().max().item()), name
     assert found["small"] == "Identity"
+    assert found["tuned, remote code"] == pytest.approx(found["tuned"], abs=1e-6)  # it was saved without our code
+    assert found["tuned class"] == "MoCoForImageClassification"
+    assert found["saved again"].startswith("transformers_modules.")
     assert set(list_files(Path(found["snapshot"]))) == set(hub.files("org/probe"))
     assert "401" in found["secret"] or "token" in found["secret"]
 
