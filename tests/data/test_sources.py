@@ -141,6 +141,7 @@ def test_a_tar_without_members_is_passed_over(streaming, tmp_path):
         ({"image_column": "img", "label_column": "coarse"}, ["label_column ('coarse')", "it has img, fine, thumb"]),
         ({"train_split": "unlabeled", "image_column": "img"}, ["train_split ('unlabeled')", "it has train"]),
         ({"eval_split": "dev", "image_column": "img"}, ["eval_split ('dev')", "it has train"]),
+        ({"eval_split": "train", "image_column": "img"}, ["eval_split ('train') is the split that is trained on"]),
         ({"dataset_name": "/no/such/folder"}, ["/no/such/folder", "does not exist: pass a folder"]),
         ({"dataset_name": __file__}, [__file__, "neither .parquet nor .tar: pass the folder"]),
     ],
@@ -164,6 +165,16 @@ def test_labels_and_an_evaluation_split_are_asked_for_by_name(tmp_path):
         assert len(load_images(args).train) == 3
         with pytest.raises(ValueError, match=f"{name}.parquet.*{remedy}"):
             load_images(args, labelled=True)
+
+
+def test_the_split_that_is_trained_on_is_not_the_one_to_evaluate_on(tmp_path):
+    source = tmp_path / "source"
+    for count, split in enumerate(("train", "validation", "test"), 3):
+        write_parquet(source, [range(count)], split=split)
+    for train, evaluation in (("train", 4), ("validation", 5), ("test", 4)):
+        images = load_images(DataArguments(dataset_name=str(source), train_split=train))
+        assert images.eval is not None
+        assert len(images.eval) == evaluation
 
 
 def test_an_empty_stream_is_refused_by_name(tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 from training.detection.dataset.annotations import AnnotatedImage, check_objects
 from training.detection.dataset.opening import DetectionDataArguments, load_detection
 from training.errors import DataError
+from training.transfer.source import find_eval_split
 
 FORMS = {
     "struct of lists": write_parquet,
@@ -538,6 +539,8 @@ def test_the_split_that_is_trained_on_is_evaluated_by_an_evaluation_alone(tmp_pa
         load_detection(args)
     splits = load_detection(args, CLASSES, training=False)
     assert (splits.train, splits.eval.name, len(splits.eval)) == (None, "train", 5)
+    other = DetectionDataArguments(dataset_name=args.dataset_name, train_split="validation")
+    assert find_eval_split(["train", "validation", "test"], other, training=True) == "test"
 
 
 @pytest.mark.parametrize("what", CHANGES)

@@ -111,7 +111,7 @@ def test_another_schedule_or_optimizer_is_another_protocol(encoder, tmp_path):
     changes += [["--optim", "lars", "--optim_args", "momentum=0.9,classic=true"], ["--warmup_epochs", "0.5"]]
     changes += [["--max_grad_norm", "1"], ["--optim", "adamw_torch", "--adam_beta2", "0.95", "--max_grad_norm", "2"]]
     changes += [["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 0.001}']]
-    changes += [["--bf16", "True"]]
+    changes += [["--bf16", "True"], ["--horizontal_flip", "False"]]
     for flags in ([], *changes):
         run = parse_finetune([str(encoder), *TINY, "--output_dir", str(tmp_path), *flags])
         splits = load_images(run.data, labelled=True)
@@ -126,6 +126,7 @@ def test_another_schedule_or_optimizer_is_another_protocol(encoder, tmp_path):
         ", adamw_torch adam_beta2=0.95, weight decay 0, gradients clipped to 2",
         ", cosine_with_min_lr min_lr=0.001",
         ", trained in bf16",
+        ", no flips",
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -303,6 +304,15 @@ def test_two_processes_train_the_heads_of_one(tmp_path):
 
 
 # What is left behind
+
+
+def test_results_say_where_crops_are_not_flipped(splits, tmp_path):
+    args = LinearProbeArguments(output_dir=str(tmp_path), use_cpu=True)
+    words = [
+        build_trainer(classifier(), args, replace(DATA, horizontal_flip=flip), splits).protocol
+        for flip in (True, False)
+    ]
+    assert words[1] == f"{words[0]}, no flips"
 
 
 def test_the_saved_model_gives_the_reported_numbers(splits, tmp_path):

@@ -15,7 +15,7 @@ BACKBONES = {
     "mobilenetv3_small_050": None,  # its head is wider than its feature map
 }
 
-# transformers 5.24 calls it by another name than 5.17.
+# transformers 5.24 calls it by another name than 5.18.
 CHECKPOINTING = (
     f"{'activation' if hasattr(PreTrainedModel, 'is_activation_checkpointing') else 'gradient'}_checkpointing"
 )

@@ -125,15 +125,15 @@ class Decoder:
             OSError: as `image`; or its pixels are no numbers of at most 8 bits, or were stored with loss.
         """
         with unreadable_as_oserror(), self._file(row) as file, self._opened(file) as opened:
-            if opened.mode not in MASK_MODES:
-                raise UnidentifiedImageError(
-                    f"a mask has one number of 8 bits for each pixel, grey or in a palette, and this has {opened.mode}"
-                )
             for name in (opened.format, opened.info.get("compression")):  # of a TIFF file
                 if str(name).upper() in INEXACT:
                     raise UnidentifiedImageError(
                         f"{str(name).upper()} changes the numbers of pixels: write masks as PNG"
                     )
+            if opened.mode not in MASK_MODES:
+                raise UnidentifiedImageError(
+                    f"a mask has one number of 8 bits for each pixel, grey or in a palette, and this has {opened.mode}"
+                )
             step = _grey_step(opened)
             opened.load()
             turn = find_turn(opened)

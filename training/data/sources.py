@@ -163,6 +163,11 @@ class CropDataArguments(EvaluationDataArguments):
         metadata={"help": "Mirror random views. Turn it off where a mirror image has another meaning."},
     )
 
+    @property
+    def flips_in_words(self) -> str:
+        """What results say of them after other words; nothing of the protocols' own."""
+        return "" if self.horizontal_flip else ", no flips"
+
 
 @dataclass
 class DataArguments(CropDataArguments):
@@ -394,8 +399,12 @@ def _find_eval_split(splits: dict[str, Any], args: SourceArguments) -> str | Non
     for name, split in (("train_split", args.train_split), ("eval_split", args.eval_split)):
         if split is not None and split not in splits:
             raise ValueError(f"{name} ({split!r}) is not in {args.dataset_name}: it has {', '.join(splits)}")
-    eval_split = args.eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
-    return None if eval_split == args.train_split else eval_split
+    if args.eval_split == args.train_split:
+        raise ValueError(
+            f"eval_split ({args.eval_split!r}) is the split that is trained on: name another of {args.dataset_name}, which "
+            f"has {', '.join(splits)}"
+        )
+    return args.eval_split or next((name for name in EVAL_SPLITS if name in splits and name != args.train_split), None)
 
 
 def _missing_for_evaluation(

@@ -363,7 +363,7 @@ class SGDTrainingArguments(TrainingArguments):
     def device(self) -> torch.device:
         """Device of this process.
 
-        One of several on a CPU is "cpu:0" to accelerate, which torch.load, as transformers 5.17 calls it for the optimizer,
+        One of several on a CPU is "cpu:0" to accelerate, which torch.load, as transformers 5.18 calls it for the optimizer,
         does not know.
         """
         device = super().device

@@ -263,6 +263,7 @@ class FinetuneRun:
             + f", batch {args.global_batch_size}"
             + ("" if schedule(args) == "cosine" else f", {schedule(args)}")
             + optimizer(args)
+            + self.data.flips_in_words
         )
 
 

@@ -149,6 +149,7 @@ class LinearProbeTrainer(SGDTrainer):
 
     Args:
         held_out: images in the evaluation view that choose between heads; None for a single one.
+        protocol: what is done, in the words of results.
 
     Raises:
         RuntimeError: after training, if any weight or statistic of the encoder has changed.
@@ -157,9 +158,11 @@ class LinearProbeTrainer(SGDTrainer):
     control: TrainerControl
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, model: LinearHeads, args: LinearProbeArguments, held_out: MapImages | None, **kwargs):
+    def __init__(
+        self, model: LinearHeads, args: LinearProbeArguments, held_out: MapImages | None, protocol: str, **kwargs
+    ):
         super().__init__(model=model, args=args, **kwargs)
-        self.held_out = held_out
+        self.held_out, self.protocol = held_out, protocol
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -243,8 +246,7 @@ class LinearProbeTrainer(SGDTrainer):
                 report = replace(report, best=epochs[best], best_epoch=best)
             heads.append(report)
         chosen = choose(heads)
-        protocol = f"linear probe, official, {self.args.protocol}"
-        return Probe("official", protocol, len(self.train_dataset), heads[chosen], scores[chosen], heads), chosen
+        return Probe("official", self.protocol, len(self.train_dataset), heads[chosen], scores[chosen], heads), chosen
 
 
 def build_trainer(
@@ -264,6 +266,7 @@ def build_trainer(
         LinearHeads(model, len(args.rates)),
         args,
         held_out,
+        f"linear probe, official, {args.protocol}{data.flips_in_words}",
         train_dataset=MapImages(train, crop, args.seed, decode),
         eval_dataset=MapImages(splits.eval, view, decode=decode),
         processing_class=data.image_processor(model.config),

@@ -152,8 +152,8 @@ def find_eval_split(
         raise ValueError(
             f"eval_split ({args.eval_split!r}) is the split that is trained on: name another, or leave it out"
         )
-    found = args.eval_split or next((name for name in (*EVAL_SPLITS, *also) if name in names), None)
-    return None if training and found == args.train_split else found
+    found = [name for name in (*EVAL_SPLITS, *also) if name in names and not (training and name == args.train_split)]
+    return args.eval_split or next(iter(found), None)
 
 
 def identify(image: dict[str, Any] | None, file: FoundFile | None) -> int:
