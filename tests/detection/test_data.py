@@ -397,7 +397,7 @@ def test_an_image_that_is_exchanged_in_a_training_ends_it_and_not_as_an_unreadab
             "annotations/instances_train.json",
             '"0.png"',
             '"/etc/passwd"',
-            "image train//etc/passwd of split 'train' is not in",
+            "is an absolute path, and not below",
         ),
         ("annotations/instances_test.json", '"fox"', '"wolf"', "split 'test' has the classes"),
     ],
@@ -531,6 +531,33 @@ CHANGES = {
         lambda folder: _replace_pictures(folder, lambda number: picture(TRAIN[number][0], number + 50)),
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "start", ["./", "../train/", "..\\train\\", "train/", ".\\", "{folder}/train/", "train/../train/"]
+)
+def test_images_of_coco_are_found_as_other_tools_write_their_names(start, tmp_path):
+    plain = load(write_coco(tmp_path / "plain")).train
+    folder = write_coco(tmp_path / "data")
+    path = folder / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["file_name"] = start.format(folder=folder) + image["file_name"]
+    path.write_text(json.dumps(content))
+    train = load(folder).train
+    boxes = [[found.objects[i].boxes.tolist() for i in range(len(found))] for found in (train, plain)]
+    assert boxes[0] == boxes[1] != []
+
+
+@pytest.mark.parametrize("name", ["/data/birds/0.png", "C:\\birds\\0.png"])
+def test_an_absolute_name_of_another_machine_is_refused(name, tmp_path):
+    folder = write_coco(tmp_path)
+    path = folder / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    content["images"][2]["file_name"] = name
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"is an absolute path, and not below .*: write it as a path below the folder"):
+        load(folder)
 
 
 def test_the_split_that_is_trained_on_is_evaluated_by_an_evaluation_alone(tmp_path):

@@ -1,7 +1,9 @@
 """Datasets of files with boxes: a VOCdevkit, and COCO's JSON with a folder of images."""
 
 import json
+import posixpath
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -145,7 +147,7 @@ def read_coco(name: str, files: Files, path: str, masks: bool) -> AnnotatedSplit
     places = [f"{name}/", f"images/{name}/", "images/", f"{path.rpartition('/')[0]}/".removeprefix("/"), ""]
     for image in content["images"]:
         file_name = str(_value(image, "file_name", where))
-        found = files.image((f"{place}{file_name}" for place in places), owner)
+        found = files.image(_candidates(file_name, places, files.root, where), owner)
         annotated = AnnotatedImage(
             found.path, _size(image, where), area=[], iscrowd=[], segmentations=[] if masks else None
         )
@@ -156,6 +158,20 @@ def read_coco(name: str, files: Files, path: str, masks: bool) -> AnnotatedSplit
     for one in content["annotations"]:
         _add_annotation(one, by_id, numbers, where)
     return split_of_files(name, files, images, annotations, names, "xywh")
+
+
+def _candidates(file_name: str, places: list[str], root: Path, where: Path) -> Iterator[str]:
+    """Where an image may lie: its name below each place as it stands, and as tools mean it that write `..` or `\\`."""
+    name = file_name.replace("\\", "/")
+    for whole in (root.as_posix(), root.absolute().as_posix()):
+        name = name.removeprefix(f"{whole}/")
+    if name.startswith("/") or re.match(r"[A-Za-z]:/", name):
+        raise ValueError(
+            f"file_name ({shown(file_name)}) in {where} is an absolute path, and not below {root}: write it as a path below "
+            "the folder of the images"
+        )
+    yield from (f"{place}{file_name}" for place in places)
+    yield from (posixpath.normpath(f"{place}{name}") for place in places)
 
 
 def _read_json(text: str, path: Path) -> dict[str, list[dict[str, Any]]]:
