@@ -10,8 +10,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants
-from published_runs import push, refused
+from published_runs import copied, push, refused
 
 from modeling_moco import MoCoModel
 from training.engine.results import encoder_digest
@@ -49,6 +50,15 @@ def test_a_damaged_file_is_named_in_one_line(name, hub, run, script, tmp_path, c
     line = refused(script, capsys, str(source), "org/run", "--dry_run")
     assert name in line or "holds no MoCo model with its image processor" in line
     assert "weights_only" not in line
+
+
+@pytest.mark.parametrize(("section", "name"), [("data", "dataset_name"), ("model", "init_from"), ("encoder", "model")])
+def test_a_name_in_a_recipe_that_is_none_is_said(section, name, hub, run, script, tmp_path, capsys):
+    source = copied(run, tmp_path / "source")
+    recipe = yaml.safe_load((source / "recipe.yaml").read_text())
+    (source / "recipe.yaml").write_text(yaml.safe_dump(recipe | {section: recipe.get(section, {}) | {name: [5]}}))
+    line = refused(script, capsys, str(source), "org/run", "--dry_run")
+    assert f"recipe.yaml has [5] as {name} in {section}, which is no name: correct it" in line
 
 
 def test_without_room_for_a_folder_nothing_happens(hub, run, script, capsys, monkeypatch):
