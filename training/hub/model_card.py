@@ -347,12 +347,15 @@ def _base_model(origin: Origin) -> str | None:
 
 
 def _newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One result of each protocol and split: the newest of those on the most images, so that no trial on a few hides them."""
+    """One result of each protocol, with its settings, and split, with its view and labels.
+
+    It is the newest of those on the most images, so that no trial on a few hides them.
+    """
     kept: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in results:
         data = entry["data"]
         key: tuple[Any, ...] = (entry["protocol"], entry["feature"], entry["metric"], yaml.safe_dump(entry["settings"]))
-        key += (data["dataset"], data.get("config"), data["split"], data.get("view"))
+        key += tuple(data.get(name) for name in ("dataset", "config", "split", "view", "label_column", "train_split"))
         if key not in kept or entry["n"] >= kept[key]["n"]:
             kept[key] = entry
     return list(kept.values())
@@ -386,15 +389,33 @@ def _eval_result(entry: dict[str, Any]) -> EvalResult:
             "images": entry["n"],
             **spread_of_it,
             "seed": entry["seed"],
-            **entry["settings"],
+            **_conditions(entry),
         },
     )
 
 
+def _conditions(entry: dict[str, Any]) -> dict[str, Any]:
+    """What the protocol of a result leaves open, by which two of its numbers differ."""
+    data = entry["data"]
+    usual = {"train_split": "train", "label_column": "label"}
+    of_images = {name: data.get(name) for name in ("view", "train_split", "label_column")}
+    return entry["settings"] | {
+        name: value for name, value in of_images.items() if value not in (None, usual.get(name))
+    }
+
+
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
-    data = f"{public_name(entry['data']['dataset'], entry['data'].get('local'))}, {entry['data']['split']}"
+    about = entry["data"]
+    data = ", ".join(
+        filter(None, (public_name(about["dataset"], about.get("local")), about.get("config"), about["split"]))
+    )
+    conditions = [
+        f"{name.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}"
+        for name, value in _conditions(entry).items()
+    ]
     return (
         entry["protocol"],
+        "; ".join(conditions) or "–",
         entry["feature"],
         entry["metric"],
         f"{entry['value']:.2f} %",

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -170,6 +171,27 @@ def test_the_card_has_results_of_these_weights_alone(run, tmp_path):
     text = (tmp_path / "published" / "README.md").read_text()
     assert "secret" not in text
     assert "Nothing is recorded of how these weights were trained" in text
+
+
+def test_no_two_rows_of_the_card_say_the_same_of_two_numbers(run, tmp_path):
+    source = copied(run, tmp_path / "source")
+    (source / "results.json").unlink()
+    digest, result = encoder_digest(model_of(source)), Result("kNN", "top1", 50.0, 100, settings={"bank": 400})
+    told = {"dataset": "org/birds", "config": None, "split": "test", "view": "centre 32 px", "label_column": "label"}
+    others = [{}, {"config": "small"}, {"view": "centre 48 px"}, {"label_column": "fine_label"}, {"train_split": "all"}]
+    for value, changed in enumerate(others, 50):
+        append_results(source, [replace(result, value=float(value))], model=digest, data=told | changed)
+    append_results(source, [replace(result, value=60.0, settings={"bank": 40})], model=digest, data=told)
+    text, card = card_of(source, tmp_path / "published")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| kNN")]
+    assert [row[4] for row in rows] == [f"{value:.2f} %" for value in (50, 51, 52, 53, 54, 60)]
+    assert len({(row[1], row[7]) for row in rows}) == len(rows)
+    assert rows[3][1] == "bank 400; view centre 32 px; label column fine_label"
+    numbers = [
+        (r.dataset_config, *((name, r.metric_args[name]) for name in sorted(r.metric_args)))
+        for r in card.data.eval_results
+    ]
+    assert len(set(map(str, numbers))) == len(rows)
 
 
 def test_the_code_in_the_card_names_what_is_there(run, tmp_path):
