@@ -67,6 +67,12 @@ def _transfer_dataset(origin: Origin) -> str | None:
     return None if name is None else public_name(name, origin.metrics.get("data", {}).get("local"))
 
 
+def _labelled_dataset(origin: Origin) -> str | None:
+    """What a probe or a fine-tuned model had its labels of."""
+    name = origin.labelled.get("dataset_name")
+    return None if name is None else public_name(name)
+
+
 def render_card(
     repo_id: str,
     model: Published,
@@ -186,9 +192,10 @@ def _summary_of_classifier(model: MoCoForImageClassification, origin: Origin) ->
     else:
         before = f"that began with the weights of {_began_with(origin)}"
         before += ", which had been fine-tuned with labels" * origin.fine_tuned_before
+    labels = f"labels of {escape(dataset)}" if (dataset := _labelled_dataset(origin)) else "labels"
     if origin.fine_tuned:
-        return f"A {architecture} {before}, and then as a whole, with labels, as a classifier of {classes}{baseline}."
-    return f"A {architecture} {before}, and a classifier of {classes} that was trained on it with labels{baseline}."
+        return f"A {architecture} {before}, and then as a whole, with {labels}, as a classifier of {classes}{baseline}."
+    return f"A {architecture} {before}, and a classifier of {classes} that was trained on it with {labels}{baseline}."
 
 
 def _cited(model: Published, origin: Origin) -> list[str]:
@@ -309,8 +316,15 @@ def _settings_of_encoder(origin: Origin) -> dict[str, dict[str, Any]]:
     if (began := _start(origin)) is not None:
         sections["model"]["init_from"] = began
     sections["training"] = _public(sections["training"])
-    sections["fine-tuning" if origin.fine_tuned else "probe"] = _public(origin.evaluation)
+    sections["fine-tuning" if origin.fine_tuned else "probe"] = _other_images(origin) | _public(origin.evaluation)
     return {name: values for name, values in sections.items() if values}
+
+
+def _other_images(origin: Origin) -> dict[str, Any]:
+    """Settings of the images of a probe or a fine-tuning that are not those of the pretraining."""
+    before, now = origin.recipe.get("data", {}), origin.labelled
+    other = {name: value for name, value in now.items() if name not in before or value != before[name]}
+    return other | ({"dataset_name": _labelled_dataset(origin)} if "dataset_name" in other else {})
 
 
 def _public(settings: dict[str, Any]) -> dict[str, Any]:
@@ -328,6 +342,7 @@ def _hub_datasets(origin: Origin) -> list[str] | None:
     named = (
         (origin.recipe.get("data", {}).get("dataset_name"), _dataset(origin)),
         (origin.transfer.get("data", {}).get("dataset_name"), _transfer_dataset(origin)),
+        (origin.labelled.get("dataset_name"), _labelled_dataset(origin)),
     )
     return sorted({given for given, name in named if given is not None and name == given and "/" in given}) or None
 

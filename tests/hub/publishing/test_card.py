@@ -62,7 +62,7 @@ def test_the_card_of_a_fine_tuned_model_tells_it_from_a_probe(run, tmp_path):
     metrics = json.loads((run / "finetune_100pct" / "metrics.json").read_text())
     assert round(metrics["top1"], 2) in [result.metric_value for result in card.data.eval_results]
     assert all("fine-tuning" in result.metric_name for result in card.data.eval_results)
-    assert "with labels, as a classifier" in text
+    assert "with labels of digits, as a classifier" in text
     assert "It was trained without labels" not in text
     assert "neighbours.png" not in text  # the encoder's before it was tuned
     assert "fine-tuning:\n" in text
