@@ -3,6 +3,7 @@
 Names of files on this machine do not appear: a local dataset is called by the name of its folder.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,13 @@ def render_card(
     *,
     license: str,
     training_state: bool,
+    branch: str | None = None,
 ) -> ModelCard:
-    """The card of a model that is published as these files."""
+    """The card of a model that is published as these files.
+
+    Args:
+        branch: of the repository, that they are committed to; None for main, which is loaded where none is named.
+    """
     kind, results = kind_of(model), _newest(origin.results)
     name = repo_id.split("/")[-1]
     data = ModelCardData(
@@ -102,6 +108,8 @@ def render_card(
         data,
         template_path=str(TEMPLATE),
         repo_id=repo_id,
+        at_revision=f", revision={json.dumps(branch)}" if branch else "",
+        at_branch=f"@{branch}" if branch else "",
         name=name,
         task=kind.task,
         auto_class=kind.auto_class,

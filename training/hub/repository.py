@@ -254,7 +254,7 @@ class PublishCallback(TrainerCallback):
 
     def _write(self, source: Path, folder: Path) -> None:
         model, processor = load_published(str(source), training_state=False)
-        args = PublishArguments(include_pictures=self.include_pictures)
+        args = PublishArguments(include_pictures=self.include_pictures, revision=self.repository.revision)
         publish(str(source), model, processor, self.repository.name, args, folder)
 
     def _upload(self, folder: TemporaryDirectory, message: str) -> None:
