@@ -35,7 +35,7 @@ SHOWN_SECTIONS = ("data", "model", "training")  # of a recipe; what it was expec
 # Settings of training whose values are shown though they are words: others may say where on this machine something is.
 WORDS = (
     *("optim", "optim_args", "learning_rate_scaling", "lr_scheduler_type", "eval_strategy", "save_strategy"),
-    *("knn_features", "queue_start", "bank_start", "key_momentum_schedule", "mode"),
+    *("knn_features", "queue_start", "bank_start", "key_momentum_schedule", "mode", "lr_scheduler_kwargs"),
 )
 
 

@@ -13,9 +13,13 @@ from markdown_it import MarkdownIt
 from published_runs import card_of, copied, model_of
 
 from modeling_moco import MoCoConfig, MoCoImageProcessorPil, MoCoModel
+from training.cli import offered
 from training.engine.results import Result, append_results, encoder_digest
+from training.hub.model_card import WORDS
 from training.hub.origin import read_origin
 from training.hub.publish import PublishArguments, load_published, publish
+from training.recipe import WITHOUT_RESULT
+from training.trainer import MoCoTrainingArguments
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx")  # and httpx2: the client's own use of them
 
@@ -192,6 +196,22 @@ def test_no_two_rows_of_the_card_say_the_same_of_two_numbers(run, tmp_path):
         for r in card.data.eval_results
     ]
     assert len(set(map(str, numbers))) == len(rows)
+
+
+def test_the_card_shows_every_setting_of_training_that_changes_weights(run, tmp_path):
+    source = copied(run, tmp_path / "source")
+    recipe = yaml.safe_load((source / "recipe.yaml").read_text())
+    schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}'}
+    recipe["training"] |= schedule | {"run_name": "of mine"}
+    (source / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text, _ = card_of(source, tmp_path / "published")
+    shown = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["training"]
+    assert schedule.items() <= shown.items()
+    assert "run_name" not in shown
+    of_place = {"output_dir", "hub_model_id", "hub_strategy", "hub_revision"}
+    of_speed = {"torch_compile_backend", "torch_compile_mode"}
+    in_words = {f.name for f in offered(MoCoTrainingArguments) if re.search("str|dict|Literal", str(f.type))}
+    assert in_words - set(WORDS) - WITHOUT_RESULT == of_place | of_speed
 
 
 def test_the_code_in_the_card_names_what_is_there(run, tmp_path):
