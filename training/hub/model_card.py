@@ -22,6 +22,7 @@ from modeling_moco import (
 from modeling_moco.dictionary_moco import BUILT_IN
 
 from ..engine.results import OF_PIXELS, has_interval, spread
+from ..model_folder import bare_name
 from ..optimization.schedules import recorded_rate
 from .exports import Model, encoder_and_classifier, output_name
 from .kinds import Processor, Published, Transferred, kind_of
@@ -96,7 +97,7 @@ def render_card(
         license=license,
         library_name="transformers",
         pipeline_tag=kind.task,
-        tags=["moco", "contrastive-learning", "self-supervised-learning", model.config.architecture],
+        tags=["moco", "contrastive-learning", "self-supervised-learning", bare_name(model.config.architecture)],
         datasets=_hub_datasets(origin),
         base_model=_base_model(origin),
         metrics=sorted({_measured(entry)[1] for entry in results}) or None,
@@ -177,7 +178,7 @@ def _preparation(processor: Processor) -> str:
 
 
 def _summary(model: Model, origin: Origin) -> str:
-    architecture = model.config.architecture
+    architecture = bare_name(model.config.architecture)
     if isinstance(model, MoCoForImageClassification):
         return _summary_of_classifier(model, origin)
     features = "it turns an image into features for kNN, linear classifiers, fine-tuning and detection."
@@ -188,7 +189,7 @@ def _summary(model: Model, origin: Origin) -> str:
 
 
 def _summary_of_classifier(model: MoCoForImageClassification, origin: Origin) -> str:
-    architecture, classes = model.config.architecture, f"{model.config.num_labels} classes"
+    architecture, classes = bare_name(model.config.architecture), f"{model.config.num_labels} classes"
     if not origin.encoder and not origin.conversion:
         return f"A {architecture} with a classifier of {classes}; nothing is recorded of how they were trained."
     baseline = ""
@@ -249,7 +250,7 @@ def _summary_of_transfer(model: Transferred, origin: Origin) -> str:
 
 def _began(model: Transferred, origin: Origin) -> str:
     """What the encoder had seen before it was trained as a part of the model."""
-    encoder, architecture = origin.encoder, model.config.architecture
+    encoder, architecture = origin.encoder, bare_name(model.config.architecture)
     if encoder.get("random_encoder"):
         return f"Its {architecture} began with random weights: it is a baseline, and nothing was pretrained."
     if not encoder:
@@ -290,7 +291,7 @@ def _training(origin: Origin) -> str:
         sentences.append(f"Converted from {escape(converted['file'])} ({escape(converted['format'])}{epoch}).")
     if (rate := recorded_rate((origin.transfer or origin.recipe).get("training", {}))) is not None:
         sentences.append(f"Learning rate: {rate}.")
-    if origin.recipe or origin.transfer:
+    if _settings(origin):
         sentences.append("These are the settings that were given; all else has its default.")
     return " ".join(filter(None, sentences)) or "Nothing is recorded of how these weights were trained."
 

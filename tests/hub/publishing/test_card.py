@@ -160,6 +160,17 @@ def test_a_card_names_the_version_that_its_projection_head_has(tmp_path):
         assert words in card_of(tmp_path / head, tmp_path / f"{head}_published")[0]
 
 
+def test_a_card_claims_no_weights_of_timm_that_only_the_architecture_is_named_by(tmp_path):
+    model = MoCoModel(MoCoConfig(architecture="resnet18.a1_in1k", queue_size=64))
+    model.save_pretrained(tmp_path / "saved")
+    MoCoImageProcessorPil().save_pretrained(tmp_path / "saved")
+    text, card = card_of(tmp_path / "saved", tmp_path / "published")
+    assert "a1_in1k" not in text
+    assert "A resnet18 for Momentum Contrast" in text
+    assert "resnet18" in card.data.tags
+    assert (tmp_path / "published" / "resnet" / "config.json").is_file()
+
+
 def test_the_card_has_results_of_these_weights_alone(run, tmp_path):
     model, processor = load_published(str(run), training_state=False)
     source = tmp_path / "source"
