@@ -384,7 +384,9 @@ def damaged_results(folder: Path) -> None:
 
 
 def result_without_an_interval(folder: Path) -> None:
-    append_results(folder, [Result("some probe", "top1", 90.0, 40)], model="0", data={"dataset": "digits", "split": "test"})
+    append_results(
+        folder, [Result("some probe", "top1", 90.0, 40)], model="0", data={"dataset": "digits", "split": "test"}
+    )
     (entry,) = read_results(folder)
     del entry["interval"]
     (folder / "results.json").write_text(json.dumps([entry]))

@@ -17,6 +17,7 @@ from published_runs import copied, push, refused
 from modeling_moco import MoCoModel
 from training.engine.results import encoder_digest
 from training.hub import exports
+from training.hub.repository import Repository
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx")  # and httpx2: the client's own use of them
@@ -119,6 +120,14 @@ def test_no_repository_is_made_for_what_is_then_refused(flags, hub, run, script,
     )
     assert reason in refused(script, capsys, str(source), "org/run", "--revision", "trial", *flags)
     assert not hub.repos
+
+
+@pytest.mark.parametrize("branch", ["more epochs", "", "a..b", "trial/", 'x"y'])
+def test_no_repository_is_made_for_a_branch_that_git_cannot_have(branch, hub, run, script, capsys):
+    line = refused(script, capsys, str(run), "org/run", "--revision", branch)
+    assert f"revision ({branch}) is not a valid name of a branch" in line
+    assert not hub.requests
+    assert Repository("org/run", revision="v2.0/more-epochs_8").revision
 
 
 @pytest.mark.parametrize("holds", ["main", "trial"])
