@@ -68,6 +68,11 @@ def read_config(source: str, kinds: Sequence[type[MoCoConfig]] = (MoCoConfig,)) 
     return config
 
 
+def bare_name(architecture: str) -> str:
+    """The name of an architecture without that of weights, which timm writes behind a dot."""
+    return architecture.partition(".")[0]
+
+
 def read_timm_config(source: str) -> MoCoConfig | None:
     """The configuration of an encoder from the config.json of a timm model; None for another one's.
 

@@ -29,6 +29,7 @@ from .engine.results import Result, conditions, encoder_digest, read_results
 from .engine.run_folder import FIGURES, METRICS, drawn, mark_ended, unused
 from .evaluation.encoder import encode_blank
 from .evaluation.knn import accuracies, protocol
+from .model_folder import bare_name
 from .recipe import PretrainArguments
 from .reports.run import chance_loss, draw_curves, draw_features
 from .trainer import MoCoTrainer, MoCoTrainingArguments
@@ -190,6 +191,11 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
         )
     if training.late_milestones:
         yield training.late_milestones
+    if args.init_from is None and (bare := bare_name(config.architecture)) != config.architecture:
+        yield (
+            f"architecture ({config.architecture}) names weights of timm, and the run begins with random ones all the same: "
+            f"pass --architecture {bare}, or --init_from timm/{config.architecture} to begin with those"
+        )
     for name, other in _idle_settings(config).items():
         if name in args.given:
             yield f"{name} ({getattr(config, name)}) has no effect with {other} {getattr(config, other)!r}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -89,6 +90,27 @@ def test_a_file_that_is_not_valid_is_left_alone(content, tmp_path):
     with pytest.raises(ValueError, match="is not a valid results file"):
         append_results(tmp_path, [RESULT], **CONDITIONS)
     assert (tmp_path / RESULTS).read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("value", float("nan"), "has a value, a number of images or a metric that nothing measures"),
+        ("n", 0, "has a value, a number of images or a metric that nothing measures"),
+        ("metric", " ", "has a value, a number of images or a metric that nothing measures"),
+        ("interval", [float("nan"), 1.0], "has an interval of another kind"),
+        ("data", {"split": "test"}, "has no dataset in its data"),
+        ("data", {"dataset": "digits"}, "has no split in its data"),
+        ("data", {"dataset": 5, "split": "test"}, "has a dataset of another kind in its data"),
+        ("data", {"dataset": "digits", "split": "test", "config": [1]}, "has a config of another kind in its data"),
+    ],
+)
+def test_an_entry_that_was_edited_into_no_result_is_named(place, value, words, tmp_path):
+    append_results(tmp_path, [RESULT], **CONDITIONS)
+    (entry,) = read_results(tmp_path)
+    (tmp_path / RESULTS).write_text(json.dumps([entry, entry | {place: value}]))
+    with pytest.raises(ValueError, match=re.escape(f"(entry 2 {words})")):
+        read_results(tmp_path)
 
 
 def test_tokens_are_not_written_down(tmp_path, monkeypatch):

@@ -61,6 +61,11 @@ WARNED = {
         ["--batch_norm", "split", "--batch_norm_splits", "16", "--image_size", "64", "--eval_resize", "64"],
         "BatchNorm sees 1 image at once",
     ),
+    "weights of timm": (
+        ["--architecture", "test_resnet.r160_in1k"],
+        "architecture (test_resnet.r160_in1k) names weights of timm, and the run begins with random ones all the same: pass "
+        "--architecture test_resnet, or --init_from timm/test_resnet.r160_in1k to begin with those",
+    ),
     "queue": (
         ["--queue_size", "128", "--symmetric_loss", "True"],
         "the queue (128) is larger than the dataset (64 images)",

@@ -288,7 +288,7 @@ def test_what_comes_from_files_is_escaped(run):
     recipe["probe"]["<i>key</i>"] = "<b>value</b>"
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     attack = Result("<u>protocol</u>", "<s>metric</s>", 50.0, 4, settings={"<em>": "<hr>"})
-    append_results(run, [attack], model="<a>", data={"dataset": "<q>"})
+    append_results(run, [attack], model="<a>", data={"dataset": "<q>", "split": "<q>"})
     write_report(read_run(run), missing="<form>why")
     page = Page(run / "report.html")
     names = {tag for tag, _ in page.tags}
@@ -384,7 +384,9 @@ def damaged_results(folder: Path) -> None:
 
 
 def result_without_an_interval(folder: Path) -> None:
-    append_results(folder, [Result("some probe", "top1", 90.0, 40)], model="0", data={})
+    append_results(
+        folder, [Result("some probe", "top1", 90.0, 40)], model="0", data={"dataset": "digits", "split": "test"}
+    )
     (entry,) = read_results(folder)
     del entry["interval"]
     (folder / "results.json").write_text(json.dumps([entry]))

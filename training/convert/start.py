@@ -8,6 +8,7 @@ import torch
 
 from modeling_moco import MoCoConfig, MoCoModel
 
+from ..model_folder import bare_name
 from .detect import Checkpoint
 from .files import read
 from .key_maps import State
@@ -68,7 +69,7 @@ def read_start(source: str, config: MoCoConfig) -> Start:
             "was made from"
         )
     there = checkpoint.config.architecture
-    if _bare(there) != _bare(config.architecture):
+    if bare_name(there) != bare_name(config.architecture):
         raise ValueError(
             f"init_from ({source}) is a {there}, but this run trains a {config.architecture}: pass --architecture {there}, or "
             "other weights"
@@ -85,10 +86,6 @@ def read_start(source: str, config: MoCoConfig) -> Start:
 def _heads(config: MoCoConfig) -> int | None:
     # A ViT with other heads computes nothing of what it did. Other arguments that no shape shows are noted.
     return (config.model_args or {}).get("num_heads")
-
-
-def _bare(architecture: str) -> str:
-    return architecture.partition(".")[0]  # timm writes which weights behind a dot
 
 
 @torch.no_grad()

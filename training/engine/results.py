@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 import shlex
 import subprocess
@@ -57,6 +58,10 @@ def _digest(modules: list[nn.Module], config: MoCoConfig) -> str:
 KINDS: dict[str, Any] = {  # of the values that every entry of the file has
     **dict.fromkeys(("protocol", "metric", "feature", "model", "date", "hardware"), str),
     **{"value": int | float, "n": int, "interval": list, "settings": dict, "seed": int | None, "data": dict},
+}
+KINDS_OF_DATA: dict[str, Any] = {  # of what an entry says of its images; the first two are always there
+    **{"dataset": str, "split": str | None, "local": bool | None},
+    **dict.fromkeys(("config", "label_column", "view", "split_revision"), str | None),
 }
 OF_PIXELS = ("mIoU", "pixel accuracy")  # metrics of segmentation models
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "scikit-learn")
@@ -158,10 +163,18 @@ def _defect(entry: Any) -> str | None:
     if missing := [name for name in KINDS if name not in entry]:
         return f"has no {missing[0]}"
     wrong = [name for name, kind in KINDS.items() if not isinstance(entry[name], kind)]
-    ends = entry["interval"]
-    if isinstance(ends, list) and (len(ends) not in (0, 2) or not all(isinstance(end, int | float) for end in ends)):
-        wrong.append("interval")
-    return f"has a {wrong[0]} of another kind" if wrong else None
+    if wrong:
+        return f"has a {wrong[0]} of another kind"
+    ends, data = entry["interval"], entry["data"]
+    if missing := [name for name in ("dataset", "split") if name not in data]:
+        return f"has no {missing[0]} in its data"
+    if wrong := [name for name, kind in KINDS_OF_DATA.items() if name in data and not isinstance(data[name], kind)]:
+        return f"has a {wrong[0]} of another kind in its data"
+    if len(ends) not in (0, 2) or not all(isinstance(end, int | float) and math.isfinite(end) for end in ends):
+        return "has an interval of another kind"
+    if not math.isfinite(entry["value"]) or entry["n"] < 1 or not entry["metric"].strip():
+        return "has a value, a number of images or a metric that nothing measures"
+    return None
 
 
 def spread(entry: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from modeling_moco import MoCoForImageClassification, MoCoImageProcessor, MoCoMo
 from modeling_moco.encoder_moco import build_encoder
 
 from ..engine.files import read_object, write_json
+from ..model_folder import bare_name
 from .methods import papers_of
 
 Model = MoCoModel | MoCoForImageClassification
@@ -175,13 +176,15 @@ def class_names(model: MoCoForImageClassification) -> list[str]:
 
 def is_resnet_of_transformers(model: Model) -> bool:
     config = model.config
-    return config.architecture in RESNETS and config.stem == "default" and not config.model_args
+    return bare_name(config.architecture) in RESNETS and config.stem == "default" and not config.model_args
 
 
 def is_resnet_of_torchvision(model: Model) -> bool:
     """Whether torchvision has this encoder: its ResNets have timm's names, tensors and results."""
     encoder, config = encoder_and_classifier(model)[0], model.config
-    known = isinstance(encoder, timm.models.ResNet) and config.architecture in torchvision.models.list_models()
+    known = (
+        isinstance(encoder, timm.models.ResNet) and bare_name(config.architecture) in torchvision.models.list_models()
+    )
     return known and config.stem == "default" and not config.model_args
 
 
@@ -207,7 +210,7 @@ def save_resnet(model: Model, folder: Path, timm_config: dict[str, Any]) -> bool
     config = model.config
     if not is_resnet_of_transformers(model):
         return False
-    block, depths = RESNETS[config.architecture]
+    block, depths = RESNETS[bare_name(config.architecture)]
     widths = [stage["num_chs"] for stage in encoder.feature_info[1:]]
     labels = {} if classifier is None else {"id2label": config.id2label, "label2id": config.label2id}
     resnet_config = ResNetConfig(layer_type=block, depths=depths, hidden_sizes=widths, **labels, **_problem(model))

@@ -16,7 +16,8 @@ from modeling_moco import MoCoModel
 
 from ..engine.files import check_model_files, read_object
 from ..engine.results import encoder_digest
-from ..engine.run_folder import SAVED_RECIPE, SEEN_LABELS, WEIGHTS, holds_checkpoint, home_of, read_sections
+from ..engine.run_folder import PATHS, SAVED_RECIPE, SEEN_LABELS, WEIGHTS, holds_checkpoint, home_of, read_sections
+from ..errors import shown
 from ..model_folder import load_model, read_config
 
 REMEDY = "correct it, or move it away"
@@ -70,8 +71,19 @@ def trace(source: Path) -> Lineage:
 
 
 def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
-    """Sections of a file beside a model; none if it is not there."""
-    return read_sections(path, REMEDY) if path.is_file() else {}
+    """Sections of a file beside a model; none if it is not there.
+
+    Raises:
+        ValueError: it has none, or a dataset or a model in them that is no name.
+    """
+    if not path.is_file():
+        return {}
+    sections = read_sections(path, REMEDY)
+    for section, values in sections.items():
+        for name in PATHS:
+            if not isinstance(value := values.get(name), str | None):
+                raise ValueError(f"{path} has {shown(value)} as {name} in {section}, which is no name: {REMEDY}")
+    return sections
 
 
 def _before(home: Path, began: dict[str, Any], seen: list[Path]) -> Path | None:

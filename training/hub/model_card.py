@@ -3,6 +3,7 @@
 Names of files on this machine do not appear: a local dataset is called by the name of its folder.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from modeling_moco import (
 from modeling_moco.dictionary_moco import BUILT_IN
 
 from ..engine.results import OF_PIXELS, has_interval, spread
+from ..model_folder import bare_name
 from ..optimization.schedules import recorded_rate
 from .exports import Model, encoder_and_classifier, output_name
 from .kinds import Processor, Published, Transferred, kind_of
@@ -34,7 +36,7 @@ SHOWN_SECTIONS = ("data", "model", "training")  # of a recipe; what it was expec
 # Settings of training whose values are shown though they are words: others may say where on this machine something is.
 WORDS = (
     *("optim", "optim_args", "learning_rate_scaling", "lr_scheduler_type", "eval_strategy", "save_strategy"),
-    *("knn_features", "queue_start", "bank_start", "key_momentum_schedule", "mode"),
+    *("knn_features", "queue_start", "bank_start", "key_momentum_schedule", "mode", "lr_scheduler_kwargs"),
 )
 
 
@@ -67,6 +69,12 @@ def _transfer_dataset(origin: Origin) -> str | None:
     return None if name is None else public_name(name, origin.metrics.get("data", {}).get("local"))
 
 
+def _labelled_dataset(origin: Origin) -> str | None:
+    """What a probe or a fine-tuned model had its labels of."""
+    name = origin.labelled.get("dataset_name")
+    return None if name is None else public_name(name)
+
+
 def render_card(
     repo_id: str,
     model: Published,
@@ -76,15 +84,20 @@ def render_card(
     *,
     license: str,
     training_state: bool,
+    branch: str | None = None,
 ) -> ModelCard:
-    """The card of a model that is published as these files."""
+    """The card of a model that is published as these files.
+
+    Args:
+        branch: of the repository, that they are committed to; None for main, which is loaded where none is named.
+    """
     kind, results = kind_of(model), _newest(origin.results)
     name = repo_id.split("/")[-1]
     data = ModelCardData(
         license=license,
         library_name="transformers",
         pipeline_tag=kind.task,
-        tags=["moco", "contrastive-learning", "self-supervised-learning", model.config.architecture],
+        tags=["moco", "contrastive-learning", "self-supervised-learning", bare_name(model.config.architecture)],
         datasets=_hub_datasets(origin),
         base_model=_base_model(origin),
         metrics=sorted({_measured(entry)[1] for entry in results}) or None,
@@ -96,6 +109,8 @@ def render_card(
         data,
         template_path=str(TEMPLATE),
         repo_id=repo_id,
+        at_revision=f", revision={json.dumps(branch)}" if branch else "",
+        at_branch=f"@{branch}" if branch else "",
         name=name,
         task=kind.task,
         auto_class=kind.auto_class,
@@ -163,7 +178,7 @@ def _preparation(processor: Processor) -> str:
 
 
 def _summary(model: Model, origin: Origin) -> str:
-    architecture = model.config.architecture
+    architecture = bare_name(model.config.architecture)
     if isinstance(model, MoCoForImageClassification):
         return _summary_of_classifier(model, origin)
     features = "it turns an image into features for kNN, linear classifiers, fine-tuning and detection."
@@ -174,7 +189,7 @@ def _summary(model: Model, origin: Origin) -> str:
 
 
 def _summary_of_classifier(model: MoCoForImageClassification, origin: Origin) -> str:
-    architecture, classes = model.config.architecture, f"{model.config.num_labels} classes"
+    architecture, classes = bare_name(model.config.architecture), f"{model.config.num_labels} classes"
     if not origin.encoder and not origin.conversion:
         return f"A {architecture} with a classifier of {classes}; nothing is recorded of how they were trained."
     baseline = ""
@@ -186,9 +201,10 @@ def _summary_of_classifier(model: MoCoForImageClassification, origin: Origin) ->
     else:
         before = f"that began with the weights of {_began_with(origin)}"
         before += ", which had been fine-tuned with labels" * origin.fine_tuned_before
+    labels = f"labels of {escape(dataset)}" if (dataset := _labelled_dataset(origin)) else "labels"
     if origin.fine_tuned:
-        return f"A {architecture} {before}, and then as a whole, with labels, as a classifier of {classes}{baseline}."
-    return f"A {architecture} {before}, and a classifier of {classes} that was trained on it with labels{baseline}."
+        return f"A {architecture} {before}, and then as a whole, with {labels}, as a classifier of {classes}{baseline}."
+    return f"A {architecture} {before}, and a classifier of {classes} that was trained on it with {labels}{baseline}."
 
 
 def _cited(model: Published, origin: Origin) -> list[str]:
@@ -234,7 +250,7 @@ def _summary_of_transfer(model: Transferred, origin: Origin) -> str:
 
 def _began(model: Transferred, origin: Origin) -> str:
     """What the encoder had seen before it was trained as a part of the model."""
-    encoder, architecture = origin.encoder, model.config.architecture
+    encoder, architecture = origin.encoder, bare_name(model.config.architecture)
     if encoder.get("random_encoder"):
         return f"Its {architecture} began with random weights: it is a baseline, and nothing was pretrained."
     if not encoder:
@@ -275,7 +291,7 @@ def _training(origin: Origin) -> str:
         sentences.append(f"Converted from {escape(converted['file'])} ({escape(converted['format'])}{epoch}).")
     if (rate := recorded_rate((origin.transfer or origin.recipe).get("training", {}))) is not None:
         sentences.append(f"Learning rate: {rate}.")
-    if origin.recipe or origin.transfer:
+    if _settings(origin):
         sentences.append("These are the settings that were given; all else has its default.")
     return " ".join(filter(None, sentences)) or "Nothing is recorded of how these weights were trained."
 
@@ -309,8 +325,15 @@ def _settings_of_encoder(origin: Origin) -> dict[str, dict[str, Any]]:
     if (began := _start(origin)) is not None:
         sections["model"]["init_from"] = began
     sections["training"] = _public(sections["training"])
-    sections["fine-tuning" if origin.fine_tuned else "probe"] = _public(origin.evaluation)
+    sections["fine-tuning" if origin.fine_tuned else "probe"] = _other_images(origin) | _public(origin.evaluation)
     return {name: values for name, values in sections.items() if values}
+
+
+def _other_images(origin: Origin) -> dict[str, Any]:
+    """Settings of the images of a probe or a fine-tuning that are not those of the pretraining."""
+    before, now = origin.recipe.get("data", {}), origin.labelled
+    other = {name: value for name, value in now.items() if name not in before or value != before[name]}
+    return other | ({"dataset_name": _labelled_dataset(origin)} if "dataset_name" in other else {})
 
 
 def _public(settings: dict[str, Any]) -> dict[str, Any]:
@@ -328,6 +351,7 @@ def _hub_datasets(origin: Origin) -> list[str] | None:
     named = (
         (origin.recipe.get("data", {}).get("dataset_name"), _dataset(origin)),
         (origin.transfer.get("data", {}).get("dataset_name"), _transfer_dataset(origin)),
+        (origin.labelled.get("dataset_name"), _labelled_dataset(origin)),
     )
     return sorted({given for given, name in named if given is not None and name == given and "/" in given}) or None
 
@@ -347,12 +371,15 @@ def _base_model(origin: Origin) -> str | None:
 
 
 def _newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One result of each protocol and split: the newest of those on the most images, so that no trial on a few hides them."""
+    """One result of each protocol, with its settings, and split, with its view and labels.
+
+    It is the newest of those on the most images, so that no trial on a few hides them.
+    """
     kept: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in results:
         data = entry["data"]
         key: tuple[Any, ...] = (entry["protocol"], entry["feature"], entry["metric"], yaml.safe_dump(entry["settings"]))
-        key += (data["dataset"], data.get("config"), data["split"], data.get("view"))
+        key += tuple(data.get(name) for name in ("dataset", "config", "split", "view", "label_column", "train_split"))
         if key not in kept or entry["n"] >= kept[key]["n"]:
             kept[key] = entry
     return list(kept.values())
@@ -386,15 +413,33 @@ def _eval_result(entry: dict[str, Any]) -> EvalResult:
             "images": entry["n"],
             **spread_of_it,
             "seed": entry["seed"],
-            **entry["settings"],
+            **_conditions(entry),
         },
     )
 
 
+def _conditions(entry: dict[str, Any]) -> dict[str, Any]:
+    """What the protocol of a result leaves open, by which two of its numbers differ."""
+    data = entry["data"]
+    usual = {"train_split": "train", "label_column": "label"}
+    of_images = {name: data.get(name) for name in ("view", "train_split", "label_column")}
+    return entry["settings"] | {
+        name: value for name, value in of_images.items() if value not in (None, usual.get(name))
+    }
+
+
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
-    data = f"{public_name(entry['data']['dataset'], entry['data'].get('local'))}, {entry['data']['split']}"
+    about = entry["data"]
+    data = ", ".join(
+        filter(None, (public_name(about["dataset"], about.get("local")), about.get("config"), about["split"]))
+    )
+    conditions = [
+        f"{name.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}"
+        for name, value in _conditions(entry).items()
+    ]
     return (
         entry["protocol"],
+        "; ".join(conditions) or "–",
         entry["feature"],
         entry["metric"],
         f"{entry['value']:.2f} %",

@@ -22,6 +22,7 @@ class Origin:
         recipe: sections of the settings of the pretraining.
         encoder: what a probe, a fine-tuning or a training around the encoder has recorded of the model that it began with.
         evaluation: settings of the probe or the fine-tuning that followed.
+        labelled: those of the images that it was trained on, with labels.
         transfer: sections of the settings of a detector or segmentation model that was trained around the encoder.
         fine_tuned: whether this model's own training changed the encoder by labels.
         fine_tuned_before: whether the encoder with which that training began had been fine-tuned with labels.
@@ -38,6 +39,7 @@ class Origin:
     recipe: dict[str, dict[str, Any]]
     encoder: dict[str, Any]
     evaluation: dict[str, Any]
+    labelled: dict[str, Any]
     transfer: dict[str, dict[str, Any]]
     fine_tuned: bool
     fine_tuned_before: bool
@@ -100,6 +102,7 @@ def read_origin(source: Path, model: Published) -> Origin:
         recipe={key: value for key, value in recipe.items() if key != "probe"},  # what a probe would begin with
         encoder=_plain(began),
         evaluation=_plain(settings.get("training", {})) if began else {},
+        labelled=_plain(settings.get("data", {})) if began else {},
         transfer={},
         fine_tuned=fine_tuned,
         fine_tuned_before=before,
@@ -107,7 +110,9 @@ def read_origin(source: Path, model: Published) -> Origin:
         pretrained_to=lineage.pretrained_to,
         metrics=metrics,
         conversion=_read_conversion((run or source) / CONVERSION),
-        results=_plain(_of_this_classifier(results, _read_metrics(home)) if began else results),
+        results=_plain(
+            _of_this_classifier(results, _read_metrics(home), settings.get("data", {})) if began else results
+        ),
         figures=drawn(run) if run and lineage.final and not fine_tuned and not before else [],
         pictured=metrics.get("data", {}),
     )
@@ -123,6 +128,7 @@ def _read_origin_of_transfer(source: Path, model: Transferred) -> Origin:
         recipe={} if run is None else _plain(read_yaml(run / SAVED_RECIPE)),
         encoder=transfer.get("encoder", {}),
         evaluation={},
+        labelled={},
         transfer=transfer,
         fine_tuned=True,
         fine_tuned_before=lineage.fine_tuned,
@@ -141,16 +147,23 @@ def _on(digest: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted((entry for entry in results if entry["model"] == digest), key=lambda entry: str(entry["date"]))
 
 
-def _of_this_classifier(results: list[dict[str, Any]], metrics: dict[str, Any]) -> list[dict[str, Any]]:
+def _of_this_classifier(
+    results: list[dict[str, Any]], metrics: dict[str, Any], data: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Those of the features, and those that a probe or a fine-tuning has in its own `metrics.json`.
 
     Other probes of the same encoder, though by the same protocol, are of another classifier.
+
+    Args:
+        data: settings of the images that it was trained and measured on.
     """
     measured = [metrics, *metrics.get("probes", [])]
+    dataset = data.get("dataset_name")
     return [
         entry
         for entry in results
-        if entry["protocol"].startswith("weighted kNN") or any(_is_in(entry, numbers) for numbers in measured)
+        if entry["protocol"].startswith("weighted kNN")
+        or (dataset in (None, entry["data"]["dataset"]) and any(_is_in(entry, numbers) for numbers in measured))
     ]
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import get_token
+from huggingface_hub import constants, get_token
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
@@ -172,6 +172,7 @@ def _publish(source: str, model: Published, processor: Processor, repo_id: str, 
         list_files(folder),
         license=args.license,
         training_state=args.include_training_state,
+        branch=None if args.revision == constants.DEFAULT_REVISION else args.revision,
     )
     card.save(folder / CARD)
     check_private(source, repo_id, folder)

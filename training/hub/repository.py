@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ WRITTEN = (
     *("onnx/*", "torch_export/*", "resnet/*", "model.safetensors", "moco.safetensors", "*_moco.py"),
     *(f"{name}.png" for name in {*FIGURES, *OF_DETECTOR, *OF_SEGMENTATION}),
 )
+BRANCH = re.compile(r"[A-Za-z0-9_-]+(?:[./][A-Za-z0-9_-]+)*")  # a part of what git allows
 MADE_BY_HAND = {".gitattributes", "README.md", "LICENSE"}  # files of a repository that was created on the website
 OURS = {
     "model": "modeling_moco.py",
@@ -88,6 +90,11 @@ class Repository:
             raise ValueError(
                 f"repository ({self.name}) is not a valid repository name: write it as org/name"
             ) from error
+        if self.revision is not None and not BRANCH.fullmatch(self.revision):
+            raise ValueError(
+                f"revision ({self.revision}) is not a valid name of a branch: use letters, digits, - and _, and . and / "
+                "between them"
+            )
 
     @property
     def api(self) -> HfApi:
@@ -254,7 +261,7 @@ class PublishCallback(TrainerCallback):
 
     def _write(self, source: Path, folder: Path) -> None:
         model, processor = load_published(str(source), training_state=False)
-        args = PublishArguments(include_pictures=self.include_pictures)
+        args = PublishArguments(include_pictures=self.include_pictures, revision=self.repository.revision)
         publish(str(source), model, processor, self.repository.name, args, folder)
 
     def _upload(self, folder: TemporaryDirectory, message: str) -> None:

@@ -58,9 +58,12 @@ def features(line, x):
     return (y if isinstance(y, torch.Tensor) else y.logits if "logits" in y else y.pooler_output).flatten(1)
 
 
-@pytest.mark.parametrize("kind", ["encoder", pytest.param("classifier", marks=pytest.mark.slow)])
-def test_an_export_is_loaded_by_the_lines_that_the_command_prints(kind, script, capsys, tmp_path):
-    model = saved(tmp_path / "saved", "resnet18", kind, batch_norm="split")
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [("encoder", "resnet18.a1_in1k"), pytest.param("classifier", "resnet18", marks=pytest.mark.slow)],
+)
+def test_an_export_is_loaded_by_the_lines_that_the_command_prints(kind, architecture, script, capsys, tmp_path):
+    model = saved(tmp_path / "saved", architecture, kind, batch_norm="split")
     out, lines = exported(
         script, capsys, tmp_path / "saved", tmp_path / "it's here", "timm", "transformers", "torchvision"
     )

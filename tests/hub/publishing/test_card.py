@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -12,9 +13,13 @@ from markdown_it import MarkdownIt
 from published_runs import card_of, copied, model_of
 
 from modeling_moco import MoCoConfig, MoCoImageProcessorPil, MoCoModel
+from training.cli import offered
 from training.engine.results import Result, append_results, encoder_digest
+from training.hub.model_card import WORDS
 from training.hub.origin import read_origin
 from training.hub.publish import PublishArguments, load_published, publish
+from training.recipe import WITHOUT_RESULT
+from training.trainer import MoCoTrainingArguments
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx")  # and httpx2: the client's own use of them
 
@@ -61,7 +66,7 @@ def test_the_card_of_a_fine_tuned_model_tells_it_from_a_probe(run, tmp_path):
     metrics = json.loads((run / "finetune_100pct" / "metrics.json").read_text())
     assert round(metrics["top1"], 2) in [result.metric_value for result in card.data.eval_results]
     assert all("fine-tuning" in result.metric_name for result in card.data.eval_results)
-    assert "with labels, as a classifier" in text
+    assert "with labels of digits, as a classifier" in text
     assert "It was trained without labels" not in text
     assert "neighbours.png" not in text  # the encoder's before it was tuned
     assert "fine-tuning:\n" in text
@@ -155,6 +160,17 @@ def test_a_card_names_the_version_that_its_projection_head_has(tmp_path):
         assert words in card_of(tmp_path / head, tmp_path / f"{head}_published")[0]
 
 
+def test_a_card_claims_no_weights_of_timm_that_only_the_architecture_is_named_by(tmp_path):
+    model = MoCoModel(MoCoConfig(architecture="resnet18.a1_in1k", queue_size=64))
+    model.save_pretrained(tmp_path / "saved")
+    MoCoImageProcessorPil().save_pretrained(tmp_path / "saved")
+    text, card = card_of(tmp_path / "saved", tmp_path / "published")
+    assert "a1_in1k" not in text
+    assert "A resnet18 for Momentum Contrast" in text
+    assert "resnet18" in card.data.tags
+    assert (tmp_path / "published" / "resnet" / "config.json").is_file()
+
+
 def test_the_card_has_results_of_these_weights_alone(run, tmp_path):
     model, processor = load_published(str(run), training_state=False)
     source = tmp_path / "source"
@@ -170,6 +186,43 @@ def test_the_card_has_results_of_these_weights_alone(run, tmp_path):
     text = (tmp_path / "published" / "README.md").read_text()
     assert "secret" not in text
     assert "Nothing is recorded of how these weights were trained" in text
+
+
+def test_no_two_rows_of_the_card_say_the_same_of_two_numbers(run, tmp_path):
+    source = copied(run, tmp_path / "source")
+    (source / "results.json").unlink()
+    digest, result = encoder_digest(model_of(source)), Result("kNN", "top1", 50.0, 100, settings={"bank": 400})
+    told = {"dataset": "org/birds", "config": None, "split": "test", "view": "centre 32 px", "label_column": "label"}
+    others = [{}, {"config": "small"}, {"view": "centre 48 px"}, {"label_column": "fine_label"}, {"train_split": "all"}]
+    for value, changed in enumerate(others, 50):
+        append_results(source, [replace(result, value=float(value))], model=digest, data=told | changed)
+    append_results(source, [replace(result, value=60.0, settings={"bank": 40})], model=digest, data=told)
+    text, card = card_of(source, tmp_path / "published")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| kNN")]
+    assert [row[4] for row in rows] == [f"{value:.2f} %" for value in (50, 51, 52, 53, 54, 60)]
+    assert len({(row[1], row[7]) for row in rows}) == len(rows)
+    assert rows[3][1] == "bank 400; view centre 32 px; label column fine_label"
+    numbers = [
+        (r.dataset_config, *((name, r.metric_args[name]) for name in sorted(r.metric_args)))
+        for r in card.data.eval_results
+    ]
+    assert len(set(map(str, numbers))) == len(rows)
+
+
+def test_the_card_shows_every_setting_of_training_that_changes_weights(run, tmp_path):
+    source = copied(run, tmp_path / "source")
+    recipe = yaml.safe_load((source / "recipe.yaml").read_text())
+    schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}'}
+    recipe["training"] |= schedule | {"run_name": "of mine"}
+    (source / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text, _ = card_of(source, tmp_path / "published")
+    shown = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["training"]
+    assert schedule.items() <= shown.items()
+    assert "run_name" not in shown
+    of_place = {"output_dir", "hub_model_id", "hub_strategy", "hub_revision"}
+    of_speed = {"torch_compile_backend", "torch_compile_mode"}
+    in_words = {f.name for f in offered(MoCoTrainingArguments) if re.search("str|dict|Literal", str(f.type))}
+    assert in_words - set(WORDS) - WITHOUT_RESULT == of_place | of_speed
 
 
 def test_the_code_in_the_card_names_what_is_there(run, tmp_path):

@@ -60,6 +60,10 @@ def test_a_second_push_is_a_new_revision_of_the_same_repository(hub, run, script
     before = hub.files("org/run")
     push(script, str(run), "org/run", "--revision", "trial", "--license", "cc0-1.0")
     assert hub.files("org/run") == before
-    assert ModelCard(hub.files("org/run", "trial")["README.md"].decode()).data.license == "cc0-1.0"
+    of_branch = hub.files("org/run", "trial")["README.md"].decode()
+    assert ModelCard(of_branch).data.license == "cc0-1.0"
+    assert of_branch.count('"org/run", revision="trial"') + of_branch.count('"hf-hub:org/run@trial"') == 5
+    assert of_branch.count('"org/run"') + of_branch.count('"hf-hub:') == 5  # none that would load main
+    assert "revision=" not in before["README.md"].decode()
     assert "license 'mine' is not known" in refused(script, capsys, str(run), "org/run", "--license", "mine")
     assert hub.files("org/run") == before

@@ -112,6 +112,40 @@ def test_what_is_pushed_is_loaded_by_a_stranger_and_equals_ours(hub, run, script
     assert "401" in found["secret"] or "token" in found["secret"]
 
 
+# The examples of a card, each with the first convolution of the model that it loads.
+EXAMPLES = """
+import re, sys
+for block in re.findall(r"```python\\n(.*?)```", open(sys.argv[1]).read(), re.S):
+    names = {}
+    exec(block, names)
+    model = names["model"] if "model" in names else names["pipe"].model
+    print(next(x for name, x in model.state_dict().items() if name.endswith("conv1.weight")).double().sum().item())
+"""
+
+
+@pytest.mark.slow
+def test_the_card_of_a_branch_loads_the_model_of_that_branch(hub, run, script, tmp_path):
+    push(script, str(run / "checkpoint-4"), "org/run")
+    push(script, str(run), "org/run", "--revision", "more-epochs")
+    ends = [
+        next(x for name, x in model_of(folder).state_dict().items() if name.endswith("conv1.weight")).double().sum()
+        for folder in (run / "checkpoint-4", run)
+    ]
+    assert ends[0] != ends[1]
+    Image.new("RGB", (40, 50)).save(tmp_path / "image.jpg")
+    for branch, expected in zip(("main", "more-epochs"), ends, strict=True):
+        (tmp_path / "README.md").write_bytes(hub.files("org/run", branch)["README.md"])
+        result = subprocess.run(
+            [sys.executable, "-c", EXAMPLES, "README.md"],
+            capture_output=True,
+            text=True,
+            env=environment(hub, tmp_path / "home"),
+            cwd=tmp_path,
+        )
+        assert result.returncode == 0, result.stderr
+        assert list(map(float, result.stdout.split()[-4:])) == pytest.approx([expected.item()] * 4)
+
+
 DOCTEST = """
 import doctest, sys
 flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -14,7 +14,7 @@ from training.engine.results import encoder_digest
 from training.engine.run_folder import SEEN_LABELS, begin_with, check_same_run
 
 SHORT = ["--use_cpu", "--num_train_epochs", "1", "--disable_tqdm", "True"]
-PROBED = "without labels, and a classifier of 10 classes that was trained on it with labels."
+PROBED = "without labels, and a classifier of 10 classes that was trained on it with labels of digits."
 
 
 @pytest.fixture
@@ -132,6 +132,29 @@ def test_of_two_probes_each_has_its_own_numbers(copy, script, tmp_path):
         name = f"{measured['protocol']} (backbone)"
         assert numbers[f"top5 in per cent: {name}"] == round(measured["top5"], 2)
         assert numbers[f"top1 in per cent: {name}"] == round(measured["top1"], 2)
+
+
+def test_a_classifier_says_of_which_images_its_labels_are(run, script, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "runs" / "run"))
+    for name, words in (("linear_probe", "trained on it"), ("finetune_100pct", "and then as a whole,")):
+        change_recipe(copy / name, "data", dataset_name="org/birds", max_train_samples=32)
+        text, card = card_of(copy / name, tmp_path / name)
+        assert "on digits without labels" in text
+        assert f"{words} with labels of org/birds" in text
+        assert card.data.datasets == ["org/birds"]
+        settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+        assert settings["data"]["dataset_name"] == "digits"
+        own = settings["probe" if name == "linear_probe" else "fine-tuning"]
+        assert (own["dataset_name"], own["max_train_samples"]) == ("org/birds", 32)
+        assert "image_size" not in own  # that of the pretraining
+        # The numbers that its encoder's folder has by the same protocol are of other images.
+        official = [result for result in card.data.eval_results or [] if "kNN" not in result.metric_name]
+        assert not official
+    change_recipe(copy / "linear_probe", "data", dataset_name="/home/me/secret/birds")
+    text, card = card_of(copy / "linear_probe", tmp_path / "local")
+    assert "with labels of birds" in text
+    assert "secret" not in text
+    assert card.data.datasets is None
 
 
 def test_a_checkpoint_has_its_own_numbers_and_its_step(copy, script, tmp_path):

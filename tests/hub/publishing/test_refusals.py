@@ -10,12 +10,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants
-from published_runs import push, refused
+from published_runs import copied, push, refused
 
 from modeling_moco import MoCoModel
 from training.engine.results import encoder_digest
 from training.hub import exports
+from training.hub.repository import Repository
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx")  # and httpx2: the client's own use of them
@@ -49,6 +51,15 @@ def test_a_damaged_file_is_named_in_one_line(name, hub, run, script, tmp_path, c
     line = refused(script, capsys, str(source), "org/run", "--dry_run")
     assert name in line or "holds no MoCo model with its image processor" in line
     assert "weights_only" not in line
+
+
+@pytest.mark.parametrize(("section", "name"), [("data", "dataset_name"), ("model", "init_from"), ("encoder", "model")])
+def test_a_name_in_a_recipe_that_is_none_is_said(section, name, hub, run, script, tmp_path, capsys):
+    source = copied(run, tmp_path / "source")
+    recipe = yaml.safe_load((source / "recipe.yaml").read_text())
+    (source / "recipe.yaml").write_text(yaml.safe_dump(recipe | {section: recipe.get(section, {}) | {name: [5]}}))
+    line = refused(script, capsys, str(source), "org/run", "--dry_run")
+    assert f"recipe.yaml has [5] as {name} in {section}, which is no name: correct it" in line
 
 
 def test_without_room_for_a_folder_nothing_happens(hub, run, script, capsys, monkeypatch):
@@ -109,6 +120,14 @@ def test_no_repository_is_made_for_what_is_then_refused(flags, hub, run, script,
     )
     assert reason in refused(script, capsys, str(source), "org/run", "--revision", "trial", *flags)
     assert not hub.repos
+
+
+@pytest.mark.parametrize("branch", ["more epochs", "", "a..b", "trial/", 'x"y'])
+def test_no_repository_is_made_for_a_branch_that_git_cannot_have(branch, hub, run, script, capsys):
+    line = refused(script, capsys, str(run), "org/run", "--revision", branch)
+    assert f"revision ({branch}) is not a valid name of a branch" in line
+    assert not hub.requests
+    assert Repository("org/run", revision="v2.0/more-epochs_8").revision
 
 
 @pytest.mark.parametrize("holds", ["main", "trial"])

@@ -25,6 +25,7 @@ from ...hub import exports
 from ...hub.exports import Model
 from ...hub.kinds import Transferred, kind_of
 from ...hub.publish import load_published
+from ...model_folder import bare_name
 from ...process import command
 
 
@@ -108,7 +109,7 @@ def _load_torch_export(model: Model, path: str) -> str:
 
 def _load_torchvision(model: Model, path: str) -> str:
     _, classifier = exports.encoder_and_classifier(model)
-    build = f"torchvision.models.{model.config.architecture}"
+    build = f"torchvision.models.{bare_name(model.config.architecture)}"
     if classifier is None:
         build = f"model = {build}(); model.fc = torch.nn.Identity()"
     else:
