@@ -186,7 +186,7 @@ def check_exists(source: str) -> None:
     try:
         read_config(source)
     except OSError as error:
-        raise not_there(source) from error
+        raise not_there(source, ", neither here nor as a model that the Hub gives") from error
 
 
 def check_results(folder: Path) -> None:
@@ -288,12 +288,16 @@ def show_recorded(training: SGDTrainingArguments) -> None:
     print(table([Result(e["protocol"], name, e[name], e["n"]) for e, name in whole]))
 
 
-def not_there(source: str) -> ValueError:
-    """The error for a path, or a name on the Hub, that leads nowhere."""
+def not_there(source: str, where: str) -> ValueError:
+    """The error for a path, or a name on the Hub, that leads nowhere.
+
+    Args:
+        where: it was looked for, in words.
+    """
     beside = [str(path) for path in Path(source).parent.glob("*") if path.is_dir()]
     close = difflib.get_close_matches(source, beside, n=1)
     meant = f"did you mean {close[0]}?" if close else "pass the folder that a run saved to, e.g. runs/quickstart"
-    return ValueError(f"{source} does not exist, neither here nor as a model that the Hub gives: {meant}")
+    return ValueError(f"{source} does not exist{where}: {meant}")
 
 
 def parse_evaluation(
