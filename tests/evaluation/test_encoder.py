@@ -23,20 +23,30 @@ from training.evaluation.encoder import Encoder, pretraining_recipe
 from training.evaluation.finetune import parse_finetune
 from training.evaluation.linear_probe import parse_linear_probe
 
+ASKED_THE_HUB = ", neither here nor as a model that the Hub gives"
 
-@pytest.mark.parametrize("script_name", ["knn", "linear_probe", "finetune", "report", "push_to_hub"])
-def test_a_path_that_leads_nowhere_is_said_to(script_name, tmp_path, script, monkeypatch, capsys):
+
+@pytest.mark.parametrize(
+    ("script_name", "others", "where"),
+    [
+        ("knn", [], ASKED_THE_HUB),
+        ("linear_probe", [], ASKED_THE_HUB),
+        ("finetune", [], ASKED_THE_HUB),
+        ("push_to_hub", ["org/name", "--dry_run"], ASKED_THE_HUB),
+        ("report", [], " as a folder here"),
+        ("compare", ["runs/other"], " as a folder here"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_said_to(script_name, others, where, tmp_path, script, monkeypatch, capsys):
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or it would be asked again and again
     for path, remedy in (("runs/quikstart", "did you mean runs/quickstart?"), ("nothing", "pass the folder")):
         with pytest.raises(SystemExit) as end:
-            script(script_name).main([path, *(["org/name", "--dry_run"] if script_name == "push_to_hub" else [])])
+            script(script_name).main([path, *others])
         assert end.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(
-            f"error: {path} does not exist, neither here nor as a model that the Hub gives: {remedy}"
-        )
+        assert line.startswith(f"error: {path} does not exist{where}: {remedy}")
 
 
 @pytest.mark.parametrize(

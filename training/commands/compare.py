@@ -65,7 +65,7 @@ def check_runs(folders: list[Path]) -> None:
         )
     for i, folder in enumerate(folders):
         if not folder.exists():
-            raise not_there(str(folder))
+            raise not_there(str(folder), " as a folder here")
         if folder.resolve() in [other.resolve() for other in folders[:i]]:
             raise ValueError(f"{folder} is named twice: name each run once")
 

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
         if others:
             raise ValueError(f"a report is of one run: {how_to_run('compare')} puts several into one table")
         if not folder.exists():
-            raise not_there(str(folder))
+            raise not_there(str(folder), " as a folder here")
         run = read_run(folder)
         check_state(run)
         state = PartialState(cpu=not torch.cuda.is_available())

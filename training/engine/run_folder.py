@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..errors import one_line, shown
-from .files import UNFINISHED, inside, leads_out, read_object, write_json, write_whole
+from .files import UNFINISHED, below, inside, leads_out, read_object, write_json, write_whole
 
 DIGITS = "digits"  # name of the dataset that is built in
 SAVED_RECIPE = "recipe.yaml"  # the settings of a run, in its output directory
@@ -200,6 +200,21 @@ def holds_checkpoint(folder: Path) -> bool:
 def home_of(folder: Path) -> Path:
     """The folder of the training that saved a model."""
     return folder.parent if holds_checkpoint(folder) else folder
+
+
+def results_folder(source: str, random: bool) -> Path:
+    """Where the evaluations of a model write: its own folder, `runs/OWNER--NAME` of one on the Hub; `random_encoder/` in it.
+
+    Args:
+        source: folder, checkpoint or Hub repository of a model.
+        random: whether only the architecture is that model's, and its weights are random.
+
+    Raises:
+        ValueError: `random_encoder/` is a link.
+    """
+    # With its owner: `runs/NAME` may be a run of this machine, or of another owner's model.
+    folder = Path(source) if Path(source).is_dir() else Path("runs") / source.replace("/", "--")
+    return below(folder, "random_encoder") if random else folder
 
 
 def begin_with(source: str, random: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from modeling_moco import MoCoConfig, MoCoForImageClassification, MoCoImageProce
 from ..cli import build_parser, how_to_run, offered, parse_flags, section_of_file
 from ..data.sources import DataArguments, EvaluationDataArguments, ImageSplits, NotOpenedError, load_images
 from ..engine.checkpoints import has_ended
-from ..engine.files import below, check_model_files
+from ..engine.files import check_model_files
 from ..engine.results import Result, encoder_digest, read_results, table
 from ..engine.run_folder import (
     METRICS,
@@ -31,6 +31,7 @@ from ..engine.run_folder import (
     read_sections,
     recorded_content,
     refuse_namesake,
+    results_folder,
 )
 from ..engine.sgd_trainer import PUBLISHING, SGDTrainingArguments
 from ..errors import first_line, one_line
@@ -54,10 +55,8 @@ class Encoder:
 
     @property
     def results_dir(self) -> Path:
-        """Folder of its results: the model's own, `runs/OWNER--NAME` of one on the Hub; `random_encoder/` in it if random."""
-        # With its owner: `runs/NAME` may be a run of this machine, or of another owner's model.
-        folder = Path(self.source) if Path(self.source).is_dir() else Path("runs") / self.source.replace("/", "--")
-        return below(folder, "random_encoder") if self.random else folder
+        """Folder of its results, see `results_folder`."""
+        return results_folder(self.source, self.random)
 
     def __str__(self) -> str:
         return f"a random encoder like {self.source}" if self.random else self.source
@@ -187,7 +186,7 @@ def check_exists(source: str) -> None:
     try:
         read_config(source)
     except OSError as error:
-        raise not_there(source) from error
+        raise not_there(source, ", neither here nor as a model that the Hub gives") from error
 
 
 def check_results(folder: Path) -> None:
@@ -289,12 +288,16 @@ def show_recorded(training: SGDTrainingArguments) -> None:
     print(table([Result(e["protocol"], name, e[name], e["n"]) for e, name in whole]))
 
 
-def not_there(source: str) -> ValueError:
-    """The error for a path, or a name on the Hub, that leads nowhere."""
+def not_there(source: str, where: str) -> ValueError:
+    """The error for a path, or a name on the Hub, that leads nowhere.
+
+    Args:
+        where: it was looked for, in words.
+    """
     beside = [str(path) for path in Path(source).parent.glob("*") if path.is_dir()]
     close = difflib.get_close_matches(source, beside, n=1)
     meant = f"did you mean {close[0]}?" if close else "pass the folder that a run saved to, e.g. runs/quickstart"
-    return ValueError(f"{source} does not exist, neither here nor as a model that the Hub gives: {meant}")
+    return ValueError(f"{source} does not exist{where}: {meant}")
 
 
 def parse_evaluation(

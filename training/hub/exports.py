@@ -147,7 +147,8 @@ def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license
     arguments = {key: value for key, value in config.pop("model_args", {}).items() if key not in PASSED_BY_CALLERS}
     arguments |= model.config.model_args or {}
     # For transformers, which asks the configuration of a Hub repository which processor to take.
-    config |= {"image_processor_type": "TimmWrapperImageProcessor"} | ({"model_args": arguments} if arguments else {})
+    # Saved by transformers, a model without arguments would have null for them, which timm cannot read.
+    config |= {"image_processor_type": "TimmWrapperImageProcessor", "model_args": arguments}
     config |= _problem(model)
     if isinstance(model, MoCoForImageClassification):
         config["pretrained_cfg"]["label_names"] = config["label_names"] = class_names(

@@ -16,7 +16,16 @@ from modeling_moco import MoCoModel
 
 from ..engine.files import check_model_files, read_object
 from ..engine.results import encoder_digest
-from ..engine.run_folder import PATHS, SAVED_RECIPE, SEEN_LABELS, WEIGHTS, holds_checkpoint, home_of, read_sections
+from ..engine.run_folder import (
+    PATHS,
+    SAVED_RECIPE,
+    SEEN_LABELS,
+    WEIGHTS,
+    holds_checkpoint,
+    home_of,
+    read_sections,
+    results_folder,
+)
 from ..errors import shown
 from ..model_folder import load_model, read_config
 
@@ -29,7 +38,7 @@ class Lineage:
     """
     Args:
         folders: that of the model, that of the model with which its training began, and so on. With a checkpoint comes the
-            folder of its training.
+            folder of its training, and of a model that is on the Hub or was random the folder of its evaluations.
         run: the folder of the pretraining; None where it is not known, or nothing was pretrained.
         fine_tuned: whether a training before the model's own changed the encoder by labels.
         reached: of a model that is a checkpoint.
@@ -66,6 +75,8 @@ def trace(source: Path) -> Lineage:
             break
         fine_tuned |= bool(began.get(SEEN_LABELS)) or (len(models) > 1 and bool(began.get("fine_tuned")))
         folder = _before(home, began, folders)
+        if folder is None:
+            folders.append(_evaluations(home, began))
     pretrained_to = steps_of(models[-1]) if run is not None and len(models) > 1 else None
     return Lineage(folders, run, fine_tuned, steps_of(models[0]) if models else None, pretrained_to)
 
@@ -103,6 +114,12 @@ def _before(home: Path, began: dict[str, Any], seen: list[Path]) -> Path | None:
     # Of an older version, or without its weights.
     known_by_name = named.name == above.name and (recorded is None or _digest(above) is None)
     return above if known_by_name else None
+
+
+def _evaluations(home: Path, began: dict[str, Any]) -> Path:
+    """The folder where evaluations of a model that is no folder here have written: that around this one, if it has the name."""
+    folder = results_folder(str(began.get("model")), bool(began.get("random_encoder")))
+    return home.parent if home.parent.name == folder.name else folder
 
 
 def _digest(folder: Path) -> str | None:

@@ -192,18 +192,20 @@ def _summary_of_classifier(model: MoCoForImageClassification, origin: Origin) ->
     architecture, classes = bare_name(model.config.architecture), f"{model.config.num_labels} classes"
     if not origin.encoder and not origin.conversion:
         return f"A {architecture} with a classifier of {classes}; nothing is recorded of how they were trained."
-    baseline = ""
+    baseline, then = "", "was trained"
     if origin.encoder.get("random_encoder"):
         before, baseline = "that began with random weights", ": a baseline, nothing was pretrained"
     elif origin.recipe or origin.conversion:
-        before = _pretrained(model.config.to_dict(), origin, told=bool(origin.recipe))
+        before, then = _pretrained(model.config.to_dict(), origin, told=bool(origin.recipe)), "then"
         before += ", fine-tuned with labels" * origin.fine_tuned_before
     else:
         before = f"that began with the weights of {_began_with(origin)}"
         before += ", which had been fine-tuned with labels" * origin.fine_tuned_before
     labels = f"labels of {escape(dataset)}" if (dataset := _labelled_dataset(origin)) else "labels"
     if origin.fine_tuned:
-        return f"A {architecture} {before}, and then as a whole, with {labels}, as a classifier of {classes}{baseline}."
+        return (
+            f"A {architecture} {before}, and {then} as a whole, with {labels}, as a classifier of {classes}{baseline}."
+        )
     return f"A {architecture} {before}, and a classifier of {classes} that was trained on it with {labels}{baseline}."
 
 
@@ -291,8 +293,13 @@ def _training(origin: Origin) -> str:
         sentences.append(f"Converted from {escape(converted['file'])} ({escape(converted['format'])}{epoch}).")
     if (rate := recorded_rate((origin.transfer or origin.recipe).get("training", {}))) is not None:
         sentences.append(f"Learning rate: {rate}.")
+    pretrained = not (origin.transfer or origin.encoder.get("random_encoder"))
+    if origin.encoder and pretrained and not (origin.recipe or origin.conversion):
+        sentences.append("Nothing is recorded of how the weights that this began with were trained.")
     if _settings(origin):
         sentences.append("These are the settings that were given; all else has its default.")
+    elif origin.encoder:
+        sentences.append("All settings had their defaults.")
     return " ".join(filter(None, sentences)) or "Nothing is recorded of how these weights were trained."
 
 

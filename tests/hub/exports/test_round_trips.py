@@ -90,6 +90,9 @@ def test_what_was_saved_as_a_timm_wrapper_is_ours_again(architecture, kind, tmp_
     assert model.dtype == torch.bfloat16
     pixels = torch.randn(2, 3, SIZE, SIZE, dtype=torch.bfloat16)
     torch.testing.assert_close(model(pixels).logits, wrapper(pixels).logits)
+    network = timm.create_model(f"local-dir:{tmp_path / 'tuned'}", pretrained=True).eval().to(torch.bfloat16)
+    torch.testing.assert_close(network(pixels), wrapper(pixels).logits)
+    assert network.pretrained_cfg["label_names"] == [*new.values()]
     processor = MoCoImageProcessorPil.from_pretrained(tmp_path / "tuned")
     assert processor.to_dict() == MoCoImageProcessorPil.from_pretrained(folder).to_dict()
 

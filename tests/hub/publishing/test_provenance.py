@@ -2,17 +2,21 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from published_runs import card_of, model_of
+from hub_server import environment
+from published_runs import card_of, model_of, push
 
 from modeling_moco import MoCoForImageClassification, MoCoImageProcessorPil
 from training.engine.results import encoder_digest
 from training.engine.run_folder import SEEN_LABELS, begin_with, check_same_run
 
+ROOT = Path(__file__).parents[3]
 SHORT = ["--use_cpu", "--num_train_epochs", "1", "--disable_tqdm", "True"]
 PROBED = "without labels, and a classifier of 10 classes that was trained on it with labels of digits."
 
@@ -97,11 +101,44 @@ def test_a_baseline_was_not_pretrained(copy, script, tmp_path):
     script("linear_probe").main([str(copy), *random])
     script("finetune").main([str(copy), *random, "--global_batch_size", "16"])
     for name in ("linear_probe", "finetune_100pct"):
-        summary, limits, _ = told(copy / "random_encoder" / name, tmp_path / name)
-        assert "that began with random weights" in summary
+        summary, limits, numbers = told(copy / "random_encoder" / name, tmp_path / name)
+        assert "that began with random weights, and " in summary
+        assert ("and was trained as a whole, with labels" in summary) == (name != "linear_probe")
         assert "a baseline, nothing was pretrained" in summary
+        assert any(protocol in " ".join(numbers) for protocol in ("linear probe", "fine-tuning"))
         assert "without labels" not in summary + limits
         assert "Momentum" not in summary
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx")
+def test_what_was_trained_on_a_model_of_the_hub_has_its_numbers_and_settings(hub, copy, script, tmp_path, monkeypatch):
+    push(script, str(copy), "org/first")
+    monkeypatch.chdir(tmp_path)
+    data = ["--dataset_name", "digits", "--max_train_samples", "64", "--max_eval_samples", "16", "--image_size", "32"]
+    ways = {
+        "knn": ["--knn_k", "5", "--use_cpu"],
+        "linear_probe": [*SHORT, "--output_dir", "probe"],
+        "finetune": [*SHORT, "--label_fraction", "0.5"],
+    }
+    for name, flags in ways.items():
+        command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), "org/first", *data, *flags]
+        env = environment(hub, tmp_path / "home") | {"PYTHONWARNINGS": "default"}  # the client's own use of httpx warns
+        subprocess.run(command, check=True, capture_output=True, env=env)
+    text, _ = card_of(Path("probe"), tmp_path / "probed")
+    assert "that began with the weights of org/first, and a classifier of 10 classes" in text
+    assert "| weighted kNN, k 5" in text
+    assert "| linear probe, official" in text
+    tuned = Path("runs", "org--first", "finetune_50pct")
+    recipe = yaml.safe_load((tuned / "recipe.yaml").read_text())
+    text, _ = card_of(tuned, tmp_path / "tuned")
+    assert "that began with the weights of org/first, and was trained as a whole, with labels, as a classifier" in text
+    assert (
+        "\n\nNothing is recorded of how the weights that this began with were trained. These are the settings" in text
+    )
+    (tuned / "recipe.yaml").write_text(yaml.safe_dump({key: recipe[key] for key in ("data", "encoder")}))
+    text, _ = card_of(tuned, tmp_path / "by default")
+    assert "began with were trained. All settings had their defaults.\n" in text
 
 
 def test_of_a_classifier_that_somebody_trained_in_python_nothing_is_claimed(copy, tmp_path):
