@@ -28,8 +28,8 @@ DESTINATIONS = re.compile(
     "output_dir|logging_dir|report_to|project|run_name|include_pictures|push_to_hub.*|(hub|trackio)_.*"
 )
 INCLUDE_PICTURES = (
-    "Publish figures that show images of a local dataset too. "
-    "Those of a Hub dataset and of the digits are always published."
+    "Publish figures that show images of a local, private or gated dataset too. "
+    "Those of a public Hub dataset and of the digits are always published."
 )
 LOG_IN = "For the Hub log in by `hf auth login`, or set HF_TOKEN"
 WITHOUT_VALUE: dict[str, Any] = {

@@ -219,7 +219,7 @@ def _warnings(args: PretrainArguments, trainer: MoCoTrainer) -> Iterator[str]:
             "--batch_norm_splits, or pass --batch_norm sync"
         )
     drawn = [] if args.data.streaming else [Path(f"{name}.png") for name in FIGURES]
-    if kept := training.trackers.kept_back(drawn, {"local": args.data.local}):
+    if kept := training.trackers.kept_back(drawn, {"dataset": args.data.dataset_name, "local": args.data.local}):
         yield kept
     if (
         config.key_encoder == "none"

@@ -58,18 +58,17 @@ def wandb(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("local", "asked", "figures"),
+    ("data", "asked", "figures"),
     [
-        (True, False, ALL - {"figures/neighbours"}),
-        (None, False, ALL - {"figures/neighbours"}),  # it is not known where the images were
-        (True, True, ALL),
-        (False, False, ALL),
+        ({"dataset": "/data/mine", "local": True}, False, ALL - {"figures/neighbours"}),
+        ({"dataset": "digits"}, False, ALL - {"figures/neighbours"}),  # it is not known where the images were
+        ({"dataset": "/data/mine", "local": True}, True, ALL),
+        ({"dataset": "digits", "local": False}, False, ALL),
     ],
 )
 def test_pictures_of_a_local_dataset_leave_for_a_tracker_only_when_asked_for(
-    local, asked, figures, drawn, wandb, tmp_path
+    data, asked, figures, drawn, wandb, tmp_path
 ):
-    data = {"dataset": "mine"} | ({} if local is None else {"local": local})
     trackers = Trackers(["wandb"], "moco", "run", tmp_path / "run", include_pictures=asked)
     record(tmp_path / "model", [RESULT], model="0", data=data, trackers=trackers, figures=drawn)
     assert {name for name in wandb if name.startswith("figures/")} == figures
@@ -78,7 +77,7 @@ def test_pictures_of_a_local_dataset_leave_for_a_tracker_only_when_asked_for(
     assert said == (
         None
         if figures == ALL
-        else "neighbours.png shows images of a local dataset and is not sent to wandb: --include_pictures sends it"
+        else "neighbours.png shows images that not everybody may see and is not sent to wandb: --include_pictures sends it"
     )
 
 

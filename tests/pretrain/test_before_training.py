@@ -84,7 +84,9 @@ def test_it_is_said_at_the_start_which_pictures_a_tracker_elsewhere_does_not_get
     args = parse_pretrain([*TINY, *folders, *elsewhere])
     announce(args, build_trainer(args, load_images(args.data)))
     assert (
-        capsys.readouterr().out.count("neighbours.png shows images of a local dataset and is not sent to trackio")
+        capsys.readouterr().out.count(
+            "neighbours.png shows images that not everybody may see and is not sent to trackio"
+        )
         == said
     )
 

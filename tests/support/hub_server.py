@@ -43,6 +43,7 @@ class Repo:
     branches: dict[str, str]
     commits: dict[str, dict[str, File]]  # files by path, of every commit
     log: list[str] = field(default_factory=list)  # titles, oldest first
+    gated: bool | str = False  # "auto" or "manual": who asks for access is known and has agreed to something
 
     def commit_of(self, revision: str) -> str | None:
         return self.branches.get(revision) or (revision if revision in self.commits else None)
@@ -291,7 +292,13 @@ class Handler(BaseHTTPRequestHandler):
         files = repo.commits[commit]
         if verb == "revision":
             siblings = [{"rfilename": path} for path in sorted(files)]
-            about = {"lastModified": "2026-01-01T00:00:00.000Z", "tags": [], "downloads": 0, "likes": 0, "gated": False}
+            about = {
+                "lastModified": "2026-01-01T00:00:00.000Z",
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "gated": repo.gated,
+            }
             short = name.removeprefix("datasets/")
             about |= {"id": short, "modelId": short, "sha": commit, "private": repo.private, "siblings": siblings}
             self.answer(200, about)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from huggingface_hub import DatasetCardData
 
 from ..engine.files import inside, write_json, write_whole
-from ..engine.run_folder import EMBEDDED
+from ..engine.run_folder import EMBEDDED, is_public
 from ..evaluation.encoder import Encoder
 from ..hub.model_card import escape, public_name
 from .listing import DUPLICATES, SEARCH
@@ -90,11 +90,10 @@ def stage_publication(
     (folder / DATA).mkdir()
     for shard in shards:
         os.symlink(inside(shard.path).resolve(), folder / DATA / shard.path.name)
-    local = _is_local(record)
     for path in drawn(shards[0].folder):
-        if may_leave(path, local, include_pictures):
+        if may_leave(path, record, include_pictures):
             os.symlink(path.resolve(), folder / path.name)
-    write_json(folder / EMBEDDED, record | {"dataset": public_name(record["dataset"], local)})
+    write_json(folder / EMBEDDED, record | {"dataset": public_name(record["dataset"], _is_local(record))})
     write_whole(folder / CARD, card)
 
 
@@ -104,9 +103,11 @@ def drawn(folder: Path) -> list[Path]:
     return [path for path in found if not path.is_symlink()]
 
 
-def may_leave(picture: Path, local: bool, include_pictures: bool) -> bool:
-    """Whether a picture may leave this machine unasked: of a local dataset, and of the user's own queries, none may."""
-    return include_pictures or (not local and not picture.name.startswith(SEARCH))
+def may_leave(picture: Path, record: dict[str, Any], include_pictures: bool) -> bool:
+    """Whether a picture may leave this machine unasked: one of the user's queries, or of images not for everybody, may not."""
+    if include_pictures:
+        return True
+    return not (picture.name.startswith(SEARCH) or _is_local(record)) and is_public(record["dataset"])
 
 
 def describe_shown(
@@ -123,7 +124,7 @@ def describe_shown(
     classes = f", and the names of {len(class_names)} classes" if class_names else ""
     lines = [f"{DATA}/ has the embeddings, {names}{classes}"]
     for path in drawn(folder):
-        left_out = not may_leave(path, _is_local(record), include_pictures)
+        left_out = not may_leave(path, record, include_pictures)
         lines.append(f"{path.name} shows images{', and is left out: --include_pictures publishes it' * left_out}")
     return lines
 

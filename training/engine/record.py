@@ -37,7 +37,7 @@ class Trackers:
         names: of `TRACKERS`; other ones that transformers knows get only what is logged during training.
         project, run_name: under which the run is found again.
         folder: that of the run. The files of tensorboard go to `runs/results` in it.
-        include_pictures: send figures that show images of a local dataset to other machines too.
+        include_pictures: send figures that show images that not everybody may see to other machines too.
         trackio_elsewhere: whether trackio was given a Space. Otherwise its runs stay here.
     """
 
@@ -86,8 +86,8 @@ class Trackers:
         if not names or not kept:
             return None
         return (
-            f"{', '.join(kept)} shows images of a local dataset and is not sent to {', '.join(names)}: --include_pictures "
-            "sends it"
+            f"{', '.join(kept)} shows images that not everybody may see and is not sent to {', '.join(names)}: "
+            "--include_pictures sends it"
         )
 
     def _may_have(self, name: str, figure: Path, data: dict[str, Any]) -> bool:

@@ -6,11 +6,14 @@ Only this module names these files, so that writers, evaluations, the report and
 import os
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from functools import cache
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import dataset_info
+from huggingface_hub.utils import httpx  # the library that the client speaks HTTP with
 
 from ..errors import one_line, shown
 from .files import UNFINISHED, below, inside, leads_out, read_object, write_json, write_whole
@@ -369,12 +372,29 @@ def drawn(folder: Path, names: Iterable[str] = FIGURES) -> list[Path]:
 
 
 def may_leave(figure: Path, data: dict[str, Any], include_pictures: bool) -> bool:
-    """Whether a figure may leave this machine: one that shows images of a local dataset only if that was asked for.
+    """Whether a figure may leave this machine: one that shows images not seen by everybody only if that was asked for.
 
     Args:
         data: `ImageSplits.about`. Where it does not say where the images were, they may be somebody's own.
     """
-    return include_pictures or data.get("local") is False or figure.stem not in WITH_IMAGES
+    if include_pictures or figure.stem not in WITH_IMAGES:
+        return True
+    return data.get("local") is False and is_public(str(data.get("dataset")))
+
+
+@cache
+def is_public(dataset: str) -> bool:
+    """Whether everybody may see the images of a dataset: the digits, and one of the Hub without a token or an agreement.
+
+    Where the Hub cannot be asked, they are taken for somebody's own.
+    """
+    if dataset == DIGITS:
+        return True
+    try:
+        about = dataset_info(dataset, token=False)
+    except (OSError, ValueError, httpx.HTTPError):
+        return False
+    return not (about.private or about.gated)
 
 
 def unused(name: str) -> str:

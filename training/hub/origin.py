@@ -33,7 +33,7 @@ class Origin:
         conversion: of the `conversion.json` of a converted checkpoint.
         results: entries of `results.json` that were measured on these weights, oldest first.
         figures: PNG files.
-        pictured: `ImageSplits.about` of the images that figures may show.
+        pictured: `ImageSplits.about` of all images that figures may show.
     """
 
     recipe: dict[str, dict[str, Any]]
@@ -49,7 +49,7 @@ class Origin:
     conversion: dict[str, Any]
     results: list[dict[str, Any]]
     figures: list[Path]
-    pictured: dict[str, Any]
+    pictured: list[dict[str, Any]]
 
 
 # What a figure shows of the data.
@@ -65,8 +65,9 @@ SHOWN = {
 
 
 def published_figures(origin: Origin, include_pictures: bool) -> list[Path]:
-    """The figures to publish: those that show images of a local dataset only if asked for."""
-    return [path for path in origin.figures if may_leave(path, origin.pictured, include_pictures)]
+    """The figures to publish: those that show images not seen by everybody only if asked for."""
+    data = origin.pictured or [{}]
+    return [path for path in origin.figures if all(may_leave(path, one, include_pictures) for one in data)]
 
 
 def describe_shown(origin: Origin, model: Published, include_pictures: bool) -> list[str]:
@@ -74,7 +75,7 @@ def describe_shown(origin: Origin, model: Published, include_pictures: bool) -> 
     classes = model.config.num_labels if isinstance(model, MoCoForImageClassification | Transferred) else 0
     named = [f"config.json has the names of the {classes} classes"] if classes else []
     published = published_figures(origin, include_pictures)
-    remedy = ", and is left out, for the dataset is local: --include_pictures publishes it"
+    remedy = ", and is left out, for not everybody may see the dataset: --include_pictures publishes it"
     return named + [
         f"{path.name} shows {SHOWN[path.stem]}{'' if path in published else remedy}" for path in origin.figures
     ]
@@ -114,7 +115,7 @@ def read_origin(source: Path, model: Published) -> Origin:
             _of_this_classifier(results, _read_metrics(home), settings.get("data", {})) if began else results
         ),
         figures=drawn(run) if run and lineage.final and not fine_tuned and not before else [],
-        pictured=metrics.get("data", {}),
+        pictured=[metrics.get("data", {})],
     )
 
 
@@ -122,8 +123,6 @@ def _read_origin_of_transfer(source: Path, model: Transferred) -> Origin:
     home, lineage = home_of(source), trace(source)
     transfer, run, digest = _plain(read_yaml(home / SAVED_RECIPE)), lineage.run, model_digest(model)
     measured = [entry for folder in {home, source} if folder.is_dir() for entry in read_results(folder)]
-    # Any of the evaluations may have drawn the figures.
-    public = bool(measured) and all(entry["data"].get("local") is False for entry in measured)
     return Origin(
         recipe={} if run is None else _plain(read_yaml(run / SAVED_RECIPE)),
         encoder=transfer.get("encoder", {}),
@@ -138,7 +137,7 @@ def _read_origin_of_transfer(source: Path, model: Transferred) -> Origin:
         conversion=_read_conversion(home / CONVERSION),
         results=_plain(_on(digest, measured)),
         figures=drawn(source, kind_of(model).figures) if home == source else [],
-        pictured={"local": not public},
+        pictured=[entry["data"] for entry in measured],  # any of the evaluations may have drawn the figures
     )
 
 

@@ -189,7 +189,7 @@ class PublishCallback(TrainerCallback):
 
     Args:
         every_save: publish checkpoints too, while the run goes on.
-        include_pictures: publish figures that show images of a local dataset too.
+        include_pictures: publish figures that show images of a local, private or gated dataset too.
     """
 
     def __init__(self, repository: Repository, every_save: bool, include_pictures: bool = False):

@@ -12,6 +12,7 @@ from hub_server import TOKEN
 from PIL import Image
 from published_runs import card_of, copied, push
 
+from training.engine.run_folder import is_public
 from training.hub.model_card import public_name
 from training.hub.publish import PublishArguments, list_files, load_published, publish
 from training.hub.repository import PublishCallback
@@ -147,7 +148,7 @@ def test_pictures_of_a_local_dataset_stay_here_unless_they_are_asked_for(of_phot
         files, card = re.findall(r"^(\S+\.png) +[\d.,]+ MB", shown, re.M), shown.partition("---")[2]
         assert ("neighbours.png" in files) == ("](neighbours.png)" in card) == published
         assert {"training_curves.png", "tsne.png"} <= set(files)
-        left_out = "and is left out, for the dataset is local: --include_pictures publishes it"
+        left_out = "and is left out, for not everybody may see the dataset: --include_pictures publishes it"
         (line,) = re.findall(r"^neighbours\.png shows .*$", shown, re.M)
         assert "images of the train split" in line
         assert (left_out in line) == (not published)
@@ -172,3 +173,28 @@ def test_a_run_that_publishes_itself_keeps_them_too(of_photographs, hub, tmp_pat
         names = {file.rfilename for file in huggingface_hub.HfApi().model_info(f"org/{name}").siblings}
         assert ("neighbours.png" in names) == include
         assert "tsne.png" in names
+
+
+@pytest.mark.parametrize(
+    ("private", "gated", "published"), [(False, False, True), (True, False, False), (False, "auto", False)]
+)
+def test_pictures_of_a_hub_dataset_are_published_where_everybody_may_see_them(
+    hub, run, private, gated, published, script, capsys, tmp_path
+):
+    name = f"org/{'private' if private else 'gated' if gated else 'public'}-birds"  # the answer is kept by name
+    hub.create(f"datasets/{name}", private).gated = gated
+    folder = Path(shutil.copytree(run, tmp_path / "mine"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["data"] |= {"dataset": name}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    push(script, str(folder), "org/mine", "--dry_run")
+    (line,) = re.findall(r"^neighbours\.png shows .*$", capsys.readouterr().out, re.M)
+    assert ("and is left out, for not everybody may see the dataset" in line) == (not published)
+
+
+def test_pictures_stay_here_where_the_hub_does_not_know_the_dataset_or_cannot_be_asked(hub):
+    assert not is_public("org/unknown")
+    hub.create("datasets/org/away")
+    hub.faults = [["datasets/org/away", 500, 99]]
+    assert not is_public("org/away")
+    assert is_public("digits")
