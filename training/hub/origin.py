@@ -81,6 +81,15 @@ def describe_shown(origin: Origin, model: Published, include_pictures: bool) -> 
     ]
 
 
+def usual_license(origin: Origin) -> str:
+    """The licence where none is named: MIT of weights that began as random ones; unknown of others, which may have one."""
+    if origin.conversion or not origin.recipe:
+        began = bool(origin.encoder.get("random_encoder"))
+    else:
+        began = origin.recipe.get("model", {}).get("init_from") is None
+    return "mit" if began else "unknown"
+
+
 def read_origin(source: Path, model: Published) -> Origin:
     """What a run left beside a model: in its folder or, for a checkpoint, a probe or a fine-tuned model, in those above.
 

@@ -41,7 +41,7 @@ from . import exports
 from .exports import Model, read_written
 from .kinds import ENCODER, Processor, Published, Transferred, kind_of, read_kind
 from .model_card import TEMPLATE, render_card
-from .origin import published_figures, read_origin
+from .origin import published_figures, read_origin, usual_license
 
 CARD = "README.md"
 TEXTS = (".md", ".json", ".py")
@@ -60,7 +60,13 @@ class PublishArguments:
     onnx: bool = field(default=False, metadata={"help": "Add an ONNX file, checked in onnxruntime."})
     torch_export: bool = field(default=False, metadata={"help": "Add a file for torch.export.load."})
     include_pictures: bool = field(default=False, metadata={"help": INCLUDE_PICTURES})
-    license: str = field(default="mit", metadata={"help": "Licence of the weights, by the Hub's short name."})
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the weights, by the Hub's short name. By default mit, or unknown where they began with weights "
+            "from elsewhere, whose licence counts."
+        },
+    )
     private: bool = field(default=False, metadata={"help": "Make the repository private when it is created."})
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to; by default main."})
     dry_run: bool = field(default=False, metadata={"help": "Show the files and the card, without a network."})
@@ -146,10 +152,12 @@ def _publish(source: str, model: Published, processor: Processor, repo_id: str, 
     model.config.name_or_path = repo_id  # or it would be a path of this machine
     model.config.auto_map = kind_of(model).auto_map
     model.config.architectures = [type(model).__name__]
+    origin = read_origin(Path(source), model)
+    license = args.license or usual_license(origin)
     if isinstance(model, Transferred):
         model.save_pretrained(folder)
     else:
-        _save_weights(model, processor, args.license, folder)
+        _save_weights(model, processor, license, folder)
     _save_processor(processor, folder)
     for path in Path(modeling_moco.__file__).parent.glob("*_moco.py"):
         shutil.copyfile(path, folder / path.name)
@@ -160,7 +168,6 @@ def _publish(source: str, model: Published, processor: Processor, repo_id: str, 
             exports.save_onnx(program, size, exports.output_name(model), folder / "onnx")
         if args.torch_export:
             exports.save_torch_export(program, folder / "torch_export")
-    origin = read_origin(Path(source), model)
     origin = replace(origin, figures=published_figures(origin, args.include_pictures))
     for figure in origin.figures:
         shutil.copyfile(figure, folder / figure.name)
@@ -170,7 +177,7 @@ def _publish(source: str, model: Published, processor: Processor, repo_id: str, 
         processor,
         origin,
         list_files(folder),
-        license=args.license,
+        license=license,
         training_state=args.include_training_state,
         branch=None if args.revision == constants.DEFAULT_REVISION else args.revision,
     )

@@ -63,6 +63,27 @@ def test_a_probe_that_lies_elsewhere_knows_its_encoder_as_long_as_that_is_there(
     assert "without labels" not in summary + limits
 
 
+def test_the_licence_of_weights_that_began_with_others_is_not_ours_to_say(copy, script, tmp_path, capsys):
+    (tmp_path / "alone").mkdir()
+    for part in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        shutil.copy(copy / part, tmp_path / "alone" / part)
+    begun = Path(shutil.copytree(copy, tmp_path / "begun"))
+    change_recipe(begun, "model", init_from="org/other")
+    converted = Path(shutil.copytree(copy, tmp_path / "converted"))
+    (converted / "conversion.json").write_text('{"file": "r50.pth.tar", "format": "official"}')
+    for source, license in ((copy, "mit"), (begun, "unknown"), (converted, "unknown"), (tmp_path / "alone", "unknown")):
+        capsys.readouterr()
+        push(script, str(source), "org/model", "--dry_run")
+        shown = capsys.readouterr().out
+        assert f"\nlicense: {license}\n" in shown
+        others = ", for the weights may have begun with those of others" * (license == "unknown")
+        assert f"The licence is {license}{others}: --license names another" in shown
+    push(script, str(begun), "org/model", "--dry_run", "--license", "cc-by-nc-4.0")
+    shown = capsys.readouterr().out
+    assert "\nlicense: cc-by-nc-4.0\n" in shown
+    assert "The licence is" not in shown
+
+
 def test_a_probe_says_the_same_from_whichever_folder_it_was_made_or_is_published(copy, script, tmp_path, monkeypatch):
     monkeypatch.chdir(copy)
     script("linear_probe").main([".", *SHORT, "--output_dir", "probe"])

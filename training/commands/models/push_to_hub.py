@@ -8,7 +8,7 @@ from transformers.utils.logging import disable_progress_bar
 from ...cli import build_parser, how_to_run, parse_flags
 from ...errors import one_line_errors
 from ...evaluation.encoder import check_exists
-from ...hub.origin import describe_shown, read_origin
+from ...hub.origin import describe_shown, read_origin, usual_license
 from ...hub.publish import CARD, PublishArguments, check_formats, list_files, load_published, make_folder, publish
 from ...hub.repository import Repository
 from ...process import command
@@ -38,7 +38,15 @@ def main(argv: list[str]) -> None:
             folder = Path(name)
             publish(names.source, model, processor, repository.name, args, folder)
             show_files(folder)
-            print("\n".join(describe_shown(read_origin(Path(names.source), model), model, args.include_pictures)))
+            origin = read_origin(Path(names.source), model)
+            print("\n".join(describe_shown(origin, model, args.include_pictures)))
+            if args.license is None:
+                reason = (
+                    ""
+                    if (usual := usual_license(origin)) == "mit"
+                    else ", for the weights may have begun with those of others"
+                )
+                print(f"The licence is {usual}{reason}: --license names another")
             if args.dry_run:
                 print(f"\n{(folder / CARD).read_text(encoding='utf-8')}\nNothing was uploaded (--dry_run).")
                 return
