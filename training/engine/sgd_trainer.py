@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, SchedulerType
@@ -27,23 +27,17 @@ from modeling_moco.distributed_moco import world_size
 
 from ..cli import how_to_run
 from ..errors import DataError, TrainingError, data_reason, one_line, one_line_errors
+from ..optimization.arguments import OptimizationArguments
 from ..optimization.choice import (
-    DEFAULTS,
     LARS,
     OF_ADAM,
     WITHOUT_BETAS,
-    check_name,
     optimizer_in_words,
     parse_arguments,
 )
 from ..optimization.lars import Lars
 from ..optimization.schedules import (
-    Scaling,
-    check_scheduler,
     epoch_schedule,
-    rates_in_words,
-    read_scheduler_arguments,
-    scaled_rate,
     warmup_schedule,
 )
 from .callbacks import ProgressBar, ProgressLines, SetEpoch
@@ -66,7 +60,7 @@ PUBLISHING = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
 
 
 @dataclass
-class SGDTrainingArguments(TrainingArguments):
+class SGDTrainingArguments(OptimizationArguments):
     """TrainingArguments with the official scripts' defaults wherever transformers' own would train differently."""
 
     _argument_group_name = "training"
@@ -111,60 +105,11 @@ class SGDTrainingArguments(TrainingArguments):
     NOT_READ: ClassVar[dict[str, Any]] = NOT_READ
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder that everything is written to."})
-    global_batch_size: int = field(  # type: ignore[assignment]  # None until __post_init__ knows the processes
-        default=None,
-        metadata={"help": "Images per optimizer step over all devices, instead of per_device_train_batch_size."},
-    )
-    lr_milestones: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Epochs at which the learning rate drops to a tenth (v1: 120 160), instead of the cosine; "
-            "without a value none."
-        },
-    )
     seed: int = field(default=0, metadata={"help": "Random seed for weights, data order and views."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images per device in evaluation."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Number of newest checkpoints to keep."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log entries."})
-    learning_rate_scaling: Scaling = field(
-        default="none",
-        metadata={
-            "help": "Rule that makes the optimizer's learning rate of learning_rate and the global batch B: none, linear "
-            "(x B/256) or sqrt (x sqrt(B))."
-        },
-    )
-    warmup_epochs: float = field(
-        default=0.0,
-        metadata={
-            "help": "Epochs in which the learning rate rises from 0, in every step; after them the cosine falls in every step "
-            "too. 0 is the schedule of v1 and v2, in whole epochs."
-        },
-    )
-    optim: str = field(
-        default="sgd",
-        metadata={
-            "help": "Name of the optimizer: sgd (v1 and v2), lars (SimCLR, and v3 of a ResNet), adamw_torch (v3 of a ViT), or "
-            "another of transformers."
-        },
-    )
-    optim_args: str | None = field(
-        default=None,
-        metadata={
-            "help": "Arguments of the optimizer as name=value, with commas between: momentum, dampening and nesterov of sgd; "
-            "momentum, trust_coefficient and classic (true is SimCLR's form, false that of v3) of lars. By default "
-            "momentum=0.9 for both. Those of adamw_torch are flags: adam_beta1, adam_beta2, adam_epsilon."
-        },
-    )
-    lr_scheduler_type: str = field(
-        default="cosine",
-        metadata={"help": "Schedule of the learning rate; cosine is the official one, in whole epochs."},
-    )
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Arguments of another schedule than the official one, as JSON: '{\"min_lr\": 0.001}'."},
-    )
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Norm that gradients are clipped to; 0 does not clip."})
     remove_unused_columns: bool = field(default=False)  # views have no columns
     ddp_find_unused_parameters: bool | None = field(default=False)  # every parameter is used
     push_to_hub: bool = field(
@@ -181,10 +126,7 @@ class SGDTrainingArguments(TrainingArguments):
         self._check_values()
         if "MASTER_ADDR" not in os.environ:  # nobody to connect to: accelerate would try, and leave half a state behind
             self._check_processes(1)
-        # transformers knows a fixed list of optimizers, and asks `get_optimizer_cls_and_kwargs` for the one to take.
-        ours, self.optim = self.optim == LARS, "sgd" if self.optim == LARS else self.optim
         super().__post_init__()
-        self.optim = LARS if ours else self.optim
         self._check_processes(self.world_size)
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 (True) has no effect on a CPU: leave it out, or pass --bf16 true --use_cpu true")
@@ -247,10 +189,6 @@ class SGDTrainingArguments(TrainingArguments):
         self._check_intervals()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns (True) would remove the views: leave it off")
-        check_name(self.optim)
-        self.optim_args = self.optim_args or DEFAULTS.get(self.optim)
-        parse_arguments(self.optim, self.optim_args)
-        self._check_schedule()
         if self.deepspeed is not None and find_spec("deepspeed") is None:
             raise ValueError(f"deepspeed ({self.deepspeed!r}) needs a package: pip install deepspeed, or leave it out")
 
@@ -263,56 +201,6 @@ class SGDTrainingArguments(TrainingArguments):
                     f"{name} ({getattr(self, name):g}) must be above 0: steps, or below 1 a share of all steps"
                 )
 
-    def _check_schedule(self) -> None:
-        if self.learning_rate_scaling not in get_args(Scaling):
-            raise ValueError(
-                f"learning_rate_scaling ({self.learning_rate_scaling!r}) must be {', '.join(get_args(Scaling))}"
-            )
-        if not 0 <= self.warmup_epochs < math.inf:
-            raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be at least 0")
-        kind, milestones = SchedulerType(self.lr_scheduler_type), self.lr_milestones
-        if milestones and min(milestones) < 1:
-            raise ValueError(f"lr_milestones ({' '.join(map(str, milestones))}) must be epochs from 1 on: correct them")
-        self.lr_scheduler_kwargs = read_scheduler_arguments(self.lr_scheduler_kwargs)
-        official = kind == SchedulerType.COSINE and not self.warmup_steps
-        if official and self.lr_scheduler_kwargs:
-            raise ValueError(
-                f"lr_scheduler_kwargs ({self.lr_scheduler_kwargs}) has no effect on the official schedule, the cosine or "
-                "lr_milestones: leave it out, or pass the --lr_scheduler_type that it is for"
-            )
-        if milestones and kind != SchedulerType.COSINE:
-            raise ValueError(
-                f"lr_scheduler_type ({kind.value}) and lr_milestones ({' '.join(map(str, milestones))}) are two schedules: "
-                "pass one of them; --lr_milestones without a value is none"
-            )
-        if self.warmup_steps and (milestones or self.warmup_epochs):
-            other = "lr_milestones" if milestones else "warmup_epochs"
-            raise ValueError(
-                f"warmup_steps ({self.warmup_steps:g}) does not go with {other}: pass --warmup_epochs alone for the warm-up"
-            )
-        if self.warmup_epochs and kind != SchedulerType.COSINE:
-            raise ValueError(
-                f"warmup_epochs ({self.warmup_epochs:g}) goes before the cosine or lr_milestones, and not before "
-                f"{kind.value}: pass --warmup_steps"
-            )
-        if self.max_steps < 0 and self.warmup_epochs >= self.num_train_epochs:
-            raise ValueError(
-                f"warmup_epochs ({self.warmup_epochs:g}) must be below num_train_epochs ({self.num_train_epochs:g}): nothing "
-                "would follow the warm-up"
-            )
-        check_scheduler(kind, self.lr_scheduler_kwargs)
-
-    @property
-    def late_milestones(self) -> str | None:
-        """A sentence about milestones that the run does not reach; None without one, or where a run counts its steps."""
-        late = [milestone for milestone in self.lr_milestones or [] if milestone >= self.num_train_epochs]
-        if not late or self.max_steps > 0:
-            return None
-        return (
-            f"lr_milestones ({' '.join(map(str, late))}) come after the last of {self.num_train_epochs:g} epochs, and the "
-            "learning rate does not drop there: pass --lr_milestones for this length"
-        )
-
     @property
     def without_effect(self) -> dict[str, str]:
         """Flags that these settings leave without effect, which a command line that has one is told: why, by name."""
@@ -324,29 +212,6 @@ class SGDTrainingArguments(TrainingArguments):
         if self.optim in WITHOUT_BETAS:
             idle |= dict.fromkeys(OF_ADAM, f"--optim {optimizer_in_words(self.optim, None)} does not read it")
         return idle
-
-    def scaled(self, rate: float) -> float:
-        """The optimizer's learning rate for one that a flag gave."""
-        return scaled_rate(rate, self.learning_rate_scaling, self.global_batch_size)
-
-    def in_words(self, rates: list[float]) -> str:
-        """Learning rates that flags gave, and those that the optimizer has."""
-        return rates_in_words(rates, self.learning_rate_scaling, self.global_batch_size)
-
-    @property
-    def optimization(self) -> str:
-        """The learning rate, the optimizer if it is another than SGD with momentum 0.9, and the warm-up, in words."""
-        usual = (self.optim, self.optim_args) == ("sgd", DEFAULTS["sgd"])
-        by = "" if usual else f" by {optimizer_in_words(self.optim, self.optim_args)}"
-        return self.in_words([self.learning_rate]) + by + self.warmup
-
-    @property
-    def warmup(self) -> str:
-        """The warm-up in words that follow others; none without one."""
-        if self.warmup_epochs:
-            return f" after a warm-up of {self.warmup_epochs:g} epoch{'' if self.warmup_epochs == 1 else 's'}"
-        share = f"{100 * self.warmup_steps:g} % of the" if self.warmup_steps < 1 else f"{self.warmup_steps:g}"
-        return f" after a warm-up of {share} steps" if self.warmup_steps else ""
 
     @staticmethod
     def _check_processes(started: int) -> None:
