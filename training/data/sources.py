@@ -53,7 +53,10 @@ class SourceArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str | None = field(
-        default=None, metadata={"help": f"Split to evaluate on. By default the first of {', '.join(EVAL_SPLITS)}."}
+        default=None,
+        metadata={
+            "help": f"Split to evaluate on. By default the first of {', '.join(EVAL_SPLITS)} that is not trained on."
+        },
     )
     image_column: str | None = field(
         default=None, metadata={"help": "Column of the images. By default the only image column."}
