@@ -167,6 +167,20 @@ def test_parquet_files_are_divided_by_their_own_names(tmp_path):
     assert len(load(source).train) == 9
 
 
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+@pytest.mark.parametrize("name", ["imagenet1k-{}-0000", "cifar10_{}", "data/cc3m-{}-00"])
+def test_data_files_named_after_their_dataset_and_then_their_split_are_divided(name, kind, tmp_path):
+    for split, numbers in (("train", range(6)), ("validation", range(6, 9))):
+        path = tmp_path / f"{name.format(split)}.{kind}"
+        path.parent.mkdir(exist_ok=True)
+        if kind == "parquet":
+            table(numbers).to_parquet(path)
+        else:
+            write_tar(path, {f"{i:05}.png": encoded(i) for i in numbers})
+    splits = load(tmp_path)
+    assert (len(splits.train), len(splits.eval), splits.about["split"]) == (6, 3, "validation")
+
+
 @pytest.mark.parametrize("end", ["", "-0123456789abcdef"], ids=["plain", "digest"])
 def test_a_folder_that_lacks_some_of_its_numbered_files_is_refused(end, tmp_path):
     source = write_parquet(tmp_path / "source", [range(3), range(3, 6), range(6, 9)])

@@ -489,11 +489,12 @@ def refuse_missing_shards(root: Path, files: Iterable[FoundFile]) -> None:
 
 
 def split_of_data_file(file: FoundFile) -> str | None:
-    """The split that a parquet or tar file is named after, else its folders; None without one."""
+    """The split that the first word of a parquet or tar file names, else a folder, else a later word; None without one."""
     *folders, name = file.parts
     if folders[-1:] == ["data"] and (named := HUB_LAYOUT.fullmatch(name)):
         return SPLITS.get(named[1].lower(), named[1])
-    for word in (re.split(r"[^A-Za-z]", name)[0], *reversed(folders)):
+    first, *others = re.split(r"[^A-Za-z]+", splitext(name)[0])
+    for word in (first, *reversed(folders), *others):  # imagenet1k-validation-00.tar
         if word.lower() in SPLITS:
             return SPLITS[word.lower()]
     return None
