@@ -275,6 +275,19 @@ REFUSED = {
     ),
     "spaces": (["cat", "cat "], "has classes 'cat' and 'cat ', which look alike: give them one name"),
     "COCO": (["train2017", "val2017"], "train2017, val2017 of {} may be splits or classes: for splits name the one"),
+    "Intel": (
+        ["seg_train/seg_train/a", "seg_test/seg_test/a", "seg_pred/seg_pred"],
+        "folders seg_test, seg_train of {} may be splits or classes: for splits name the one to train on with --train_split",
+    ),
+    "GTSRB": (
+        ["Final_Training/Images/0", "Final_Test/Images"],
+        "folders Final_Test, Final_Training of {} may be splits",
+    ),
+    "sets": (["trainset/a", "trainset/b", "valset/a"], "folders trainset, valset of {} may be splits or classes"),
+    "dogs and cats": (
+        ["train", "test1"],
+        "for splits name test1 with --eval_split (or all with --splits), for classes",
+    ),
     "mixed": (["train/a", "train/b", "extra/a"], "{} has train beside extra, which may be splits or classes"),
 }
 
@@ -293,6 +306,19 @@ def test_the_remedies_work(tmp_path):
     assert found(tmp_path, train_split="train2017", eval_split="val2017") == {
         "train2017": {None: 3},
         "val2017": {None: 3},
+    }
+    for folder in ("train", "test1"):
+        put(tmp_path / "pets" / folder)
+    assert found(tmp_path / "pets", eval_split="test1") == {"train": {None: 3}, "test1": {None: 3}}
+    assert list(load_splits(SplitDataArguments(str(tmp_path / "pets"), splits=["train", "test1"])).rows) == [
+        "train",
+        "test1",
+    ]
+    for folder in ("set_train/a", "set_train/b", "set_test/a"):
+        put(tmp_path / "sets" / folder)
+    assert found(tmp_path / "sets", train_split="set_train", eval_split="set_test") == {
+        "set_train": {"a": 3, "b": 3},
+        "set_test": {"a": 3},
     }
 
 

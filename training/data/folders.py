@@ -35,6 +35,7 @@ SPLITS = {"training": "train", "testing": "test"} | {
     name: name for name in ("train", "test", "validation", "valid", "val", "dev", "eval", "unlabeled", "unlabelled")
 }
 LIKE_A_SPLIT = re.compile(rf"({'|'.join(sorted(SPLITS, key=len, reverse=True))})([^a-z].*)?")  # train2017, test_images
+WORD_OF_A_SPLIT = re.compile("|".join(sorted(SPLITS, key=len, reverse=True)))
 HUB_LAYOUT = re.compile(r"(\w+)-\d{5}-of-\d{5}\.parquet")  # in a folder `data`, as `datasets` writes and reads splits
 # Of several files that say how many they are; older ones of the Hub end in a digest.
 SHARD = re.compile(r"(?P<name>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})(-[0-9a-f]{16})?\.(parquet|tar)")
@@ -282,11 +283,14 @@ def _are_splits(root: Path, tops: dict[str, list[FoundFile]], names: dict[str, s
     others = sorted(top for top, name in names.items() if name is None)
     if not others or {"train"} < words:  # splits alone, or a training split, one to evaluate on, and others
         return bool(words)
-    alike = [top for top in tops if LIKE_A_SPLIT.fullmatch(top.lower())]
-    if len(alike) == len(tops) > 1:
+    alike = [top for top in sorted(tops) if LIKE_A_SPLIT.fullmatch(top.lower())]
+    alike = alike if len(alike) == len(tops) > 1 else _differ_in_split(tops)
+    if alike:
+        other = next(top for top in alike if top != "train")
+        flag = f"{other} with --eval_split" if "train" in alike else "the one to train on with --train_split"
         raise ValueError(
-            f"folders {', '.join(sorted(tops))} of {root} may be splits or classes: for splits name the one to train on with "
-            "--train_split, for classes move them into FOLDER/train"
+            f"folders {', '.join(alike)} of {root} may be splits or classes: for splits name {flag} (or all with --splits), for "
+            "classes move them into FOLDER/train"
         )
     if words and any(len(file.parts) > 2 for files in tops.values() for file in files):
         raise ValueError(
@@ -294,6 +298,16 @@ def _are_splits(root: Path, tops: dict[str, list[FoundFile]], names: dict[str, s
             f"splits name them all as in {HOW}, for classes move them into FOLDER/train"
         )
     return False
+
+
+def _differ_in_split(tops: Iterable[str]) -> list[str]:
+    """Folders of a training split and others whose names differ in this word alone, as seg_train and seg_test do."""
+    alike: dict[str, dict[str, str]] = defaultdict(dict)
+    for top in sorted(tops):
+        if word := WORD_OF_A_SPLIT.search(top.lower()):
+            rest = f"{top[: word.start()]}/{top[word.end() :]}".lower()
+            alike[rest].setdefault(SPLITS[word[0]], top)
+    return next((sorted(found.values()) for found in alike.values() if {"train"} < found.keys()), [])
 
 
 def _refuse_unencodable(root: Path, files: Iterable[FoundFile]) -> None:
