@@ -284,6 +284,18 @@ REFUSED = {
         "folders Final_Test, Final_Training of {} may be splits",
     ),
     "sets": (["trainset/a", "trainset/b", "valset/a"], "folders trainset, valset of {} may be splits or classes"),
+    "doubled split": (
+        ["training/training/a", "training/training/b", "test/test/a"],
+        "{}/training/training has the name of its split and is no class: move what is in it to {}/training",
+    ),
+    "doubled classes": (
+        ["a", "b", "c", "archive/a", "archive/b"],
+        "{}/archive has folders a, b, and so has the folder around",
+    ),
+    "doubled classes in a split": (
+        ["train/a", "train/b", "train/x/a", "train/x/b", "test/a"],
+        "{}/train/x has folders a, b",
+    ),
     "dogs and cats": (
         ["train", "test1"],
         "for splits name test1 with --eval_split (or all with --splits), for classes",
@@ -297,7 +309,7 @@ def test_what_may_mean_two_things_is_refused_with_a_remedy(case, tmp_path):
     folders, message = REFUSED[case]
     for folder in folders:
         put(tmp_path / folder)
-    assert message.format(tmp_path) in refusal(tmp_path)
+    assert message.replace("{}", str(tmp_path)) in refusal(tmp_path)
 
 
 def test_the_remedies_work(tmp_path):

@@ -222,6 +222,7 @@ def arrange(root: Path, files: Iterable[FoundFile], asked: Iterable[str] = ()) -
         _refuse_splits_in_classes(root, images)
     else:
         _refuse_splits_in_splits(root, splits)
+    _refuse_doubled_folders(folder)
     _refuse_masks(root, [file for files in folder.splits.values() for file in files])
     _refuse_two_names_of_one_file(folder)
     return folder
@@ -289,8 +290,8 @@ def _are_splits(root: Path, tops: dict[str, list[FoundFile]], names: dict[str, s
         other = next(top for top in alike if top != "train")
         flag = f"{other} with --eval_split" if "train" in alike else "the one to train on with --train_split"
         raise ValueError(
-            f"folders {', '.join(alike)} of {root} may be splits or classes: for splits name {flag} (or all with --splits), for "
-            "classes move them into FOLDER/train"
+            f"folders {', '.join(alike)} of {root} may be splits or classes: for splits name {flag} (or all with --splits), "
+            "for classes move them into FOLDER/train"
         )
     if words and any(len(file.parts) > 2 for files in tops.values() for file in files):
         raise ValueError(
@@ -345,6 +346,24 @@ def _refuse_splits_in_splits(root: Path, splits: dict[str, list[FoundFile]]) -> 
         if len(inside) > 1 and inside == deep and all(name.lower() in SPLITS for name in inside):
             place = root / files[0].parts[0]
             raise ValueError(f"{place} has the splits {', '.join(sorted(inside))} inside it: pass {place}")
+
+
+def _refuse_doubled_folders(folder: FolderOfImages) -> None:
+    # As an archive is unpacked twice, or into a folder of its own name inside that of its split.
+    for files in folder.splits.values():
+        inside = _inside(files)
+        place = files[0].parts[0] if folder.class_level == 1 else ""
+        classes = inside[place]
+        if [place.lower()] == [name.lower() for name in classes] and all(len(file.parts) > 2 for file in files):
+            whole = folder.root / place / min(classes)
+            raise ValueError(f"{whole} has the name of its split and is no class: move what is in it to {whole.parent}")
+        for name in sorted(classes):
+            path = f"{place}/{name}".removeprefix("/")
+            if len(twice := sorted(inside[path] & classes)) > 1:
+                raise ValueError(
+                    f"{folder.root / path} has folders {', '.join(twice[:3])}, and so has the folder around it: classes are "
+                    "there once, so remove or move away one or the other"
+                )
 
 
 def _refuse_masks(root: Path, images: list[FoundFile]) -> None:
