@@ -296,6 +296,18 @@ REFUSED = {
         ["train/a", "train/b", "train/x/a", "train/x/b", "test/a"],
         "{}/train/x has folders a, b",
     ),
+    "LoveDA": (
+        ["Urban/images_png", "Urban/masks_png", "Rural/images_png"],
+        "{}/Urban has images_png and masks_png, which are",
+    ),
+    "labelme": (
+        ["JPEGImages", "SegmentationClassPNG"],
+        "{} has JPEGImages and SegmentationClassPNG, which are pictures and",
+    ),
+    "radiographs": (
+        ["a/images", "a/masks", "b/images", "b/masks"],
+        "pass {}/a/images, or move every folder masks out of {}",
+    ),
     "dogs and cats": (
         ["train", "test1"],
         "for splits name test1 with --eval_split (or all with --splits), for classes",
@@ -310,6 +322,21 @@ def test_what_may_mean_two_things_is_refused_with_a_remedy(case, tmp_path):
     for folder in folders:
         put(tmp_path / folder)
     assert message.replace("{}", str(tmp_path)) in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("end", ["_mask", "_mask_1", "-Mask", "_seg", "_ground_truth", "_superpixels"])
+def test_a_mask_beside_its_picture_is_no_image(end, tmp_path):
+    put(tmp_path / "benign", name="benign ({}).png")
+    put(tmp_path / "benign", count=2, name=f"benign ({{}}){end}.png")
+    put(tmp_path / "malignant", name=f"{{}}{end}.png")  # pictures of masks, or of nothing else
+    told = refusal(tmp_path)
+    assert (
+        f"benign/benign (0).png and benign/benign (0){end}.png in {tmp_path} are a picture and its mask (2 in all)"
+        in told
+    )
+    for mask in (tmp_path / "benign").glob(f"*{end}.png"):
+        mask.unlink()
+    assert found(tmp_path) == {"train": {"benign": 3, "malignant": 3}}
 
 
 def test_the_remedies_work(tmp_path):

@@ -63,6 +63,11 @@ READERS = {
 OF_IMAGES = {"image", "images", "img", "imgs", "jpegimages"}
 OF_MASKS = {"annotations", "ground_truth", "gt", "labels", "mask", "masks", "segmentation", "segmentations", "trimaps"}
 OF_MASKS |= {"segmentationclass", "segmentationobject"}
+# What begins the name of a folder of masks, or of pictures of annotations: SegmentationClassPNG
+BEGINS_MASKS = ("segmentationclass", "segmentationobject", "annotations", "visualization")
+MASK_BESIDE = re.compile(  # its image, without extension: cat_mask.png, cat_mask_1.png
+    r"(.+?)[ _-](masks?|seg|segmentation|gt|ground_?truth|superpixels)([ _-]?\d+)?", re.IGNORECASE
+)
 SCANNERS = 16  # threads that list folders: a network file system answers each request after a while
 NO_FILE = -2  # as a size
 NOWHERE = (ENOENT, ENOTDIR, ELOOP)  # what a link is answered with that leads to no file
@@ -368,13 +373,36 @@ def _refuse_doubled_folders(folder: FolderOfImages) -> None:
 
 def _refuse_masks(root: Path, images: list[FoundFile]) -> None:
     for folder, names in _inside(images).items():
-        found = {name.lower(): name for name in names}
-        pictures, masks = (sorted(found[name] for name in found.keys() & kind) for kind in (OF_IMAGES, OF_MASKS))
+        pictures, masks = ([name for name in sorted(names) if is_one(name)] for is_one in (_is_of_images, _is_of_masks))
         if pictures and masks:
             raise ValueError(
                 f"{root / folder} has {pictures[0]} and {masks[0]}, which are pictures and their masks and no classes: pass "
-                f"{root / folder / pictures[0]}"
+                f"{root / folder / pictures[0]}, or move every folder {masks[0]} out of {root}"
             )
+    beside = [(match, file) for file in images if (match := MASK_BESIDE.fullmatch(splitext(file.parts[-1])[0]))]
+    if not beside:
+        return
+    pictures_by_name = {splitext(file.path)[0]: file for file in images}
+    pairs = [
+        (picture, file)
+        for match, file in beside
+        if (picture := pictures_by_name.get("/".join([*file.parts[:-1], match[1]]))) is not None
+    ]
+    if pairs:
+        picture, mask = pairs[0]
+        raise ValueError(
+            f"{picture.path} and {mask.path} in {root} are a picture and its mask ({len(pairs):,} in all): move the masks out "
+            "of this folder, or rename them if they are pictures like others"
+        )
+
+
+def _is_of_images(name: str) -> bool:
+    return re.split("[^a-z]", name.lower())[0] in OF_IMAGES  # images, images_png, image_2
+
+
+def _is_of_masks(name: str) -> bool:
+    lower = name.lower()
+    return lower in OF_MASKS or re.split("[^a-z]", lower)[0] in OF_MASKS or lower.startswith(BEGINS_MASKS)
 
 
 def _refuse_two_names_of_one_file(folder: FolderOfImages) -> None:
