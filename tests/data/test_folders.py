@@ -96,7 +96,8 @@ def test_deeper_folders_belong_to_their_class(tmp_path, capsys):
             put(tmp_path / split / name / "monday" / "camera 2")
     assert found(tmp_path) == {key: {"birds": 6, "machines": 6} for key in ("train", "test")}
     assert capsys.readouterr().out == (
-        f"{tmp_path}: 24 images of 24 files; splits train (12), test (12); deeper folders belong to their class\n"
+        f"{tmp_path}: 24 images of 24 files; splits train (12), test (12); deeper folders belong to their class; 2 classes: "
+        "birds, machines\n"
     )
 
 
@@ -185,14 +186,25 @@ def test_every_file_is_accounted_for(tmp_path, capsys):
     (folder / ".DS_Store").write_bytes(b"\0")
     assert found(tmp_path)["train"] == {"a": 6, "b": 3}
     line = capsys.readouterr().out
-    counts, splits = line.removeprefix(f"{tmp_path}: ").split("; ")
+    counts, splits, classes = line.removeprefix(f"{tmp_path}: ").split("; ")
     total, reasons = counts.split(": ")
     assert total == "15 images of 26 files"
     assert set(reasons.split(", ")) == {
         *("3 in hidden folders", "2 not images", "1 .heic (pip install pillow-heif)", "1 hidden", "1 empty"),
         *("1 links to nowhere", "1 beside the folders of the splits", "1 .zip (unpack it and pass the folder)"),
     }
-    assert splits == "splits train (9), test (6)\n"
+    assert splits == "splits train (9), test (6)"
+    assert classes == "2 classes: a, b\n"
+
+
+def test_what_is_taken_as_classes_is_said(tmp_path, capsys):
+    for number in range(1, 8):
+        put(tmp_path / "data" / f"images_{number:03}")
+    found(tmp_path / "data")
+    assert "7 classes: images_001, images_002, images_003, images_004, images_005, ...\n" in capsys.readouterr().out
+    (tmp_path / "data" / "metadata.csv").write_text("file_name,label\nimages_001/0.png,owl\n")
+    found(tmp_path / "data")
+    assert "20 not listed in the metadata, 1 metadata; 1 class: owl\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["0.json", "0.txt", "0a.txt"])
@@ -472,7 +484,15 @@ def test_names_of_digits_keep_their_zeros(tmp_path, capsys):
     put(tmp_path, 3, "00{}")
     (tmp_path / "metadata.csv").write_text("file_name,label\n000,a\n001,b\n002,b\n")
     assert found(tmp_path) == {"train": {"a": 1, "b": 2}}
-    assert capsys.readouterr().out == f"{tmp_path}: 3 images of 4 files: 1 metadata\n"  # and not 0 of anything
+    assert (
+        capsys.readouterr().out == f"{tmp_path}: 3 images of 4 files: 1 metadata; 2 classes: a, b\n"
+    )  # and not 0 of anything
+
+
+def test_another_column_of_paths_is_to_be_renamed(tmp_path):
+    put(tmp_path)
+    (tmp_path / "metadata.csv").write_text("image_file_name,label\n0.png,owl\n")
+    assert "has the column 'image_file_name': rename it to file_name" in refusal(tmp_path)
 
 
 def test_metadata_that_lists_no_paths_says_how_they_are_written(tmp_path):

@@ -663,7 +663,10 @@ def _read_metadata(path: Path, column: str) -> dict[str, list[Any]] | None:
     for name in columns:
         spaced = name != name.strip() in (FILE_NAME, column)
         if spaced or (FILE_NAME in name and FILE_NAME not in used):
-            raise ValueError(f"{path} has the column {name[:200]!r}: separate its columns by commas, without spaces")
+            remedy = "separate its columns by commas, without spaces"
+            if re.fullmatch(r"\w+", name):
+                remedy = f"rename it to {FILE_NAME}, and remove the others of this kind"
+            raise ValueError(f"{path} has the column {name[:200]!r}: {remedy}")
     if column not in used:
         return None
     if path.suffix == ".csv":  # a cell without text is no label, and no class of that name

@@ -34,7 +34,7 @@ from ..cli import how_to_run
 from ..engine.checkpoints import decided_by_main
 from ..engine.files import read_json, whole_file, write_json
 from ..engine.run_folder import DIGITS, PREPARED
-from ..errors import DataError, one_line
+from ..errors import DataError, one_line, shown
 from .folders import (
     HOW,
     NEEDS,
@@ -59,6 +59,7 @@ ROWS_PER_SHARD = 1000  # of a folder of images that is read as a stream
 ODD_BYTES = ("fixed_size_binary", "binary_view")  # types of Arrow
 OF_SAVED = ("dataset_dict.json", "state.json")  # files of `save_to_disk`, of several splits and of one
 TABLES = (".csv", ".jsonl", ".json")
+SOME_CLASSES = 5  # that are named
 STREAMED_SHARDS = 4  # of a dataset that has no files
 ON_THE_HUB = re.compile(r"hf://datasets/(?P<repo_id>[^@]+)@(?P<revision>[0-9a-f]{40})/(?P<filename>.+)")
 COMMIT = "commit "  # and its digest: what identifies the rows of a dataset on the Hub
@@ -345,7 +346,16 @@ def _write_index(folder: FolderOfImages, column: str, feature: Any, labels: dict
         rows[split] = str(place / f"{state}.arrow")
         if not Path(rows[split]).is_file():
             _write_rows(Path(rows[split]), folder.root, files, labels[split], features)
-    return _Index(rows, content, folder.account())
+    return _Index(rows, content, folder.account() + _classes_in_words(feature))
+
+
+def _classes_in_words(feature: Any) -> str:
+    """So that somebody sees what is no class, such as images_001; empty for numbers, or without labels."""
+    if not isinstance(feature, datasets.ClassLabel):
+        return ""
+    few = ", ".join(shown(name) for name in feature.names[:SOME_CLASSES])
+    more = ", ..." if len(feature.names) > SOME_CLASSES else ""
+    return f"; {len(feature.names):,} class{'es' if len(feature.names) > 1 else ''}: {few}{more}"
 
 
 def _metadata(root: Path, files: list[FoundFile]) -> str:
