@@ -442,6 +442,22 @@ def test_labels_are_those_of_the_column_of_the_metadata_that_is_asked_for(stream
     assert "label_column ('weight') is not in" in refusal(tmp_path, streaming=streaming, label_column="weight")
 
 
+def test_metadata_lies_beside_its_images_at_any_depth(tmp_path):
+    for split in ("train", "test"):
+        for camera in ("a", "b"):
+            put(folder := tmp_path / split / camera / "images", 2)
+            (folder / "metadata.csv").write_text("file_name,label\n0.png,owl\n1.png,cat\n")
+    assert found(tmp_path) == {split: {"owl": 2, "cat": 2} for split in ("train", "test")}
+    before = load_images(DataArguments(dataset_name=str(tmp_path))).place["content"]
+    (folder / "metadata.csv").write_text("file_name,label\n0.png,cat\n1.png,owl\n")
+    after = load_images(DataArguments(dataset_name=str(tmp_path))).place["content"]
+    assert before["train"] == after["train"]
+    assert before["test"] != after["test"]
+    os.mkdir(tmp_path / "train" / ".kept")
+    (tmp_path / "train" / ".kept" / "metadata.csv").write_text("file_name,label\nlost.png,cat\n")
+    assert found(tmp_path)["train"] == {"owl": 2, "cat": 2}
+
+
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["twice in a file", "in two files"])
 def test_an_image_with_two_labels_in_the_metadata_is_refused(elsewhere, tmp_path):
     """As where each line is an object of it. The last one was taken."""

@@ -118,12 +118,14 @@ class FolderOfImages:
         splits: images by split, in the order of their paths.
         class_level: 1 where the first folder is the split, 0 where it is the class and there is one split.
         left_out: number of other files, by reason.
+        metadata: paths of metadata files below the root, in the order in which they are read.
     """
 
     root: Path
     splits: dict[str, list[FoundFile]]
     class_level: int
     left_out: Counter[str]
+    metadata: list[str]
 
     def class_of(self, file: FoundFile) -> str | None:
         """The first folder below the split; None for an image that lies beside the class folders."""
@@ -210,8 +212,10 @@ def arrange(root: Path, files: Iterable[FoundFile], asked: Iterable[str] = ()) -
     Raises:
         ValueError: the folders may mean two things, an image is in two places, or a name is not UTF-8.
     """
-    images, left_out = [], Counter[str]()
+    images, left_out, metadata = [], Counter[str](), []
     for file in files:
+        if file.parts[-1] in METADATA and file.size >= 0 and not any(map(_is_aside, file.parts)):
+            metadata.append(file.path)
         reason = _why_not(root, file)
         if reason is None:
             images.append(file)
@@ -222,7 +226,8 @@ def arrange(root: Path, files: Iterable[FoundFile], asked: Iterable[str] = ()) -
     if splits is not None and (loose := len(images) - sum(map(len, splits.values()))):
         left_out["beside the folders of the splits"] = loose
     level = 0 if splits is None else 1
-    folder = FolderOfImages(root, {"train": images} if splits is None else splits, level, left_out)
+    metadata.sort(key=lambda path: (_folder_of(path), METADATA.index(path.rpartition("/")[2])))
+    folder = FolderOfImages(root, {"train": images} if splits is None else splits, level, left_out, metadata)
     if splits is None:
         _refuse_splits_in_classes(root, images)
     else:
@@ -231,6 +236,10 @@ def arrange(root: Path, files: Iterable[FoundFile], asked: Iterable[str] = ()) -
     _refuse_masks(root, [file for files in folder.splits.values() for file in files])
     _refuse_two_names_of_one_file(folder)
     return folder
+
+
+def _folder_of(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def _is_aside(name: str) -> bool:
@@ -610,7 +619,7 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
     """
     labels: dict[str, Any] = {}
     found = False
-    for place, path in metadata_of(folder.root, [file for files in folder.splits.values() for file in files]):
+    for place, path in metadata_of(folder, [file for files in folder.splits.values() for file in files]):
         if (columns := _read_metadata(path, column)) is not None:
             found = True
             names = (f"{place}/{name}".removeprefix("/") for name in columns[FILE_NAME])
@@ -640,12 +649,16 @@ def use_metadata(folder: FolderOfImages, column: str) -> dict[str, Any] | None:
     return labels
 
 
-def metadata_of(root: Path, files: Iterable[FoundFile]) -> Iterator[tuple[str, Path]]:
-    """The metadata files that may list some of these images, each with its folder below `root`, which is one of the first."""
-    for place in ("", *sorted({file.parts[0] for file in files if len(file.parts) > 1})):
-        for name in METADATA:
-            if (path := root / place / name).is_file():
-                yield place, path
+def metadata_of(folder: FolderOfImages, files: Iterable[FoundFile]) -> Iterator[tuple[str, Path]]:
+    """The metadata files that may list some of these images, each with its own folder below the root."""
+    around = {""}
+    for place in {_folder_of(file.path) for file in files}:
+        while place not in around:
+            around.add(place)
+            place = _folder_of(place)
+    for path in folder.metadata:
+        if (place := _folder_of(path)) in around:
+            yield place, folder.root / path
 
 
 def _read_metadata(path: Path, column: str) -> dict[str, list[Any]] | None:

@@ -341,7 +341,7 @@ def _write_index(folder: FolderOfImages, column: str, feature: Any, labels: dict
         )
         parts = _once(place / f"{state}.json", partial(digests_of_some, folder.root, files))
         content[split] = (
-            f"{len(files):,} images {_digest([*((f.path, f.size) for f in files), *parts])}{_metadata(folder.root, files)}"
+            f"{len(files):,} images {_digest([*((f.path, f.size) for f in files), *parts])}{_metadata(folder, files)}"
         )
         rows[split] = str(place / f"{state}.arrow")
         if not Path(rows[split]).is_file():
@@ -358,10 +358,10 @@ def _classes_in_words(feature: Any) -> str:
     return f"; {len(feature.names):,} class{'es' if len(feature.names) > 1 else ''}: {few}{more}"
 
 
-def _metadata(root: Path, files: list[FoundFile]) -> str:
+def _metadata(folder: FolderOfImages, files: list[FoundFile]) -> str:
     """The digest of the metadata files of these images, in words; empty without any."""
     found = []
-    for place, path in metadata_of(root, files):
+    for place, path in metadata_of(folder, files):
         with path.open("rb") as file:
             found.append((place, path.name, hashlib.file_digest(file, "sha256").hexdigest()))
     return f" with metadata {_digest(found)}" if found else ""
