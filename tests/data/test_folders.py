@@ -312,6 +312,10 @@ REFUSED = {
         ["Urban/images_png", "Urban/masks_png", "Rural/images_png"],
         "{}/Urban has images_png and masks_png, which are",
     ),
+    "ADE20K": (
+        ["images/training", "images/validation", "annotations/training", "annotations/validation"],
+        "pass {}/images, or",
+    ),
     "labelme": (
         ["JPEGImages", "SegmentationClassPNG"],
         "{} has JPEGImages and SegmentationClassPNG, which are pictures and",

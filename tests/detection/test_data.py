@@ -534,17 +534,18 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(
-    "start", ["./", "../train/", "..\\train\\", "train/", ".\\", "{folder}/train/", "train/../train/"]
+    "start", ["./", "../train/", "..\\train\\", "train/", ".\\", "{folder}/train/", "train/../train/", "{link}/train/"]
 )
 def test_images_of_coco_are_found_as_other_tools_write_their_names(start, tmp_path):
     plain = load(write_coco(tmp_path / "plain")).train
     folder = write_coco(tmp_path / "data")
+    (link := tmp_path / "link").symlink_to(folder)
     path = folder / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())
     for image in content["images"]:
-        image["file_name"] = start.format(folder=folder) + image["file_name"]
+        image["file_name"] = start.format(folder=folder, link=link) + image["file_name"]
     path.write_text(json.dumps(content))
-    train = load(folder).train
+    train = load(link).train
     boxes = [[found.objects[i].boxes.tolist() for i in range(len(found))] for found in (train, plain)]
     assert boxes[0] == boxes[1] != []
 

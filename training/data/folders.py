@@ -228,12 +228,12 @@ def arrange(root: Path, files: Iterable[FoundFile], asked: Iterable[str] = ()) -
     level = 0 if splits is None else 1
     metadata.sort(key=lambda path: (_folder_of(path), METADATA.index(path.rpartition("/")[2])))
     folder = FolderOfImages(root, {"train": images} if splits is None else splits, level, left_out, metadata)
+    _refuse_masks(root, [file for files in folder.splits.values() for file in files])
     if splits is None:
         _refuse_splits_in_classes(root, images)
     else:
         _refuse_splits_in_splits(root, splits)
     _refuse_doubled_folders(folder)
-    _refuse_masks(root, [file for files in folder.splits.values() for file in files])
     _refuse_two_names_of_one_file(folder)
     return folder
 

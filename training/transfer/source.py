@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import datasets
 import torch.distributed as dist
@@ -168,10 +168,13 @@ class Source:
     """A dataset whose form is found out, and whose splits are read one by one. Who inherits from it knows the forms.
 
     Args:
+        FORMS: those of folders, in a message.
         columns: the splits of a dataset that is a table; empty for files of a folder.
         places: see `Decoder`.
         commit: of a dataset on the Hub.
     """
+
+    FORMS: ClassVar[str]
 
     def __init__(self, args: SourceArguments):
         self.args, self.root = args, Path(args.dataset_name)
@@ -194,15 +197,20 @@ class Source:
 
     def open_columns(self) -> None:
         args = self.args
-        opened = open_dataset(
-            args.dataset_name,
-            args.dataset_config_name,
-            streaming=False,
-            train_split=args.train_split,
-            asked=self.asked,
-            label_column="label",
-            commit=args.commit,
-        )
+        try:
+            opened = open_dataset(
+                args.dataset_name,
+                args.dataset_config_name,
+                streaming=False,
+                train_split=args.train_split,
+                asked=self.asked,
+                label_column="label",
+                commit=args.commit,
+            )
+        except ValueError as error:
+            if not self.local:
+                raise
+            raise ValueError(f"{args.dataset_name} has none of the forms {self.FORMS}; without one: {error}") from error
         self.columns, self.places = opened.splits, opened.places
         self.commit = next((text for text in opened.content.values() if text.startswith(COMMIT)), None)
         if self.commit and rank() == 0:

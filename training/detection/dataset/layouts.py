@@ -1,6 +1,7 @@
 """Datasets of files with boxes: a VOCdevkit, and COCO's JSON with a folder of images."""
 
 import json
+import os
 import posixpath
 import re
 from collections.abc import Iterator
@@ -165,6 +166,10 @@ def _candidates(file_name: str, places: list[str], root: Path, where: Path) -> I
     name = file_name.replace("\\", "/")
     for whole in (root.as_posix(), root.absolute().as_posix()):
         name = name.removeprefix(f"{whole}/")
+    if name.startswith("/"):
+        real = Path(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+        if real.is_relative_to(root.resolve()):  # by a link to the folder
+            name = real.relative_to(root.resolve()).as_posix()
     if name.startswith("/") or re.match(r"[A-Za-z]:/", name):
         raise ValueError(
             f"file_name ({shown(file_name)}) in {where} is an absolute path, and not below {root}: write it as a path below "

@@ -198,6 +198,7 @@ def _of_another_size(name: str, size: tuple[int, int], stated: tuple[int, int]) 
 
 
 class _Source(Source):
+    FORMS = "VOCdevkit, COCO (instances_SPLIT.json), metadata with a column of objects"
     args: DetectionDataArguments
 
     def __init__(self, args: DetectionDataArguments):

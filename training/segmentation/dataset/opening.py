@@ -215,6 +215,7 @@ def load_segmentation(
 
 
 class _Source(Source):
+    FORMS = "VOCdevkit, Cityscapes, SPLIT/images and SPLIT/masks"
     args: SegmentationDataArguments
 
     def __init__(self, args: SegmentationDataArguments):
