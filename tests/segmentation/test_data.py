@@ -381,6 +381,31 @@ def test_masks_of_a_format_that_may_change_numbers_are_refused(written):
         Decoder().mask({"bytes": b"P5 4 1 3\n\0\1\2\3", "path": None})
 
 
+def test_other_data_in_the_folders_of_voc_may_name_its_classes(tmp_path):
+    folder = write_voc(tmp_path)
+    assert load(folder, "2012_train", "2012_test").class_names[1] == "aeroplane"
+    names = ["background", *(f"tissue {number}" for number in range(1, 20)), "tumour"]
+    (folder / "VOC2012" / "classes.txt").write_text("\n".join(names))
+    assert load(folder, "2012_train", "2012_test").class_names == names
+    write_voc(tmp_path / "other")
+    (tmp_path / "other" / "VOC2012").rename(folder / "VOC2007")
+    with pytest.raises(ValueError, match=r"'2012_train' and '2007_test' have other class names: write one classes.txt"):
+        load(folder, "2012_train", "2007_test")
+
+
+def test_a_folder_of_no_known_form_is_told_the_forms_of_masks(tmp_path):
+    """And not those of classes alone."""
+    folder = write_folder(tmp_path / "plain")
+    for split in ("train", "test"):
+        for kind in ("images", "masks"):
+            (tmp_path / "ade" / kind).mkdir(parents=True, exist_ok=True)
+            (folder / split / kind).rename(tmp_path / "ade" / kind / split)
+    with pytest.raises(
+        ValueError, match=r"has none of the forms VOCdevkit, Cityscapes, SPLIT/images and SPLIT/masks; with"
+    ):
+        load(tmp_path / "ade")
+
+
 def test_a_column_that_is_no_image_is_no_mask(tmp_path):
     folder = write_parquet(tmp_path, mask_column="other")
     with pytest.raises(ValueError, match=r"mask_column \(None\) is no column of images of split 'train'"):

@@ -80,7 +80,7 @@ def join(splits: Sequence[MaskedSplit]) -> MaskedSplit:
     """
     first = splits[0]
     for other in splits[1:]:
-        refuse_shared_images(first, other)
+        refuse_unlike_or_shared(first, other)
         places = (*first.places, *(place for place in other.places if place not in first.places))
         first = MaskedSplit(
             f"{first.name}+{other.name}",
@@ -95,11 +95,16 @@ def join(splits: Sequence[MaskedSplit]) -> MaskedSplit:
     return first
 
 
-def refuse_shared_images(split: MaskedSplit, other: MaskedSplit) -> None:
+def refuse_unlike_or_shared(split: MaskedSplit, other: MaskedSplit) -> None:
     """
     Raises:
-        ValueError: a file is an image of both splits: one that is trained on and tested makes every number too good.
+        ValueError: a file is an image of both splits: one that is trained on and tested makes every number too good; or their
+            classes are not the same.
     """
+    if split.class_names != other.class_names:
+        raise ValueError(
+            f"splits {split.name!r} and {other.name!r} have other class names: write one {NAMES_FILE} for both of them"
+        )
     names = {file.inode: name for file, name in zip(split.files, split.names, strict=False)}
     if shared := [file.inode for file in other.files if file.inode in names]:
         raise ValueError(
@@ -151,6 +156,8 @@ def voc_splits(root: Path) -> dict[str, Path]:
 def read_voc(name: str, files: Files) -> MaskedSplit:
     """A split of a VOCdevkit. Of one whose name ends in `aug` the masks are in SegmentationClassAug, as those of SBD are.
 
+    The classes are VOC's, or those of classes.txt beside ImageSets: many other datasets are arranged so.
+
     Args:
         name: a key of `voc_splits`.
         files: of the folder that is its value.
@@ -165,7 +172,7 @@ def read_voc(name: str, files: Files) -> MaskedSplit:
     for line in filter(str.strip, listed.splitlines()):
         image, stem = voc_image(files, line, owner)
         pairs.append((image, files.image([f"{folder}/{stem}.png"], f"{owner}, the mask of {stem}")))
-    return _of_files(name, files, pairs, class_names=[*VOC_CLASSES])
+    return _of_files(name, files, pairs, class_names=_read_class_names(files) or [*VOC_CLASSES])
 
 
 # Cityscapes
@@ -238,11 +245,17 @@ def read_folder(name: str, files: Files, folders: tuple[str, str]) -> MaskedSpli
                 f"{len(alone):,} of the {word}s of split {name!r} have no {other}, for example {shown(some[alone[0]].path)} in "
                 f"{files.root}: add a file of the same name, or remove them"
             )
-    names = None
-    if NAMES_FILE in files.found:
-        names = [line.strip() for line in files.read(NAMES_FILE, MOST_LIST).splitlines() if line.strip()]
-        check_class_names(names, f"the classes of {files.root / NAMES_FILE}")
-    return _of_files(name, files, ((images[stem], masks[stem]) for stem in sorted(images)), class_names=names)
+    pairs = ((images[stem], masks[stem]) for stem in sorted(images))
+    return _of_files(name, files, pairs, class_names=_read_class_names(files))
+
+
+def _read_class_names(files: Files) -> list[str] | None:
+    """The lines of classes.txt; None without that file."""
+    if NAMES_FILE not in files.found:
+        return None
+    names = [line.strip() for line in files.read(NAMES_FILE, MOST_LIST).splitlines() if line.strip()]
+    check_class_names(names, f"the classes of {files.root / NAMES_FILE}")
+    return names
 
 
 def _by_stem(files: Files, folder: str) -> dict[str, FoundFile]:

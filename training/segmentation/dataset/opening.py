@@ -31,7 +31,7 @@ from .layouts import (
     read_columns,
     read_folder,
     read_voc,
-    refuse_shared_images,
+    refuse_unlike_or_shared,
     voc_splits,
 )
 
@@ -193,7 +193,7 @@ def load_segmentation(
             f"{args.dataset_name} has no split to evaluate on, only {', '.join(source.names)}: see --eval_split"
         )
     if len(opened) == 2:
-        refuse_shared_images(*opened)
+        refuse_unlike_or_shared(*opened)
     if class_names is not None:
         _refuse_other_classes(opened, class_names, args)
     limits = [*([args.max_train_samples] if needed else []), *([args.max_eval_samples] if eval_split else [])]
