@@ -324,6 +324,7 @@ REFUSED = {
         ["a/images", "a/masks", "b/images", "b/masks"],
         "pass {}/a/images, or move every folder masks out of {}",
     ),
+    "Carvana": (["train", "train_masks"], "{} has train and train_masks, pictures and their masks: pass {}/train"),
     "dogs and cats": (
         ["train", "test1"],
         "for splits name test1 with --eval_split (or all with --splits), for classes",

@@ -288,7 +288,7 @@ def _divide(root: Path, images: list[FoundFile], asked: set[str]) -> dict[str, l
         name = names[top] or top
         if name in splits:
             twins = [other for other in tops if (names[other] or other) == name]
-            raise ValueError(f"{root} has folders {' and '.join(twins)} for one split: merge them")
+            raise ValueError(f"{root} has folders {' and '.join(twins)} for one split: merge them, or remove a copy")
         splits[name] = files
     return _train_first(splits)
 
@@ -300,6 +300,9 @@ def _are_splits(root: Path, tops: dict[str, list[FoundFile]], names: dict[str, s
         return bool(words)
     alike = [top for top in sorted(tops) if LIKE_A_SPLIT.fullmatch(top.lower())]
     alike = alike if len(alike) == len(tops) > 1 else _differ_in_split(tops)
+    for top in alike:
+        if (match := MASK_BESIDE.fullmatch(top)) and match[1] in alike:
+            raise ValueError(f"{root} has {match[1]} and {top}, pictures and their masks: pass {root / match[1]}")
     if alike:
         other = next(top for top in alike if top != "train")
         flag = f"{other} with --eval_split" if "train" in alike else "the one to train on with --train_split"
