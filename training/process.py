@@ -136,7 +136,7 @@ def _tells_of_a_full_disk(error: Exception) -> bool:
 
 
 def _full_disk(error: Exception) -> str:
-    place = getattr(error, "filename", None) or next(iter(lock.held()), None)
+    place = getattr(error, "filename", None) or next(reversed(lock.held()), None)
     disk = "the disk" if place is None else f"the disk of {place} (mounted at {_mount(Path(str(place)))})"
     return (
         f"{disk} is full, or no larger file may be written to it ({first_line(error)}): make room there and give the "

@@ -64,7 +64,7 @@ def give_back() -> None:
 
 
 def held() -> list[Path]:
-    """Folders that are this process's own."""
+    """Folders that are this process's own, the newest last."""
     return list(_held)
 
 

@@ -65,7 +65,8 @@ def extract_features(
         done += len(x)
     if not features.isfinite().all():  # nothing is near to one of them: all images would be of one class
         raise ValueError(
-            "the model gives images features that are not finite, too large for float32: pass another model"
+            "the model gives images features that are not finite, too large for float32: pass another model, or train it with "
+            "a lower learning rate"
         )
     return features, labels
 
