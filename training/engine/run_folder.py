@@ -372,7 +372,7 @@ def drawn(folder: Path, names: Iterable[str] = FIGURES) -> list[Path]:
 
 
 def may_leave(figure: Path, data: dict[str, Any], include_pictures: bool) -> bool:
-    """Whether a figure may leave this machine: one that shows images not seen by everybody only if that was asked for.
+    """Whether a figure may leave this machine: one with images that not everybody may see, only if that was asked for.
 
     Args:
         data: `ImageSplits.about`. Where it does not say where the images were, they may be somebody's own.
@@ -384,9 +384,9 @@ def may_leave(figure: Path, data: dict[str, Any], include_pictures: bool) -> boo
 
 @cache
 def is_public(dataset: str) -> bool:
-    """Whether everybody may see the images of a dataset: the digits, and one of the Hub without a token or an agreement.
+    """Whether everybody may see the images of a dataset: the digits, or one that the Hub gives without a token or an agreement.
 
-    Where the Hub cannot be asked, they are taken for somebody's own.
+    Where the Hub cannot be asked, the answer is no.
     """
     if dataset == DIGITS:
         return True

@@ -151,11 +151,11 @@ def save_timm(model: Model, processor: MoCoImageProcessor, folder: Path, license
     config |= {"image_processor_type": "TimmWrapperImageProcessor", "model_args": arguments}
     config |= _problem(model)
     if isinstance(model, MoCoForImageClassification):
-        config["pretrained_cfg"]["label_names"] = config["label_names"] = class_names(
-            model
-        )  # for timm and transformers
-    # Trained and saved with other classes, the model would keep these names: transformers' TimmWrapper writes again what it has
-    # read by this name. Kept by another one they are of no effect, and it writes those of its classes. In reading order: first.
+        names = class_names(model)
+        config["pretrained_cfg"]["label_names"] = names  # for timm
+        config["label_names"] = names  # for transformers
+    # transformers' TimmWrapper writes again the `label_names` that it has read, also after a training with other classes. Read
+    # as another attribute they are not written, and it writes the names that it has. This key must come before them.
     write_json(folder / "config.json", {"attribute_map": {"label_names": "label_names_as_read"}} | config)
     return True
 

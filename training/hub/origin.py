@@ -65,7 +65,7 @@ SHOWN = {
 
 
 def published_figures(origin: Origin, include_pictures: bool) -> list[Path]:
-    """The figures to publish: those that show images not seen by everybody only if asked for."""
+    """The figures to publish: those with images that not everybody may see, only if that was asked for."""
     data = origin.pictured or [{}]
     return [path for path in origin.figures if all(may_leave(path, one, include_pictures) for one in data)]
 

@@ -206,11 +206,12 @@ def _save_weights(model: Model, processor: MoCoImageProcessor, license: str, fol
 
 
 def _with_code(whole: dict[str, Any], config: MoCoConfig) -> dict[str, Any]:
-    """This config.json, which says where our code is for `trust_remote_code=True`.
+    """This config.json with the places of our code, for `trust_remote_code=True`.
 
-    The code lies in the same folder, so that a copy of the whole needs no network. But a model that was loaded without it is
-    saved without it, by a TimmWrapper that keeps `auto_map`: there the code must be named with its repository. This is the
-    second value that the attribute has after reading, by transformers' own way to read a key as another.
+    `auto_map` names files of the same folder, so that a copy of the folder needs no network. Who loads the model without our
+    code also saves it without: transformers' TimmWrapper keeps `auto_map`, which would name files that are not there. By
+    `attribute_map` transformers reads one key as another: `auto_map_of_copies`, which names the repository too, takes the
+    place of `auto_map` when the configuration is read, and is what is saved.
     """
     named = {kind: f"{config.name_or_path}--{place}" for kind, place in config.auto_map.items()}
     maps = {"attribute_map": whole["attribute_map"] | {"auto_map_of_copies": "auto_map"}}

@@ -41,11 +41,8 @@ def main(argv: list[str]) -> None:
             origin = read_origin(Path(names.source), model)
             print("\n".join(describe_shown(origin, model, args.include_pictures)))
             if args.license is None:
-                reason = (
-                    ""
-                    if (usual := usual_license(origin)) == "mit"
-                    else ", for the weights may have begun with those of others"
-                )
+                usual = usual_license(origin)
+                reason = ", for the weights may have begun with those of others" * (usual == "unknown")
                 print(f"The licence is {usual}{reason}: --license names another")
             if args.dry_run:
                 print(f"\n{(folder / CARD).read_text(encoding='utf-8')}\nNothing was uploaded (--dry_run).")
