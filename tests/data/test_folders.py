@@ -327,7 +327,7 @@ REFUSED = {
     "Carvana": (["train", "train_masks"], "{} has train and train_masks, pictures and their masks: pass {}/train"),
     "dogs and cats": (
         ["train", "test1"],
-        "for splits name test1 with --eval_split (or all with --splits), for classes",
+        "for splits name test1 with --eval_split (to embed or prepare, all with --splits), for classes",
     ),
     "mixed": (["train/a", "train/b", "extra/a"], "{} has train beside extra, which may be splits or classes"),
 }

@@ -307,8 +307,8 @@ def _are_splits(root: Path, tops: dict[str, list[FoundFile]], names: dict[str, s
         other = next(top for top in alike if top != "train")
         flag = f"{other} with --eval_split" if "train" in alike else "the one to train on with --train_split"
         raise ValueError(
-            f"folders {', '.join(alike)} of {root} may be splits or classes: for splits name {flag} (or all with --splits), "
-            "for classes move them into FOLDER/train"
+            f"folders {', '.join(alike)} of {root} may be splits or classes: for splits name {flag} (to embed or prepare, all "
+            "with --splits), for classes move them into FOLDER/train"
         )
     if words and any(len(file.parts) > 2 for files in tops.values() for file in files):
         raise ValueError(
